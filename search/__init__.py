@@ -1,0 +1,1 @@
+"""What to try, who tries it, what won. The top of the graph: nobody imports it."""

@@ -1,0 +1,5 @@
+"""`python -m search`: the `atelier` command."""
+
+from search.cli import main
+
+main()

@@ -1,0 +1,441 @@
+"""The `atelier` command. Each verb imports what it needs, so that login nodes load no torch."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dashboards.status import Status
+    from search.study import StudyFile
+    from storage.ledger import StudyEntry
+
+app = typer.Typer(
+    help="Hyperparameter search for a fashion-attribute model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
+db_app = typer.Typer(help="The database.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(db_app, name="db")
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
+Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, as in train.epochs=10. May be repeated."),
+]
+
+
+def main() -> None:
+    """Run the command; the one place where an exception becomes one line and an exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    app()
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Known errors end the command with one line; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        _say(f"error: {' '.join(str(error).split())}")
+        raise typer.Exit(WRONG_INPUT) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the error is about the input, which its message explains."""
+    names = {
+        "InputError",
+        "DatasetError",
+        "ModelError",
+        "CheckpointError",
+        "DatabaseError",
+        "FileExistsError",
+    }
+    return type(error).__name__ in names
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
+    from search.study import load_study_file
+
+    settings = list(overrides or [])
+    for key, value in (("data", data), ("weights", weights)):
+        if value is not None:
+            settings.append(f"train.{key}={_quoted(value)}")
+    return load_study_file(path, settings)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@app.command()
+def search(
+    study: StudyPath,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
+    ] = Path("best.toml"),
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
+    """Run a whole search on this machine; running it again goes on where it stopped."""
+    with _errors_in_one_line():
+        from rich.console import Console
+
+        from dashboards.status import read_status
+        from search.launch import LocalSearch, WorkersFailedError
+        from search.study import InputError, open_study
+        from storage import database
+        from storage.runs import RunFolder, image_cache
+        from trainer.loop import Workspace
+
+        file = _load(study, data, weights, set_)
+        if not output.absolute().parent.is_dir():
+            raise InputError(f"--output {output}: no such folder; make it first")
+        fingerprint = Workspace(file.shared, image_cache()).dataset.fingerprint
+        engine = database.connect()
+        database.prepare(engine)
+        storage = database.optuna_storage(engine)
+        opened = open_study(file, engine, storage, fingerprint)
+        _say(f"study {file.study.name!r}, database {engine.url.render_as_string()}")
+        arguments = [str(study), *_repeat(data, weights, set_)]
+        local = LocalSearch(
+            arguments,
+            workers,
+            RunFolder(file.study.name),
+            lambda: read_status(engine, opened._study_id, file.study.name),
+            Console(),
+        )
+        try:
+            status = local.run()
+        except WorkersFailedError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(FAILED) from None
+        if status.best is not None:
+            _write_best(engine, status, None, output, data, weights)
+        if status.finished < status.max_trials:
+            _say("not finished; the same command goes on where it stopped")
+            raise typer.Exit(INTERRUPTED)
+
+
+def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) -> list[str]:
+    options = [("--data", data), ("--weights", weights), *(("--set", o) for o in overrides or [])]
+    return [word for name, value in options if value is not None for word in (name, value)]
+
+
+@app.command()
+def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+    """Run one worker: what a SLURM array task runs."""
+    with _errors_in_one_line():
+        from search.study import open_study
+        from search.worker import Worker
+        from storage import database
+        from storage.ledger import Ledger
+        from storage.runs import image_cache
+        from trainer.loop import Workspace, use_allotted_cpus
+
+        file = _load(study, data, weights, set_)
+        use_allotted_cpus()
+        workspace = Workspace(file.shared, image_cache())
+        engine = database.connect()
+        database.prepare(engine)
+        storage = database.optuna_storage(engine)
+        opened = open_study(file, engine, storage, workspace.dataset.fingerprint)
+        ledger = Ledger(engine, storage, opened._study_id)
+        logging.info("worker ended: %s", Worker(file, opened, ledger, workspace).run())
+
+
+@app.command()
+def status(
+    study: StudyName,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+) -> None:
+    """Show a study: progress, trials, workers, GPU-hours."""
+    with _errors_in_one_line():
+        import json
+
+        from rich.console import Console
+        from rich.live import Live
+
+        from dashboards.status import read_status, render
+
+        engine, entry, name = _study(study)
+        now = read_status(engine, entry.study_id, name)
+        if as_json:
+            typer.echo(json.dumps(now.as_dict(), indent=2))
+        elif watch:
+            with Live(render(now, 40)) as live:
+                while True:
+                    time.sleep(2)
+                    live.update(render(read_status(engine, entry.study_id, name), 40))
+        else:
+            Console().print(render(now, 40))
+
+
+@app.command()
+def trials(
+    study: StudyName,
+    csv: Annotated[Path | None, typer.Option(help="Write this file instead of a table.")] = None,
+) -> None:
+    """List a study's trials, one a row."""
+    with _errors_in_one_line():
+        from dashboards.status import read_status, trials_frame
+
+        engine, entry, name = _study(study)
+        frame = trials_frame(read_status(engine, entry.study_id, name))
+        if csv is None:
+            typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
+        else:
+            frame.to_csv(csv, index=False)
+
+
+@app.command()
+def export(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
+    trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
+) -> None:
+    """Write the best trial's configuration, ready for `atelier train`."""
+    with _errors_in_one_line():
+        from dashboards.status import read_status
+
+        engine, entry, name = _study(study)
+        now = read_status(engine, entry.study_id, name)
+        _write_best(engine, now, trial, output, None, None)
+
+
+def _write_best(
+    engine: Any,
+    now: "Status",
+    trial: int | None,
+    output: Path,
+    data: str | None,
+    weights: str | None,
+) -> None:
+    from search.export import bundle, pick
+    from storage.ledger import curve, study_entry
+    from trainer.config import TrainConfig
+
+    row = pick(now, trial)
+    entry = study_entry(engine, now.study)
+    assert entry is not None  # it was just read
+    places = entry.settings["places"]
+    places |= {k: v for k, v in (("data", data), ("weights", weights)) if v is not None}
+    config = TrainConfig(**{**entry.settings["train"], **places, **row.params})
+    text = bundle(config, now, row, curve(engine, entry.study_id, row.number), entry.dataset)
+    output.write_text(text, encoding="utf-8")
+    value = "no score" if row.value is None else f"score {row.value:.4f}"
+    _say(f"trial {row.number} ({value}) is in {output}; train it with: atelier train {output}")
+
+
+def _study(name_or_file: str) -> tuple[Any, "StudyEntry", str]:
+    """Find a study that exists, by its name or its file."""
+    from search.study import InputError, load_study_file
+    from storage import database
+    from storage.ledger import study_entry
+
+    name = name_or_file
+    if name.endswith(".toml") and Path(name).is_file():
+        name = load_study_file(Path(name)).study.name
+    engine = database.connect()
+    if database.schema_revision(engine) is None:
+        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
+    database.check_schema(engine)
+    entry = study_entry(engine, name)
+    if entry is None:
+        from storage.ledger import study_names
+
+        known = ", ".join(study_names(engine)) or "none"
+        raise InputError(f"no study {name!r} in the database; it has: {known}")
+    return engine, entry, name
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
+    epochs: Annotated[int | None, typer.Option(min=1, help="Another length.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Train one configuration to its end; the same command resumes an interrupted run."""
+    with _errors_in_one_line():
+        from search.study import load_config
+        from storage.runs import image_cache
+        from trainer.checkpoint import Checkpoints
+        from trainer.loop import Workspace, use_allotted_cpus
+        from trainer.loop import train as run_epochs
+
+        settings, origin = load_config(config)
+        changes = {"epochs": epochs, "data": data, "weights": weights}
+        settings = settings.model_copy(
+            update={key: value for key, value in changes.items() if value is not None}
+        )
+        use_allotted_cpus()
+        workspace = Workspace(settings, image_cache())
+        if origin and origin.get("dataset") != workspace.dataset.fingerprint:
+            _say("note: this is another dataset than the one of the search")
+        folder = run or config.with_suffix(".run")
+        for result in run_epochs(settings, workspace, Checkpoints(folder)):
+            typer.echo(
+                f"epoch {result.epoch + 1}/{settings.epochs}  lr {result.lr:.2e}  "
+                f"train loss {result.train_loss:.4f} acc {result.train_accuracy:.4f}  "
+                f"val loss {result.val_loss:.4f} acc {result.val_accuracy:.4f} "
+                f"(overall {result.val_overall:.4f})  {result.seconds:.1f} s"
+            )
+        _say(f"the run is in {folder}")
+
+
+@app.command()
+def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+    """Print the network's stages: what is trained, parameters, multiply-adds."""
+    with _errors_in_one_line():
+        from rich.console import Console
+        from rich.table import Table
+
+        from trainer.dataset import DatasetError, read_dataset
+        from trainer.model import stage_table
+
+        file = _load(study, data, weights, set_)
+        try:
+            outputs = len(read_dataset(file.shared.data).attributes)
+        except DatasetError:
+            outputs = 26
+            _say("note: no dataset at hand, so the head has the challenge's 26 attributes")
+        rows = stage_table(file.shared, outputs)
+        table = Table(box=None, pad_edge=False)
+        for column in ("stage", "", "parameters", "multiply-adds"):
+            table.add_column(column, justify="left" if column in ("stage", "") else "right")
+        for row in rows:
+            kind = "trained" if row.trained else "frozen"
+            table.add_row(row.name, kind, f"{row.parameters:,}", f"{row.multiply_adds:,}")
+        for kind, wanted in (("trained", True), ("frozen", False)):
+            parameters = sum(row.parameters for row in rows if row.trained is wanted)
+            operations = sum(row.multiply_adds for row in rows if row.trained is wanted)
+            table.add_row("total", kind, f"{parameters:,}", f"{operations:,}", style="bold")
+        Console().print(table)
+
+
+@data_app.command("check")
+def data_check(folder: Path) -> None:
+    """Validate a dataset; list every finding with file and line."""
+    from trainer.dataset import check_dataset, read_dataset
+
+    findings = check_dataset(folder)
+    for finding in findings:
+        typer.echo(finding)
+    if findings:
+        _say(f"error: {len(findings)} findings in {folder}")
+        raise typer.Exit(WRONG_INPUT)
+    dataset = read_dataset(folder)
+    counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
+    typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
+
+
+@data_app.command("demo")
+def data_demo(
+    folder: Path,
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 1200,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
+    test_images: Annotated[int, typer.Option("--test", min=1)] = 200,
+    seed: int = 0,
+) -> None:
+    """Write a small generated dataset of drawn garments."""
+    with _errors_in_one_line():
+        from trainer.demo import write_demo
+
+        write_demo(folder, train_images, val_images, test_images, seed)
+        typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
+
+
+@db_app.command("start")
+def db_start() -> None:
+    """Start the embedded server and leave it running."""
+    with _errors_in_one_line():
+        typer.echo(_embedded().start())
+
+
+@db_app.command("stop")
+def db_stop() -> None:
+    """Stop the embedded server."""
+    with _errors_in_one_line():
+        typer.echo("stopped" if _embedded().stop() else "it was not running")
+
+
+def _embedded() -> Any:
+    from storage.embedded import EmbeddedPostgres
+
+    from search.study import InputError
+    from storage.database import home
+
+    if os.environ.get("ATELIER_DATABASE_URL"):
+        raise InputError(
+            "ATELIER_DATABASE_URL names an external server, which its own tools start and stop; "
+            "unset it to use the embedded one"
+        )
+    return EmbeddedPostgres(home())
+
+
+@db_app.command("status")
+def db_status() -> None:
+    """Say where the database is and what it holds."""
+    with _errors_in_one_line():
+        from storage import database
+        from storage.ledger import study_names
+
+        if not os.environ.get("ATELIER_DATABASE_URL") and not _embedded().is_running():
+            typer.echo(f"embedded, in {database.home()}: not running")
+            return
+        engine = database.connect()
+        revision = database.schema_revision(engine)
+        typer.echo(f"{engine.url.render_as_string()}: running, schema {revision or 'none yet'}")
+        for name in study_names(engine) if revision else []:
+            typer.echo(f"  study {name}")
+
+
+@db_app.command("check")
+def db_check() -> None:
+    """Check that the database can be reached, is recent enough and has our tables."""
+    with _errors_in_one_line():
+        from storage import database
+
+        engine = database.connect()
+        version = database.server_version(engine)
+        typer.echo(f"OK  server: PostgreSQL {version}")
+        database.check_schema(engine)
+        revision = database.schema_revision(engine)
+        if revision != database.head_revision():
+            raise database.DatabaseError(
+                f"schema {revision or 'missing'}, wanted {database.head_revision()}; "
+                "the next search or worker creates or upgrades it"
+            )
+        typer.echo(f"OK  schema: {revision}")

@@ -1,0 +1,141 @@
+"""`atelier search`: a whole search on this machine, with N worker processes and a live view."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.live import Live
+
+from dashboards.status import Status, progress_line, render
+from search.worker import PARENT_VARIABLE
+from storage.runs import RunFolder
+
+POLL_SECONDS = 1.0
+PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
+
+
+class WorkersFailedError(RuntimeError):
+    """Every worker ended with an error; the message names the log."""
+
+
+@dataclass
+class _Slot:
+    """One place for a worker; a killed worker's place is filled again."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class LocalSearch:
+    """Starts workers, replaces those that are killed, passes Ctrl-C on, and shows progress."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        workers: int,
+        runs: RunFolder,
+        status: Callable[[], Status],
+        console: Console,
+    ) -> None:
+        self._arguments, self._n_workers, self._runs = arguments, workers, runs
+        self._status, self._console = status, console
+        self._interrupts = 0
+        self._slots: list[_Slot] = []
+        self._failures: list[_Slot] = []
+
+    def run(self) -> Status:
+        """Returns the last status. Raises WorkersFailedError if no worker could go on."""
+        old = signal.signal(signal.SIGINT, self._interrupt)
+        old_term = signal.signal(signal.SIGTERM, self._interrupt)
+        try:
+            self._slots = [self._start(number) for number in range(1, self._n_workers + 1)]
+            self._watch()
+        finally:
+            for slot in self._slots:
+                if slot.process.poll() is None:
+                    slot.process.kill()
+                    slot.process.wait()
+            signal.signal(signal.SIGINT, old)
+            signal.signal(signal.SIGTERM, old_term)
+        status = self._status()
+        if self._failures and status.finished < status.max_trials and not self._interrupts:
+            slot = self._failures[0]
+            raise WorkersFailedError(f"{_last_line(slot.log)}; the whole log is {slot.log}")
+        return status
+
+    def _start(self, number: int) -> _Slot:
+        log = self._runs.worker_log(number)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(len(os.sched_getaffinity(0)) // self._n_workers, 1)
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "search", "worker", *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
+        return _Slot(number, process, log)
+
+    def _interrupt(self, _: int, __: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._console.print(
+                "Stopping: the workers finish their epoch and release. Once more stops at once."
+            )
+        for slot in self._slots:
+            if slot.process.poll() is None:
+                number = signal.SIGTERM if self._interrupts == 1 else signal.SIGKILL
+                slot.process.send_signal(number)
+
+    def _watch(self) -> None:
+        if not self._console.is_terminal:
+            self._watch_plainly()
+            return
+        with Live(console=self._console, refresh_per_second=4) as live:
+            while self._tend():
+                live.update(render(self._status()))
+                time.sleep(POLL_SECONDS)
+            live.update(render(self._status()))
+
+    def _watch_plainly(self) -> None:
+        shown, finished = time.monotonic(), 0
+        while self._tend():
+            status = self._status()
+            if status.finished != finished or time.monotonic() - shown > PLAIN_SECONDS:
+                self._console.print(progress_line(status), soft_wrap=True)
+                shown, finished = time.monotonic(), status.finished
+            time.sleep(POLL_SECONDS)
+        self._console.print(progress_line(self._status()), soft_wrap=True)
+
+    def _tend(self) -> bool:
+        """Replace killed workers; False once there is nothing left to wait for."""
+        for slot in list(self._slots):
+            code = slot.process.poll()
+            if code is None:
+                continue
+            self._slots.remove(slot)
+            if code < 0 and not self._interrupts:
+                self._slots.append(self._start(slot.number))
+            elif code > 0:
+                self._failures.append(slot)
+        return bool(self._slots)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "a worker ended with an error"

@@ -1,0 +1,323 @@
+"""Study files: what they may say, and the Optuna study that follows from one. Imports no torch."""
+
+import difflib
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from search.pruner import RungPruner
+from storage import ledger
+from trainer.config import TUNABLE, TrainConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message is one line: found, allowed, what to do next."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Range(_Table):
+    """A float parameter between two bounds, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}; swap them")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low = {self.low} with log = true; a log scale needs low > 0")
+        return self
+
+
+Choices = Annotated[list[float | int], Field(min_length=1)]
+
+
+class StudySettings(_Table):
+    """The [study] table."""
+
+    name: str = Field(min_length=1, max_length=200)
+    score: Literal["mean-last-5", "best", "last"] = "mean-last-5"
+    max_trials: int = Field(ge=1)
+    max_gpu_hours: float | None = Field(None, gt=0)
+    max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
+    sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
+    pruner: Literal["asha", "median", "none"] = "asha"
+    rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
+
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not name.isprintable() or name != name.strip():
+            raise ValueError(f"{name!r} has unprintable characters or outer spaces; rename it")
+        return name
+
+
+class SlurmProfile(_Table):
+    """One [slurm.NAME] table: what to ask SLURM for."""
+
+    qos: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    cpus: int = Field(1, ge=1)
+    gpus: int = Field(1, ge=0)
+    memory: str = "12G"
+    time: str = "08:00:00"
+
+
+class StudyFile(_Table):
+    """A whole study file. `train` holds what all trials share, `space` what they try."""
+
+    study: StudySettings
+    space: dict[str, Range | Choices]
+    train: dict[str, Any]
+    slurm: dict[str, SlurmProfile] = {}
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _known_parameters(cls, space: object) -> object:
+        if not isinstance(space, dict) or not space:
+            raise ValueError(f"is empty; allowed are {', '.join(TUNABLE)}")
+        for name in space:
+            if name not in TUNABLE:
+                raise ValueError(_unknown(name, TUNABLE))
+        return space
+
+    @model_validator(mode="after")
+    def _every_corner_is_a_config(self) -> "StudyFile":
+        both = self.train.keys() & self.space.keys()
+        if both:
+            raise ValueError(f"{both.pop()} stands in [space] and in [train]; keep one of them")
+        for value in ("low", "high"):
+            self.config({name: _corner(spec, value) for name, spec in self.space.items()})
+        for name, spec in self.space.items():
+            if isinstance(spec, list):
+                for choice in spec:
+                    self.config({**self._lows(), name: choice})
+        rungs = self.study.rungs
+        if rungs is not None and (rungs != sorted(set(rungs)) or max(rungs, default=0) >= self.epochs):
+            raise ValueError(
+                f"study.rungs = {rungs}; allowed are ascending epochs from 0 to {self.epochs - 1}"
+            )
+        return self
+
+    def _lows(self) -> dict[str, Any]:
+        return {name: _corner(spec, "low") for name, spec in self.space.items()}
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """The full configuration of a trial with these parameters."""
+        return TrainConfig(**{**self.train, **params})
+
+    @property
+    def shared(self) -> TrainConfig:
+        """A configuration of the study, for what does not depend on the parameters."""
+        return self.config(self._lows())
+
+    @property
+    def epochs(self) -> int:
+        return self.shared.epochs
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The space in Optuna's words."""
+        return {
+            name: CategoricalDistribution(spec)
+            if isinstance(spec, list)
+            else FloatDistribution(spec.low, spec.high, log=spec.log)
+            for name, spec in self.space.items()
+        }
+
+    def rungs_of(self) -> list[int]:
+        """Epochs at which the pruner decides: where the warm-up ends, then times 3.
+
+        The value inside the warm-up says nothing about the final score; at its end the rank
+        correlation is 0.89 (docs/design.md).
+        """
+        if self.study.rungs is not None:
+            return self.study.rungs
+        rungs = [max(self.shared.warmup_epochs, 1)]
+        while rungs[-1] * 3 < self.epochs:
+            rungs.append(rungs[-1] * 3)
+        return [rung for rung in rungs if rung < self.epochs - 1]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes trials comparable: the space and the training settings, not where files are."""
+        train = self.shared.model_dump(exclude={"data", "weights", *self.space})
+        return {"space": self.model_dump(mode="json")["space"], "train": train}
+
+
+def _corner(spec: Range | list[float | int], which: str) -> Any:
+    if isinstance(spec, Range):
+        return getattr(spec, which)
+    return min(spec) if which == "low" else max(spec)
+
+
+def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile:
+    """Read a study file; `overrides` are `table.key=value`. Raises InputError."""
+    tables = read_toml(path)
+    for override in overrides or []:
+        _override(tables, override)
+    return validate(StudyFile, tables, path)
+
+
+def load_config(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Read an exported configuration: its settings, and where it comes from. Raises InputError."""
+    tables = read_toml(path)
+    if "train" not in tables:
+        raise InputError(f"{path}: no [train] table; write one with: atelier export STUDY -o FILE")
+    if "space" in tables:
+        raise InputError(f"{path} is a study file with a [space]; run it with: atelier search {path}")
+    return validate(TrainConfig, tables["train"], path, "train"), tables.get("origin", {})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises InputError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; ready study files are in studies/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not equals or not dot:
+        raise InputError(f"--set {text!r}: expected table.key=value, as in train.epochs=10")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare string
+    tables.setdefault(table, {})[name] = parsed
+
+
+def validate(model: type[Model], values: dict[str, Any], path: Path, prefix: str = "") -> Model:
+    """Build a model from a file's values. Raises InputError with the first problem, in one line."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = [prefix] if prefix else []
+        message = str(problem.get("ctx", {}).get("error") or problem["msg"])
+        location = ".".join(where + [str(p) for p in problem["loc"] if not _is_branch(p)])
+        if problem["type"] == "extra_forbidden":
+            name = str(problem["loc"][-1])
+            message = _unknown(name, _keys_at(model, problem["loc"][:-1]))
+        elif "input" in problem and not isinstance(problem["input"], dict):
+            message = f"{message}, found {problem['input']!r}"
+        raise InputError(f"{path}: {location}: {message}".replace("\n", " ")) from error
+
+
+def _unknown(name: str, allowed: Any) -> str:
+    near = difflib.get_close_matches(name, allowed, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown key {name!r}{hint} (allowed: {', '.join(allowed)})"
+
+
+def _is_branch(part: object) -> bool:
+    return isinstance(part, str) and (part.startswith(("list[", "function-")) or part == "Range")
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return list(Range.model_fields) if "space" in location else list(SlurmProfile.model_fields)
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def make_sampler(name: str) -> optuna.samplers.BaseSampler:
+    """Unseeded on purpose: workers that share a seed would try the same start-up trials."""
+    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
+        "random": optuna.samplers.RandomSampler,
+        "gp": optuna.samplers.GPSampler,
+        "qmc": optuna.samplers.QMCSampler,
+    }
+    return makers[name]()
+
+
+def make_pruner(file: StudyFile) -> optuna.pruners.BasePruner:
+    """The pruner by name; every one starts at the first rung."""
+    rungs = file.rungs_of()
+    if file.study.pruner == "none" or not rungs:
+        return optuna.pruners.NopPruner()
+    if file.study.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
+    return RungPruner(rungs)
+
+
+def open_study(
+    file: StudyFile, engine: sa.Engine, storage: optuna.storages.BaseStorage, fingerprint: str
+) -> optuna.Study:
+    """Create the study, or go on with it. Raises InputError if it was made with other settings."""
+    name = file.study.name
+    existing = ledger.study_entry(engine, name)
+    if existing is not None:
+        _same(file, existing, fingerprint)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
+        sampler=make_sampler(file.study.sampler),
+        pruner=make_pruner(file),
+    )
+    hours = file.study.max_gpu_hours
+    ledger.enter_study(
+        engine,
+        study._study_id,
+        max_trials=file.study.max_trials,
+        max_gpu_seconds=None if hours is None else hours * 3600,
+        settings=file.identity() | {"places": file.shared.model_dump(include={"data", "weights"})},
+        dataset=fingerprint,
+    )
+    return study
+
+
+def _same(file: StudyFile, existing: ledger.StudyEntry, fingerprint: str) -> None:
+    name = file.study.name
+    other = f"give [study] another name than {name!r}, or restore the setting"
+    if existing.optuna_version != optuna.__version__:
+        raise InputError(
+            f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
+            f"{optuna.__version__}; install the same version on every machine"
+        )
+    for table, settings in file.identity().items():
+        saved = existing.settings[table]
+        for key in settings.keys() | saved.keys():
+            if settings.get(key) != saved.get(key):
+                raise InputError(
+                    f"study {name!r} was made with {table}.{key} = {saved.get(key)}, the file says "
+                    f"{settings.get(key)}; {other}"
+                )
+    if existing.dataset != fingerprint:
+        raise InputError(
+            f"study {name!r} was made on another dataset ({existing.dataset[:12]}, here is "
+            f"{fingerprint[:12]}); give the right one with --data, or {other}"
+        )
+
+
+def score(values: list[float], kind: str) -> float:
+    """What a finished trial is worth, from its validation accuracies by epoch."""
+    if kind == "best":
+        return max(values)
+    if kind == "last":
+        return values[-1]
+    tail = values[-5:]
+    return sum(tail) / len(tail)

@@ -1,0 +1,1 @@
+"""Where things are kept: the database, the ledger of who trains what, and the run folder."""

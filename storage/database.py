@@ -1,0 +1,194 @@
+"""The one database: where it is, how to reach it, and which schema it must have.
+
+`ATELIER_DATABASE_URL` names any PostgreSQL 14+; without it an embedded server is started under the
+home folder. Optuna's tables are in the schema `public`, ours in the schema `atelier`.
+"""
+
+import os
+from pathlib import Path
+
+import optuna
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+
+SCHEMA = "atelier"
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
+
+
+CONNECT_ARGS: dict[str, object] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "application_name": "atelier",
+    # A stopped process must not hold a row lock for ever.
+    "options": "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000",
+}
+
+
+class DatabaseError(RuntimeError):
+    """The database cannot be used; the message is one line and says what to do next."""
+
+
+def home() -> Path:
+    """The folder for everything that Atelier keeps beside the database: `.atelier`, if unset."""
+    return Path(os.environ.get("ATELIER_HOME", ".atelier")).absolute()
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        error = error.__cause__ or error
+    return isinstance(error, OperationalError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    )
+
+
+# Every operation that uses it may be repeated after a lost reply: rows are keyed, not appended.
+retrying = retry(
+    retry=retry_if_exception(_is_transient),
+    wait=wait_random_exponential(multiplier=0.2, max=10),
+    stop=stop_after_delay(600),
+    reraise=True,
+)
+
+
+def database_url() -> URL:
+    """The URL from the environment, else that of the embedded server, which is started.
+
+    Raises DatabaseError.
+    """
+    text = os.environ.get("ATELIER_DATABASE_URL")
+    if not text:
+        try:
+            return make_url(EmbeddedPostgres(home()).acquire())
+        except EmbeddedPostgresError as error:
+            raise DatabaseError(str(error)) from error
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise DatabaseError(
+            "ATELIER_DATABASE_URL is not a URL; write postgresql://USER@HOST:5432/DATABASE"
+        ) from None
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise DatabaseError(
+            f"ATELIER_DATABASE_URL names {url.get_backend_name()}; only PostgreSQL is served: "
+            "postgresql://USER@HOST:5432/DATABASE"
+        )
+    return url.set(drivername="postgresql+psycopg2")
+
+
+def connect(url: URL | None = None) -> sa.Engine:
+    """An engine on a database that answers. Raises DatabaseError."""
+    engine = sa.create_engine(
+        url or database_url(),
+        pool_pre_ping=True,
+        pool_size=2,
+        max_overflow=3,
+        connect_args=CONNECT_ARGS,
+    )
+    try:
+        with engine.connect():
+            return engine
+    except OperationalError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        raise DatabaseError(
+            f"cannot reach the database at {engine.url.render_as_string()}: {reason}; "
+            "check ATELIER_DATABASE_URL, or unset it to use the embedded server"
+        ) from error
+
+
+MINIMUM_SERVER = 14
+
+
+def server_version(engine: sa.Engine) -> str:
+    """Raises DatabaseError for a server that is too old."""
+    with engine.connect() as connection:
+        version = str(connection.scalar(sa.text("SHOW server_version")))
+    if int(version.split(".")[0]) < MINIMUM_SERVER:
+        raise DatabaseError(f"the server is PostgreSQL {version}; allowed is {MINIMUM_SERVER}+")
+    return version
+
+
+def prepare(engine: sa.Engine) -> None:
+    """Create or upgrade Optuna's tables and ours; safe for processes that start at once.
+
+    Raises DatabaseError if the schema is newer than this program.
+    """
+    server_version(engine)
+    check_schema(engine)
+    with engine.connect() as lock:
+        lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
+        lock.commit()
+        try:
+            optuna_storage(engine)
+            with engine.begin() as connection:
+                connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+                config = _alembic()
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        finally:
+            lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
+
+
+def check_schema(engine: sa.Engine) -> None:
+    """Raises DatabaseError if our tables were made by a newer version of Atelier."""
+    revision = schema_revision(engine)
+    if revision is None:
+        return
+    try:
+        ScriptDirectory.from_config(_alembic()).get_revision(revision)
+    except CommandError:
+        raise DatabaseError(
+            f"the database has schema {revision}, which this version of Atelier does not know "
+            f"(it knows up to {head_revision()}); use the newer Atelier that made it"
+        ) from None
+
+
+def schema_revision(engine: sa.Engine) -> str | None:
+    """The revision of our tables in the database; None before they exist."""
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+        return context.get_current_revision()
+
+
+def head_revision() -> str:
+    """The revision that this program wants."""
+    head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    assert head is not None  # there is at least one migration
+    return head
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config
+
+
+def optuna_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
+    """Optuna's storage on the same database, with its cache of finished trials.
+
+    Raises DatabaseError if Optuna's tables were made by another version.
+    """
+    try:
+        storage = optuna.storages.RDBStorage(
+            engine.url.render_as_string(hide_password=False),
+            engine_kwargs={
+                "pool_pre_ping": True,
+                "pool_size": 1,
+                "max_overflow": 2,
+                "connect_args": CONNECT_ARGS,
+            },
+        )
+    except RuntimeError as error:
+        raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
+    return optuna.storages.get_storage(storage)

@@ -1,0 +1,102 @@
+"""Our tables, in the schema `atelier` beside Optuna's. storage/ledger.py alone writes them."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ARRAY, DateTime, Double, ForeignKey, Index, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from storage.database import SCHEMA
+
+
+class Base(DeclarativeBase):
+    """All times are the database's clock."""
+
+    type_annotation_map = {  # noqa: RUF012  # SQLAlchemy's own form
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        str: Text,
+        float: Double,
+        list[float]: ARRAY(Double),
+    }
+
+
+class Study(Base):
+    """What a study may spend, and what its trials have in common."""
+
+    __tablename__ = "study"
+    __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
+
+    study_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # Optuna's id
+    max_trials: Mapped[int]
+    max_gpu_seconds: Mapped[float | None]
+    settings: Mapped[dict[str, Any]]  # the resolved study file
+    dataset: Mapped[str]  # the dataset's fingerprint
+    optuna_version: Mapped[str]
+    created: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Worker(Base):
+    """One worker process."""
+
+    __tablename__ = "worker"
+    __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
+
+    id: Mapped[str] = mapped_column(primary_key=True)  # new at every process start
+    host: Mapped[str]
+    pid: Mapped[int]
+    process: Mapped[str]  # tells this process from a later one with the same pid
+    slurm_job: Mapped[str | None]
+    slurm_array_job: Mapped[str | None]
+    slurm_array_task: Mapped[str | None]
+    gpu: Mapped[str | None]
+    started: Mapped[datetime] = mapped_column(server_default=func.now())
+    last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
+    stopped: Mapped[datetime | None]
+    reason: Mapped[str | None]
+
+
+class Attempt(Base):
+    """One worker's hold on one trial. It is open until `released`; a trial has one open attempt."""
+
+    __tablename__ = "attempt"
+    __table_args__ = (
+        Index("attempt_open", "trial_id", unique=True, postgresql_where=text("released IS NULL")),
+        {"schema": SCHEMA},
+    )
+
+    trial_id: Mapped[int] = mapped_column(primary_key=True)  # Optuna's id
+    number: Mapped[int] = mapped_column(primary_key=True)  # from 1
+    study_id: Mapped[int] = mapped_column(
+        ForeignKey(f"{SCHEMA}.study.study_id", ondelete="CASCADE"), index=True
+    )
+    worker_id: Mapped[str] = mapped_column(ForeignKey(f"{SCHEMA}.worker.id"), index=True)
+    claimed: Mapped[datetime] = mapped_column(server_default=func.now())
+    renewed: Mapped[datetime] = mapped_column(server_default=func.now())
+    lease_until: Mapped[datetime]
+    released: Mapped[datetime | None]
+    outcome: Mapped[str | None]  # complete, pruned, failed; released, error, lost
+    reason: Mapped[str | None]  # in words; the traceback of a failed attempt
+
+
+class Epoch(Base):
+    """One epoch of one trial: the same columns as trainer.config.EpochResult."""
+
+    __tablename__ = "epoch"
+    __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
+
+    trial_id: Mapped[int] = mapped_column(primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    recorded: Mapped[datetime] = mapped_column(server_default=func.now())
+    lr: Mapped[float]
+    train_loss: Mapped[float]
+    val_loss: Mapped[float]
+    train_accuracy: Mapped[float]
+    val_accuracy: Mapped[float]
+    val_overall: Mapped[float]
+    val_category: Mapped[list[float]]
+    seconds: Mapped[float]
+    images: Mapped[int]
+    peak_memory: Mapped[float]  # bytes

@@ -1,0 +1,85 @@
+"""The report's loss, and the accuracies that it is judged by.
+
+Logits are float [images, attributes], the categories' slices one after the other; targets are int64
+[images, categories] with an index inside the slice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# w_i = N / (220 N_i): the report's class weights (section II); 220 is its own constant.
+WEIGHT_SCALE = 220
+
+
+def class_counts(targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """How many images have each attribute: int64 [attributes]."""
+    columns = zip(targets.T, sizes, strict=True)
+    return torch.cat([torch.bincount(column, minlength=size) for column, size in columns])
+
+
+def class_weights(targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """N / (220 N_i), float32 [attributes]; an attribute without images gets weight 0."""
+    counts = class_counts(targets, sizes)
+    weights = len(targets) / (WEIGHT_SCALE * counts.clamp(min=1).double())
+    return torch.where(counts > 0, weights, 0.0).float()
+
+
+@dataclass(frozen=True)
+class AttributeLoss:
+    """Weighted cross-entropy with label smoothing, averaged over the categories.
+
+    A slice's loss is sum_i sum_c w_c t_ic (-log p_ic) / sum_i w_{y_i}: at epsilon 0 this is
+    `cross_entropy(weight=w)`, and the denominator stays the same at every epsilon, because Adam's L2
+    term makes the loss's scale matter. `smoothing` says what t is for a one-hot y:
+    "report": y (1 - e) + e/2 (the report, section V); "uniform": y (1 - e) + e/classes (PyTorch).
+    """
+
+    sizes: tuple[int, ...]
+    weights: torch.Tensor  # [attributes]
+    epsilon: float
+    smoothing: str = "report"
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        sizes = [*self.sizes]
+        parts = torch.split(logits.float(), sizes, 1)
+        weights = torch.split(self.weights, sizes)
+        losses = [
+            self._slice(part, target, weight)
+            for part, target, weight in zip(parts, targets.T, weights, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def _slice(self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        share = 0.5 if self.smoothing == "report" else 1 / logits.shape[1]
+        one_hot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
+        smooth = one_hot * (1 - self.epsilon) + share * self.epsilon
+        total = (weight * smooth * -F.log_softmax(logits, 1)).sum()
+        return total / weight[target].sum()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracies over a whole split, as fractions."""
+
+    per_class: float  # mean over the attributes that occur of their own accuracy: the score
+    overall: float  # mean over the categories
+    category: tuple[float, ...]
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Accuracy:
+    """The challenge's metric. Attributes without images are left out of the mean."""
+    predicted = torch.stack([part.argmax(1) for part in torch.split(logits, [*sizes], 1)], 1)
+    right = predicted == targets
+    hits = torch.cat(
+        [
+            torch.bincount(target[hit], minlength=size)
+            for target, hit, size in zip(targets.T, right.T, sizes, strict=True)
+        ]
+    )
+    counts = class_counts(targets, sizes)
+    present = counts > 0
+    per_class = (hits[present].double() / counts[present]).mean()
+    category = right.double().mean(0)
+    return Accuracy(float(per_class), float(category.mean()), tuple(category.tolist()))

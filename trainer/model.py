@@ -1,0 +1,202 @@
+"""The network, cut in two: a frozen trunk and a trained tail.
+
+Below the first trained stage nothing learns, so it runs in eval mode and without gradient, and its
+output for the validation images is computed once. Four fifths of the multiply-adds are there.
+"""
+
+import difflib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
+from torch import nn
+
+from trainer.config import TrainConfig
+
+HEAD = (512, 128)  # hidden widths of the report's prediction head
+
+
+class ModelError(ValueError):
+    """The backbone, its stage or its weights cannot be used; the message is one line."""
+
+
+class Dropout(nn.Module):
+    """Dropout that draws from a generator of its own, so that a trial's masks are its own."""
+
+    def __init__(self, p: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape; the identity in eval mode."""
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        return x * keep / (1 - self.p)
+
+
+def make_head(features: int, outputs: int, dropout: float, generator: torch.Generator) -> nn.Module:
+    """The report's head, features-512-128-outputs."""
+    return nn.Sequential(
+        nn.Linear(features, HEAD[0]),
+        Dropout(dropout, generator),
+        nn.Linear(HEAD[0], HEAD[1]),
+        nn.ReLU(),
+        Dropout(dropout, generator),
+        nn.Linear(HEAD[1], outputs),
+    )
+
+
+@dataclass
+class Backbone:
+    """The stages below the head by name, in order, and how its images are normalised."""
+
+    stages: "OrderedDict[str, nn.Module]"
+    features: int  # width of the last stage
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def split(self, trainable: str) -> tuple[nn.Sequential, nn.Sequential]:
+        """(trunk, trained stages); the head is not in either. Raises ModelError."""
+        names = [*(name for name in self.stages if name != "pool"), "head"]
+        if trainable not in names:
+            raise ModelError(f"trainable = {trainable!r}: allowed is one of {', '.join(names)}")
+        # a module's name holds no dot
+        stages = [(name.replace(".", "_"), stage) for name, stage in self.stages.items()]
+        cut = len(stages) if trainable == "head" else list(self.stages).index(trainable)
+        return (
+            nn.Sequential(OrderedDict(stages[:cut])),
+            nn.Sequential(OrderedDict(stages[cut:])),
+        )
+
+
+def load_backbone(config: TrainConfig) -> Backbone:
+    """Build the backbone with its weights. Raises ModelError."""
+    model: Any = _create(config)
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    if isinstance(model, ResNet):
+        stages["stem"] = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            stages[name] = getattr(model, name)
+    elif isinstance(model, EfficientNet):
+        stages["stem"] = nn.Sequential(model.conv_stem, model.bn1)
+        for index, block in enumerate(model.blocks):
+            stages[f"blocks.{index}"] = block
+        stages["conv_head"] = nn.Sequential(model.conv_head, model.bn2)
+    else:
+        raise ModelError(
+            f"backbone = {config.backbone!r} is a {type(model).__name__}; "
+            "allowed are timm's ResNet and EfficientNet families"
+        )
+    stages["pool"] = model.global_pool
+    cfg = model.pretrained_cfg
+    return Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _create(config: TrainConfig) -> nn.Module:
+    check_backbone(config.backbone)
+    # Weights that are drawn must not depend on what the process drew before.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        if config.weights != "timm":
+            model: nn.Module = timm.create_model(config.backbone, pretrained=False)
+        else:
+            model = _create_pretrained(config.backbone)
+    if config.weights not in ("timm", "none", None):
+        _load_weights(model, Path(config.weights))
+    return model
+
+
+def check_backbone(name: str) -> None:
+    """Raises ModelError unless timm knows the name."""
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+        raise ModelError(f"backbone = {name!r} is not known to timm {timm.__version__}; {hint}")
+    if tag and name not in timm.list_pretrained(base + "*"):
+        raise ModelError(
+            f"backbone = {name!r}: timm {timm.__version__} has no weights {tag!r} for {base}; "
+            f"it has {', '.join(n.partition('.')[2] for n in timm.list_pretrained(base + '.*'))}"
+        )
+
+
+def _create_pretrained(name: str) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub client raises many kinds of errors when it is offline
+        raise ModelError(
+            f"weights = 'timm': cannot get {name} ({type(error).__name__}); on a machine without "
+            "internet give a .safetensors or .pth file as weights, or fill the cache beforehand"
+        ) from error
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ModelError(
+            f"weights = {str(path)!r}: allowed is 'timm', 'none', or a .safetensors or .pth file"
+        )
+    if not path.is_file():
+        raise ModelError(f"weights = {str(path)!r}: no such file; give its path with --weights")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"weights = {str(path)!r} do not fit the backbone: {reason}") from error
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of `atelier model`: multiply-adds are per image."""
+
+    name: str
+    trained: bool
+    parameters: int
+    multiply_adds: int
+
+
+def stage_table(config: TrainConfig, outputs: int) -> list[StageRow]:
+    """Parameters and multiply-adds of every stage, on an image of the config's size."""
+    backbone = load_backbone(config.model_copy(update={"weights": "none"}))
+    backbone.split(config.trainable)  # raises for an unknown stage
+    stages = OrderedDict(backbone.stages)
+    stages["head"] = make_head(backbone.features, outputs, config.dropout, torch.Generator())
+    rows, trained = [], False
+    x = torch.zeros(1, 3, config.image_size, config.image_size)
+    for name, stage in stages.items():
+        trained = trained or name == config.trainable
+        x, multiply_adds = _count(stage.eval(), x)
+        parameters = sum(p.numel() for p in stage.parameters())
+        if parameters:
+            rows.append(StageRow(name, trained, parameters, multiply_adds))
+    return rows
+
+
+def _count(stage: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    total = 0
+
+    def add(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            total += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            total += module.weight.numel()
+
+    handles = [module.register_forward_hook(add) for module in stage.modules()]
+    with torch.no_grad():
+        output = stage(x)
+    for handle in handles:
+        handle.remove()
+    return output, total

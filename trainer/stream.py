@@ -1,0 +1,137 @@
+"""Images on their way to the network: prepared once, then augmented by (seed, epoch, image).
+
+The first three steps of the report's transform have no randomness, so their uint8 result is kept in a
+memory-mapped file that all processes of a machine share. What is random depends on nothing but the
+seed, the epoch and the image's index: any epoch can be made again, in any process, in any order.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from trainer.dataset import Dataset, Split, load_image
+
+BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
+
+
+def deterministic_transform(size: int) -> transforms.Compose:
+    """The report's Resize, CenterCrop(200, 160), Resize, in proportion for sizes other than 224."""
+    crop = [round(200 / 224 * size), round(160 / 224 * size)]
+    return transforms.Compose(
+        [
+            transforms.Resize([size, size]),
+            transforms.CenterCrop(crop),
+            transforms.Resize([size, size]),
+        ]
+    )
+
+
+def random_transform() -> transforms.Compose:
+    """The report's augmentation: flip, colour jitter, affine."""
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.3),
+            transforms.RandomAffine(degrees=15, translate=(0.1, 0.1), scale=(0.5, 1.5), shear=15),
+        ]
+    )
+
+
+def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> np.ndarray:
+    """uint8 [images, 3, size, size], memory-mapped; built by the first process that asks.
+
+    Raises DatasetError for the first image that cannot be used.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{dataset.fingerprint[:16]}-{split.name}-{size}.npy"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _prepare(dataset, split, size, path)
+    images: np.ndarray = np.load(path, mmap_mode="r")
+    return images
+
+
+def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
+    transform = deterministic_transform(size)
+    partial = path.with_suffix(".partial")
+    shape = (len(split), 3, size, size)
+    try:
+        images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        for index, name in enumerate(split.paths):
+            images[index] = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
+        images.flush()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits its images: a permutation that depends on (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(images)
+
+
+class AugmentedImages(TorchDataset[tuple[torch.Tensor, int]]):
+    """Item (epoch, index) is the augmented uint8 image [3, size, size] and its index."""
+
+    def __init__(self, images: np.ndarray, seed: int, augment: bool) -> None:
+        self.images, self.seed = images, seed
+        self.transform = random_transform() if augment else None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        if self.transform is None:
+            return torch.from_numpy(self.images[index].copy()), index
+        image = functional.to_pil_image(torch.from_numpy(self.images[index].copy()))
+        # torchvision draws from the global generator: lend it one that only this image sees.
+        seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return functional.pil_to_tensor(self.transform(image)), index
+
+
+class _Blocks(Sampler[list[tuple[int, int]]]):
+    """Yields the (epoch, index) keys of one epoch, a block at a time; `epoch` is set from outside."""
+
+    def __init__(self, indices: np.ndarray, seed: int, block: int) -> None:
+        self.indices, self.seed, self.block = indices, seed, block
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.indices[epoch_order(len(self.indices), self.seed, self.epoch)]
+        for start in range(0, len(order), self.block):
+            yield [(self.epoch, int(index)) for index in order[start : start + self.block]]
+
+
+class Stream:
+    """Blocks of augmented training images, the same for every trial with this seed."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        indices: np.ndarray,
+        seed: int,
+        block: int,
+        augment: bool,
+        processes: int,
+    ) -> None:
+        self._blocks = _Blocks(indices, seed, block)
+        self._loader = DataLoader(
+            AugmentedImages(images, seed, augment),
+            batch_sampler=self._blocks,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            multiprocessing_context="forkserver" if processes else None,
+        )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split."""
+        self._blocks.epoch = epoch
+        yield from self._loader
