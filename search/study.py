@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -96,22 +96,27 @@ class StudyFile(_Table):
         return space
 
     @model_validator(mode="after")
-    def _every_corner_is_a_config(self) -> "StudyFile":
+    def _each_key_once(self) -> "StudyFile":
         both = self.train.keys() & self.space.keys()
         if both:
             raise ValueError(f"{both.pop()} stands in [space] and in [train]; keep one of them")
-        for value in ("low", "high"):
-            self.config({name: _corner(spec, value) for name, spec in self.space.items()})
+        return self
+
+    def corners(self) -> Iterator[dict[str, Any]]:
+        """Parameters at the ends of the space, which every trial lies between."""
+        for which in ("low", "high"):
+            yield {name: _corner(spec, which) for name, spec in self.space.items()}
         for name, spec in self.space.items():
             if isinstance(spec, list):
-                for choice in spec:
-                    self.config({**self._lows(), name: choice})
+                yield from ({**self._lows(), name: choice} for choice in spec)
+
+    def check_rungs(self) -> None:
+        """Raises InputError."""
         rungs = self.study.rungs
         if rungs is not None and (rungs != sorted(set(rungs)) or max(rungs, default=0) >= self.epochs):
-            raise ValueError(
+            raise InputError(
                 f"study.rungs = {rungs}; allowed are ascending epochs from 0 to {self.epochs - 1}"
             )
-        return self
 
     def _lows(self) -> dict[str, Any]:
         return {name: _corner(spec, "low") for name, spec in self.space.items()}
@@ -168,7 +173,11 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
     tables = read_toml(path)
     for override in overrides or []:
         _override(tables, override)
-    return validate(StudyFile, tables, path)
+    file = validate(StudyFile, tables, path)
+    for params in file.corners():
+        validate(TrainConfig, {**file.train, **params}, path, "train", dict.fromkeys(params, "space"))
+    file.check_rungs()
+    return file
 
 
 def load_config(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -205,13 +214,23 @@ def _override(tables: dict[str, Any], text: str) -> None:
     tables.setdefault(table, {})[name] = parsed
 
 
-def validate(model: type[Model], values: dict[str, Any], path: Path, prefix: str = "") -> Model:
-    """Build a model from a file's values. Raises InputError with the first problem, in one line."""
+def validate(
+    model: type[Model],
+    values: dict[str, Any],
+    path: Path,
+    table: str = "",
+    tables: Mapping[str, str] | None = None,
+) -> Model:
+    """Build a model from a file's values, which stand in `table`, or where `tables` says for a key.
+
+    Raises InputError with the first problem, in one line; a key that does not exist comes first.
+    """
     try:
         return model(**values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = [prefix] if prefix else []
+        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        where = [name for name in [(tables or {}).get(key, table)] if name]
         message = str(problem.get("ctx", {}).get("error") or problem["msg"])
         location = ".".join(where + [str(p) for p in problem["loc"] if not _is_branch(p)])
         if problem["type"] == "extra_forbidden":

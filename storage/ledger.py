@@ -83,6 +83,8 @@ def is_gone(process: str) -> bool:
     if machine != _machine():
         return False
     try:
+        if psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
+            return True  # killed, and its parent has not noticed yet
         return process_identity(int(pid)) != process
     except psutil.NoSuchProcess:
         return True
@@ -129,7 +131,7 @@ class Ledger:
             connection.execute(
                 sa.update(Worker)
                 .where(Worker.id == self.worker_id)
-                .values(stopped=sa.func.now(), last_seen=sa.func.now(), reason=reason)
+                .values(stopped=_now(), last_seen=_now(), reason=reason)
             )
 
     @retrying
@@ -162,7 +164,7 @@ class Ledger:
     def _waiting(self, session: Session) -> TrialModel | None:
         """The first unfinished trial that nobody trains."""
         rows = session.execute(
-            sa.select(TrialModel, Worker.process, Attempt.lease_until > sa.func.now())
+            sa.select(TrialModel, Worker.process, Attempt.lease_until > _now())
             .outerjoin(
                 Attempt,
                 sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.released.is_(None)),
@@ -214,6 +216,8 @@ class Ledger:
                 number=number,
                 study_id=self.study_id,
                 worker_id=self.worker_id,
+                claimed=_now(),
+                renewed=_now(),
                 lease_until=self._lease(),
             )
         )
@@ -231,7 +235,7 @@ class Ledger:
         )
 
     def _lease(self) -> sa.ColumnElement[Any]:
-        return sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, self.lease_seconds)
+        return _now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, self.lease_seconds)
 
     def _fence(self, session: Session, claim: Claim) -> Attempt:
         """Lock the claim's attempt, which must still be open. Raises LeaseLost."""
@@ -253,11 +257,9 @@ class Ledger:
 
     def _prolong(self, session: Session, claim: Claim) -> None:
         attempt = self._fence(session, claim)
-        attempt.renewed = sa.func.now()  # the database's clock
+        attempt.renewed = _now()  # the database's clock
         attempt.lease_until = self._lease()
-        session.execute(
-            sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=sa.func.now())
-        )
+        session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()))
 
     @retrying
     def record(self, claim: Claim, result: Mapping[str, Any]) -> None:
@@ -330,7 +332,7 @@ class Ledger:
 
 
 def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
-    attempt.released = attempt.renewed = sa.func.now()
+    attempt.released = attempt.renewed = _now()
     attempt.outcome, attempt.reason = outcome, reason
 
 
@@ -344,8 +346,13 @@ def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
     )
 
 
+def _now() -> sa.ColumnElement[Any]:
+    # Not now(), which is when the transaction began: it may have waited for a lock since.
+    return sa.func.clock_timestamp()
+
+
 def _utc_now() -> sa.ColumnElement[Any]:
-    return sa.func.timezone("UTC", sa.func.now())  # Optuna 5 keeps naive UTC
+    return sa.func.timezone("UTC", _now())  # Optuna 5 keeps naive UTC
 
 
 class LeaseKeeper:

@@ -1,7 +1,7 @@
 """A generated dataset of drawn garments, in the layout of the real one.
 
-Every picture shows its six attributes by shape or pattern, never by hue alone (the training transform
-changes hues), so a small network can learn them without anything to download.
+Every picture shows its six attributes by shape or pattern, never by hue alone (training changes
+hues), so a small network can learn them without anything to download.
 """
 
 import os
@@ -9,10 +9,8 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 CATEGORIES = {
@@ -25,19 +23,20 @@ CATEGORIES = {
 }
 # How often each attribute occurs, in the order above: unequal, as in real life.
 SHARES = (
-    (4, 4, 3, 2, 2, 8, 2),
+    (4, 4, 3, 2, 2, 12, 1.5),
     (4, 3, 6),
     (3, 4, 7),
     (6, 4, 1.5, 5),
-    (3, 4, 7, 2, 1.5, 3),
+    (3, 4, 9, 2, 1.5, 3),
     (4, 2, 6),
 )
-WIDTH, HEIGHT = 192, 256  # pixels, at scale 1
+WIDTH, HEIGHT = 192, 256  # pixels of the drawing; the training crop shows x 28-164, y 43-213
+QUALITY = 90  # of the JPEG
+NOISE = 2.5  # standard deviation of the brightness noise on the cloth
 Point = tuple[float, float]
-Grid = NDArray[Any]
 
 
-def write_demo(folder: Path, train: int, val: int, test: int, seed: int = 0) -> None:
+def write_demo(folder: Path, train: int = 1200, val: int = 400, test: int = 200, seed: int = 0) -> None:
     """Write a dataset with so many images per split; the same seed gives the same bytes.
 
     Raises FileExistsError if the folder exists and is not empty.
@@ -64,11 +63,13 @@ def _write(folder: Path, sizes: dict[str, int], seed: int) -> None:
     (folder / "split" / "list_attr_cloth.txt").write_text(header + rows)
     first = 0
     for number, (split, size) in enumerate(sizes.items()):
+        if not size:
+            continue
         labels = draw_labels(size, np.random.default_rng([seed, number]))
         paths = [f"img/{index:05d}.jpg" for index in range(first, first + size)]
         for path, label in zip(paths, labels, strict=True):
             rng = np.random.default_rng([seed, int(path[4:9]), 1])
-            draw_garment(tuple(label), rng).save(folder / path, quality=90)
+            photograph(tuple(label), rng).save(folder / path, quality=QUALITY)
         (folder / "split" / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths))
         if split != "test":
             text = "".join(" ".join(map(str, label)) + "\n" for label in labels)
@@ -76,13 +77,17 @@ def _write(folder: Path, sizes: dict[str, int], seed: int) -> None:
         first += size
 
 
-def draw_labels(size: int, rng: np.random.Generator) -> Grid:
-    """int64 [size, 6]. Each attribute gets its exact share, so that even a small split has all."""
+def draw_labels(size: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [size, 6]. Each attribute gets one image and then its exact share, so that even a small
+    split has all.
+    """
     columns = []
     for shares in SHARES:
-        quota = np.cumsum(shares) / np.sum(shares) * size
-        column = np.searchsorted(quota, np.arange(size) + 0.5)
-        columns.append(rng.permutation(column))
+        one_each = np.arange(len(shares))[:size]
+        rest = size - len(one_each)
+        quota = np.cumsum(shares) / np.sum(shares) * rest
+        column = np.searchsorted(quota, np.arange(rest) + 0.5)
+        columns.append(rng.permutation(np.concatenate([one_each, column])))
     return np.stack(columns, 1)
 
 
@@ -104,10 +109,19 @@ class _Body:
         return [(self.middle + x, y) for x, y in points + left]
 
 
+def photograph(label: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
+    """The drawn garment as a picture of about 3:4, in one of many sizes, as the real ones come."""
+    picture = draw_garment(label, rng)
+    width = int(rng.integers(150, 226))
+    height = min(300, max(200, round(width * rng.uniform(1.28, 1.38))))
+    return picture.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def draw_garment(label: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
     """One picture, RGB. `label` is an index per category, in the order of CATEGORIES."""
     texture, sleeve, length, neckline, fabric, fit = label
-    background = tuple(int(rng.integers(200, 250)) for _ in range(3))
+    shade = rng.uniform(165, 245)
+    background = tuple(int(shade + rng.uniform(-10, 10)) for _ in range(3))
     skin = tuple(int(v) for v in np.array([225, 180, 150]) * rng.uniform(0.6, 1.05))
     image = Image.new("RGB", (WIDTH, HEIGHT), background)
     body = _body(length, fit, rng)
@@ -128,17 +142,21 @@ def draw_garment(label: tuple[int, ...], rng: np.random.Generator) -> Image.Imag
 def _body(length: int, fit: int, rng: np.random.Generator) -> _Body:
     width = (0.72, 1.35, 1.0)[fit]  # tight, loose, conventional
     scale = rng.uniform(0.92, 1.05)
-    top = rng.uniform(42, 52)
-    hem_y = (236, 178, 138)[length] + rng.uniform(-5, 5)  # maxi, mini, a top
+    top = rng.uniform(53, 60)
+    hem_y = (200, 164, 130)[length] + rng.uniform(-4, 4)  # maxi, mini, a top
     shoulder = 32 * scale * (0.9 + 0.1 * width)
     flare = (1.5, 1.25, 1.0)[length] * (0.75 if fit == 0 else 1.0)
-    waist = 24 * scale * width
-    middle = WIDTH / 2 + rng.uniform(-5, 5)
-    return _Body(middle, top, shoulder, waist, waist * flare + 4, top + 58 * scale, hem_y)
+    waist = 22 * scale * width
+    middle = WIDTH / 2 + rng.uniform(-4, 4)
+    return _Body(middle, top, shoulder, waist, waist * flare + 4, top + 46 * scale, hem_y)
 
 
 def _torso(body: _Body) -> list[Point]:
-    right = [(10, body.top - 3), (body.shoulder, body.top + 4), (body.shoulder * 0.92, body.top + 30)]
+    right = [
+        (10, body.top - 3),
+        (body.shoulder, body.top + 4),
+        (body.shoulder * 0.92, body.top + 30),
+    ]
     right += [(body.waist, min(body.waist_y, body.hem_y - 8)), (body.hem, body.hem_y)]
     return body.mirrored(right)
 
@@ -153,10 +171,13 @@ def _draw_person(
     x, top = body.middle, body.top
     draw.ellipse([x - 14, top - 42, x + 14, top - 8], fill=skin)
     draw.rectangle([x - 7, top - 14, x + 7, top + 4], fill=skin)
-    draw.polygon(body.mirrored([(8, top - 4), (body.shoulder, top + 4), (20, top + 60)]), fill=skin)
+    draw.polygon(
+        body.mirrored([(8, top - 4), (body.shoulder, top + 4), (14, top + 50), (16, top + 84)]),
+        fill=skin,
+    )
     for side in (-1, 1):
         shoulder = x + side * (body.shoulder - 5)
-        draw.line([(shoulder, top + 8), (x + side * 52, top + 96)], fill=skin, width=10)
+        draw.line([(shoulder, top + 8), (x + side * 48, top + 96)], fill=skin, width=10)
     legs = tuple(int(rng.integers(40, 90)) for _ in range(3)) if length == 2 else skin
     for side in (-1, 1):
         draw.line([(x + side * 12, top + 80), (x + side * 13, HEIGHT)], fill=legs, width=17)
@@ -169,7 +190,7 @@ def _draw_sleeves(draw: ImageDraw.ImageDraw, body: _Body, sleeve: int, fit: int)
     reach = 1.0 if sleeve == 0 else 0.36  # long, short
     for side in (-1, 1):
         start = (body.middle + side * (body.shoulder - 6), body.top + 9)
-        end = (body.middle + side * 52, body.top + 92)
+        end = (body.middle + side * 48, body.top + 92)
         tip = tuple(a + (b - a) * reach for a, b in zip(start, end, strict=True))
         draw.line([start, (tip[0], tip[1])], fill=255, width=width)
 
@@ -179,7 +200,7 @@ def _cut_neck(draw: ImageDraw.ImageDraw, body: _Body, neckline: int) -> None:
     if neckline == 0:
         draw.ellipse([x - 13, top - 14, x + 13, top + 9], fill=0)
     elif neckline == 1:
-        draw.polygon([(x - 14, top - 5), (x + 14, top - 5), (x, top + 38)], fill=0)
+        draw.polygon([(x - 15, top - 5), (x + 15, top - 5), (x, top + 31)], fill=0)
     elif neckline == 2:
         draw.rectangle([x - 18, top - 6, x + 18, top + 22], fill=0)
     else:  # strapless
@@ -191,7 +212,7 @@ def _fabric_edge(mask: Image.Image, fabric: int, rng: np.random.Generator) -> Im
         return mask.filter(ImageFilter.GaussianBlur(2.5))
     if fabric == 4:  # fur: a ragged outline
         noise = Image.fromarray(rng.integers(0, 256, (HEIGHT // 3, WIDTH // 3), dtype=np.uint8))
-        wide = mask.filter(ImageFilter.GaussianBlur(6))
+        wide = mask.filter(ImageFilter.GaussianBlur(3.5))
         return ImageChops.add(wide, noise.resize(mask.size), 1, -128).point(
             [255 if value > 150 else 0 for value in range(256)]
         )
@@ -212,17 +233,17 @@ def _cloth(texture: int, fabric: int, rng: np.random.Generator) -> Image.Image:
     contrast = np.where(base > 128, -1, 1) * rng.uniform(60, 95)
     shade = base + pattern[..., None] * contrast
     shade += _fabric(fabric, x, y, rng)[..., None]
-    shade += rng.normal(0, 2.5, (HEIGHT, WIDTH, 1))
+    shade += rng.normal(0, NOISE, (HEIGHT, WIDTH, 1))
     return Image.fromarray(np.clip(shade, 0, 255).astype(np.uint8))
 
 
-def _texture(kind: int, x: Grid, y: Grid, rng: np.random.Generator) -> Grid:
+def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """How much of the second colour there is, in [-1, 1], at each pixel."""
     period = rng.uniform(0.9, 1.15)
     if kind == 0:  # floral: five petals around scattered centres
         return _stamps(x, y, 26 * period, 9, rng, petals=5)
     if kind == 1:  # graphic: one large print on the chest
-        cx, cy, size = WIDTH / 2 + rng.uniform(-4, 4), 92 + rng.uniform(-5, 5), rng.uniform(13, 17)
+        cx, cy, size = WIDTH / 2 + rng.uniform(-4, 4), 107 + rng.uniform(-3, 3), rng.uniform(12, 15)
         box = (abs(x - cx) < size) & (abs(y - cy) < size)
         ring = (x - cx) ** 2 + (y - cy) ** 2 < (size * 0.6) ** 2
         return (box & ~ring).astype(np.float32) * 1.4
@@ -230,37 +251,39 @@ def _texture(kind: int, x: Grid, y: Grid, rng: np.random.Generator) -> Grid:
         return (np.sin(y * 2 * np.pi / (17 * period)) > 0).astype(np.float32)
     if kind == 3:  # embroidered: rows of small dots with a bright thread
         rows = (np.sin(y * 2 * np.pi / (11 * period)) > 0.3) & (np.sin(x * 2 * np.pi / 7) > 0.3)
-        return rows.astype(np.float32) * ((y % 44) < 20) * 1.5
+        return np.asarray(rows * ((y % 44) < 20) * 1.5)
     if kind == 4:  # pleated: vertical folds, shaded
-        return ((x / (11 * period)) % 1).astype(np.float32) * 1.3 - 0.6
+        return np.asarray(((x / (11 * period)) % 1) * 1.3 - 0.6)
     if kind == 6:  # lattice: diagonal grid
         step = 22 * period
         grid = (((x + y) % step) < 4) | (((x - y) % step) < 4)
-        return grid.astype(np.float32) * 1.2
+        return np.asarray(grid * 1.2)
     return np.zeros_like(x)
 
 
-def _stamps(x: Grid, y: Grid, step: float, radius: float, rng: np.random.Generator, petals: int) -> Grid:
+def _stamps(
+    x: np.ndarray, y: np.ndarray, step: float, radius: float, rng: np.random.Generator, petals: int
+) -> np.ndarray:
     row = np.floor(y / step)
     dx = (x + row % 2 * step / 2 + rng.uniform(0, step)) % step - step / 2
     dy = y % step - step / 2
     reach = radius * (0.72 + 0.28 * np.cos(petals * np.arctan2(dy, dx)))
     distance = np.hypot(dx, dy)
-    return (distance < reach).astype(np.float32) - 1.3 * (distance < radius * 0.3)
+    return np.asarray((distance < reach) - 1.3 * (distance < radius * 0.3))
 
 
-def _fabric(kind: int, x: Grid, y: Grid, rng: np.random.Generator) -> Grid:
+def _fabric(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What the material adds to the brightness, -255 to 255."""
     if kind == 0:  # denim: fine twill and a bright seam
         seam = 70 * (abs(x - WIDTH / 2 - 2) < 1.5) * ((y % 8) < 5)
-        return 16 * np.sin((x + 2 * y) * 2 * np.pi / 5) + seam
+        return np.asarray(16 * np.sin((x + 2 * y) * 2 * np.pi / 5) + seam)
     if kind == 3:  # leather: hard highlights
         phase = rng.uniform(0, 6)
         gloss = np.sin(x / 9 + phase + 1.5 * np.sin(y / 23)) + 0.3 * np.sin(y / 13)
-        return 190 * np.clip(gloss - 0.75, 0, None) * 2
+        return np.asarray(380 * np.clip(gloss - 0.75, 0, None))
     if kind == 4:  # fur: strokes
-        strokes = rng.normal(0, 1, (HEIGHT // 4 + 1, WIDTH)).repeat(4, 0)[:HEIGHT]
-        return 34 * strokes
+        strokes = rng.normal(0, 1, (HEIGHT // 5 + 1, WIDTH)).repeat(5, 0)[:HEIGHT]
+        return 26 * strokes
     if kind == 5:  # knit: rows of small v
         return 30 * np.sin((y + 3 * abs((x % 8) - 4) / 2) * 2 * np.pi / 7)
     return np.zeros_like(x)

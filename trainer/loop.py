@@ -73,11 +73,11 @@ class Workspace:
         train, val = self.dataset.splits["train"], self.dataset.splits["val"]
         assert train.labels is not None
         assert val.labels is not None
+        self.indices = _subset(len(train), config.train_images)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
         self.train_targets = torch.from_numpy(train.labels).to(self.device)
         self.val_targets = torch.from_numpy(val.labels).to(self.device)
-        self.indices = _subset(len(train), config.train_images)
         if processes is None:
             processes = max(cpu_count() - 1, 0) if self.device.type == "cuda" else 0
         self._processes = processes

@@ -50,8 +50,11 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> n
 
     Raises DatasetError for the first image that cannot be used.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{dataset.fingerprint[:16]}-{split.name}-{size}.npy"
+    if not path.exists():
+        for name in split.paths:  # a broken image ends the command before anything is written
+            load_image(dataset.folder / name)
+    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _prepare(dataset, split, size, path)

@@ -1,0 +1,40 @@
+# `make search` and `make test` do all set-up on a fresh machine; `make help` lists the rest.
+PYTHON ?= python3
+DATA ?= demo-data
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: help venv search test check format
+help:
+	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
+	@echo "make test     install, then run all tests"
+	@echo "make check    lint and types"
+	@echo "make format   rewrite the sources in the project's format"
+	@echo "make venv     install into .venv only"
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv (PyTorch is large: some minutes) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+	@echo "Installed: $(BIN)/atelier"
+
+demo-data: | venv
+	$(BIN)/atelier data demo demo-data
+
+search: venv $(if $(filter demo-data,$(DATA)),demo-data)
+	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,271 @@
+"""The ledger on a real PostgreSQL, with real processes where several workers meet."""
+
+import multiprocessing
+import os
+import time
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from storage import database, ledger
+from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_identity
+from storage.models import Attempt, Epoch
+
+RESULT = {
+    "lr": 0.1,
+    "train_loss": 1.0,
+    "val_loss": 1.0,
+    "train_accuracy": 0.5,
+    "val_accuracy": 0.5,
+    "val_overall": 0.6,
+    "val_category": [0.5, 0.7],
+    "seconds": 1.0,
+    "images": 10,
+    "peak_memory": 1.0,
+}
+
+
+def make_study(engine, max_trials=3, **values):
+    storage = database.optuna_storage(engine)
+    study = optuna.create_study(
+        storage=storage, study_name="s", direction="maximize", load_if_exists=True
+    )
+    row = {"max_trials": max_trials, "max_gpu_seconds": None, "settings": {}, "dataset": "d"}
+    ledger.enter_study(engine, study._study_id, **(row | values))
+    return study
+
+
+def make_worker(engine, study, **options):
+    worker = Ledger(engine, database.optuna_storage(engine), study._study_id, **options)
+    worker.register()
+    return worker
+
+
+def never_gone(_):
+    return False
+
+
+def test_an_epoch_reaches_optuna_in_the_same_transaction(engine):
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    for epoch in (0, 1, 1):  # the repetition changes nothing
+        worker.record(claim, RESULT | {"epoch": epoch, "val_accuracy": 0.5 + epoch / 10})
+    assert study.trials[0].intermediate_values == {0: 0.5, 1: 0.6}
+    worker.finish(claim, "complete", 0.55)
+    worker.finish(claim, "complete", 0.55)
+    [trial] = study.trials
+    assert (trial.state, trial.value) == (optuna.trial.TrialState.COMPLETE, 0.55)
+    assert abs((trial.datetime_complete - trial.datetime_start).total_seconds()) < 60
+    assert ledger.curve(engine, study._study_id, 0) == [0.5, 0.6]
+
+
+def test_what_the_ledger_writes_is_what_optuna_would_write(engine):
+    """Our direct writes and Optuna's own give the same rows."""
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    worker.record(claim, RESULT | {"epoch": 0})
+    worker.finish(claim, "pruned", 0.25)
+    trial = study.ask()
+    trial.report(0.5, 0)
+    study.tell(trial, 0.25, state=optuna.trial.TrialState.COMPLETE)
+    with engine.connect() as connection:
+        for table, columns in (
+            ("trial_intermediate_values", "step, intermediate_value, intermediate_value_type"),
+            ("trial_values", "objective, value, value_type"),
+        ):
+            rows = connection.execute(sa.text(f"SELECT {columns} FROM {table} ORDER BY trial_id")).all()
+            assert len(rows) == 2
+            assert rows[0] == rows[1]
+        seconds = connection.scalar(
+            sa.text(
+                "SELECT max(extract(epoch FROM age(a.datetime_complete, b.datetime_complete))) "
+                "FROM trials a, trials b"
+            )
+        )
+    assert seconds < 60  # both in UTC
+
+
+def test_a_released_trial_is_claimed_again_before_a_new_one(engine):
+    study = make_study(engine)
+    first, second = make_worker(engine, study), make_worker(engine, study)
+    claim = first.claim()
+    first.record(claim, RESULT | {"epoch": 0})
+    first.release(claim)
+    again = second.claim()
+    assert (again.trial_number, again.attempt, again.last_epoch) == (0, 2, 0)
+    assert first.claim().trial_number == 1
+
+
+def test_a_worker_that_was_replaced_can_write_nothing(engine):
+    study = make_study(engine)
+    zombie = make_worker(engine, study, lease_seconds=0.0, gone=never_gone)
+    successor = make_worker(engine, study, gone=never_gone)
+    claim = zombie.claim()
+    time.sleep(0.05)
+    assert successor.claim().attempt == 2
+    for write in (
+        lambda: zombie.record(claim, RESULT | {"epoch": 0}),
+        lambda: zombie.finish(claim, "complete", 0.9),
+        lambda: zombie.finish(claim, "failed"),
+        lambda: zombie.renew(claim),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    zombie.release(claim)  # harmless
+    assert study.trials[0].intermediate_values == {}
+    assert study.trials[0].state == optuna.trial.TrialState.RUNNING
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 0
+        open_attempts = connection.execute(
+            sa.select(Attempt.number).where(Attempt.released.is_(None))
+        ).all()
+    assert open_attempts == [(2,)]
+
+
+def test_a_living_lease_is_not_taken(engine):
+    study = make_study(engine, max_trials=1)
+    holder, other = make_worker(engine, study), make_worker(engine, study)
+    assert holder.claim() is not None
+    assert other.claim() is None
+
+
+def test_a_repeated_claim_returns_the_same_hold(engine):
+    """As after a COMMIT whose reply was lost."""
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    assert worker.claim() == worker.claim()
+    assert len(study.trials) == 1
+
+
+def test_the_database_refuses_a_second_holder(engine):
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    row = {"trial_id": claim.trial_id, "number": 2, "study_id": study._study_id}
+    row |= {"worker_id": worker.worker_id, "lease_until": sa.func.now()}
+    with pytest.raises(IntegrityError, match="attempt_open"), engine.begin() as connection:
+        connection.execute(sa.insert(Attempt).values(row))
+
+
+def test_a_trial_made_by_a_worker_that_died_before_its_attempt_is_taken(engine):
+    study = make_study(engine, max_trials=1)
+    study._storage.create_new_trial(study._study_id)
+    claim = make_worker(engine, study).claim()
+    assert (claim.trial_number, claim.attempt) == (0, 1)
+
+
+def test_an_enqueued_trial_is_claimed(engine):
+    study = make_study(engine)
+    study.enqueue_trial({"lr": 0.5})
+    claim = make_worker(engine, study).claim()
+    assert claim.trial_number == 0
+    assert study.trials[0].state == optuna.trial.TrialState.RUNNING
+
+
+def test_the_gpu_budget_stops_new_trials(engine):
+    study = make_study(engine, max_trials=10, max_gpu_seconds=0.05)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    time.sleep(0.1)
+    worker.finish(claim, "complete", 0.5)
+    assert worker.claim() is None
+
+
+def test_the_lease_keeper_renews_and_notices_the_loss(engine):
+    study = make_study(engine)
+    worker = make_worker(engine, study, lease_seconds=0.5, gone=never_gone)
+    other = make_worker(engine, study, gone=never_gone)
+    claim = worker.claim()
+    with LeaseKeeper(worker, claim, every=0.1) as keeper:
+        time.sleep(1.2)  # longer than the lease
+        assert other.claim().trial_number == 1
+        with engine.begin() as connection:
+            connection.execute(
+                sa.update(Attempt)
+                .where(Attempt.trial_id == claim.trial_id)
+                .values(released=sa.func.now())
+            )
+        assert keeper.lost.wait(5)
+
+
+def test_process_identity_tells_the_dead_from_the_living():
+    assert not is_gone(process_identity())
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    identity = process_identity(child.pid)
+    assert not is_gone(identity)
+    child.kill()
+    child.join()
+    assert is_gone(identity)
+    assert is_gone(process_identity().rsplit(":", 1)[0] + ":1.00")  # the pid was used again
+    assert not is_gone("another-machine:ns:1:1.00")
+
+
+def work(barrier) -> None:
+    """A worker that claims, records and finishes without training; killed now and then."""
+    engine = database.connect()
+    study = make_study(engine, max_trials=50)
+    worker = make_worker(engine, study)
+    barrier.wait()
+    while (claim := worker.claim()) is not None:
+        for epoch in range(claim.last_epoch + 1, 3):
+            worker.record(claim, RESULT | {"epoch": epoch})
+            if claim.trial_number % 10 == 3 and claim.attempt == 1 and epoch == 1:
+                os.kill(os.getpid(), 9)
+        worker.finish(claim, "complete", 0.5)
+
+
+def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine):
+    study = make_study(engine, max_trials=50)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(8)
+    workers = [context.Process(target=work, args=(barrier,)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    last = context.Process(target=work, args=(context.Barrier(1),))
+    last.start()  # a trial whose worker was killed after all others had left
+    last.join(60)
+    killed = sum(worker.exitcode == -9 for worker in workers)
+    assert killed == 5  # trials 3, 13, 23, 33, 43
+    assert sorted(worker.exitcode for worker in workers) == [-9] * 5 + [0] * 3
+    states = [trial.state for trial in study.trials]
+    assert states == [optuna.trial.TrialState.COMPLETE] * 50
+    assert sorted(trial.number for trial in study.trials) == list(range(50))
+    with engine.connect() as connection:
+        overlaps = connection.scalar(
+            sa.text(
+                "SELECT count(*) FROM atelier.attempt a JOIN atelier.attempt b USING (trial_id) "
+                "WHERE a.number < b.number AND "
+                "tstzrange(a.claimed, a.released) && tstzrange(b.claimed, b.released)"
+            )
+        )
+        attempts, epochs = (
+            connection.scalar(sa.select(sa.func.count()).select_from(t)) for t in (Attempt, Epoch)
+        )
+    assert overlaps == 0
+    assert attempts == 55
+    assert epochs == 150
+
+
+def prepare_once(barrier) -> None:
+    engine = database.connect()
+    barrier.wait()
+    database.prepare(engine)
+    assert database.schema_revision(engine) == database.head_revision()
+
+
+def test_processes_that_start_at_once_on_an_empty_database_do_not_race(database_url):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=prepare_once, args=(barrier,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4

@@ -1,0 +1,252 @@
+"""Wrong input: one line, exit code 2, nothing left behind."""
+
+import os
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import torch
+from typer.testing import CliRunner
+
+from search.cli import app
+
+TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
+
+
+def put(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+def add(table, line):
+    return lambda text: text.replace(table, table + line + "\n", 1)
+
+
+RANGE = "lr = { low = 1e-3, high = 2e-3, log = true }"
+
+# (what is done to a good study file, what the line must name)
+STUDY_FILES = {
+    "not toml": (put("[study]", "[study"), "not TOML"),
+    "no study table": (put("[study]", "[studies]"), "study"),
+    "no name": (put('name = "tiny"', ""), "study.name"),
+    "empty name": (put('"tiny"', '""'), "study.name"),
+    "unprintable name": (put('"tiny"', '"a\\u0007b"'), "unprintable"),
+    "misspelt study key": (put("max_trials", "max_trails"), "did you mean max_trials"),
+    "misspelt train key": (put("warmup_epochs", "warmup_epoch"), "did you mean warmup_epochs"),
+    "misspelt space key": (put("lr =", "l_r ="), "did you mean lr"),
+    "misspelt range key": (put("high =", "hihg ="), "high"),
+    "unknown table": (put("[space]", "[other]\nx = 1\n[space]"), "other"),
+    "no trials": (put("max_trials = 2", "max_trials = 0"), "study.max_trials"),
+    "trials as text": (put("max_trials = 2", 'max_trials = "many"'), "study.max_trials"),
+    "negative gpu hours": (add(STUDY_KEY, "max_gpu_hours = -1"), "max_gpu_hours"),
+    "unknown sampler": (add(STUDY_KEY, 'sampler = "tpee"'), "study.sampler"),
+    "unknown pruner": (put('"none"', '"ashaa"'), "study.pruner"),
+    "unknown score": (add(STUDY_KEY, 'score = "mean"'), "study.score"),
+    "rungs out of order": (add(STUDY_KEY, "rungs = [2, 1]"), "rungs"),
+    "rung after the end": (add(STUDY_KEY, "rungs = [9]"), "rungs"),
+    "low above high": (put("low = 1e-3", "low = 1.0"), "low = 1.0 is above"),
+    "log of zero": (put("low = 1e-3", "low = 0.0"), "log"),
+    "range without high": (put(", high = 2e-3", ""), "high"),
+    "range of nan": (put("low = 1e-3", "low = nan"), "low"),
+    "empty choices": (put("[32, 64]", "[]"), "space.batch_size"),
+    "empty space": (put(RANGE + "\nbatch_size = [32, 64]", ""), "space"),
+    "batch size of zero": (put("[32, 64]", "[0, 64]"), "batch_size"),
+    "negative batch size": (put("[32, 64]", "[64, -32]"), "batch_size"),
+    "fractional batch size": (put("[32, 64]", "[32.5]"), "batch_size"),
+    "dropout of one": (add("[space]\n", "dropout = { low = 0.1, high = 1.0 }"), "dropout"),
+    "both in space and train": (add(TRAIN_KEY, "lr = 0.1"), "lr stands in"),
+    "no epochs": (put("epochs = 3", "epochs = 0"), "epochs"),
+    "warm-up too long": (put("warmup_epochs = 1", "warmup_epochs = 3"), "warmup_epochs = 3"),
+    "negative seed": (add(TRAIN_KEY, "seed = -1"), "seed"),
+    "unknown smoothing": (add(TRAIN_KEY, 'smoothing = "more"'), "smoothing"),
+    "unknown precision": (add(TRAIN_KEY, 'precision = "fp8"'), "precision"),
+    "tiny image": (put("image_size = 32", "image_size = 3"), "image_size"),
+    "unknown backbone": (put("resnet10t", "resnet10x"), "did you mean"),
+    "unknown backbone tag": (put("resnet10t", "resnet10t.nobody"), "no weights 'nobody'"),
+    "backbone of another family": (put("resnet10t", "vit_tiny_patch16_224"), "allowed are timm's"),
+    "unknown stage": (put('"layer4"', '"layer9"'), "allowed is one of stem"),
+    "missing weights": (put('weights = "none"', 'weights = "w.pth"'), "no such file"),
+    "weights of another kind": (put('weights = "none"', 'weights = "w.txt"'), "allowed is"),
+    "missing dataset": (put('data = "', 'data = "/nowhere'), "does not exist"),
+    "too many training images": (add(TRAIN_KEY, "train_images = 999"), "300 training images"),
+}
+
+runner = CliRunner()
+
+
+def assert_one_line(result, expected):
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert expected in lines[0]
+    assert lines[0].startswith("error: ")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder; the embedded server would be started in it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
+    monkeypatch.delenv("ATELIER_HOME", raising=False)
+    return work
+
+
+@pytest.fixture
+def nothing_written(folder):
+    yield
+    assert [path.name for path in folder.iterdir()] == []
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize("case", STUDY_FILES)
+def test_a_wrong_study_file(case, study_text, tmp_path):
+    change, expected = STUDY_FILES[case]
+    text = change(study_text)
+    assert text != study_text
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    assert_one_line(runner.invoke(app, ["search", str(path)]), expected)
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["search", "no.toml"], "no such file"),
+        (["worker", "no.toml"], "no such file"),
+        (["train", "no.toml"], "no such file"),
+        (["search", "{study}", "--set", "epochs"], "expected table.key=value"),
+        (["search", "{study}", "--set", "train.epocs=3"], "did you mean epochs"),
+        (["search", "{study}", "-o", "no/where.toml"], "no such folder"),
+        (["train", "{study}"], "is a study file"),
+        (["data", "demo", "{data}"], "not empty"),
+    ],
+)
+def test_a_wrong_command_line(words, expected, study_text, demo, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    words = [word.format(study=path, data=demo) for word in words]
+    assert_one_line(runner.invoke(app, words), expected)
+
+
+def broken_image(data):
+    (data / "img/00003.jpg").write_bytes(b"no picture")
+
+
+def grey_image(data):
+    from PIL import Image
+
+    Image.new("L", (9, 9)).save(data / "img/00003.jpg")
+
+
+def missing_image(data):
+    (data / "img/00003.jpg").unlink()
+
+
+def label_out_of_range(data):
+    path = data / "split/train_attr.txt"
+    path.write_text("7 0 0 0 0 0\n" + path.read_text().split("\n", 1)[1])
+
+
+def word_as_label(data):
+    path = data / "split/val_attr.txt"
+    path.write_text("a 0 0 0 0 0\n" + path.read_text().split("\n", 1)[1])
+
+
+def missing_row(data):
+    path = data / "split/train_attr.txt"
+    path.write_text(path.read_text().split("\n", 1)[1])
+
+
+def missing_list(data):
+    (data / "split/val.txt").unlink()
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize(
+    ("damage", "where", "what"),
+    [
+        (broken_image, "train.txt:4", "cannot be read"),
+        (grey_image, "train.txt:4", "mode L, allowed is RGB"),
+        (missing_image, "train.txt:4", "no such image"),
+        (label_out_of_range, "train_attr.txt:1", "label 7 in column 1, allowed is 0 to 6"),
+        (word_as_label, "val_attr.txt:1", "expected 6 indices"),
+        (missing_row, "train_attr.txt:19", "19 rows for 20 images"),
+        (missing_list, "val.txt", "no such file"),
+    ],
+)
+def test_a_broken_dataset(damage, where, what, study_text, demo, tmp_path):
+    from trainer.demo import write_demo
+
+    data = tmp_path / "data"
+    write_demo(data, 20, 10, 0)
+    damage(data)
+    path = tmp_path / "study.toml"
+    path.write_text(study_text.replace(str(demo), str(data)))
+    assert_one_line(runner.invoke(app, ["search", str(path)]), what)
+    listed = runner.invoke(app, ["data", "check", str(data)])
+    assert listed.exit_code == 2
+    assert any(where in line and what in line for line in listed.output.splitlines())
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://nobody@127.0.0.1:9/atelier", "cannot reach the database"),
+        ("postgresql://u:secret@127.0.0.1:9/x", "cannot reach the database"),
+        ("sqlite:///x.db", "only PostgreSQL"),
+        ("what is this", "is not a URL"),
+    ],
+)
+def test_a_database_that_cannot_be_used(url, expected, monkeypatch):
+    monkeypatch.setenv("ATELIER_DATABASE_URL", url)
+    for command in (["status", "x"], ["db", "check"], ["export", "x"]):
+        result = runner.invoke(app, command)
+        assert_one_line(result, expected)
+        assert "secret" not in result.output
+
+
+def test_a_database_of_a_newer_schema(engine):
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE atelier.alembic_version SET version_num = '9999'"))
+    checked = runner.invoke(app, ["db", "check"])
+    assert checked.exit_code == 2
+    assert "9999" in checked.output.splitlines()[-1]
+    assert_one_line(runner.invoke(app, ["status", "x"]), "9999")
+
+
+def test_a_study_that_does_not_exist(engine):
+    assert_one_line(runner.invoke(app, ["status", "nobody"]), "no study 'nobody'")
+
+
+def test_a_study_with_other_settings_or_other_data(engine, study_text, tmp_path, monkeypatch):
+    from search.study import InputError, load_study_file, open_study
+    from storage import database
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    storage = database.optuna_storage(engine)
+    open_study(load_study_file(path), engine, storage, "f" * 64)
+    open_study(load_study_file(path, ["study.max_trials=9"]), engine, storage, "f" * 64)
+    with pytest.raises(InputError, match=r"made with train.epochs = 3, the file says 4"):
+        open_study(load_study_file(path, ["train.epochs=4"]), engine, storage, "f" * 64)
+    with pytest.raises(InputError, match="another dataset"):
+        open_study(load_study_file(path), engine, storage, "0" * 64)
+    assert_one_line(runner.invoke(app, ["export", "tiny"]), "no complete trial")
+    assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
+
+
+def test_a_checkpoint_that_does_not_fit(tiny, folder, monkeypatch):
+    import tomli_w
+
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    values = {k: v for k, v in tiny.model_dump().items() if v is not None}
+    Path("c.toml").write_text(tomli_w.dumps({"train": values | {"epochs": 2}}))
+    assert runner.invoke(app, ["train", "c.toml"]).exit_code == 0
+    before = sorted(os.listdir("c.run"))
+    Path("c.toml").write_text(tomli_w.dumps({"train": values | {"epochs": 2, "lr": 0.5}}))
+    assert_one_line(runner.invoke(app, ["train", "c.toml"]), "made with lr = 0.001")
+    assert sorted(os.listdir("c.run")) == before

@@ -1,0 +1,52 @@
+"""The rules of docs/design.md that a program can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {
+    "search": {"search", "trainer", "storage", "dashboards"},
+    "dashboards": {"dashboards", "storage"},
+    "storage": {"storage"},
+    "trainer": {"trainer"},
+}
+FORBIDDEN = {
+    "search": {"torch", "timm", "torchvision"},
+    "dashboards": {"torch", "timm", "torchvision"},
+    "storage": {"torch", "timm", "torchvision"},
+    "trainer": {"optuna", "sqlalchemy"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        used = set(imports(path))
+        assert used & MAY_IMPORT.keys() <= MAY_IMPORT[package], path
+        assert not used & FORBIDDEN[package], path
+
+
+@pytest.mark.parametrize("verb", ["status", "export", "search", "trials", "db"])
+def test_commands_start_without_torch(verb):
+    code = (
+        "import sys; from search.cli import app\n"
+        f"try: app(['{verb}', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "import search.study, dashboards.status, search.export\n"
+        "assert not {'torch', 'timm', 'torchvision'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,175 @@
+"""The loop: what learns, what does not, and that a resumed run equals an unbroken one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.loop import Workspace, _Run, train
+from trainer.model import ModelError, load_backbone, stage_table
+
+
+@pytest.fixture
+def workspace(tiny, tmp_path):
+    return Workspace(tiny, tmp_path / "cache")
+
+
+def curve(results):
+    """All that must be equal: everything but the time and the memory."""
+    return [replace(result, seconds=0.0, peak_memory=0) for result in results]
+
+
+def test_the_reports_model_trains_17242394_parameters(tiny):
+    config = tiny.model_copy(update={"backbone": "seresnext50_32x4d.gluon_in1k", "image_size": 224})
+    rows = stage_table(config, 26)
+    assert sum(row.parameters for row in rows if row.trained) == 17_242_394
+    assert [row.name for row in rows if row.trained] == ["layer4", "head"]
+    frozen = sum(row.multiply_adds for row in rows if not row.trained)
+    assert frozen == pytest.approx(3.364e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trainable"),
+    [("resnet18", "layer3"), ("tf_efficientnet_lite0", "blocks.6"), ("efficientnet_b0", "head")],
+)
+def test_trunk_and_tail_together_are_the_whole_network(tiny, backbone, trainable):
+    import timm
+
+    config = tiny.model_copy(update={"backbone": backbone, "trainable": trainable})
+    trunk, tail = load_backbone(config).split(trainable)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        whole = timm.create_model(backbone, pretrained=False, num_classes=1000)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole.eval().forward_head(whole.forward_features(images), pre_logits=True)
+        assert torch.equal(tail.eval()(trunk.eval()(images)), expected)
+
+
+def test_only_the_tail_changes(tiny, workspace):
+    before = {k: v.clone() for k, v in workspace.trunk.state_dict().items()}
+    run = _Run(tiny, workspace)
+    tail = {k: v.clone() for k, v in run.tail.state_dict().items()}
+    run.train_epoch(0)
+    assert all(torch.equal(v, before[k]) for k, v in workspace.trunk.state_dict().items())
+    assert all(not p.requires_grad and p.grad is None for p in workspace.trunk.parameters())
+    changed = [k for k, v in run.tail.state_dict().items() if not torch.equal(v, tail[k])]
+    assert {k for k in tail if k.endswith("weight")} <= set(changed)
+
+
+def test_training_batchnorm_updates_the_runs_own_trunk(tiny, tmp_path):
+    config = tiny.model_copy(update={"frozen_batchnorm": "train"})
+    workspace = Workspace(config, tmp_path)
+    run = _Run(config, workspace)
+    run.train_epoch(0)
+    mine, shared = run.trunk.state_dict(), workspace.trunk.state_dict()
+    differing = [name for name in mine if not torch.equal(mine[name], shared[name])]
+    assert differing
+    assert all("running" in name or "num_batches" in name for name in differing)
+
+
+def test_same_config_same_curve_other_seed_other_curve(tiny, workspace, tmp_path):
+    first = curve(train(tiny, workspace))
+    assert curve(train(tiny, workspace)) == first
+    other = tiny.model_copy(update={"seed": 1})
+    assert curve(train(other, Workspace(other, tmp_path / "cache"))) != first
+
+
+@pytest.mark.parametrize("frozen_batchnorm", ["eval", "train"])
+def test_a_run_resumed_after_every_epoch_equals_the_unbroken_one(tiny, tmp_path, frozen_batchnorm):
+    config = tiny.model_copy(update={"frozen_batchnorm": frozen_batchnorm})
+    unbroken = curve(train(config, Workspace(config, tmp_path / "cache")))
+    checkpoints = Checkpoints(tmp_path / "run")
+    for epoch in range(config.epochs):
+        results = []
+        for result in train(config, Workspace(config, tmp_path / "cache"), checkpoints):
+            results.append(result)
+            if result.epoch == epoch:
+                break
+        assert curve(results) == unbroken[: epoch + 1]
+
+
+def forget_generator(state, fresh):
+    state["generator"] = fresh["generator"]
+
+
+def forget_optimizer(state, fresh):
+    state["optimizer"] = fresh["optimizer"]
+
+
+def forget_schedule(state, fresh):
+    state["step"] = fresh["step"]
+
+
+def forget_weights(state, fresh):
+    state["tail"] = fresh["tail"]
+
+
+@pytest.mark.parametrize("forget", [forget_generator, forget_optimizer, forget_schedule, forget_weights])
+def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace, tmp_path, forget):
+    unbroken = curve(train(tiny, workspace))
+    checkpoints = Checkpoints(tmp_path / "run")
+    next(iter(train(tiny, workspace, checkpoints)))
+    state = checkpoints.latest()
+    forget(state, _Run(tiny, workspace).state())
+    checkpoints.save(0, state)
+    assert curve(train(tiny, workspace, checkpoints)) != unbroken
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no digest"])
+def test_a_damaged_checkpoint_does_not_count(tiny, workspace, tmp_path, damage):
+    unbroken = curve(train(tiny, workspace))
+    checkpoints = Checkpoints(tmp_path / "run")
+    run = iter(train(tiny, workspace, checkpoints))
+    next(run), next(run)
+    [path] = (tmp_path / "run").glob("*.pt")
+    data = path.read_bytes()
+    if damage == "no digest":
+        path.with_name(path.name + ".sha256").unlink()
+    else:
+        flipped = data[:50] + bytes([data[50] ^ 1]) + data[51:]
+        path.write_bytes({"truncated": data[:-10], "flipped": flipped, "empty": b""}[damage])
+    assert checkpoints.latest() is None
+    assert curve(train(tiny, workspace, checkpoints)) == unbroken
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tiny, workspace, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run")
+    next(iter(train(tiny, workspace, checkpoints)))
+    other = tiny.model_copy(update={"lr": 0.5})
+    with pytest.raises(CheckpointError, match=r"lr = 0.001, this run has 0.5"):
+        next(iter(train(other, workspace, checkpoints)))
+
+
+def test_unaugmented_training_uses_its_features_again(tiny, tmp_path):
+    config = tiny.model_copy(update={"augment": "none"})
+    workspace = Workspace(config, tmp_path)
+    first = curve(train(config, workspace))
+    assert sum(len(block[1]) for block in workspace._cached["train"]) == 300
+    assert curve(train(config, workspace)) == first
+
+
+def test_a_stage_that_does_not_exist_is_refused(tiny):
+    with pytest.raises(ModelError, match="allowed is one of stem, layer1"):
+        load_backbone(tiny).split("layer9")
+
+
+def test_real_weights_learn_on_the_real_data(real_data, real_weights, tiny, tmp_path):
+    config = tiny.model_copy(
+        update={
+            "data": str(real_data),
+            "backbone": "tf_efficientnet_lite0",
+            "weights": str(real_weights),
+            "trainable": "head",
+            "image_size": 64,
+            "train_images": 1500,
+            "augment": "none",
+            "epochs": 6,
+            "weight_decay": 1e-5,
+            "dropout": 0.2,
+        }
+    )
+    results = list(train(config, Workspace(config, tmp_path)))
+    assert results[-1].val_accuracy > 0.36  # chance is 0.231
+    assert results[-1].images == 1500
