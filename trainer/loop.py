@@ -89,6 +89,11 @@ class Workspace:
         if self.config.augment == "none" and self._frozen:
             yield from self._replay(trunk, epoch, block)
             return
+        for images, indices in self.stream(block).epoch(epoch):
+            yield self.features(trunk, images), indices.to(self.device)
+
+    def stream(self, block: int) -> Stream:
+        """The training images in blocks of this size; made once."""
         if block not in self._streams:
             self._streams[block] = Stream(
                 self._train_images,
@@ -98,8 +103,7 @@ class Workspace:
                 self.config.augment == "report",
                 self._processes,
             )
-        for images, indices in self._streams[block].epoch(epoch):
-            yield self._features(trunk, images), indices.to(self.device)
+        return self._streams[block]
 
     def val_blocks(self, trunk: nn.Module) -> Iterator[Block]:
         """The validation images' trunk output, in file order."""
@@ -129,7 +133,7 @@ class Workspace:
         size = 0
         for start in range(0, len(indices), BLOCK):
             part = indices[start : start + BLOCK]
-            features = self._features(trunk, torch.from_numpy(images[part]))
+            features = self.features(trunk, torch.from_numpy(images[part]))
             block = features, torch.from_numpy(part).to(self.device)
             size += features.nbytes
             if kept is not None and size <= FEATURE_CACHE_BYTES:
@@ -140,7 +144,8 @@ class Workspace:
         if kept is not None:
             self._cached[name] = kept
 
-    def _features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The trunk's output for uint8 images [n, 3, size, size]."""
         with torch.no_grad(), self.autocast():
             features: torch.Tensor = trunk(self.normalise(images))
         return features
@@ -179,7 +184,7 @@ def train(
     curve either way, and the curve is the same, bit for bit (on one machine, with as many threads).
     Raises CheckpointError if the checkpoint belongs to another configuration.
     """
-    run = _Run(config, workspace)
+    run = Run(config, workspace)
     state = checkpoints.latest() if checkpoints else None
     if state is not None:
         run.load(state)
@@ -192,7 +197,7 @@ def train(
         yield result
 
 
-class _Run:
+class Run:
     """One run's own parts: tail, optimizer, generator, position, history."""
 
     def __init__(self, config: TrainConfig, workspace: Workspace) -> None:
@@ -247,7 +252,7 @@ class _Run:
                 torch.split(target, self.config.batch_size),
                 strict=True,
             ):
-                output, loss = self._train_step(part, goal)
+                output, loss = self.train_step(part, goal)
                 losses.append(loss * len(goal))
                 logits.append(output)
             targets.append(target)
@@ -270,9 +275,10 @@ class _Run:
             peak_memory=_peak_memory(self.device),
         )
 
-    def _train_step(
+    def train_step(
         self, features: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on trunk output. Returns detached logits and loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         with self.workspace.autocast():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import CheckpointError, Checkpoints
-from trainer.loop import Workspace, _Run, train
+from trainer.loop import Run, Workspace, train
 from trainer.model import ModelError, load_backbone, stage_table
 
 
@@ -49,7 +49,7 @@ def test_trunk_and_tail_together_are_the_whole_network(tiny, backbone, trainable
 
 def test_only_the_tail_changes(tiny, workspace):
     before = {k: v.clone() for k, v in workspace.trunk.state_dict().items()}
-    run = _Run(tiny, workspace)
+    run = Run(tiny, workspace)
     tail = {k: v.clone() for k, v in run.tail.state_dict().items()}
     run.train_epoch(0)
     assert all(torch.equal(v, before[k]) for k, v in workspace.trunk.state_dict().items())
@@ -61,7 +61,7 @@ def test_only_the_tail_changes(tiny, workspace):
 def test_training_batchnorm_updates_the_runs_own_trunk(tiny, tmp_path):
     config = tiny.model_copy(update={"frozen_batchnorm": "train"})
     workspace = Workspace(config, tmp_path)
-    run = _Run(config, workspace)
+    run = Run(config, workspace)
     run.train_epoch(0)
     mine, shared = run.trunk.state_dict(), workspace.trunk.state_dict()
     differing = [name for name in mine if not torch.equal(mine[name], shared[name])]
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace,
     checkpoints = Checkpoints(tmp_path / "run")
     next(iter(train(tiny, workspace, checkpoints)))
     state = checkpoints.latest()
-    forget(state, _Run(tiny, workspace).state())
+    forget(state, Run(tiny, workspace).state())
     checkpoints.save(0, state)
     assert curve(train(tiny, workspace, checkpoints)) != unbroken
 
