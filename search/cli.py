@@ -174,6 +174,41 @@ def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: S
 
 
 @app.command()
+def submit(
+    study: StudyPath,
+    array: Annotated[str, typer.Option(help="Array tasks, as for sbatch.")] = "0-7%4",
+    profile: Annotated[str, typer.Option(help="One of the file's [slurm.*] tables.")] = "tuning",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script only.")] = False,
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
+    """Start workers as a SLURM array job."""
+    with _errors_in_one_line():
+        from search import slurm
+        from search.study import InputError
+        from storage import database
+
+        file = _load(study, data, weights, set_)
+        if profile not in file.slurm:
+            known = ", ".join(file.slurm) or "none"
+            raise InputError(f"--profile {profile!r}: {study} has {known}; add [slurm.{profile}]")
+        script = slurm.render_array_script(
+            file.slurm[profile],
+            array,
+            slurm.worker_command(study, _repeat(data, weights, set_)),
+            Path.cwd(),
+            slurm.job_environment(database.home()),
+        )
+        if dry_run:
+            typer.echo(script, nl=False)
+            return
+        database.connect()  # better now than in the queue
+        job = slurm.submit_array(script, database.home() / "slurm")
+        typer.echo(f"job {job}; watch it with: atelier status {study} --watch")
+
+
+@app.command()
 def status(
     study: StudyName,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -392,10 +427,9 @@ def db_stop() -> None:
 
 
 def _embedded() -> Any:
-    from storage.embedded import EmbeddedPostgres
-
     from search.study import InputError
     from storage.database import home
+    from storage.embedded import EmbeddedPostgres
 
     if os.environ.get("ATELIER_DATABASE_URL"):
         raise InputError(

@@ -40,13 +40,13 @@ def test_imports_point_one_way(package):
         assert not used & FORBIDDEN[package], path
 
 
-@pytest.mark.parametrize("verb", ["status", "export", "search", "trials", "db"])
+@pytest.mark.parametrize("verb", ["submit", "status", "export", "search", "trials", "db"])
 def test_commands_start_without_torch(verb):
     code = (
         "import sys; from search.cli import app\n"
         f"try: app(['{verb}', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "import search.study, dashboards.status, search.export\n"
+        "import search.study, search.slurm, dashboards.status, search.export\n"
         "assert not {'torch', 'timm', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,105 @@
+"""The rendered job script: what it asks for, and that no name can break out of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from search.cli import app
+from search.slurm import render_array_script
+from search.study import InputError, SlurmProfile
+
+GOLDEN = """\
+#!/bin/bash
+#SBATCH --job-name=atelier
+#SBATCH --array=0-7%4
+#SBATCH --qos=q_amsai
+#SBATCH --cpus-per-task=7
+#SBATCH --gres=gpu:1
+#SBATCH --mem=12G
+#SBATCH --time=08:00:00
+#SBATCH --signal=B:USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+export A=b
+cd /work || exit 1
+exec atelier worker study.toml
+"""
+PROFILE = SlurmProfile(qos="q_amsai", cpus=7, gpus=1)
+
+
+def test_the_script_of_the_reports_profile():
+    script = render_array_script(
+        PROFILE, "0-7%4", ["atelier", "worker", "study.toml"], Path("/work"), {"A": "b"}
+    )
+    assert script == GOLDEN
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "a'b",
+        'a"b',
+        "$(touch x)",
+        "`touch x`",
+        "a;touch x",
+        "-rf",
+        "é\u2603",
+        "a\\b",
+        "*",
+        "$HOME",
+    ],
+)
+def test_any_name_reaches_the_worker_as_it_is(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    show = [
+        sys.executable,
+        "-c",
+        "import os, sys; print([os.getcwd(), os.environ['A'], sys.argv[1]])",
+        name,
+    ]
+    script = render_array_script(PROFILE, "0", show, folder, {"A": name})
+    result = subprocess.run(
+        ["bash"], input=script, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert result.stdout.strip() == repr([str(folder), name, name])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("array", ["", "x", "0-7 --wrap=x", "0-7%", "0-7%4\n#SBATCH --x"])
+def test_a_wrong_array_is_refused(array):
+    with pytest.raises(InputError, match="allowed is SLURM's form"):
+        render_array_script(PROFILE, array, [], Path(), {})
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "expected"),
+    [
+        (None, [], "reachable on this machine only"),
+        ("postgresql://u:secret@h/d", [], "holds a password"),
+        ("postgresql://u@h/d", ["--profile", "other"], "has tuning, final"),
+    ],
+)
+def test_what_a_node_could_not_use_is_refused(url, options, expected, monkeypatch):
+    monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
+    if url:
+        monkeypatch.setenv("ATELIER_DATABASE_URL", url)
+    study = Path(__file__).parents[2] / "studies" / "fashion.toml"
+    result = CliRunner().invoke(app, ["submit", str(study), "--dry-run", *options])
+    assert result.exit_code == 2
+    assert expected in result.output
+    assert "secret" not in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_dry_run_prints_a_script_that_bash_accepts(monkeypatch):
+    monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://u@h/d")
+    study = Path(__file__).parents[2] / "studies" / "fashion.toml"
+    result = CliRunner().invoke(app, ["submit", str(study), "--dry-run", "--profile", "final"])
+    assert result.exit_code == 0
+    assert "--qos=q_dmsai" in result.output
+    subprocess.run(["bash", "-n"], input=result.output, text=True, check=True)
