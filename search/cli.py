@@ -301,6 +301,8 @@ def _study(name_or_file: str) -> tuple[Any, "StudyEntry", str]:
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
+    if not database.exists():  # looking must not make one
+        raise InputError(f"no database in {database.home()}; start one with: atelier search STUDY.toml")
     engine = database.connect()
     if database.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")

@@ -285,6 +285,7 @@ def open_study(
     file: StudyFile, engine: sa.Engine, storage: optuna.storages.BaseStorage, fingerprint: str
 ) -> optuna.Study:
     """Create the study, or go on with it. Raises InputError if it was made with other settings."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the commands say what there is to say
     name = file.study.name
     existing = ledger.study_entry(engine, name)
     if existing is not None:

@@ -87,6 +87,11 @@ def database_url() -> URL:
     return url.set(drivername="postgresql+psycopg2")
 
 
+def exists() -> bool:
+    """Whether there is a database to look into: an external one, or an embedded one made before."""
+    return bool(os.environ.get("ATELIER_DATABASE_URL")) or EmbeddedPostgres(home()).data.is_dir()
+
+
 def connect(url: URL | None = None) -> sa.Engine:
     """An engine on a database that answers. Raises DatabaseError."""
     engine = sa.create_engine(
