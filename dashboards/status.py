@@ -50,7 +50,7 @@ class Status:
     max_epochs: int
     counts: dict[str, int]
     gpu_hours: float
-    seconds: float  # since the first claim
+    seconds: float  # from the first claim to now, or to the last release
     trials: list[TrialRow] = field(default_factory=list)
     workers: int = 0
 
@@ -84,11 +84,11 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
     """Read a study with a fixed number of statements, however many trials it has."""
     with Session(engine) as session:
         study = session.get_one(Study, study_id)
-        now = sa.func.now()
+        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.now()))
         hours, seconds = session.execute(
             sa.select(
                 gpu_seconds(study_id) / 3600,
-                sa.func.coalesce(sa.extract("epoch", now - sa.func.min(Attempt.claimed)), 0.0),
+                sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
             ).where(Attempt.study_id == study_id)
         ).one()
         workers = session.scalar(
@@ -214,12 +214,13 @@ def progress_line(status: Status) -> str:
 
 def render(status: Status, rows: int = 12) -> RenderableType:
     """The study as a table: those in work first, then the best."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("trial", "state", "epoch", "accuracy", "score", "attempts"):
-        table.add_column(column, justify="left" if column == "state" else "right")
+    # Fits 80 columns with five parameters: long names fold, numbers do not.
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("trial", "state", "epoch", "accuracy", "score"):
+        table.add_column(column, justify="left" if column == "state" else "right", min_width=len(column))
     names = sorted({name for row in status.trials for name in row.params})
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right", min_width=7)
     for row in _interesting(status, rows):
         table.add_row(
             str(row.number),
@@ -227,13 +228,18 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             f"{row.epochs}/{status.max_epochs}",
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             "" if row.value is None else f"{row.value:.4f}",
-            str(row.attempts),
-            *(f"{row.params[name]:.3g}" if name in row.params else "" for name in names),
+            *(_number(row.params.get(name)) for name in names),
             style="dim" if row.state == "pruned" else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
     foot = Text(f"{status.workers} workers, {status.gpu_hours:.2f} GPU-hours", style="dim")
     return Group(head, table, foot)
+
+
+def _number(value: float | int | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return "" if value is None else str(value)
 
 
 def _interesting(status: Status, rows: int) -> list[TrialRow]:
