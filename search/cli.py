@@ -72,6 +72,7 @@ def _is_users(error: Exception) -> bool:
         "ModelError",
         "CheckpointError",
         "DatabaseError",
+        "EmbeddedPostgresError",
         "FileExistsError",
     }
     return type(error).__name__ in names

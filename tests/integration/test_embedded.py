@@ -1,7 +1,11 @@
 """The embedded server: shared by real processes, and gone with the last of them."""
 
+import hashlib
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
 
 context = multiprocessing.get_context("spawn")
 
@@ -20,14 +24,20 @@ def home():
     folder = Path(tempfile.mkdtemp(prefix="at-"))
     folder.chmod(0o755)
     yield folder / "home"
-    if folder.is_dir():
-        EmbeddedPostgres(folder / "home").stop()
-        shutil.rmtree(folder)
+    for data in folder.rglob("postgres"):
+        if (data / "PG_VERSION").exists():
+            EmbeddedPostgres(data.parent).stop()
+    shutil.rmtree(folder)
 
 
 def query(url, sql="SELECT 1"):
     parts = make_url(url)
-    connection = psycopg2.connect(host=parts.query["host"], user=parts.username, dbname=parts.database)
+    connection = psycopg2.connect(
+        host=parts.query["host"],
+        port=parts.query.get("port"),
+        user=parts.username,
+        dbname=parts.database,
+    )
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute(sql)
@@ -36,7 +46,19 @@ def query(url, sql="SELECT 1"):
     return rows
 
 
-def use(home, ready, leave) -> None:
+def pid_of(server):
+    return int((server.data / "postmaster.pid").read_text().split()[0])
+
+
+def kill_with_children(pid):
+    family = [psutil.Process(pid), *psutil.Process(pid).children()]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family)
+
+
+def use(home, ready, leave, environment) -> None:
+    os.environ.update(environment)
     url = EmbeddedPostgres(home).acquire()
     assert query(url) == [(1,)]
     ready.release()
@@ -48,9 +70,9 @@ def user(home):
     """Starts a process that uses the server until it is told to leave."""
     started = []
 
-    def start():
+    def start(path=home, **environment):
         ready, leave = context.Semaphore(0), context.Event()
-        process = context.Process(target=use, args=(home, ready, leave))
+        process = context.Process(target=use, args=(path, ready, leave, environment))
         process.start()
         started.append(process)
         return process, ready, leave
@@ -112,13 +134,82 @@ def test_data_survive_a_crash_of_the_server(home):
     server = EmbeddedPostgres(home)
     url = server.acquire()
     query(url, "CREATE TABLE kept AS SELECT 42 AS x")
-    pid = int((server.data / "postmaster.pid").read_text().split()[0])
-    family = [psutil.Process(pid), *psutil.Process(pid).children()]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family)
+    kill_with_children(pid_of(server))
     assert not server.is_running()
     assert query(server.acquire(), "SELECT x FROM kept") == [(42,)]
+
+
+def test_data_survive_stop_and_start(home):
+    server = EmbeddedPostgres(home)
+    query(server.start(), "CREATE TABLE kept AS SELECT 42 AS x")
+    assert server.stop()
+    assert query(server.start(), "SELECT x FROM kept") == [(42,)]
+
+
+def test_a_killed_postmaster_whose_backends_still_live_is_followed_at_once(home):
+    server = EmbeddedPostgres(home)
+    server.acquire()
+    os.kill(pid_of(server), signal.SIGKILL)
+    assert query(server.acquire()) == [(1,)]
+    server.release()
+
+
+def test_a_server_that_is_just_stopping_is_waited_for_and_started_again(home):
+    server = EmbeddedPostgres(home)
+    query(server.acquire(), "CREATE TABLE kept AS SELECT generate_series(1, 1000000) AS x")
+    os.kill(pid_of(server), signal.SIGINT)
+    assert query(server.acquire()) == [(1,)]
+    server.release()
+
+
+def test_a_start_that_was_killed_before_it_made_the_database_is_finished(home):
+    server = EmbeddedPostgres(home)
+    url = make_url(server.start())
+    query(url.set(database="postgres"), "DROP DATABASE atelier")
+    assert query(server.acquire()) == [(1,)]
+
+
+@pytest.fixture
+def stranger():
+    """A process of the server's user that has nothing to do with it."""
+    process = subprocess.Popen(["sleep", "600"], user=SYSTEM_USER if os.geteuid() == 0 else None)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_stranger_with_the_pid_of_a_crashed_server_is_neither_taken_for_it_nor_hurt(home, stranger):
+    server = EmbeddedPostgres(home)
+    url = server.start()
+    locks = [server.data / "postmaster.pid", Path(make_url(url).query["host"]) / ".s.PGSQL.5432.lock"]
+    kill_with_children(pid_of(server))
+    for lock in locks:
+        _, rest = lock.read_text().split("\n", 1)
+        lock.write_text(f"{stranger.pid}\n{rest}")
+    assert not server.is_running()
+    assert not server.stop()
+    assert query(server.acquire()) == [(1,)]
+    assert stranger.poll() is None
+    server.release()
+
+
+def test_a_forked_child_neither_leaves_for_its_parent_nor_holds_the_server_for_it(home):
+    server = EmbeddedPostgres(home)
+    server.acquire()
+    leave, wait = os.pipe()
+    child = os.fork()
+    if child == 0:
+        server.release()
+        os.close(wait)
+        os.read(leave, 1)  # returns when the parent closes its end
+        os._exit(0)
+    assert query(server.acquire()) == [(1,)]
+    server.release()
+    running = server.is_running()
+    os.close(wait)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(leave)
+    assert not running
 
 
 def test_a_half_made_cluster_is_swept(home):
@@ -137,6 +228,45 @@ def test_a_long_path_works(home):
     assert not server.is_running()
 
 
+def test_a_name_that_a_shell_would_expand_works(home):
+    server = EmbeddedPostgres(home / 'it\'s `my` $HOME, "ü" %41')
+    assert query(server.acquire()) == [(1,)]
+    server.release()
+
+
+def test_users_with_other_names_for_a_long_path_and_for_tmp_find_the_socket(home, user, tmp_path):
+    server = EmbeddedPostgres(home / ("x" * 120))
+    server.acquire()
+    (home / "link").symlink_to(server.home)
+    for path, environment in ((server.home, {"TMPDIR": str(tmp_path)}), (home / "link", {})):
+        process, ready, leave = user(path, **environment)
+        leave.set()
+        process.join(60)
+        assert process.exitcode == 0
+        assert ready.acquire(timeout=1)
+    server.release()
+    assert not server.is_running()
+
+
+@pytest.mark.parametrize("kind", ["open", "link"])
+def test_a_socket_folder_that_somebody_else_could_have_made_is_refused(home, kind, monkeypatch):
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    server = EmbeddedPostgres(home / ("x" * 120))
+    digest = hashlib.sha256(os.fsencode(server.home)).hexdigest()[:12]
+    sockets, target = home / f"atelier-{os.geteuid()}-{digest}", home / "target"
+    target.mkdir(mode=0o700)
+    if kind == "open":
+        sockets.mkdir()
+        sockets.chmod(0o777)
+    else:
+        sockets.symlink_to(target)
+    with pytest.raises(EmbeddedPostgresError, match="not a private folder"):
+        server.acquire()
+    assert target.stat().st_uid == os.geteuid()
+    assert not server.is_running()
+
+
 def test_only_the_owner_reaches_the_socket_and_there_is_no_port(home):
     server = EmbeddedPostgres(home)
     url = server.acquire()
@@ -147,9 +277,30 @@ def test_only_the_owner_reaches_the_socket_and_there_is_no_port(home):
 
 def test_a_home_that_is_a_file_is_refused(home):
     home.write_text("mine")
-    with pytest.raises(EmbeddedPostgresError, match="set ATELIER_HOME to another"):
+    with pytest.raises(EmbeddedPostgresError, match="set ATELIER_HOME to another") as caught:
         EmbeddedPostgres(home).acquire()
+    assert len(str(caught.value).splitlines()) == 1
     assert home.read_text() == "mine"
+
+
+def test_a_folder_with_files_of_somebody_else_is_left_alone(home):
+    (home / "postgres").mkdir(parents=True)
+    (home / "postgres" / "mine").touch()
+    with pytest.raises(EmbeddedPostgresError, match="move it away"):
+        EmbeddedPostgres(home).acquire()
+    assert [path.name for path in (home / "postgres").iterdir()] == ["mine"]
+
+
+def test_a_failed_start_says_why_in_one_line(home):
+    server = EmbeddedPostgres(home)
+    server.start()
+    server.stop()
+    with (server.data / "postgresql.auto.conf").open("a") as file:
+        file.write("work_mem = 'lots'\n")
+    with pytest.raises(EmbeddedPostgresError, match='invalid value for parameter "work_mem"') as caught:
+        server.acquire()
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(home / "postgres.log") in str(caught.value)
 
 
 def test_the_server_of_another_host_is_left_alone(home):
@@ -158,6 +309,7 @@ def test_the_server_of_another_host_is_left_alone(home):
     server.release()
     (home / "postgres.host").write_text("elsewhere\n")
     (server.data / "postmaster.pid").write_text("1\n")
-    with pytest.raises(EmbeddedPostgresError, match="runs on host elsewhere"):
-        server.acquire()
+    for use_it in (server.acquire, server.stop):
+        with pytest.raises(EmbeddedPostgresError, match="runs on host elsewhere"):
+            use_it()
     (server.data / "postmaster.pid").unlink()
