@@ -12,56 +12,51 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from search.study import load_study_file
-from trainer.loop import Run, Workspace, use_allotted_cpus
+from trainer.allocation import use_allotted_cpus
+from trainer.loop import Run, Workspace
 
 
 class Stopwatch:
-    """Adds up the seconds spent in named parts."""
+    """Adds up the seconds spent in named parts of a run, by wrapping the run's own methods."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, run: Run) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._device = device
+        self._device = run.device
+        workspace, stream = run.workspace, run.workspace.stream(run.block)
+        run.train_step = self._timed("tail", run.train_step)
+        run.evaluate = self._timed("evaluation", run.evaluate)
+        workspace.features = self._timed("trunk", workspace.features)
+        stream.epoch = self._timed_items("data", stream.epoch)
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started = self._now()
-        yield
-        self.seconds[name] += self._now() - started
-
-    def _now(self) -> float:
+    def now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started = self.now()
+            result = function(*arguments)
+            self.seconds[part] += self.now() - started
+            return result
 
-def timed_epoch(run: Run, epoch: int, watch: Stopwatch) -> None:
-    """One epoch in the loop's own parts, so that what is timed is what trains."""
-    workspace, config = run.workspace, run.config
-    run.tail.train()
-    blocks = workspace.stream(run.block).epoch(epoch)
-    while True:
-        with watch.part("data"):
-            block = next(blocks, None)
-        if block is None:
-            break
-        images, indices = block
-        with watch.part("trunk"):
-            features = workspace.features(run.trunk, images)
-        with watch.part("tail"):
-            targets = workspace.train_targets[indices.to(workspace.device)]
-            for part, goal in zip(
-                features.split(config.batch_size), targets.split(config.batch_size), strict=True
-            ):
-                run.train_step(part, goal)
-    with watch.part("evaluation"):
-        run.evaluate()
+        return timed
+
+    def _timed_items(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Iterator[Any]:
+            items = function(*arguments)
+            following = self._timed(part, lambda: next(items, None))
+            while (item := following()) is not None:
+                yield item
+
+        return timed
 
 
 def main() -> None:
@@ -78,17 +73,17 @@ def main() -> None:
     threads = use_allotted_cpus()
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
-        watch = Stopwatch(workspace.device)
         run = Run(config, workspace)
-        with watch.part("first"):
-            run.evaluate()
-        for epoch in range(options.epochs):
-            started = time.perf_counter()
-            timed_epoch(run, epoch, watch)
-            watch.seconds["epochs"] += time.perf_counter() - started
+        started = time.perf_counter()
+        run.evaluate()
+        first = time.perf_counter() - started
+        watch = Stopwatch(run)
+        started = watch.now()
+        for _ in range(options.epochs):
+            run.train_epoch()
+        total = watch.now() - started
     images = len(workspace.indices) * options.epochs
     parts = dict(watch.seconds)
-    total, first = parts.pop("epochs"), parts.pop("first")
     parts["everything else"] = total - sum(parts.values())
     print(f"{config.backbone} at {config.image_size}, batch {config.batch_size}, {threads} threads")
     for name, seconds in parts.items():

@@ -161,7 +161,8 @@ def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: S
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import image_cache
-        from trainer.loop import Workspace, use_allotted_cpus
+        from trainer.allocation import use_allotted_cpus
+        from trainer.loop import Workspace
 
         file = _load(study, data, weights, set_)
         use_allotted_cpus()
@@ -329,8 +330,9 @@ def train(
     with _errors_in_one_line():
         from search.study import load_config
         from storage.runs import image_cache
+        from trainer.allocation import use_allotted_cpus
         from trainer.checkpoint import Checkpoints
-        from trainer.loop import Workspace, use_allotted_cpus
+        from trainer.loop import Workspace
         from trainer.loop import train as run_epochs
 
         settings, origin = load_config(config)

@@ -18,9 +18,10 @@ from search.study import StudyFile, score
 from storage.database import retrying
 from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
+from trainer.allocation import is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import TrainConfig
-from trainer.loop import Workspace, is_out_of_memory, train
+from trainer.loop import Workspace, train
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,17 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-Each is a file of its own, `epoch-0007.pt`, with its SHA-256 in `epoch-0007.pt.sha256` beside it (the
-form that `sha256sum -c` reads). Data, then digest, each to a temporary name in the same folder, fsynced
-and moved into place; the older pair goes only after that. A file without a matching digest is no
-checkpoint: the one before it counts.
+Each is a file of its own, `step-00000120.pt`, named by the steps that the run has made, with its SHA-256
+in `step-00000120.pt.sha256` beside it (the form that `sha256sum -c` reads). Data, then digest, each to a
+temporary name in the same folder, fsynced and moved into place; only then the older pair goes. A
+file without a matching digest is no checkpoint.
 """
 
 import hashlib
 import io
 import os
+import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +25,29 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own."""
+    """The checkpoints of one run, in a folder of their own.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `before_save` is called before each write; what it raises prevents it.
+    """
 
-    def save(self, epoch: int, state: State) -> Path:
-        """Keep the state after `epoch`, then drop the older ones."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, before_save: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._before_save = folder, before_save
+
+    def save(self, step: int, state: State) -> Path:
+        """Keep the state after so many steps, then drop the older ones."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getbuffer()
-        path = self.folder / f"epoch-{epoch:04d}.pt"
+        path = self.folder / f"step-{step:08d}.pt"
         digest = hashlib.sha256(data).hexdigest()
+        self._before_save()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         write_atomically(path, data)
         write_atomically(_digest_path(path), f"{digest}  {path.name}\n".encode())
-        for old in self._files():
-            if old != path:
-                _remove(old)
+        for other in self._files():
+            if other < path:
+                _remove(other)
         return path
 
     def latest(self) -> State | None:
@@ -52,17 +60,22 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints, for a trial that is finished."""
-        for path in self._files():
-            _remove(path)
+        """Remove all of it, for a trial that is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("epoch-*.pt"))
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def _sweep(self) -> None:
+        """Remove what a kill in the middle of a save has left."""
+        for leftover in self.folder.glob(".step-*"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a reader, or a crash, sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the pid: another host on a shared file system may have the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -5,19 +5,20 @@ disk by then. The loop knows nothing of trials, databases or clusters.
 """
 
 import copy
+import itertools
 import math
 import os
-import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from trainer.allocation import cpu_count, memory_limit, peak_memory, pick_device
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
 from trainer.dataset import DatasetError, read_dataset
@@ -25,12 +26,14 @@ from trainer.loss import AttributeLoss, accuracy, class_weights
 from trainer.model import load_backbone, make_head
 from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
 
-# Trunk output that is the same in every epoch is kept up to this size, else computed again.
+# Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
+# memory grant it takes at most a quarter.
 FEATURE_CACHE_BYTES = 2 << 30
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights")
 
-Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into the split
+Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
+Interrupt = Callable[[float], bool]  # see `train`
 
 
 def learning_rate(position: float, config: TrainConfig) -> float:
@@ -42,10 +45,6 @@ def learning_rate(position: float, config: TrainConfig) -> float:
         return config.lr * position / config.warmup_epochs
     share = (position - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return config.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Workspace:
@@ -82,67 +81,72 @@ class Workspace:
             processes = max(cpu_count() - 1, 0) if self.device.type == "cuda" else 0
         self._processes = processes
         self._streams: dict[int, Stream] = {}
-        self._cached: dict[str, list[Block]] = {}
+        self._constant: dict[str, torch.Tensor | None] = {}
+        self._cache_bytes = min(FEATURE_CACHE_BYTES, (memory_limit() or math.inf) / 4)
 
-    def train_blocks(self, trunk: nn.Module, epoch: int, block: int) -> Iterator[Block]:
-        """One epoch of trunk output in the order of (seed, epoch)."""
-        if self.config.augment == "none" and self._frozen:
-            yield from self._replay(trunk, epoch, block)
-            return
-        for images, indices in self.stream(block).epoch(epoch):
-            yield self.features(trunk, images), indices.to(self.device)
+    def train_order(self, epoch: int) -> np.ndarray:
+        """Indices of the training images in the order in which an epoch visits them."""
+        return epoch_order(self.indices, self.config.seed, epoch)
+
+    def train_blocks(self, trunk: nn.Module, epoch: int, block: int, first: int = 0) -> Iterator[Block]:
+        """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
+        constant = None
+        if self.config.augment == "none":
+            constant = self._constant_features("train", trunk, self._train_images, self.indices)
+        if constant is not None:
+            order = self.train_order(epoch)
+            rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.device)
+            blocks = torch.split(rows, block), torch.split(torch.from_numpy(order), block)
+            for part, indices in itertools.islice(zip(*blocks, strict=True), first, None):
+                yield constant[part], indices.to(self.device)
+        else:
+            for images, indices in self.stream(block).epoch(epoch, first):
+                yield self.features(trunk, images), indices.to(self.device)
 
     def stream(self, block: int) -> Stream:
         """The training images in blocks of this size; made once."""
         if block not in self._streams:
             self._streams[block] = Stream(
-                self._train_images,
-                self.indices,
-                self.config.seed,
-                block,
-                self.config.augment == "report",
-                self._processes,
+                self._train_images, self.indices, self.config, block, self._processes
             )
         return self._streams[block]
 
-    def val_blocks(self, trunk: nn.Module) -> Iterator[Block]:
-        """The validation images' trunk output, in file order."""
-        return self._constant("val", trunk, self._val_images, np.arange(len(self._val_images)))
+    def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
+        """The validation images' trunk output, in file order, BLOCK images at a time."""
+        every = np.arange(len(self.val_targets))
+        constant = self._constant_features("val", trunk, self._val_images, every)
+        if constant is not None:
+            yield from torch.split(constant, BLOCK)
+        else:
+            yield from self._in_order(trunk, self._val_images, every)
 
-    @property
-    def _frozen(self) -> bool:
-        return self.config.frozen_batchnorm == "eval"
+    def _constant_features(
+        self, name: str, trunk: nn.Module, path: Path, indices: np.ndarray
+    ) -> torch.Tensor | None:
+        """Trunk output of images that look the same in every epoch, made once; None if too large."""
+        if self.config.frozen_batchnorm == "train":
+            return None  # the trunk is not the same in every epoch
+        if name not in self._constant:
+            [one] = self._in_order(trunk, path, indices[:1])
+            fits = one.nbytes * len(indices) <= self._cache_bytes
+            self._constant[name] = self._gather(one, trunk, path, indices) if fits else None
+        return self._constant[name]
 
-    def _replay(self, trunk: nn.Module, epoch: int, block: int) -> Iterator[Block]:
-        """Un-augmented images look the same in every epoch, only their order changes."""
-        blocks = list(self._constant("train", trunk, self._train_images, self.indices))
-        features = torch.cat([block_features for block_features, _ in blocks])
-        order = epoch_order(len(self.indices), self.config.seed, epoch)
-        for start in range(0, len(order), block):
-            part = torch.from_numpy(order[start : start + block])
-            indices = torch.from_numpy(self.indices)[part].to(self.device)
-            yield features[part.to(self.device)], indices
+    def _gather(
+        self, one: torch.Tensor, trunk: nn.Module, path: Path, indices: np.ndarray
+    ) -> torch.Tensor:
+        layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
+        shape = (len(indices), *one.shape[1:])
+        gathered = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
+        parts = torch.split(gathered, BLOCK), self._in_order(trunk, path, indices)
+        for part, features in zip(*parts, strict=True):
+            part.copy_(features)
+        return gathered
 
-    def _constant(
-        self, name: str, trunk: nn.Module, images: np.ndarray, indices: np.ndarray
-    ) -> Iterator[Block]:
-        if name in self._cached:
-            yield from self._cached[name]
-            return
-        kept: list[Block] | None = [] if self._frozen else None
-        size = 0
+    def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
+        images = np.load(path, mmap_mode="r")
         for start in range(0, len(indices), BLOCK):
-            part = indices[start : start + BLOCK]
-            features = self.features(trunk, torch.from_numpy(images[part]))
-            block = features, torch.from_numpy(part).to(self.device)
-            size += features.nbytes
-            if kept is not None and size <= FEATURE_CACHE_BYTES:
-                kept.append(block)
-            else:
-                kept = None
-            yield block
-        if kept is not None:
-            self._cached[name] = kept
+            yield self.features(trunk, torch.from_numpy(images[indices[start : start + BLOCK]]))
 
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """The trunk's output for uint8 images [n, 3, size, size]."""
@@ -172,16 +176,21 @@ class Workspace:
     def _place(self, module: nn.Module) -> None:
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.requires_grad_(False)
-        module.train(not self._frozen)
+        module.train(self.config.frozen_batchnorm == "train")
 
 
 def train(
-    config: TrainConfig, workspace: Workspace, checkpoints: Checkpoints | None = None
+    config: TrainConfig,
+    workspace: Workspace,
+    checkpoints: Checkpoints | None = None,
+    interrupt: Interrupt | None = None,
 ) -> Iterator[EpochResult]:
     """Train and yield every epoch's result; with `checkpoints`, go on from the latest.
 
     A resumed run first yields the epochs that its checkpoint remembers, so the consumer sees the whole
     curve either way, and the curve is the same, bit for bit (on one machine, with as many threads).
+    `interrupt` is asked after every step, with an estimate of the seconds until the epoch's result;
+    once it returns True the iteration ends early, with a checkpoint in the middle of the epoch.
     Raises CheckpointError if the checkpoint belongs to another configuration.
     """
     run = Run(config, workspace)
@@ -190,11 +199,16 @@ def train(
         run.load(state)
         yield from list(run.history)
     while len(run.history) < config.epochs:
-        result = run.train_epoch(len(run.history))
-        run.history.append(result)
+        result = run.train_epoch(interrupt or _never)
         if checkpoints:
-            checkpoints.save(result.epoch, run.state())
+            checkpoints.save(run.step, run.state())
+        if result is None:
+            return
         yield result
+
+
+def _never(_: float) -> bool:
+    return False
 
 
 class Run:
@@ -205,6 +219,8 @@ class Run:
         assert all(getattr(config, k) == getattr(workspace.config, k) for k in shared)
         self.config, self.workspace = config, workspace
         self.device = workspace.device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         # Batch statistics in the trunk make it a part of the run, and tie blocks to its batches.
         self.owns_trunk = config.frozen_batchnorm == "train"
         self.trunk = copy.deepcopy(workspace.trunk) if self.owns_trunk else workspace.trunk
@@ -226,6 +242,7 @@ class Run:
             for start in range(0, len(targets), self.block)
         )
         self.step = 0  # the schedule's position
+        self.partial = _Partial()
         self.history: list[EpochResult] = []
 
     def _make_tail(self) -> nn.Sequential:
@@ -241,39 +258,54 @@ class Run:
         tail.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return tail.requires_grad_(True)
 
-    def train_epoch(self, epoch: int) -> EpochResult:
-        started = time.monotonic()
+    def train_epoch(self, interrupt: Interrupt = _never) -> EpochResult | None:
+        """Train to the end of the running epoch and evaluate; None if it was interrupted."""
+        epoch = len(self.history)
+        done = self.step - epoch * self.steps_per_epoch  # more than 0 after an interruption
+        # Every block but the last has as many steps.
+        first, skip = divmod(done, self.block // self.config.batch_size)
+        pace = _Pace(self.steps_per_epoch - done, self._evaluation_steps())
         self.tail.train()
-        losses, logits, targets = [], [], []
-        for features, indices in self.workspace.train_blocks(self.trunk, epoch, self.block):
-            target = self.workspace.train_targets[indices]
-            for part, goal in zip(
+        for features, indices in self.workspace.train_blocks(self.trunk, epoch, self.block, first):
+            steps = zip(
                 torch.split(features, self.config.batch_size),
-                torch.split(target, self.config.batch_size),
+                torch.split(self.workspace.train_targets[indices], self.config.batch_size),
                 strict=True,
-            ):
-                output, loss = self.train_step(part, goal)
-                losses.append(loss * len(goal))
-                logits.append(output)
-            targets.append(target)
-        every_target = torch.cat(targets)
-        trained = accuracy(torch.cat(logits), every_target, self.workspace.sizes)
+            )
+            for part, target in itertools.islice(steps, skip, None):
+                self.partial.add(*self.train_step(part, target))
+                if interrupt(pace.seconds_left()):
+                    self.partial.seconds += pace.seconds
+                    return None
+            skip = 0
+        result = self._result(epoch, pace)
+        self.history.append(result)
+        self.partial = _Partial()
+        return result
+
+    def _result(self, epoch: int, pace: "_Pace") -> EpochResult:
+        workspace, partial = self.workspace, self.partial
+        targets = workspace.train_targets[torch.from_numpy(workspace.train_order(epoch)).to(self.device)]
+        trained = accuracy(torch.cat(partial.logits), targets, workspace.sizes)
         val_logits = self.evaluate()
-        val_targets = self.workspace.val_targets
-        valued = accuracy(val_logits, val_targets, self.workspace.sizes)
+        valued = accuracy(val_logits, workspace.val_targets, workspace.sizes)
         return EpochResult(
             epoch=epoch,
             lr=self._rate(self.step - 1),
-            train_loss=float(torch.stack(losses).sum()) / len(every_target),
-            val_loss=float(self.loss(val_logits, val_targets)),
+            train_loss=float(torch.cat(partial.losses).sum()) / len(targets),
+            val_loss=float(self.loss(val_logits, workspace.val_targets)),
             train_accuracy=trained.per_class,
             val_accuracy=valued.per_class,
             val_overall=valued.overall,
             val_category=valued.category,
-            seconds=time.monotonic() - started,
-            images=len(every_target),
-            peak_memory=_peak_memory(self.device),
+            seconds=partial.seconds + pace.seconds,
+            images=len(targets),
+            peak_memory=peak_memory(self.device),
         )
+
+    def _evaluation_steps(self) -> int:
+        """How many training steps take as long as the evaluation, at most: it is forward only."""
+        return math.ceil(len(self.workspace.val_targets) / self.config.batch_size)
 
     def train_step(
         self, features: torch.Tensor, target: torch.Tensor
@@ -281,14 +313,21 @@ class Run:
         """One optimizer step on trunk output. Returns detached logits and loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        with self.workspace.autocast():
-            output = self.tail(features)
+        output = self._logits(features)
         loss = self.loss(output, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
-        return output.detach().float(), loss.detach()
+        return output.detach(), loss.detach()
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        """The tail on trunk output. The small head runs in fp32, so that no rounding picks the class."""
+        stages, head = self.tail
+        with self.workspace.autocast():
+            features = stages(features)
+        logits: torch.Tensor = head(features.float())
+        return logits
 
     def _rate(self, step: int) -> float:
         return learning_rate(step / self.steps_per_epoch, self.config)
@@ -297,9 +336,8 @@ class Run:
         """Logits of all validation images, float [images, attributes]."""
         self.tail.eval()
         trunk = self.trunk.eval() if self.owns_trunk else self.trunk
-        with torch.no_grad(), self.workspace.autocast():
-            blocks = self.workspace.val_blocks(trunk)
-            logits = torch.cat([self.tail(features).float() for features, _ in blocks])
+        with torch.no_grad():
+            logits = torch.cat([self._logits(part) for part in self.workspace.val_features(trunk)])
         if self.owns_trunk:
             self.trunk.train()
         return logits
@@ -313,6 +351,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
+            "partial": vars(self.partial),
             "history": [asdict(result) for result in self.history],
         }
 
@@ -325,6 +364,11 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
+        self.partial = _Partial(
+            losses=[part.to(self.device) for part in state["partial"]["losses"]],
+            logits=[part.to(self.device) for part in state["partial"]["logits"]],
+            seconds=state["partial"]["seconds"],
+        )
         self.history = [EpochResult.from_dict(values) for values in state["history"]]
 
     def _compare(self, saved: dict[str, object]) -> None:
@@ -335,6 +379,37 @@ class Run:
                     f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
                     f"{mine[key]!r}; use the same configuration, or another run folder"
                 )
+
+
+@dataclass
+class _Partial:
+    """What the running epoch has gathered so far; a checkpoint in its middle holds it."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)  # [1], a step's loss times its images
+    logits: list[torch.Tensor] = field(default_factory=list)  # [images of the step, attributes]
+    seconds: float = 0.0  # spent before an interruption
+
+    def add(self, logits: torch.Tensor, loss: torch.Tensor) -> None:
+        self.losses.append((loss * len(logits)).reshape(1))
+        self.logits.append(logits)
+
+
+class _Pace:
+    """How fast an epoch goes, to say when it will end. Times are those of this process."""
+
+    def __init__(self, steps: int, evaluation_steps: int) -> None:
+        self._left, self._evaluation_steps = steps, evaluation_steps
+        self._done = 0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def seconds_left(self) -> float:
+        """To be asked after each step: the estimated seconds until the epoch's result."""
+        self._left, self._done = self._left - 1, self._done + 1
+        return self.seconds / self._done * (self._left + self._evaluation_steps)
 
 
 def _block_size(batch_size: int) -> int:
@@ -355,31 +430,7 @@ def _set_precision(config: TrainConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        torch.backends.cudnn.deterministic = True  # the same config gives the same curve
+        # The same config gives the same curve; where CUDA has no such kernel, it warns.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use, not those of the machine."""
-    return len(os.sched_getaffinity(0))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the trial does not fit into the memory there is."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
-
-
-def use_allotted_cpus() -> int:
-    """Let torch use the CPUs that this process was given. Returns their number."""
-    given = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK")
-    threads = int(given) if given and given.isdecimal() else cpu_count()
-    torch.set_num_threads(max(threads, 1))
-    return torch.get_num_threads()

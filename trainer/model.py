@@ -109,7 +109,7 @@ def _create(config: TrainConfig) -> nn.Module:
             model: nn.Module = timm.create_model(config.backbone, pretrained=False)
         else:
             model = _create_pretrained(config.backbone)
-    if config.weights not in ("timm", "none", None):
+    if config.weights not in ("timm", "none"):
         _load_weights(model, Path(config.weights))
     return model
 

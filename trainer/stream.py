@@ -5,8 +5,11 @@ memory-mapped file that all processes of a machine share. What is random depends
 seed, the epoch and the image's index: any epoch can be made again, in any process, in any order.
 """
 
+import atexit
 import os
+import signal
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from trainer.config import TrainConfig
 from trainer.dataset import Dataset, Split, load_image
 
 BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
@@ -45,8 +49,8 @@ def random_transform() -> transforms.Compose:
     )
 
 
-def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> np.ndarray:
-    """uint8 [images, 3, size, size], memory-mapped; built by the first process that asks.
+def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> Path:
+    """The .npy file of a split: uint8 [images, 3, size, size], built by the first process that asks.
 
     Raises DatasetError for the first image that cannot be used.
     """
@@ -58,8 +62,7 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> n
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _prepare(dataset, split, size, path)
-    images: np.ndarray = np.load(path, mmap_mode="r")
-    return images
+    return path
 
 
 def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
@@ -76,17 +79,23 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits its images: a permutation that depends on (seed, epoch)."""
-    return np.random.default_rng([seed, epoch]).permutation(images)
+def epoch_order(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The indices in the order in which an epoch visits them, which depends on (seed, epoch)."""
+    return indices[np.random.default_rng([seed, epoch]).permutation(len(indices))]
 
 
 class AugmentedImages(TorchDataset[tuple[torch.Tensor, int]]):
     """Item (epoch, index) is the augmented uint8 image [3, size, size] and its index."""
 
-    def __init__(self, images: np.ndarray, seed: int, augment: bool) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, path: Path, seed: int, augment: bool) -> None:
+        self.path, self.seed = path, seed
         self.transform = random_transform() if augment else None
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """Opened by each process for itself: a memory map that is pickled becomes a copy."""
+        images: np.ndarray = np.load(self.path, mmap_mode="r")
+        return images
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
@@ -101,15 +110,18 @@ class AugmentedImages(TorchDataset[tuple[torch.Tensor, int]]):
 
 
 class _Blocks(Sampler[list[tuple[int, int]]]):
-    """Yields the (epoch, index) keys of one epoch, a block at a time; `epoch` is set from outside."""
+    """Yields the (epoch, index) keys of one epoch, a block at a time.
+
+    `epoch` and `first`, the block to begin with, are set from outside.
+    """
 
     def __init__(self, indices: np.ndarray, seed: int, block: int) -> None:
         self.indices, self.seed, self.block = indices, seed, block
-        self.epoch = 0
+        self.epoch, self.first = 0, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.indices[epoch_order(len(self.indices), self.seed, self.epoch)]
-        for start in range(0, len(order), self.block):
+        order = epoch_order(self.indices, self.seed, self.epoch)
+        for start in range(self.first * self.block, len(order), self.block):
             yield [(self.epoch, int(index)) for index in order[start : start + self.block]]
 
 
@@ -117,24 +129,36 @@ class Stream:
     """Blocks of augmented training images, the same for every trial with this seed."""
 
     def __init__(
-        self,
-        images: np.ndarray,
-        indices: np.ndarray,
-        seed: int,
-        block: int,
-        augment: bool,
-        processes: int,
+        self, path: Path, indices: np.ndarray, config: TrainConfig, block: int, processes: int
     ) -> None:
-        self._blocks = _Blocks(indices, seed, block)
+        self._blocks = _Blocks(indices, config.seed, block)
         self._loader = DataLoader(
-            AugmentedImages(images, seed, augment),
+            AugmentedImages(path, config.seed, config.augment == "report"),
             batch_sampler=self._blocks,
             num_workers=processes,
             persistent_workers=processes > 0,
-            multiprocessing_context="forkserver" if processes else None,
+            pin_memory=torch.cuda.is_available(),
+            # Not forkserver: a signal to the whole job would end the server, and with it all of them.
+            multiprocessing_context="spawn" if processes else None,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
+        atexit.register(self._close)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split."""
-        self._blocks.epoch = epoch
+    def _close(self) -> None:
+        # Python's own exit sends SIGTERM, which the loader processes ignore, and waits for them.
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split.
+
+        `first` is the block to begin with.
+        """
+        self._blocks.epoch, self._blocks.first = epoch, first
         yield from self._loader
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """SLURM and Ctrl-C signal all processes of a job; it is the parent who decides what to do."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

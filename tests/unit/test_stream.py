@@ -1,11 +1,18 @@
 """The images that reach the network are the report's, and depend on (seed, epoch, image) alone."""
 
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from trainer.config import TrainConfig
 from trainer.dataset import load_image, read_dataset
 from trainer.loop import Workspace
 from trainer.stream import AugmentedImages, Stream, epoch_order, prepared_images, random_transform
@@ -52,8 +59,9 @@ def test_an_epoch_is_the_same_again_and_other_epochs_differ(demo, tmp_path):
     dataset = read_dataset(demo)
     images = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
 
-    def epoch(number, processes=0, seed=0):
-        stream = Stream(images, np.arange(100), seed, 64, True, processes)
+    def epoch(number, processes=0, seed=0, stream=None):
+        config = TrainConfig(data=str(demo), seed=seed)
+        stream = stream or Stream(images, np.arange(100), config, 64, processes)
         blocks = list(stream.epoch(number))
         assert [len(block) for block, _ in blocks] == [64, 36]
         return torch.cat([b for b, _ in blocks]), torch.cat([i for _, i in blocks])
@@ -61,13 +69,21 @@ def test_an_epoch_is_the_same_again_and_other_epochs_differ(demo, tmp_path):
     first = epoch(3)
     for same in (epoch(3), epoch(3, processes=2)):
         assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    # Loader processes live on from epoch to epoch; an epoch may also begin in its middle.
+    lasting = Stream(images, np.arange(100), TrainConfig(data=str(demo)), 64, 2)
+    for number in (3, 4, 3):
+        pairs = zip(epoch(number, stream=lasting), epoch(number), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    [(images_left, indices_left)] = lasting.epoch(3, first=1)
+    assert torch.equal(images_left, first[0][64:])
+    assert torch.equal(indices_left, first[1][64:])
     assert sorted(first[1].tolist()) == list(range(100))
     assert not torch.equal(first[1], epoch(4)[1])
     assert not torch.equal(first[1], epoch(3, seed=1)[1])
 
 
 def test_order_visits_every_image_once():
-    assert sorted(epoch_order(1000, 1, 2).tolist()) == list(range(1000))
+    assert sorted(epoch_order(np.arange(1000), 1, 2).tolist()) == list(range(1000))
 
 
 def test_prepared_images_are_built_once_and_shared(demo, tmp_path):
@@ -78,8 +94,52 @@ def test_prepared_images_are_built_once_and_shared(demo, tmp_path):
     stamp = path.stat().st_mtime_ns
     again = prepared_images(dataset, val, 48, tmp_path)
     assert path.stat().st_mtime_ns == stamp
-    assert np.array_equal(first, again)
-    assert first.shape == (80, 3, 48, 48)
+    assert again == first == path
+    assert np.load(path).shape == (80, 3, 48, 48)
+
+
+def test_loader_processes_are_sent_the_images_path_not_the_images(demo, tmp_path):
+    dataset = read_dataset(demo)
+    path = prepared_images(dataset, dataset.splits["train"], 64, tmp_path)
+    assert path.stat().st_size > 3_000_000
+    assert len(pickle.dumps(AugmentedImages(path, 0, True))) < 10_000
+
+
+LOADING = """
+import os, signal, sys, time
+import numpy as np
+from pathlib import Path
+from trainer.config import TrainConfig
+from trainer.stream import Stream
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    stream = Stream(Path(sys.argv[1]), np.arange(300), TrainConfig(data="."), 16, 2)
+    blocks = iter(stream.epoch(0))
+    print(len(next(blocks)[1]), flush=True)
+    sys.stdin.readline()  # SIGTERM has reached all processes
+    print(sum(len(indices) for _, indices in blocks), flush=True)
+    next(iter(stream.epoch(1)))  # and exit in the middle of an epoch
+"""
+
+
+def test_loader_processes_survive_a_signal_to_the_whole_job_and_end_with_it(demo, tmp_path):
+    dataset = read_dataset(demo)
+    path = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    assert process.stdout.readline() == "16\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate("go\n", timeout=120)
+    assert (output, process.returncode) == ("284\n", 0)
 
 
 def test_random_transform_keeps_size_and_type():

@@ -1,5 +1,7 @@
 """The loop: what learns, what does not, and that a resumed run equals an unbroken one."""
 
+import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -51,7 +53,7 @@ def test_only_the_tail_changes(tiny, workspace):
     before = {k: v.clone() for k, v in workspace.trunk.state_dict().items()}
     run = Run(tiny, workspace)
     tail = {k: v.clone() for k, v in run.tail.state_dict().items()}
-    run.train_epoch(0)
+    run.train_epoch()
     assert all(torch.equal(v, before[k]) for k, v in workspace.trunk.state_dict().items())
     assert all(not p.requires_grad and p.grad is None for p in workspace.trunk.parameters())
     changed = [k for k, v in run.tail.state_dict().items() if not torch.equal(v, tail[k])]
@@ -62,7 +64,7 @@ def test_training_batchnorm_updates_the_runs_own_trunk(tiny, tmp_path):
     config = tiny.model_copy(update={"frozen_batchnorm": "train"})
     workspace = Workspace(config, tmp_path)
     run = Run(config, workspace)
-    run.train_epoch(0)
+    run.train_epoch()
     mine, shared = run.trunk.state_dict(), workspace.trunk.state_dict()
     differing = [name for name in mine if not torch.equal(mine[name], shared[name])]
     assert differing
@@ -90,6 +92,75 @@ def test_a_run_resumed_after_every_epoch_equals_the_unbroken_one(tiny, tmp_path,
         assert curve(results) == unbroken[: epoch + 1]
 
 
+def after(steps):
+    """An interrupt that comes after so many steps of this process."""
+    counter = itertools.count(1)
+    return lambda _: next(counter) == steps
+
+
+@pytest.mark.parametrize("change", [{}, {"augment": "none"}, {"frozen_batchnorm": "train"}])
+def test_a_run_interrupted_inside_its_epochs_equals_the_unbroken_one(tiny, tmp_path, change):
+    # 10 steps an epoch, 8 a block: interrupted inside a block, at its end, and before an evaluation.
+    config = tiny.model_copy(update={"batch_size": 32, "epochs": 2, **change})
+    unbroken = curve(train(config, Workspace(config, tmp_path / "cache")))
+    checkpoints = Checkpoints(tmp_path / "run")
+    lengths = []
+    for steps in (3, 5, 1, 1, 4):
+        workspace = Workspace(config, tmp_path / "cache")
+        lengths.append(len(list(train(config, workspace, checkpoints, after(steps)))))
+        assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [
+            f"step-{sum((3, 5, 1, 1, 4)[: len(lengths)]):08d}.pt"
+        ]
+    assert lengths == [0, 0, 0, 0, 1]
+    assert curve(train(config, Workspace(config, tmp_path / "cache"), checkpoints)) == unbroken
+
+
+def test_a_checkpoint_that_forgets_half_an_epochs_losses_gives_another_curve(tiny, workspace, tmp_path):
+    unbroken = curve(train(tiny, workspace))
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert list(train(tiny, workspace, checkpoints, after(3))) == []
+    state = checkpoints.latest()
+    state["partial"]["losses"] = state["partial"]["losses"][1:]
+    checkpoints.save(3, state)
+    assert curve(train(tiny, workspace, checkpoints)) != unbroken
+
+
+def test_an_interrupt_is_told_how_long_the_epoch_still_takes(tiny, workspace):
+    asked = []
+    run = Run(tiny, workspace)
+    run.evaluate()  # the features of the validation images
+    started = time.monotonic()
+    run.train_epoch(lambda left: bool(asked.append((time.monotonic(), left))))
+    ended = time.monotonic()
+    assert len(asked) == run.steps_per_epoch == 5
+    # The guess at half time is of the right order; the last one is the evaluation alone.
+    moment, left = asked[2]
+    assert (ended - moment) / 10 < left < (ended - started) * 10
+    assert asked[-1][1] < asked[0][1] * 5
+
+
+def test_only_older_checkpoints_are_removed_and_leftovers_are_swept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / ".step-00000001.pt.dead").write_bytes(b"half")
+    checkpoints.save(7, {"x": 7})
+    checkpoints.save(5, {"x": 5})  # as a worker that was paused for long
+    assert checkpoints.latest() == {"x": 7}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt", ".pt", ".sha256", ".sha256"]
+    checkpoints.save(8, {"x": 8})
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000008.pt"]
+    checkpoints.clear()
+    assert not tmp_path.exists()
+
+
+def test_a_save_that_is_not_allowed_writes_nothing(tmp_path):
+    def refuse():
+        raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        Checkpoints(tmp_path / "run", refuse).save(1, {})
+    assert not (tmp_path / "run").exists()
+
+
 def forget_generator(state, fresh):
     state["generator"] = fresh["generator"]
 
@@ -113,8 +184,13 @@ def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace,
     next(iter(train(tiny, workspace, checkpoints)))
     state = checkpoints.latest()
     forget(state, Run(tiny, workspace).state())
-    checkpoints.save(0, state)
-    assert curve(train(tiny, workspace, checkpoints)) != unbroken
+    checkpoints.save(5, state)
+    try:
+        broken = curve(train(tiny, workspace, checkpoints))
+    except (RuntimeError, IndexError):  # the position also says which images come next
+        assert forget is forget_schedule
+    else:
+        assert broken != unbroken
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no digest"])
@@ -146,8 +222,22 @@ def test_unaugmented_training_uses_its_features_again(tiny, tmp_path):
     config = tiny.model_copy(update={"augment": "none"})
     workspace = Workspace(config, tmp_path)
     first = curve(train(config, workspace))
-    assert sum(len(block[1]) for block in workspace._cached["train"]) == 300
+    assert len(workspace._constant["train"]) == 300
     assert curve(train(config, workspace)) == first
+
+
+@pytest.mark.parametrize("augment", ["none", "report"])
+def test_features_that_do_not_fit_are_made_again_with_the_same_result(tiny, tmp_path, augment):
+    config = tiny.model_copy(update={"augment": augment, "train_images": 70})
+    first = curve(train(config, Workspace(config, tmp_path)))
+    workspace = Workspace(config, tmp_path)
+    workspace._cache_bytes = 1000
+    again = curve(train(config, workspace))
+    assert not any(features is not None for features in workspace._constant.values())
+    # Other blocks go through the trunk together, which may round otherwise.
+    for one, other in zip(first, again, strict=True):
+        assert one.val_accuracy == pytest.approx(other.val_accuracy, abs=0.05)
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
 
 
 def test_a_stage_that_does_not_exist_is_refused(tiny):

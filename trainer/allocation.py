@@ -1,0 +1,49 @@
+"""What this process was given: CPUs, memory, device. On a shared node the machine has more."""
+
+import os
+import resource
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """The GPU that CUDA_VISIBLE_DEVICES leaves visible, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cpu_count() -> int:
+    """CPUs of the SLURM task, else those that the process may run on."""
+    return _number("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0))
+
+
+def use_allotted_cpus() -> int:
+    """Let torch use the CPUs that this process was given. Returns their number."""
+    torch.set_num_threads(_number("OMP_NUM_THREADS") or cpu_count())
+    return torch.get_num_threads()
+
+
+def memory_limit() -> int | None:
+    """Bytes of main memory that SLURM granted on this node; None where nobody set a limit."""
+    per_node, per_cpu = _number("SLURM_MEM_PER_NODE"), _number("SLURM_MEM_PER_CPU")  # MiB
+    granted = per_node or (per_cpu and per_cpu * cpu_count())
+    return granted << 20 if granted else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far, of the device where it counts them, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the trial does not fit into the memory there is."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _number(variable: str) -> int | None:
+    """A positive number from the environment; None if it is absent or something else."""
+    text = os.environ.get(variable, "")
+    return int(text) or None if text.isdecimal() else None
