@@ -1,6 +1,7 @@
 """What a study is doing now, read from the database and drawn for a terminal."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -13,8 +14,13 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.orm import Session
 
+from storage.database import retrying
 from storage.ledger import gpu_seconds
-from storage.models import Attempt, Epoch, Study, Worker
+from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
+
+# The moment of the question, on the database's clock.
+_NOW = sa.func.clock_timestamp()
+_HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > _NOW)
 
 FINISHED = ("complete", "pruned", "failed")
 _STATES = {
@@ -33,6 +39,7 @@ class TrialRow:
     state: str
     params: dict[str, Any]
     epochs: int
+    seconds: float  # that its epochs took
     accuracy: float | None  # of the last epoch
     value: float | None
     attempts: int
@@ -42,17 +49,35 @@ class TrialRow:
 
 
 @dataclass
+class WorkerRow:
+    """One worker that holds a trial. Times are seconds."""
+
+    host: str
+    pid: int
+    job: str | None  # SLURM's, as in 12_3
+    gpu: str | None
+    log: str | None
+    trial: int
+    renewed: float  # since it last renewed its lease
+    running_for: float
+
+
+@dataclass
 class Status:
     """A whole study. Counts are of trials; `gpu_hours` is what workers have held trials for."""
 
     study: str
     max_trials: int
+    max_gpu_hours: float | None
     max_epochs: int
     counts: dict[str, int]
     gpu_hours: float
     seconds: float  # from the first claim to now, or to the last release
-    trials: list[TrialRow] = field(default_factory=list)
-    workers: int = 0
+    stopping: bool  # `atelier stop` was said
+    array_jobs: list[str]  # SLURM's ids
+    workers: list[WorkerRow]
+    trials: list[TrialRow]
+    tasks: dict[str, int] = field(default_factory=dict)  # array tasks by SLURM's state, if known
 
     @property
     def finished(self) -> int:
@@ -62,6 +87,17 @@ class Status:
     def best(self) -> TrialRow | None:
         done = [row for row in self.trials if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: row.value or 0.0, default=None)
+
+    @property
+    def gpu_hours_saved(self) -> float:
+        """What pruned trials would still have taken, at their own seconds per epoch."""
+        pruned = [row for row in self.trials if row.state == "pruned" and row.epochs]
+        return sum((self.max_epochs - r.epochs) * r.seconds / r.epochs for r in pruned) / 3600
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether the GPU-hours are used up, so that no new trial will start."""
+        return self.max_gpu_hours is not None and self.gpu_hours >= self.max_gpu_hours
 
     @property
     def seconds_left(self) -> float | None:
@@ -76,45 +112,86 @@ class Status:
         return asdict(self) | {
             "finished": self.finished,
             "best": None if best is None else asdict(best),
+            "gpu_hours_saved": self.gpu_hours_saved,
             "seconds_left": self.seconds_left,
         }
 
 
+@retrying
 def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
     """Read a study with a fixed number of statements, however many trials it has."""
     with Session(engine) as session:
         study = session.get_one(Study, study_id)
-        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.now()))
+        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(_NOW, Attempt.lease_until)))
         hours, seconds = session.execute(
             sa.select(
                 gpu_seconds(study_id) / 3600,
                 sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
             ).where(Attempt.study_id == study_id)
         ).one()
-        workers = session.scalar(
-            sa.select(sa.func.count(sa.distinct(Attempt.worker_id))).where(
-                Attempt.study_id == study_id, Attempt.released.is_(None)
-            )
+        jobs = session.scalars(
+            sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
         )
         rows = _trials(session, study_id)
-    counts = dict.fromkeys(("waiting", "running", *FINISHED), 0)
-    for row in rows:
-        counts[row.state] += 1
-    return Status(
-        name,
-        study.max_trials,
-        int(study.settings["train"]["epochs"]),
-        counts,
-        float(hours),
-        float(seconds),
-        rows,
-        workers or 0,
+        counts = dict.fromkeys(("waiting", "running", *FINISHED), 0)
+        for row in rows:
+            counts[row.state] += 1
+        return Status(
+            study=name,
+            max_trials=study.max_trials,
+            max_gpu_hours=study.max_gpu_seconds and study.max_gpu_seconds / 3600,
+            max_epochs=int(study.settings["train"]["epochs"]),
+            counts=counts,
+            gpu_hours=float(hours),
+            seconds=float(seconds),
+            stopping=study.stop_requested is not None,
+            array_jobs=list(jobs),
+            workers=_workers(session, study_id),
+            trials=rows,
+        )
+
+
+def _workers(session: Session, study_id: int) -> list[WorkerRow]:
+    """Workers with a living lease."""
+    query = (
+        sa.select(Worker, TrialModel.number, _age(Attempt.renewed), _age(Worker.started))
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
+        .where(Attempt.study_id == study_id, _HELD)
+        .order_by(TrialModel.number)
     )
+    return [
+        WorkerRow(
+            host=worker.host,
+            pid=worker.pid,
+            job=_job(worker),
+            gpu=worker.gpu,
+            log=worker.log,
+            trial=number,
+            renewed=float(renewed),
+            running_for=float(running_for),
+        )
+        for worker, number, renewed, running_for in session.execute(query)
+    ]
+
+
+def _job(worker: Worker) -> str | None:
+    if worker.slurm_array_job is None:
+        return worker.slurm_job
+    return f"{worker.slurm_array_job}_{worker.slurm_array_task}"
+
+
+def _age(moment: Any) -> sa.ColumnElement[Any]:
+    return sa.extract("epoch", _NOW - moment)
 
 
 def _trials(session: Session, study_id: int) -> list[TrialRow]:
     epochs = (
-        sa.select(Epoch.trial_id, sa.func.max(Epoch.epoch).label("last"))
+        sa.select(
+            Epoch.trial_id,
+            sa.func.max(Epoch.epoch).label("last"),
+            sa.func.sum(Epoch.seconds).label("seconds"),
+        )
         .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
         .where(TrialModel.study_id == study_id)
         .group_by(Epoch.trial_id)
@@ -133,11 +210,12 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             TrialModel.state,
             TrialValueModel.value,
             epochs.c.last,
+            epochs.c.seconds,
             Epoch.val_accuracy,
             Attempt.number.label("attempts"),
-            Attempt.released,
+            _HELD.label("held"),
             Attempt.reason,
-            sa.extract("epoch", sa.func.now() - Attempt.renewed).label("age"),
+            _age(Attempt.renewed).label("age"),
             Worker.host,
             Worker.pid,
         )
@@ -158,12 +236,13 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
 
 
 def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
-    held = row.attempts is not None and row.released is None and row.state == TrialState.RUNNING
+    held = bool(row.held) and row.state == TrialState.RUNNING
     return TrialRow(
         number=row.number,
         state=_STATES.get(row.state, "running" if held else "waiting"),
         params=params,
         epochs=0 if row.last is None else row.last + 1,
+        seconds=row.seconds or 0.0,
         accuracy=row.val_accuracy,
         value=row.value,
         attempts=row.attempts or 0,
@@ -232,8 +311,107 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             style="dim" if row.state == "pruned" else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
-    foot = Text(f"{status.workers} workers, {status.gpu_hours:.2f} GPU-hours", style="dim")
-    return Group(head, table, foot)
+    return Group(head, table, Text(_spent(status), style="dim"))
+
+
+def render_workers(status: Status) -> RenderableType:
+    """Who is at work, and on a cluster what SLURM says of the array."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for"):
+        table.add_column(column)
+    epochs = {row.number: row.epochs for row in status.trials}
+    for worker in status.workers:
+        table.add_row(
+            f"{worker.host}:{worker.pid}",
+            worker.job or "",
+            worker.gpu or "",
+            str(worker.trial),
+            f"{epochs[worker.trial]}/{status.max_epochs}",
+            f"{worker.renewed:.0f} s ago",
+            _duration(worker.running_for),
+        )
+    lines: list[RenderableType] = [Text(), table] if status.workers else []
+    if status.array_jobs:
+        tasks = ", ".join(f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
+        lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks or 'no task known any more'}"))
+    if status.stopping:
+        lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
+    return Group(*lines)
+
+
+def _spent(status: Status) -> str:
+    budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
+    return (
+        f"{len(status.workers)} workers, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{status.gpu_hours_saved:.2f} saved by pruning"
+    )
+
+
+@dataclass
+class AttemptRow:
+    """One worker's hold on one trial."""
+
+    trial: int
+    attempt: int
+    worker: str  # host:pid
+    job: str | None
+    log: str | None
+    outcome: str | None  # None while it lasts
+    reason: str | None
+
+
+@retrying
+def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) -> list[AttemptRow]:
+    """A study's attempts, or one trial's, oldest first."""
+    query = (
+        sa.select(Attempt, Worker, TrialModel.number)
+        .join(Worker, Worker.id == Attempt.worker_id)
+        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
+        .where(Attempt.study_id == study_id)
+        .order_by(Attempt.claimed)
+    )
+    if trial is not None:
+        query = query.where(TrialModel.number == trial)
+    with Session(engine) as session:
+        return [
+            AttemptRow(
+                trial=number,
+                attempt=attempt.number,
+                worker=f"{worker.host}:{worker.pid}",
+                job=_job(worker),
+                log=worker.log,
+                outcome=attempt.outcome,
+                reason=attempt.reason,
+            )
+            for attempt, worker, number in session.execute(query)
+        ]
+
+
+def render_attempts(attempts: list[AttemptRow], lines: int) -> RenderableType:
+    """Attempts with their logs; the last traceback; the last lines of the last log."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("trial", "attempt", "worker", "job", "ended", "log"):
+        table.add_column(column, no_wrap=column == "log")
+    for row in attempts:
+        table.add_row(
+            str(row.trial),
+            str(row.attempt),
+            row.worker,
+            row.job or "",
+            row.outcome or "not yet",
+            row.log or "(terminal)",
+        )
+    parts: list[RenderableType] = [table]
+    raised = [row for row in attempts if row.reason and "Traceback" in row.reason]
+    if raised:
+        last = raised[-1]
+        parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]
+        parts += [Text((last.reason or "").rstrip())]
+    log = Path(attempts[-1].log or "")
+    if lines and log.is_file():
+        parts += [Text(f"\n{log}:", style="bold")]
+        parts += [Text("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))]
+    return Group(*parts)
 
 
 def _number(value: float | int | None) -> str:

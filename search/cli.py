@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from dashboards.status import Status
+    import sqlalchemy as sa
+
+    from dashboards.status import Status, TrialRow
     from search.study import StudyFile
     from storage.ledger import StudyEntry
 
@@ -27,7 +29,7 @@ db_app = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 1, 2, 3, 130
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
@@ -65,17 +67,9 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the error is about the input, which its message explains."""
-    names = {
-        "InputError",
-        "DatasetError",
-        "ModelError",
-        "CheckpointError",
-        "DatabaseError",
-        "EmbeddedPostgresError",
-        "FileExistsError",
-    }
-    return type(error).__name__ in names
+    """Whether the error is one of our own: about the input, which its message explains."""
+    # By the module, not by the class, which would have to be imported, and torch with it.
+    return type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
 
 
 def _say(text: str) -> None:
@@ -112,27 +106,26 @@ def search(
         from rich.console import Console
 
         from dashboards.status import read_status
+        from search.export import export_trial, pick
         from search.launch import LocalSearch, WorkersFailedError
         from search.study import InputError, open_study
         from storage import database
         from storage.runs import RunFolder, image_cache
-        from trainer.loop import Workspace
+        from trainer.loop import rehearse
 
         file = _load(study, data, weights, set_)
-        if not output.absolute().parent.is_dir():
-            raise InputError(f"--output {output}: no such folder; make it first")
-        fingerprint = Workspace(file.shared, image_cache()).dataset.fingerprint
+        if not output.absolute().parent.is_dir() or output.is_dir():
+            raise InputError(f"--output {output}: cannot be written there; give another file")
+        fingerprint = rehearse(file.shared, image_cache())
         engine = database.connect()
-        database.prepare(engine)
-        storage = database.optuna_storage(engine)
-        opened = open_study(file, engine, storage, fingerprint)
-        _say(f"study {file.study.name!r}, database {engine.url.render_as_string()}")
-        arguments = [str(study), *_repeat(data, weights, set_)]
+        opened = database.prepare(engine)
+        _, entry = open_study(file, engine, opened, fingerprint, lead=True)
+        _say(f"study {entry.name!r}, database {engine.url.render_as_string()}")
         local = LocalSearch(
-            arguments,
+            [str(study), *_repeat(data, weights, set_)],
             workers,
-            RunFolder(file.study.name),
-            lambda: read_status(engine, opened._study_id, file.study.name),
+            RunFolder(entry.name, entry.created),
+            lambda: read_status(engine, entry.study_id, entry.name),
             Console(),
         )
         try:
@@ -141,10 +134,16 @@ def search(
             _say(f"error: {error}")
             raise typer.Exit(FAILED) from None
         if status.best is not None:
-            _write_best(engine, status, None, output, data, weights)
-        if status.finished < status.max_trials:
-            _say("not finished; the same command goes on where it stopped")
-            raise typer.Exit(INTERRUPTED)
+            row = pick(status, None)
+            export_trial(engine, entry, row, output, {"data": data, "weights": weights})
+            _say_exported(row, output)
+        if status.finished >= status.max_trials:
+            return
+        if status.budget_spent and not local.interrupted:
+            _say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
+            return
+        _say("not finished; the same command goes on where it stopped")
+        raise typer.Exit(INTERRUPTED if local.interrupted else STOPPED)
 
 
 def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) -> list[str]:
@@ -154,25 +153,39 @@ def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) 
 
 @app.command()
 def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
-    """Run one worker: what a SLURM array task runs."""
+    """Run one worker: what a SLURM array task runs.
+
+    Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
+    """
     with _errors_in_one_line():
+        from search import slurm
         from search.study import open_study
-        from search.worker import Worker
+        from search.worker import PARENT_VARIABLE, End, Worker
         from storage import database
         from storage.ledger import Ledger
-        from storage.runs import image_cache
+        from storage.runs import RunFolder, image_cache
         from trainer.allocation import use_allotted_cpus
         from trainer.loop import Workspace
 
         file = _load(study, data, weights, set_)
+        wall_end = slurm.wall_end()
         use_allotted_cpus()
         workspace = Workspace(file.shared, image_cache())
         engine = database.connect()
-        database.prepare(engine)
-        storage = database.optuna_storage(engine)
-        opened = open_study(file, engine, storage, workspace.dataset.fingerprint)
-        ledger = Ledger(engine, storage, opened._study_id)
-        logging.info("worker ended: %s", Worker(file, opened, ledger, workspace).run())
+        storage = database.prepare(engine)
+        opened, entry = open_study(file, engine, storage, workspace.dataset.fingerprint)
+        ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
+        runs = RunFolder(entry.name, entry.created)
+        one = Worker(file, opened, ledger, workspace, runs, wall_end)
+        end = one.run()
+        logging.info("worker ended: %s", one.stop.reason or "nothing left to claim")
+        if end == End.WALL_TIME and PARENT_VARIABLE not in os.environ:
+            if not one.made_progress:
+                _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
+                raise typer.Exit(FAILED)
+            if slurm.requeue_own_task():
+                logging.info("requeued: another run of this task goes on")
+        raise typer.Exit(end)
 
 
 @app.command()
@@ -185,29 +198,60 @@ def submit(
     weights: Weights = None,
     set_: Set = None,
 ) -> None:
-    """Start workers as a SLURM array job."""
+    """Start workers as a SLURM array job, after checking what would fail in the queue."""
     with _errors_in_one_line():
         from search import slurm
-        from search.study import InputError
-        from storage import database
 
         file = _load(study, data, weights, set_)
-        if profile not in file.slurm:
-            known = ", ".join(file.slurm) or "none"
-            raise InputError(f"--profile {profile!r}: {study} has {known}; add [slurm.{profile}]")
-        script = slurm.render_array_script(
-            file.slurm[profile],
-            array,
-            slurm.worker_command(study, _repeat(data, weights, set_)),
-            Path.cwd(),
-            slurm.job_environment(database.home()),
-        )
+        options = [str(study.absolute()), *_repeat(data, weights, set_)]
         if dry_run:
-            typer.echo(script, nl=False)
+            typer.echo(slurm.array_script(file, profile, array, options), nl=False)
             return
-        database.connect()  # better now than in the queue
-        job = slurm.submit_array(script, database.home() / "slurm")
-        typer.echo(f"job {job}; watch it with: atelier status {study} --watch")
+        job = slurm.submit_study(file, profile, array, options)
+        typer.echo(f"job {job}")
+        for verb in (f"status {study} --watch", f"logs {study}", f"stop {study}"):
+            typer.echo(f"  atelier {verb}")
+
+
+@app.command()
+def stop(
+    study: StudyName,
+    undo: Annotated[bool, typer.Option("--undo", help="Let workers start again.")] = False,
+) -> None:
+    """Ask all workers of a study to finish their epoch, release their trial and end."""
+    with _errors_in_one_line():
+        from storage.ledger import request_stop
+
+        engine, entry = _study(study)
+        request_stop(engine, entry.study_id, not undo)
+        if undo:
+            typer.echo(f"study {entry.name!r}: workers may start again")
+        else:
+            typer.echo(
+                f"study {entry.name!r}: its workers end after their epoch, also those still in the "
+                "queue; search, submit, or stop --undo goes on"
+            )
+
+
+@app.command()
+def logs(
+    study: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Only this trial's attempts.")] = None,
+    lines: Annotated[int, typer.Option(min=0, help="How much of the last log to show.")] = 20,
+) -> None:
+    """Show where the workers' logs are, the last traceback, and the end of the last log."""
+    with _errors_in_one_line():
+        from dashboards.status import read_attempts, render_attempts
+
+        engine, entry = _study(study)
+        attempts = read_attempts(engine, entry.study_id, trial)
+        if not attempts:
+            from search.study import InputError
+
+            raise InputError(f"no attempt at {'any trial' if trial is None else f'trial {trial}'} yet")
+        from rich.console import Console
+
+        Console().print(render_attempts(attempts, lines), soft_wrap=True)
 
 
 @app.command()
@@ -220,22 +264,32 @@ def status(
     with _errors_in_one_line():
         import json
 
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
 
-        from dashboards.status import read_status, render
+        from dashboards.status import read_status, render, render_workers
+        from search import slurm
 
-        engine, entry, name = _study(study)
-        now = read_status(engine, entry.study_id, name)
+        engine, entry = _study(study)
+
+        def now() -> "Status":
+            status = read_status(engine, entry.study_id, entry.name)
+            status.tasks = slurm.task_states(status.array_jobs)
+            return status
+
+        def picture() -> Group:
+            status = now()
+            return Group(render(status, 40), render_workers(status))
+
         if as_json:
-            typer.echo(json.dumps(now.as_dict(), indent=2))
+            typer.echo(json.dumps(now().as_dict(), indent=2))
         elif watch:
-            with Live(render(now, 40)) as live:
+            with Live(picture()) as live:
                 while True:
                     time.sleep(2)
-                    live.update(render(read_status(engine, entry.study_id, name), 40))
+                    live.update(picture())
         else:
-            Console().print(render(now, 40))
+            Console().print(picture())
 
 
 @app.command()
@@ -247,8 +301,8 @@ def trials(
     with _errors_in_one_line():
         from dashboards.status import read_status, trials_frame
 
-        engine, entry, name = _study(study)
-        frame = trials_frame(read_status(engine, entry.study_id, name))
+        engine, entry = _study(study)
+        frame = trials_frame(read_status(engine, entry.study_id, entry.name))
         if csv is None:
             typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
         else:
@@ -264,41 +318,24 @@ def export(
     """Write the best trial's configuration, ready for `atelier train`."""
     with _errors_in_one_line():
         from dashboards.status import read_status
+        from search.export import export_trial, pick
 
-        engine, entry, name = _study(study)
-        now = read_status(engine, entry.study_id, name)
-        _write_best(engine, now, trial, output, None, None)
+        engine, entry = _study(study)
+        row = pick(read_status(engine, entry.study_id, entry.name), trial)
+        export_trial(engine, entry, row, output)
+        _say_exported(row, output)
 
 
-def _write_best(
-    engine: Any,
-    now: "Status",
-    trial: int | None,
-    output: Path,
-    data: str | None,
-    weights: str | None,
-) -> None:
-    from search.export import bundle, pick
-    from storage.ledger import curve, study_entry
-    from trainer.config import TrainConfig
-
-    row = pick(now, trial)
-    entry = study_entry(engine, now.study)
-    assert entry is not None  # it was just read
-    places = entry.settings["places"]
-    places |= {k: v for k, v in (("data", data), ("weights", weights)) if v is not None}
-    config = TrainConfig(**{**entry.settings["train"], **places, **row.params})
-    text = bundle(config, now, row, curve(engine, entry.study_id, row.number), entry.dataset)
-    output.write_text(text, encoding="utf-8")
-    value = "no score" if row.value is None else f"score {row.value:.4f}"
+def _say_exported(row: "TrialRow", output: Path) -> None:
+    value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     _say(f"trial {row.number} ({value}) is in {output}; train it with: atelier train {output}")
 
 
-def _study(name_or_file: str) -> tuple[Any, "StudyEntry", str]:
+def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     """Find a study that exists, by its name or its file."""
     from search.study import InputError, load_study_file
     from storage import database
-    from storage.ledger import study_entry
+    from storage.ledger import study_entry, study_names
 
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
@@ -308,14 +345,12 @@ def _study(name_or_file: str) -> tuple[Any, "StudyEntry", str]:
     engine = database.connect()
     if database.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    database.check_schema(engine)
+    database.require_schema(engine)
     entry = study_entry(engine, name)
     if entry is None:
-        from storage.ledger import study_names
-
         known = ", ".join(study_names(engine)) or "none"
         raise InputError(f"no study {name!r} in the database; it has: {known}")
-    return engine, entry, name
+    return engine, entry
 
 
 @app.command()
@@ -328,7 +363,7 @@ def train(
 ) -> None:
     """Train one configuration to its end; the same command resumes an interrupted run."""
     with _errors_in_one_line():
-        from search.study import load_config
+        from search.study import change_config, load_config
         from storage.runs import image_cache
         from trainer.allocation import use_allotted_cpus
         from trainer.checkpoint import Checkpoints
@@ -337,9 +372,7 @@ def train(
 
         settings, origin = load_config(config)
         changes = {"epochs": epochs, "data": data, "weights": weights}
-        settings = settings.model_copy(
-            update={key: value for key, value in changes.items() if value is not None}
-        )
+        settings = change_config(settings, changes, config)
         use_allotted_cpus()
         workspace = Workspace(settings, image_cache())
         if origin and origin.get("dataset") != workspace.dataset.fingerprint:
@@ -388,17 +421,17 @@ def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Se
 @data_app.command("check")
 def data_check(folder: Path) -> None:
     """Validate a dataset; list every finding with file and line."""
-    from trainer.dataset import check_dataset, read_dataset
+    with _errors_in_one_line():
+        from trainer.dataset import DatasetError, check_dataset, read_dataset
 
-    findings = check_dataset(folder)
-    for finding in findings:
-        typer.echo(finding)
-    if findings:
-        _say(f"error: {len(findings)} findings in {folder}")
-        raise typer.Exit(WRONG_INPUT)
-    dataset = read_dataset(folder)
-    counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-    typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
+        findings = check_dataset(folder)
+        for finding in findings:
+            typer.echo(finding)
+        if findings:
+            raise DatasetError(f"{len(findings)} findings in {folder}")
+        dataset = read_dataset(folder)
+        counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
+        typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
 
 
 @data_app.command("demo")
@@ -470,11 +503,4 @@ def db_check() -> None:
         engine = database.connect()
         version = database.server_version(engine)
         typer.echo(f"OK  server: PostgreSQL {version}")
-        database.check_schema(engine)
-        revision = database.schema_revision(engine)
-        if revision != database.head_revision():
-            raise database.DatabaseError(
-                f"schema {revision or 'missing'}, wanted {database.head_revision()}; "
-                "the next search or worker creates or upgrades it"
-            )
-        typer.echo(f"OK  schema: {revision}")
+        typer.echo(f"OK  schema: {database.require_schema(engine)}")

@@ -3,14 +3,17 @@
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import tomli_w
 
 from dashboards.status import Status, TrialRow
 from search.study import InputError
+from storage.ledger import StudyEntry, curve
 from trainer.config import TrainConfig
 
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
@@ -32,16 +35,43 @@ def pick(status: Status, number: int | None) -> TrialRow:
     )
 
 
-def bundle(config: TrainConfig, status: Status, row: TrialRow, curve: list[float], dataset: str) -> str:
+def export_trial(
+    engine: sa.Engine,
+    entry: StudyEntry,
+    row: TrialRow,
+    output: Path,
+    places: Mapping[str, str | None] | None = None,
+) -> None:
+    """Write a trial's configuration; `places` are other paths of data and weights, if not None.
+
+    Raises InputError for a trial that has not all its parameters yet.
+    """
+    missing = entry.settings["space"].keys() - row.params.keys()
+    if missing:
+        raise InputError(
+            f"trial {row.number} has no {', '.join(sorted(missing))} yet; choose another with --trial"
+        )
+    given = {key: value for key, value in (places or {}).items() if value is not None}
+    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | given | row.params)
+    text = bundle(config, entry, row, curve(engine, entry.study_id, row.number))
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror}); give another with -o"
+        ) from None
+
+
+def bundle(config: TrainConfig, entry: StudyEntry, row: TrialRow, curve: list[float]) -> str:
     """TOML text: [train] holds every resolved setting, [origin] says where they come from."""
     origin: dict[str, Any] = {
-        "study": status.study,
+        "study": entry.name,
         "trial": row.number,
         "state": row.state,
         "score": row.value,
         "curve": curve,
         "seed": config.seed,
-        "dataset": dataset,
+        "dataset": entry.dataset,
         "git_commit": git_commit(),
         "exported": datetime.now(UTC).replace(microsecond=0),
         "python": platform.python_version(),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from dashboards.status import Status, progress_line, render
-from search.worker import PARENT_VARIABLE
+from search.worker import PARENT_VARIABLE, End
 from storage.runs import RunFolder
 
 POLL_SECONDS = 1.0
@@ -23,6 +23,9 @@ PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
 
 class WorkersFailedError(RuntimeError):
     """Every worker ended with an error; the message names the log."""
+
+
+MAX_RESTARTS = 3  # of workers that were killed, without an epoch in between
 
 
 @dataclass
@@ -50,13 +53,20 @@ class LocalSearch:
         self._interrupts = 0
         self._slots: list[_Slot] = []
         self._failures: list[_Slot] = []
+        self._restarts, self._epochs = 0, 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody typed Ctrl-C."""
+        return self._interrupts > 0
 
     def run(self) -> Status:
         """Returns the last status. Raises WorkersFailedError if no worker could go on."""
         old = signal.signal(signal.SIGINT, self._interrupt)
         old_term = signal.signal(signal.SIGTERM, self._interrupt)
         try:
-            self._slots = [self._start(number) for number in range(1, self._n_workers + 1)]
+            for number in range(1, self._n_workers + 1):
+                self._slots.append(self._start(number))
             self._watch()
         finally:
             for slot in self._slots:
@@ -66,13 +76,13 @@ class LocalSearch:
             signal.signal(signal.SIGINT, old)
             signal.signal(signal.SIGTERM, old_term)
         status = self._status()
-        if self._failures and status.finished < status.max_trials and not self._interrupts:
+        if self._failures and status.finished < status.max_trials and not self.interrupted:
             slot = self._failures[0]
-            raise WorkersFailedError(f"{_last_line(slot.log)}; the whole log is {slot.log}")
+            raise WorkersFailedError(f"{_why(slot)}; the whole log is {slot.log}")
         return status
 
     def _start(self, number: int) -> _Slot:
-        log = self._runs.worker_log(number)
+        log = self._runs.logs / f"worker-{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(len(os.sched_getaffinity(0)) // self._n_workers, 1)
         environment = {
@@ -80,6 +90,8 @@ class LocalSearch:
             **os.environ,
             PARENT_VARIABLE: str(os.getpid()),
         }
+        if gpus := _visible_gpus():
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "search", "worker", *self._arguments],
@@ -107,35 +119,49 @@ class LocalSearch:
             self._watch_plainly()
             return
         with Live(console=self._console, refresh_per_second=4) as live:
-            while self._tend():
-                live.update(render(self._status()))
+            while self._tend(status := self._status()):
+                live.update(render(status))
                 time.sleep(POLL_SECONDS)
             live.update(render(self._status()))
 
     def _watch_plainly(self) -> None:
         shown, finished = time.monotonic(), 0
-        while self._tend():
-            status = self._status()
+        while self._tend(status := self._status()):
             if status.finished != finished or time.monotonic() - shown > PLAIN_SECONDS:
                 self._console.print(progress_line(status), soft_wrap=True)
                 shown, finished = time.monotonic(), status.finished
             time.sleep(POLL_SECONDS)
         self._console.print(progress_line(self._status()), soft_wrap=True)
 
-    def _tend(self) -> bool:
+    def _tend(self, status: Status) -> bool:
         """Replace killed workers; False once there is nothing left to wait for."""
+        epochs = sum(row.epochs for row in status.trials)
+        if epochs > self._epochs:
+            self._epochs, self._restarts = epochs, 0
         for slot in list(self._slots):
             code = slot.process.poll()
             if code is None:
                 continue
             self._slots.remove(slot)
-            if code < 0 and not self._interrupts:
+            if code < 0 and not self.interrupted and self._restarts < MAX_RESTARTS * self._n_workers:
+                self._restarts += 1
                 self._slots.append(self._start(slot.number))
-            elif code > 0:
+            elif code not in set(End):
                 self._failures.append(slot)
         return bool(self._slots)
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+def _visible_gpus() -> list[str]:
+    """The GPUs to share out among the workers; empty without any. Asks no CUDA, which would start."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [word for word in visible.split(",") if word]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _why(slot: _Slot) -> str:
+    code = slot.process.returncode
+    if code < 0:
+        return f"workers are killed by {signal.Signals(-code).name} before they finish an epoch"
+    lines = slot.log.read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else "a worker ended with an error"

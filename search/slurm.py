@@ -1,32 +1,53 @@
-"""SLURM: the array job that starts the workers. The only module that calls SLURM's commands."""
+"""SLURM: the array job that starts the workers, and what SLURM knows of it.
+
+The only module that calls SLURM's commands. Where SLURM does not answer, it is as if there were none.
+"""
 
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from search.study import InputError, SlurmProfile
+import huggingface_hub
 
-# A warning before the wall time, in seconds; the worker finishes its epoch and releases its trial.
-WARNING_SECONDS = 300
-ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?")
+from search.study import InputError, SlurmProfile, StudyFile, open_study
+from storage.database import connect, database_url, home, prepare
+from storage.ledger import Holder, enter_array_job, gone_here
+from trainer.config import TrainConfig
+from trainer.dataset import read_dataset
+
+ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+PATIENCE = 20  # seconds that SLURM's commands may take
+# A job in one of these states has its processes; one that is COMPLETING may have them.
+ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 
 
 def render_array_script(
-    profile: SlurmProfile, array: str, worker: list[str], folder: Path, environment: dict[str, str]
+    profile: SlurmProfile,
+    array: str,
+    worker: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    log: str,
 ) -> str:
     """The batch script as text; nothing is run or written. Raises InputError for a bad `array`.
 
     `worker` is the command of one array task, run in `folder`. It replaces the shell, so that it is
-    the process that SLURM signals.
+    the process that SLURM signals. `log` is the path of a task's log, with SLURM's %A and %a.
     """
     if not ARRAY.fullmatch(array):
         raise InputError(f"--array {array!r}: allowed is SLURM's form, as in 0-7%4")
     options = {
         "job-name": "atelier",
         "array": array,
+        "output": log,
         "qos": profile.qos,
         "partition": profile.partition,
         "account": profile.account,
@@ -34,17 +55,18 @@ def render_array_script(
         "gres": f"gpu:{profile.gpus}" if profile.gpus else None,
         "mem": profile.memory,
         "time": profile.time,
-        "signal": f"B:USR2@{WARNING_SECONDS}",
+        "signal": f"B:USR2@{profile.warning}",
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines = [f"#SBATCH --{key}={_word(value)}" for key, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += [f"#SBATCH {option}" for option in profile.options]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     return "\n".join(
         [
             "#!/bin/bash",
             *lines,
-            "#SBATCH --requeue",
-            "#SBATCH --open-mode=append",
             *exports,
+            *profile.setup,
             f"cd {shlex.quote(str(folder))} || exit 1",
             f"exec {shlex.join(worker)}",
             "",
@@ -52,40 +74,212 @@ def render_array_script(
     )
 
 
-def worker_command(study: Path, options: list[str]) -> list[str]:
-    """What an array task runs: this Python, by its full path."""
-    return [sys.executable, "-m", "search", "worker", str(study.absolute()), *options]
+def _word(value: object) -> str:
+    """A value for an #SBATCH line, which sbatch splits as a shell would: by blanks and quotes."""
+    text = str(value)
+    if "\n" in text:
+        raise InputError(f"{text!r} has a line break, which no #SBATCH line can hold; rename it")
+    if re.fullmatch(r"[\w@%+=:,./\\-]*", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def job_environment(home: Path) -> dict[str, str]:
-    """What the job needs to find the same study. Raises InputError if a node could not use it."""
-    url = os.environ.get("ATELIER_DATABASE_URL")
-    if not url:
+def array_script(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+    """The batch script of workers for a study file, as this user would submit it from here.
+
+    `options` are the worker's arguments, the study's path first. Raises InputError.
+    """
+    if profile not in file.slurm:
+        known = ", ".join(file.slurm) or "none"
+        raise InputError(f"--profile {profile!r}: the study file has {known}; add [slurm.{profile}]")
+    command = [sys.executable, "-m", "search", "worker", *options]
+    log = f"{str(_logs()).replace('%', '%%')}/%A_%a.log"
+    return render_array_script(
+        file.slurm[profile], array, command, Path.cwd(), _environment(file.shared), log
+    )
+
+
+def _logs() -> Path:
+    return home() / "slurm"
+
+
+def _environment(config: TrainConfig) -> dict[str, str]:
+    """What a task needs to find the same study: with no secret, for anybody may read the script."""
+    given = {"ATELIER_DATABASE_URL": _node_url(), "ATELIER_HOME": str(home())}
+    for name in ("PGPASSFILE", "HF_HOME", "HF_HUB_CACHE"):
+        if value := os.environ.get(name):
+            given[name] = value
+    if config.weights == "timm":
+        given["HF_HUB_OFFLINE"] = "1"  # they are in the cache: see `submit_study`
+    return given
+
+
+def _node_url() -> str:
+    """The database's URL, if a compute node can use it and anybody may see it. Raises InputError."""
+    text = os.environ.get("ATELIER_DATABASE_URL")
+    if not text:
         raise InputError(
             "the embedded database is reachable on this machine only; set ATELIER_DATABASE_URL to a "
-            "PostgreSQL that the compute nodes reach"
+            "PostgreSQL that the compute nodes reach (docs/cluster.md)"
         )
-    if re.match(r"\w+(\+\w+)?://[^/@]*:[^/@]*@", url):
+    url = database_url()
+    if url.password is not None or "password" in url.query:
         raise InputError(
             "ATELIER_DATABASE_URL holds a password, which the job's script would show; "
             "put it into ~/.pgpass and leave it out of the URL"
         )
-    return {"ATELIER_DATABASE_URL": url, "ATELIER_HOME": str(home)}
-
-
-def submit_array(script: str, logs: Path) -> str:
-    """Submit the script. Returns the job id. Raises InputError without SLURM or if it refuses."""
-    logs.mkdir(parents=True, exist_ok=True)
-    try:
-        result = subprocess.run(
-            ["sbatch", "--parsable", f"--output={logs}/%A_%a.log"],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=60,
+    host = str(url.query.get("host", url.host or ""))
+    local = host in ("", "localhost", "::1") or host.startswith(("/", "127."))
+    if local and not _cluster_is_this_machine():
+        raise InputError(
+            f"ATELIER_DATABASE_URL names {host or 'a local socket'}, which on a compute node is "
+            "another machine; write the address that the nodes reach"
         )
+    return text
+
+
+def _cluster_is_this_machine() -> bool:
+    nodes = _ask("sinfo", "--noheader", "--Node", "--format=%N")
+    return nodes is not None and set(nodes.split()) == {socket.gethostname().split(".")[0]}
+
+
+def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+    """Check what would fail in the queue, create the study if need be, submit. Returns the job id.
+
+    Raises InputError, DatasetError, DatabaseError; then nothing was submitted.
+    """
+    script = array_script(file, profile, array, options)
+    _check_weights(file.shared)
+    fingerprint = read_dataset(file.shared.data).fingerprint
+    engine = connect()
+    try:
+        _logs().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=_logs()).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {_logs()} ({error.strerror}); set ATELIER_HOME") from None
+    submit_array(script, test_only=True)
+    _, entry = open_study(file, engine, prepare(engine), fingerprint, lead=True)
+    job = submit_array(script)
+    enter_array_job(engine, entry.study_id, job, array)
+    return job
+
+
+def _check_weights(config: TrainConfig) -> None:
+    """Raises InputError unless the nodes will find the weights without the internet."""
+    if config.weights != "timm":
+        return  # a file, which `open_study` reads, or none
+    name = config.backbone
+    if "." not in name:
+        raise InputError(f"backbone = {name!r}: name the weights' tag too, as in {name}.TAG")
+    cached = huggingface_hub.try_to_load_from_cache(f"timm/{name}", "model.safetensors")
+    if not isinstance(cached, str):
+        raise InputError(
+            f"weights = 'timm': {name} is not in the cache, and compute nodes may have no internet; "
+            f"get it with: hf download timm/{name} config.json model.safetensors, or give a file "
+            "with --weights"
+        )
+
+
+def submit_array(script: str, test_only: bool = False) -> str:
+    """Submit the script. Returns the job id. Raises InputError without SLURM or if it refuses."""
+    command = ["sbatch", "--parsable", *(["--test-only"] if test_only else [])]
+    try:
+        result = subprocess.run(command, input=script, capture_output=True, text=True, timeout=PATIENCE)
     except FileNotFoundError:
         raise InputError("no sbatch on this machine; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"sbatch did not answer in {PATIENCE} s; look with squeue --me whether the job is there "
+            "before you try again"
+        ) from None
     if result.returncode != 0:
         raise InputError(f"sbatch refused the job: {result.stderr.strip()}")
     return result.stdout.strip().split(";")[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one task of an array, as squeue shows it."""
+
+    number: str  # tasks that never started share their array's
+    state: str
+    restarts: int
+    end: float | None  # seconds since 1970; None without a time limit
+
+
+def jobs(ids: Iterable[str]) -> list[Job] | None:
+    """Look jobs up by id, all tasks of an array each; those that SLURM has forgotten are absent.
+
+    None if SLURM does not answer.
+    """
+    listed = _ask(
+        *("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(ids))}"),
+        "--Format=JobID:|,State:|,RestartCnt:|,EndTime:|",
+    )
+    if listed is None:
+        return None
+    found = []
+    for line in listed.splitlines():
+        number, state, restarts, end, _ = line.split("|")
+        found.append(Job(number, state, int(restarts), float(end) if end.isdecimal() else None))
+    return found
+
+
+def _ask(*command: str) -> str | None:
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if "Invalid job id" in result.stderr:
+        return ""  # it answers: none of them is known any more
+    return result.stdout if result.returncode == 0 else None
+
+
+def judge(holders: list[Holder]) -> dict[str, bool]:
+    """Which holders are alive (True) and which are gone (False), by worker id: see `Ledger`.
+
+    SLURM is asked once, and only about jobs of the cluster that this process runs on.
+    """
+    verdicts = gone_here(holders)
+    cluster = os.environ.get("SLURM_CLUSTER_NAME")
+    asked = [
+        holder
+        for holder in holders
+        if cluster and holder.slurm_cluster == cluster and holder.worker_id not in verdicts
+    ]
+    found = jobs(holder.slurm_job for holder in asked if holder.slurm_job) if asked else None
+    if found is None:
+        return verdicts
+    by_number = {job.number: job for job in found}
+    for holder in asked:
+        job = by_number.get(holder.slurm_job or "")
+        if job is None or job.restarts != holder.slurm_restarts:
+            verdicts[holder.worker_id] = False  # forgotten, or its id has begun anew
+        elif job.state in ALIVE:
+            verdicts[holder.worker_id] = True
+        elif job.state != "COMPLETING":
+            verdicts[holder.worker_id] = False
+    return verdicts
+
+
+def task_states(array_jobs: list[str]) -> dict[str, int]:
+    """How many tasks of these arrays are in which state; empty if SLURM does not say."""
+    found = jobs(array_jobs) if array_jobs else None
+    return dict(Counter(job.state for job in found or []))
+
+
+def wall_end() -> float | None:
+    """When this job's time is over, in seconds since 1970; None outside SLURM or without a limit."""
+    own = os.environ.get("SLURM_JOB_ID")
+    found = jobs([own]) if own else None
+    return next((job.end for job in found or [] if job.number == own), None)
+
+
+def requeue_own_task() -> bool:
+    """Put this array task back into the queue. Returns whether SLURM accepted; it then ends us."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    # Not SLURM_JOB_ID: one task of an array has the array's own id, which means all of them.
+    return array is not None and _ask("scontrol", "requeue", f"{array}_{task}") is not None

@@ -1,6 +1,7 @@
 """Study files: what they may say, and the Optuna study that follows from one. Imports no torch."""
 
 import difflib
+import hashlib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,17 @@ class SlurmProfile(_Table):
     gpus: int = Field(1, ge=0)
     memory: str = "12G"
     time: str = "08:00:00"
+    warning: int = Field(300, ge=0)  # seconds before the end at which SLURM warns the workers
+    setup: list[str] = []  # shell lines before the worker starts: module load, activation
+    options: list[str] = []  # further options of sbatch, as in "--constraint=a100"
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _one_line_each(cls, value: object) -> object:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{text!r} has unprintable characters; one line each")
+        return value
 
 
 class StudyFile(_Table):
@@ -157,9 +169,28 @@ class StudyFile(_Table):
         return [rung for rung in rungs if rung < self.epochs - 1]
 
     def identity(self) -> dict[str, Any]:
-        """What makes trials comparable: the space and the training settings, not where files are."""
-        train = self.shared.model_dump(exclude={"data", "weights", *self.space})
-        return {"space": self.model_dump(mode="json")["space"], "train": train}
+        """What makes trials comparable: score, space and settings; of files what is in them.
+
+        Raises InputError if the weights file cannot be read.
+        """
+        train = self.shared.model_dump(exclude={"data", *self.space})
+        return {
+            "study": {"score": self.study.score},
+            "space": self.model_dump(mode="json")["space"],
+            "train": train | {"weights": _weights_identity(self.shared.weights)},
+        }
+
+
+def _weights_identity(weights: str) -> str:
+    if weights in ("timm", "none"):
+        return weights
+    try:
+        with open(weights, "rb") as file:
+            return f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise InputError(
+            f"weights = {weights!r}: {error.strerror}; give its path with --weights"
+        ) from None
 
 
 def _corner(spec: Range | list[float | int], which: str) -> Any:
@@ -190,6 +221,12 @@ def load_config(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     return validate(TrainConfig, tables["train"], path, "train"), tables.get("origin", {})
 
 
+def change_config(config: TrainConfig, changes: Mapping[str, Any], path: Path) -> TrainConfig:
+    """The configuration with other values, None for no change. Raises InputError."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return validate(TrainConfig, config.model_dump() | given, path, "train")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises InputError."""
     try:
@@ -203,15 +240,20 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _override(tables: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    table, dot, name = key.strip().partition(".")
-    if not equals or not dot:
+    path, equals, value = text.partition("=")
+    *parents, name = path.strip().split(".")
+    if not equals or not parents:
         raise InputError(f"--set {text!r}: expected table.key=value, as in train.epochs=10")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()  # a bare string
-    tables.setdefault(table, {})[name] = parsed
+    table: Any = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {text!r}: {parent} = {table!r} is not a table")
+    table[name] = parsed
 
 
 def validate(
@@ -282,14 +324,23 @@ def make_pruner(file: StudyFile) -> optuna.pruners.BasePruner:
 
 
 def open_study(
-    file: StudyFile, engine: sa.Engine, storage: optuna.storages.BaseStorage, fingerprint: str
-) -> optuna.Study:
-    """Create the study, or go on with it. Raises InputError if it was made with other settings."""
+    file: StudyFile,
+    engine: sa.Engine,
+    storage: optuna.storages.BaseStorage,
+    fingerprint: str,
+    lead: bool = False,
+) -> tuple[optuna.Study, ledger.StudyEntry]:
+    """Create the study, or go on with it. Raises InputError if it was made with other settings.
+
+    A worker joins what is on record; the command that a person types to start a search (`lead`) also
+    sets the budget and takes back an earlier `atelier stop`.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the commands say what there is to say
     name = file.study.name
+    identity = file.identity()
     existing = ledger.study_entry(engine, name)
     if existing is not None:
-        _same(file, existing, fingerprint)
+        _same(identity, existing, fingerprint)
     study = optuna.create_study(
         storage=storage,
         study_name=name,
@@ -299,27 +350,30 @@ def open_study(
         pruner=make_pruner(file),
     )
     hours = file.study.max_gpu_hours
-    ledger.enter_study(
-        engine,
-        study._study_id,
-        max_trials=file.study.max_trials,
-        max_gpu_seconds=None if hours is None else hours * 3600,
-        settings=file.identity() | {"places": file.shared.model_dump(include={"data", "weights"})},
-        dataset=fingerprint,
-    )
-    return study
+    changeable = {
+        "max_trials": file.study.max_trials,
+        "max_gpu_seconds": None if hours is None else hours * 3600,
+        "settings": identity | {"places": file.shared.model_dump(include={"data", "weights"})},
+    }
+    ledger.enter_study(engine, study._study_id, dataset=fingerprint, **changeable)
+    if lead:
+        ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
+    entry = ledger.study_entry(engine, name)
+    assert entry is not None  # it was just entered
+    _same(identity, entry, fingerprint)  # two processes may have created it at once
+    return study, entry
 
 
-def _same(file: StudyFile, existing: ledger.StudyEntry, fingerprint: str) -> None:
-    name = file.study.name
+def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: str) -> None:
+    name = existing.name
     other = f"give [study] another name than {name!r}, or restore the setting"
     if existing.optuna_version != optuna.__version__:
         raise InputError(
             f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
             f"{optuna.__version__}; install the same version on every machine"
         )
-    for table, settings in file.identity().items():
-        saved = existing.settings[table]
+    for table, settings in identity.items():
+        saved = existing.settings.get(table, {})
         for key in settings.keys() | saved.keys():
             if settings.get(key) != saved.get(key):
                 raise InputError(

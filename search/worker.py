@@ -3,9 +3,12 @@
 The laptop and the cluster run the same worker; SLURM only starts it more often.
 """
 
+import enum
 import logging
+import math
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from dataclasses import asdict
 from types import FrameType
 
 import optuna
+from sqlalchemy.exc import SQLAlchemyError
 
 from search.study import StudyFile, score
 from storage.database import retrying
@@ -27,98 +31,161 @@ log = logging.getLogger(__name__)
 
 # Set by `atelier search` for its workers: they stop when it is gone.
 PARENT_VARIABLE = "ATELIER_SEARCH_PID"
+SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
+KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
+
+# Errors that say nothing about the trial that was being trained.
+NOT_THE_TRIALS = (LeaseLost, CheckpointError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+
+class End(enum.IntEnum):
+    """Why a worker ended: its exit code."""
+
+    DONE = 0  # nothing left to claim
+    STOPPED = 3  # asked to, with work left
+    WALL_TIME = 4  # the time that SLURM granted is over, with work left
 
 
 class Stop:
-    """Whether this worker was asked to stop: after the epoch, or (asked twice) at once."""
+    """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
 
-    def __init__(self) -> None:
+    `wall_end` is when the job's time is over, in seconds since 1970.
+    """
+
+    def __init__(self, wall_end: float | None = None) -> None:
         self.reason: str | None = None
+        self.end = End.DONE
+        self._deadline = math.inf if wall_end is None else wall_end
         self._parent = int(os.environ.get(PARENT_VARIABLE, 0))
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        if self.reason is not None:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-        log.info("%s: finishing the epoch, then releasing the trial", self.reason)
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt  # typed twice: at once
+        if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            self._deadline = min(self._deadline, time.time() + KILL_SECONDS)
+        name = signal.Signals(number).name
+        self.ask(name, End.WALL_TIME if number == signal.SIGUSR2 else End.STOPPED)
+        log.info("%s: finishing the epoch if there is time, then releasing the trial", name)
+
+    def ask(self, reason: str, end: End) -> None:
+        """Stop after the epoch. The first reason counts."""
+        if self.reason is None:
+            self.reason, self.end = reason, end
 
     @property
     def requested(self) -> bool:
-        if self.reason is None and self._parent and os.getppid() != self._parent:
-            self.reason = "the search that started this worker has ended"
+        if self._parent and os.getppid() != self._parent:
+            self.ask("the search that started this worker has ended", End.STOPPED)
         return self.reason is not None
+
+    def leaves_time_for(self, seconds: float) -> bool:
+        """Whether something that takes so long can end before the deadline."""
+        return time.time() + seconds + SAVE_SECONDS < self._deadline
+
+    def cuts_epoch(self, seconds_left: float) -> bool:
+        """Whether an epoch that needs so many seconds more has to be interrupted now."""
+        if self.leaves_time_for(seconds_left):
+            return False
+        if not self.requested and self.leaves_time_for(0):
+            return False  # no signal yet: use the time there is
+        self.ask("wall time", End.WALL_TIME)
+        return True
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def on_signals(stop: Stop) -> Iterator[None]:
     """Turn SIGTERM, SIGINT and SIGUSR2 into a request; restore the old handlers at the end."""
     # SIGUSR2 is SLURM's warning here: NCCL uses SIGUSR1.
-    stop = Stop()
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     old = {number: signal.signal(number, stop) for number in signals}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
 class Worker:
-    """Trains trials of one study until the budget is spent or it is asked to stop."""
+    """Trains trials of one study until the budget is spent or it has to stop."""
 
     def __init__(
-        self, file: StudyFile, study: optuna.Study, ledger: Ledger, workspace: Workspace
+        self,
+        file: StudyFile,
+        study: optuna.Study,
+        ledger: Ledger,
+        workspace: Workspace,
+        runs: RunFolder,
+        wall_end: float | None = None,
     ) -> None:
         self.file, self.study, self.ledger, self.workspace = file, study, ledger, workspace
-        self.runs = RunFolder(file.study.name)
+        self.runs = runs
+        self.stop = Stop(wall_end)
+        self.made_progress = False  # at least one optimizer step
+        self._epoch_seconds = 0.0  # as last measured in this process
 
-    def run(self) -> str:
-        """Returns why it ended."""
-        self.ledger.register(gpu=self.workspace.device_name)
+    def run(self) -> End:
+        """Work; returns why it ended, with the details in `stop.reason`."""
+        self.ledger.register(gpu=self.workspace.device_name, log=_own_log())
         reason = "an error"
         try:
-            with stop_on_signals() as stop:
-                reason = self._run(stop)
+            with on_signals(self.stop):
+                self._run()
+            reason = self.stop.reason or "nothing left to claim"
         finally:
             self.ledger.sign_off(reason)
-        return reason
+        return self.stop.end
 
-    def _run(self, stop: Stop) -> str:
-        while not stop.requested:
+    def _run(self) -> None:
+        while self._may_go_on():
             claim = self.ledger.claim()
             if claim is None:
-                return "nothing left to claim"
+                self._may_go_on()  # was it that somebody asked to stop?
+                return
             with LeaseKeeper(self.ledger, claim):
-                self._attempt(claim, stop)
-        return stop.reason or "stopped"
+                self._attempt(claim)
 
-    def _attempt(self, claim: Claim, stop: Stop) -> None:
+    def _may_go_on(self) -> bool:
+        """Whether to begin another epoch."""
+        if self.ledger.stop_requested():
+            self.stop.ask("atelier stop", End.STOPPED)
+        if not self.stop.leaves_time_for(self._epoch_seconds):
+            self.stop.ask("wall time", End.WALL_TIME)
+        return not self.stop.requested
+
+    def _attempt(self, claim: Claim) -> None:
         """Train one trial to its end, to its release, or to an error that is put on record."""
         log.info("trial %d: attempt %d", claim.trial_number, claim.attempt)
-        checkpoints = Checkpoints(self.runs.checkpoints(claim.trial_number))
+        checkpoints = Checkpoints(
+            self.runs.checkpoints(claim.trial_number),
+            before_save=lambda: self.ledger.renew(claim),  # raises LeaseLost
+        )
         try:
-            ended = self._train(claim, checkpoints, stop)
-        except LeaseLost:
-            log.warning("trial %d: taken over by another worker", claim.trial_number)
-            return
+            try:
+                ended = self._train(claim, checkpoints)
+            except NOT_THE_TRIALS:
+                raise
+            except Exception as error:  # whatever else the training raises belongs to the trial
+                ended = self._failed(claim, error)
+            if ended:
+                checkpoints.clear()
+        except LeaseLost as error:
+            log.warning("%s", error)
         except KeyboardInterrupt:
             self.ledger.release(claim, reason="stopped at once")
             raise
         except CheckpointError:
             self.ledger.release(claim, "error", traceback.format_exc())
             raise
-        except Exception as error:  # whatever the training raises belongs to the trial
-            ended = self._failed(claim, error)
-        if ended:
-            checkpoints.clear()
 
-    def _train(self, claim: Claim, checkpoints: Checkpoints, stop: Stop) -> bool:
+    def _train(self, claim: Claim, checkpoints: Checkpoints) -> bool:
+        """Returns whether the trial has ended; else it was released."""
         config = self._config(claim)
         values: list[float] = []
-        for result in train(config, self.workspace, checkpoints):
+        for result in train(config, self.workspace, checkpoints, self._interrupt):
             values.append(result.val_accuracy)
             if result.epoch > claim.last_epoch:
                 self.ledger.record(claim, asdict(result))
+                self._epoch_seconds = result.seconds
             elif result.epoch < claim.last_epoch:
                 continue  # decided before
             if not result.finite:
@@ -130,11 +197,17 @@ class Worker:
                     reason = f"pruned after epoch {result.epoch}"
                     self.ledger.finish(claim, "pruned", result.val_accuracy, reason)
                     return True
-                if stop.requested:
-                    self.ledger.release(claim, reason=stop.reason or "")
-                    return False
+                if not self._may_go_on():
+                    break
+        if len(values) < config.epochs:
+            self.ledger.release(claim, reason=self.stop.reason or "")
+            return False
         self.ledger.finish(claim, "complete", score(values, self.file.study.score))
         return True
+
+    def _interrupt(self, seconds_left: float) -> bool:
+        self.made_progress = True
+        return self.stop.cuts_epoch(seconds_left)
 
     @retrying
     def _config(self, claim: Claim) -> TrainConfig:
@@ -143,7 +216,12 @@ class Worker:
         A parameter is written once and never again, so a worker that was replaced while it sampled
         cannot make its successor train something else than the study says.
         """
-        trial = optuna.trial.Trial(self.study, claim.trial_id)
+        # A Study keeps the trials that it has seen until ask or tell, which are not used here: with
+        # an old one the sampler would never learn.
+        study = optuna.Study(
+            self.study.study_name, self.ledger.storage, self.study.sampler, self.study.pruner
+        )
+        trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
             trial._suggest(name, distribution)
         stored = self.ledger.storage.get_trial(claim.trial_id).params
@@ -155,12 +233,16 @@ class Worker:
         return self.study.pruner.prune(self.study, self.ledger.storage.get_trial(claim.trial_id))
 
     def _failed(self, claim: Claim, error: Exception) -> bool:
+        """Put an error on record. Returns whether the trial has ended by it."""
         text = traceback.format_exc()
         log.error("trial %d: %s", claim.trial_number, text)
+        if self.stop.requested:  # the job's processes are being ended: not the trial's fault
+            self.ledger.release(claim, reason=f"{self.stop.reason}\n{text}")
+            return False
         if is_out_of_memory(error):
-            # As a constraint the sampler learns from it; from a failed trial it would not.
-            self._constrain(claim, "memory")
-            self.ledger.finish(claim, "failed", reason=f"out of memory\n{text}")
+            # Pruned, not failed, and violating a constraint: so that the sampler learns from it.
+            reason = f"out of memory\n{text}"
+            self.ledger.finish(claim, "pruned", 0.0, reason, violated="memory")
             return True
         if self.ledger.failures(claim) >= self.file.study.max_failures:
             self.ledger.finish(claim, "failed", reason=text)
@@ -168,6 +250,11 @@ class Worker:
         self.ledger.release(claim, "error", text)
         return False
 
-    @retrying
-    def _constrain(self, claim: Claim, key: str) -> None:
-        optuna.trial.Trial(self.study, claim.trial_id).set_constraint(key, 1.0)
+
+def _own_log() -> str | None:
+    """The file that this process's messages go to; None if that is a terminal or a pipe."""
+    try:
+        path = os.readlink("/proc/self/fd/2")
+    except OSError:
+        return None
+    return path if os.path.isfile(path) else None

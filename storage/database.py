@@ -30,6 +30,7 @@ CONNECT_ARGS: dict[str, object] = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
+    "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
     "application_name": "atelier",
     # A stopped process must not hold a row lock for ever.
     "options": "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000",
@@ -124,8 +125,10 @@ def server_version(engine: sa.Engine) -> str:
     return version
 
 
-def prepare(engine: sa.Engine) -> None:
+def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """Create or upgrade Optuna's tables and ours; safe for processes that start at once.
+
+    Returns Optuna's storage on the same database.
 
     Raises DatabaseError if the schema is newer than this program.
     """
@@ -135,7 +138,7 @@ def prepare(engine: sa.Engine) -> None:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
         try:
-            optuna_storage(engine)
+            storage = optuna_storage(engine)
             with engine.begin() as connection:
                 connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 config = _alembic()
@@ -143,6 +146,7 @@ def prepare(engine: sa.Engine) -> None:
                 command.upgrade(config, "head")
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
+    return storage
 
 
 def check_schema(engine: sa.Engine) -> None:
@@ -157,6 +161,18 @@ def check_schema(engine: sa.Engine) -> None:
             f"the database has schema {revision}, which this version of Atelier does not know "
             f"(it knows up to {head_revision()}); use the newer Atelier that made it"
         ) from None
+
+
+def require_schema(engine: sa.Engine) -> str:
+    """The schema's revision. Raises DatabaseError unless it is the one that this program wants."""
+    check_schema(engine)
+    revision = schema_revision(engine)
+    if revision is None or revision != head_revision():
+        raise DatabaseError(
+            f"schema {revision or 'missing'}, wanted {head_revision()}; "
+            "the next search, submit or worker creates or upgrades it"
+        )
+    return revision
 
 
 def schema_revision(engine: sa.Engine) -> str | None:

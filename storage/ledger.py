@@ -9,13 +9,16 @@ by (trial, epoch) and (trial, attempt), so an operation that is repeated after a
 nothing.
 """
 
+import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -26,6 +29,7 @@ from optuna.storages._rdb.models import (
     StudyModel,
     TrialIntermediateValueModel,
     TrialModel,
+    TrialSystemAttributeModel,
     TrialValueModel,
 )
 from optuna.trial import TrialState
@@ -33,7 +37,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.models import Attempt, Epoch, Study, Worker
+from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
@@ -66,15 +70,23 @@ def process_identity(pid: int | None = None) -> str:
     Raises psutil.NoSuchProcess.
     """
     pid = pid or os.getpid()
-    return f"{_machine()}:{pid}:{psutil.Process(pid).create_time():.2f}"
+    return f"{_machine()}:{pid}:{_start_time(pid)}"
 
 
 def _machine() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}:{os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return socket.gethostname()
+
+
+def _start_time(pid: int) -> str:
+    try:
+        # In ticks since the boot: unlike the time of day, no correction of the clock changes it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return f"{psutil.Process(pid).create_time():.2f}"
 
 
 def is_gone(process: str) -> bool:
@@ -90,8 +102,31 @@ def is_gone(process: str) -> bool:
         return True
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The worker that holds a trial, told apart from later processes of the same job."""
+
+    worker_id: str
+    process: str
+    slurm_cluster: str | None
+    slurm_job: str | None
+    slurm_restarts: int
+
+
+# What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
+Verdicts = Mapping[str, bool]
+
+
+def gone_here(holders: Iterable[Holder]) -> dict[str, bool]:
+    """The verdicts that this machine can give: who has ended on it."""
+    return {holder.worker_id: False for holder in holders if is_gone(holder.process)}
+
+
 class Ledger:
-    """The trials of one study, as one worker (or an onlooker) sees them."""
+    """The trials of one study, as one worker (or an onlooker) sees them.
+
+    `judge` says which holders are alive and which are gone; where it cannot say, the lease decides.
+    """
 
     def __init__(
         self,
@@ -99,15 +134,15 @@ class Ledger:
         storage: BaseStorage,
         study_id: int,
         lease_seconds: float = LEASE_SECONDS,
-        gone: Callable[[str], bool] = is_gone,
+        judge: Callable[[list[Holder]], Verdicts] = gone_here,
     ) -> None:
         self.engine, self.storage, self.study_id = engine, storage, study_id
         self.lease_seconds = lease_seconds
-        self._gone = gone
+        self._judge = judge
         self.worker_id: str | None = None
 
     @retrying
-    def register(self, gpu: str | None = None) -> str:
+    def register(self, gpu: str | None = None, log: str | None = None) -> str:
         """Enter this process as a worker. Returns its id, which is new for every process."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
         values = {
@@ -115,10 +150,13 @@ class Ledger:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": process_identity(),
+            "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_array_job": os.environ.get("SLURM_ARRAY_JOB_ID"),
             "slurm_array_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
+            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "gpu": gpu,
+            "log": log,
         }
         with self.engine.begin() as connection:
             connection.execute(insert(Worker).values(values).on_conflict_do_nothing())
@@ -141,43 +179,52 @@ class Ledger:
         Claims of a study follow one another (the study's row is locked), so that any number of
         workers neither overshoots the budget nor takes a trial twice.
         """
+        verdicts = self._judge(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
             study = session.get_one(Study, self.study_id, with_for_update=True)
-            trial = self._mine(session) or self._waiting(session)
-            if trial is None and self._budget_left(session, study):
-                # In a transaction of its own: if we die before the commit below, the trial is
-                # RUNNING without an attempt, and the next claim takes it.
-                trial_id = self.storage.create_new_trial(self.study_id)
-                trial = session.get_one(TrialModel, trial_id)
-            return None if trial is None else self._hold(session, trial)
+            if study.stop_requested is not None:
+                return None
+            for trial_id in self._unfinished(session):
+                claim = self._take(session, trial_id, verdicts)
+                if claim is not None:
+                    return claim
+            if not self._budget_left(session, study):
+                return None
+            # In a transaction of its own: if we die before the commit below, the trial is
+            # RUNNING without an attempt, and the next claim takes it.
+            return self._take(session, self.storage.create_new_trial(self.study_id), verdicts)
 
-    def _mine(self, session: Session) -> TrialModel | None:
-        """A trial that this worker claimed before, when the reply to its claim was lost."""
-        return session.scalar(
-            sa.select(TrialModel)
-            .join(Attempt, Attempt.trial_id == TrialModel.trial_id)
-            .where(Attempt.worker_id == self.worker_id, Attempt.released.is_(None))
-            .where(Attempt.study_id == self.study_id)
-            .limit(1)
-        )
-
-    def _waiting(self, session: Session) -> TrialModel | None:
-        """The first unfinished trial that nobody trains."""
-        rows = session.execute(
-            sa.select(TrialModel, Worker.process, Attempt.lease_until > _now())
-            .outerjoin(
-                Attempt,
-                sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.released.is_(None)),
+    @retrying
+    def _holders(self) -> list[Holder]:
+        query = (
+            sa.select(
+                Worker.id,
+                Worker.process,
+                Worker.slurm_cluster,
+                Worker.slurm_job,
+                Worker.slurm_restarts,
             )
-            .outerjoin(Worker, Worker.id == Attempt.worker_id)
+            .join(Attempt, Attempt.worker_id == Worker.id)
+            .where(Attempt.study_id == self.study_id, Attempt.released.is_(None))
+            .where(Worker.id != self.worker_id)
+        )
+        with self.engine.connect() as connection:
+            return [Holder(*row) for row in connection.execute(query)]
+
+    def _unfinished(self, session: Session) -> list[int]:
+        """Trials that may wait for a worker; first our own, from a claim whose reply was lost."""
+        mine = sa.exists().where(
+            Attempt.trial_id == TrialModel.trial_id,
+            Attempt.worker_id == self.worker_id,
+            Attempt.released.is_(None),
+        )
+        query = (
+            sa.select(TrialModel.trial_id)
             .where(TrialModel.study_id == self.study_id)
             .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
-            .order_by(TrialModel.number)
+            .order_by(mine.desc(), TrialModel.number)
         )
-        for trial, process, leased in rows:
-            if not leased or self._gone(process):  # `leased` is None without an open attempt
-                return trial
-        return None
+        return list(session.scalars(query))
 
     def _budget_left(self, session: Session, study: Study) -> bool:
         trials = session.scalar(
@@ -192,27 +239,38 @@ class Ledger:
             or (session.scalar(sa.select(gpu_seconds(self.study_id))) or 0.0) < study.max_gpu_seconds
         )
 
-    def _hold(self, session: Session, trial: TrialModel) -> Claim:
-        attempts = session.scalars(
-            sa.select(Attempt)
-            .where(Attempt.trial_id == trial.trial_id)
-            .order_by(Attempt.number.desc())
+    def _take(self, session: Session, trial_id: int, verdicts: Verdicts) -> Claim | None:
+        """Hold the trial, unless it is finished or its holder lives.
+
+        The rows are locked before they are judged, in the order in which `finish` locks them.
+        """
+        row = session.execute(
+            sa.select(Attempt, Attempt.lease_until > _now())
+            .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
             .with_for_update()
-        ).all()
-        newest = attempts[0] if attempts else None
-        if newest is not None and newest.released is None:
-            if newest.worker_id == self.worker_id:
-                return self._claim_of(session, trial, newest.number)
-            newest.released = newest.renewed  # the last moment that it is known to have lived
-            newest.outcome, newest.reason = "lost", "the worker ended without a word"
+        ).one_or_none()
+        trial = session.get_one(TrialModel, trial_id, with_for_update=True, populate_existing=True)
+        if trial.state.is_finished():
+            return None
+        if row is not None:
+            attempt, leased = row
+            if attempt.worker_id == self.worker_id:
+                return self._claim_of(session, trial, attempt.number)
+            if verdicts.get(attempt.worker_id, leased):
+                return None
+            attempt.released = attempt.renewed  # the last moment that it is known to have lived
+            attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
             session.flush()
         if trial.state == TrialState.WAITING:  # enqueued by hand
             trial.state = TrialState.RUNNING
             trial._datetime_start_utc = _utc_now()
-        number = len(attempts) + 1
+        number = 1 + (
+            session.scalar(sa.select(sa.func.max(Attempt.number)).where(Attempt.trial_id == trial_id))
+            or 0
+        )
         session.execute(
             insert(Attempt).values(
-                trial_id=trial.trial_id,
+                trial_id=trial_id,
                 number=number,
                 study_id=self.study_id,
                 worker_id=self.worker_id,
@@ -290,23 +348,31 @@ class Ledger:
 
     @retrying
     def finish(
-        self, claim: Claim, outcome: str, value: float | None = None, reason: str | None = None
+        self,
+        claim: Claim,
+        outcome: str,
+        value: float | None = None,
+        reason: str | None = None,
+        violated: str | None = None,
     ) -> None:
-        """End the trial for Optuna and the attempt, with `value` as its score. Raises LeaseLost."""
+        """End the trial for Optuna and the attempt, with `value` as its score. Raises LeaseLost.
+
+        `violated` names a constraint that the trial does not satisfy; samplers learn from it.
+        """
         with Session(self.engine) as session, session.begin():
             attempt = session.get_one(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt.outcome == outcome:
                 return  # our own earlier call, whose reply was lost
             self._fence(session, claim)
             trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
-            trial.state = END_STATES[outcome]
-            trial._datetime_complete_utc = _utc_now()
-            if value is not None:
-                stored, kind = TrialValueModel.value_to_stored_repr(value)
-                session.add(
-                    TrialValueModel(trial_id=claim.trial_id, objective=0, value=stored, value_type=kind)
-                )
+            ended_elsewhere = trial.state.is_finished()
+            if ended_elsewhere:
+                outcome, reason = "lost", f"the trial was set to {trial.state.name} by somebody else"
+            else:
+                _end(session, trial, END_STATES[outcome], value, violated)
             _close(attempt, outcome, reason)
+        if ended_elsewhere:
+            raise LeaseLost(f"trial {claim.trial_number}: {reason}")
 
     @retrying
     def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> None:
@@ -316,6 +382,13 @@ class Ledger:
                 _close(self._fence(session, claim), outcome, reason)
             except LeaseLost:
                 return
+
+    @retrying
+    def stop_requested(self) -> bool:
+        """Whether somebody asked all workers of the study to stop."""
+        with self.engine.connect() as connection:
+            query = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
+            return connection.scalar(query) is not None
 
     @retrying
     def failures(self, claim: Claim) -> int:
@@ -329,6 +402,27 @@ class Ledger:
                 )
                 or 0
             )
+
+
+def _end(
+    session: Session,
+    trial: TrialModel,
+    state: TrialState,
+    value: float | None,
+    violated: str | None,
+) -> None:
+    """What Study.tell writes, and Trial.set_constraint."""
+    trial.state = state
+    trial._datetime_complete_utc = _utc_now()
+    if value is not None:
+        stored, kind = TrialValueModel.value_to_stored_repr(value)
+        session.add(TrialValueModel(trial_id=trial.trial_id, objective=0, value=stored, value_type=kind))
+    if violated is not None:
+        session.add(
+            TrialSystemAttributeModel(
+                trial_id=trial.trial_id, key=f"constraints:{violated}", value_json=json.dumps(1.0)
+            )
+        )
 
 
 def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
@@ -356,10 +450,10 @@ def _utc_now() -> sa.ColumnElement[Any]:
 
 
 class LeaseKeeper:
-    """Renews one claim from a thread of its own until the `with` block ends.
+    """Renews one claim from a thread of its own until the `with` block ends, or the claim is lost.
 
     It outlives any database error: `Ledger.renew` retries with back-off, and after that the next
-    turn tries again. `lost` is set once another worker holds the trial.
+    turn tries again.
     """
 
     def __init__(self, ledger: Ledger, claim: Claim, every: float = RENEW_SECONDS) -> None:
@@ -391,10 +485,11 @@ class StudyEntry:
     """What is on record about a study."""
 
     study_id: int
-    max_trials: int
+    name: str
     settings: dict[str, Any]
     dataset: str
     optuna_version: str
+    created: datetime
 
 
 @retrying
@@ -409,18 +504,37 @@ def study_entry(engine: sa.Engine, name: str) -> StudyEntry | None:
     if study is None:
         return None
     return StudyEntry(
-        study.study_id, study.max_trials, study.settings, study.dataset, study.optuna_version
+        study.study_id, name, study.settings, study.dataset, study.optuna_version, study.created
     )
 
 
 @retrying
 def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
-    """Put a study on record, or update what it may spend."""
+    """Put a study on record, if it is not yet."""
     row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
     with engine.begin() as connection:
-        connection.execute(
-            insert(Study).values(row).on_conflict_do_update(index_elements=["study_id"], set_=values)
-        )
+        connection.execute(insert(Study).values(row).on_conflict_do_nothing())
+
+
+@retrying
+def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
+    """Change what a study may spend, or where its files are."""
+    with engine.begin() as connection:
+        connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
+
+
+@retrying
+def request_stop(engine: sa.Engine, study_id: int, stop: bool = True) -> None:
+    """Ask all workers of a study to stop, also those to come; or take that back."""
+    update_study(engine, study_id, stop_requested=_now() if stop else None)
+
+
+@retrying
+def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> None:
+    """Note a SLURM array that was submitted for a study."""
+    row = {"study_id": study_id, "job": job, "array": array}
+    with engine.begin() as connection:
+        connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
 
 
 @retrying

@@ -35,6 +35,21 @@ class Study(Base):
     dataset: Mapped[str]  # the dataset's fingerprint
     optuna_version: Mapped[str]
     created: Mapped[datetime] = mapped_column(server_default=func.now())
+    stop_requested: Mapped[datetime | None]  # workers end while it is set
+
+
+class ArrayJob(Base):
+    """A SLURM array job that was submitted for a study."""
+
+    __tablename__ = "array_job"
+    __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
+
+    study_id: Mapped[int] = mapped_column(
+        ForeignKey(f"{SCHEMA}.study.study_id", ondelete="CASCADE"), primary_key=True
+    )
+    job: Mapped[str] = mapped_column(primary_key=True)  # SLURM's id of the whole array
+    array: Mapped[str]  # as given to sbatch: 0-7%4
+    submitted: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Worker(Base):
@@ -47,10 +62,13 @@ class Worker(Base):
     host: Mapped[str]
     pid: Mapped[int]
     process: Mapped[str]  # tells this process from a later one with the same pid
+    slurm_cluster: Mapped[str | None]
     slurm_job: Mapped[str | None]
     slurm_array_job: Mapped[str | None]
     slurm_array_task: Mapped[str | None]
+    slurm_restarts: Mapped[int] = mapped_column(server_default="0")  # a requeued job keeps its id
     gpu: Mapped[str | None]
+    log: Mapped[str | None]  # path of the file that its output goes to
     started: Mapped[datetime] = mapped_column(server_default=func.now())
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
     stopped: Mapped[datetime | None]

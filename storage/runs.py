@@ -1,5 +1,6 @@
 """The run folder: every path of a study on disk. Nobody else puts a file name together."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -7,20 +8,24 @@ from storage.database import home
 
 
 class RunFolder:
-    """`.atelier/runs/<study>`: a folder per trial, and the workers' logs."""
+    """`.atelier/runs/<study>-<when it was created>`: a folder per trial, and the workers' logs.
 
-    def __init__(self, study_name: str) -> None:
+    The time keeps a study of another database, or a deleted one, with the same name apart.
+    """
+
+    def __init__(self, study_name: str, created: datetime) -> None:
         # Percent-encoding keeps any name one harmless path part; a leading dot would hide it.
         part = quote(study_name, safe=" ").replace(".", "%2E")
-        self.path = home() / "runs" / part
+        self.path = home() / "runs" / f"{part}-{created.astimezone(UTC):%Y%m%d-%H%M%S}"
 
     def checkpoints(self, trial_number: int) -> Path:
         """The folder of a trial's checkpoints."""
         return self.path / f"trial-{trial_number:05d}"
 
-    def worker_log(self, number: int) -> Path:
-        """The log of the n-th worker of a local search."""
-        return self.path / "logs" / f"worker-{number}.log"
+    @property
+    def logs(self) -> Path:
+        """The folder of the workers' logs."""
+        return self.path / "logs"
 
 
 def image_cache() -> Path:

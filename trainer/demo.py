@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from trainer.dataset import DatasetError
+
 CATEGORIES = {
     "texture": ("floral", "graphic", "striped", "embroidered", "pleated", "solid", "lattice"),
     "sleeve": ("long_sleeve", "short_sleeve", "sleeveless"),
@@ -39,10 +41,10 @@ Point = tuple[float, float]
 def write_demo(folder: Path, train: int = 1200, val: int = 400, test: int = 200, seed: int = 0) -> None:
     """Write a dataset with so many images per split; the same seed gives the same bytes.
 
-    Raises FileExistsError if the folder exists and is not empty.
+    Raises DatasetError if the folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; name a new folder, or remove it")
+        raise DatasetError(f"{folder} exists and is not empty; name a new folder, or remove it")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Moved into place when it is whole, so that a killed run leaves no half dataset.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))

@@ -179,6 +179,14 @@ class Workspace:
         module.train(self.config.frozen_batchnorm == "train")
 
 
+def rehearse(config: TrainConfig, cache: Path) -> str:
+    """Prepare the images and build the network once, on the CPU, for the errors that this brings.
+
+    Returns the dataset's fingerprint. Raises DatasetError, ModelError.
+    """
+    return Workspace(config, cache, torch.device("cpu")).dataset.fingerprint
+
+
 def train(
     config: TrainConfig,
     workspace: Workspace,

@@ -105,7 +105,7 @@ def test_sigterm_finishes_the_epoch_and_releases(engine, start):
     wait_for(lambda: len(rows(engine, Epoch.__table__.c.epoch)) == 1, worker)
     time.sleep(0.3)  # into the next epoch
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0, worker.stderr.read()
+    assert worker.wait(60) == 3, worker.stderr.read()
     [attempt] = rows(engine, Attempt.__table__.c.outcome, Attempt.__table__.c.reason)
     assert attempt == ("released", "SIGTERM")
     assert len(rows(engine, Epoch.__table__.c.epoch)) == 2

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import threading
 import time
 
 import optuna
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from storage import database, ledger
 from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_identity
@@ -43,8 +45,8 @@ def make_worker(engine, study, **options):
     return worker
 
 
-def never_gone(_):
-    return False
+def nobody_knows(_):
+    return {}
 
 
 def test_an_epoch_reaches_optuna_in_the_same_transaction(engine):
@@ -102,8 +104,8 @@ def test_a_released_trial_is_claimed_again_before_a_new_one(engine):
 
 def test_a_worker_that_was_replaced_can_write_nothing(engine):
     study = make_study(engine)
-    zombie = make_worker(engine, study, lease_seconds=0.0, gone=never_gone)
-    successor = make_worker(engine, study, gone=never_gone)
+    zombie = make_worker(engine, study, lease_seconds=0.0, judge=nobody_knows)
+    successor = make_worker(engine, study, judge=nobody_knows)
     claim = zombie.claim()
     time.sleep(0.05)
     assert successor.claim().attempt == 2
@@ -166,6 +168,99 @@ def test_an_enqueued_trial_is_claimed(engine):
     assert study.trials[0].state == optuna.trial.TrialState.RUNNING
 
 
+def test_a_trial_that_is_finished_while_it_is_claimed_stays_finished(engine):
+    study = make_study(engine, max_trials=1)
+    holder = make_worker(engine, study, lease_seconds=0.0)
+    claim = holder.claim()
+    late = make_worker(engine, study, judge=lambda _: holder.finish(claim, "complete", 0.5) or {})
+    assert late.claim() is None
+    assert study.trials[0].state == optuna.trial.TrialState.COMPLETE
+    assert len(study.trials[0].intermediate_values) == 0
+
+
+def test_a_claim_waits_for_the_holders_transaction_and_then_judges_anew(engine):
+    """The holder's COMMIT is under way while its lease has expired."""
+    study = make_study(engine, max_trials=1)
+    holder = make_worker(engine, study, lease_seconds=0.0, judge=nobody_knows)
+    claim = holder.claim()
+    late = make_worker(engine, study, judge=nobody_knows)
+    result = []
+    thread = threading.Thread(target=lambda: result.append(late.claim()))
+    with Session(engine) as session, session.begin():
+        holder._fence(session, claim)  # as finish does: the attempt's row is locked
+        thread.start()
+        wait_until_blocked(engine)
+        holder.lease_seconds = 60.0
+        holder._prolong(session, claim)
+    thread.join(30)
+    assert result == [None]
+
+
+def wait_until_blocked(engine):
+    query = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            if connection.scalar(sa.text(query)):
+                return
+        time.sleep(0.02)
+    raise AssertionError("nobody waits for the lock")
+
+
+def test_a_trial_that_somebody_else_ended_is_not_ended_again(engine):
+    study = make_study(engine, max_trials=1)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    study.tell(claim.trial_number, state=optuna.trial.TrialState.FAIL)  # as in the dashboard
+    with pytest.raises(LeaseLost, match="set to FAIL by somebody else"):
+        worker.finish(claim, "complete", 0.9)
+    assert study.trials[0].state == optuna.trial.TrialState.FAIL
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(Attempt.outcome)) == "lost"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "lease_seconds", "taken"),
+    [(True, 0.0, False), (False, 60.0, True), (None, 0.0, True), (None, 60.0, False)],
+)
+def test_a_verdict_on_the_holder_counts_more_than_its_lease(engine, verdict, lease_seconds, taken):
+    study = make_study(engine, max_trials=1)
+    make_worker(engine, study, lease_seconds=lease_seconds).claim()
+    asked = []
+
+    def judge(holders):
+        asked.extend(holders)
+        return {} if verdict is None else {holder.worker_id: verdict for holder in holders}
+
+    claim = make_worker(engine, study, judge=judge).claim()
+    assert [holder.process for holder in asked] == [process_identity()]
+    assert (claim is not None) is taken
+
+
+def test_a_study_that_was_stopped_hands_out_no_trials(engine):
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    assert not worker.stop_requested()
+    ledger.request_stop(engine, study._study_id)
+    assert worker.stop_requested()
+    assert worker.claim() is None
+    ledger.request_stop(engine, study._study_id, stop=False)
+    assert worker.claim() is not None
+
+
+def test_a_violated_constraint_is_what_optuna_would_write(engine):
+    study = make_study(engine)
+    worker = make_worker(engine, study)
+    worker.finish(worker.claim(), "pruned", 0.0, "out of memory", violated="memory")
+    trial = study.ask()
+    trial.set_constraint("memory", 1.0)
+    ours, theirs = study.trials
+    assert ours.constraints == theirs.constraints == {"memory": 1.0}
+
+
 def test_the_gpu_budget_stops_new_trials(engine):
     study = make_study(engine, max_trials=10, max_gpu_seconds=0.05)
     worker = make_worker(engine, study)
@@ -175,21 +270,18 @@ def test_the_gpu_budget_stops_new_trials(engine):
     assert worker.claim() is None
 
 
-def test_the_lease_keeper_renews_and_notices_the_loss(engine):
+def test_the_lease_keeper_renews_until_it_is_left(engine):
     study = make_study(engine)
-    worker = make_worker(engine, study, lease_seconds=0.5, gone=never_gone)
-    other = make_worker(engine, study, gone=never_gone)
+    worker = make_worker(engine, study, lease_seconds=0.5, judge=nobody_knows)
+    other = make_worker(engine, study, judge=nobody_knows)
     claim = worker.claim()
-    with LeaseKeeper(worker, claim, every=0.1) as keeper:
+    with LeaseKeeper(worker, claim, every=0.1):
         time.sleep(1.2)  # longer than the lease
         assert other.claim().trial_number == 1
-        with engine.begin() as connection:
-            connection.execute(
-                sa.update(Attempt)
-                .where(Attempt.trial_id == claim.trial_id)
-                .values(released=sa.func.now())
-            )
-        assert keeper.lost.wait(5)
+    time.sleep(1)
+    assert other.claim().trial_number == 1  # its own, still
+    other.release(other.claim())
+    assert other.claim().trial_number == 0  # nobody renews the first one any more
 
 
 def test_process_identity_tells_the_dead_from_the_living():

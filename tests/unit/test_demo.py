@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.dataset import DatasetError
 from trainer.demo import CATEGORIES, draw_garment, write_demo
 
 SIZES = {"train": 64, "val": 32, "test": 4}
@@ -86,7 +87,7 @@ def test_another_seed_gives_other_labels_and_pictures(demo: Path, tmp_path: Path
 
 def test_a_folder_that_is_not_empty_is_refused_in_one_line_and_kept(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty") as caught:
+    with pytest.raises(DatasetError, match="not empty") as caught:
         write_demo(tmp_path, **SIZES)
     assert "\n" not in str(caught.value)
     assert files_of(tmp_path) == {"precious.txt": b"mine"}

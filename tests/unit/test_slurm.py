@@ -15,6 +15,7 @@ GOLDEN = """\
 #!/bin/bash
 #SBATCH --job-name=atelier
 #SBATCH --array=0-7%4
+#SBATCH --output=/home/%A_%a.log
 #SBATCH --qos=q_amsai
 #SBATCH --cpus-per-task=7
 #SBATCH --gres=gpu:1
@@ -31,10 +32,42 @@ PROFILE = SlurmProfile(qos="q_amsai", cpus=7, gpus=1)
 
 
 def test_the_script_of_the_reports_profile():
-    script = render_array_script(
-        PROFILE, "0-7%4", ["atelier", "worker", "study.toml"], Path("/work"), {"A": "b"}
-    )
+    command = ["atelier", "worker", "study.toml"]
+    script = render_array_script(PROFILE, "0-7%4", command, Path("/work"), {"A": "b"}, "/home/%A_%a.log")
     assert script == GOLDEN
+
+
+def test_a_profile_can_say_how_to_set_up_and_what_else_to_ask_for():
+    profile = SlurmProfile(
+        partition="gpu",
+        account="lab",
+        gpus=0,
+        memory="2G",
+        time="1-00",
+        warning=60,
+        setup=["module load cuda", "source env/bin/activate"],
+        options=["--constraint=a100", "--nice=100"],
+    )
+    script = render_array_script(profile, "3", ["run"], Path("/w"), {}, "log")
+    assert script.splitlines()[1:] == [
+        "#SBATCH --job-name=atelier",
+        "#SBATCH --array=3",
+        "#SBATCH --output=log",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --cpus-per-task=1",
+        "#SBATCH --mem=2G",
+        "#SBATCH --time=1-00",
+        "#SBATCH --signal=B:USR2@60",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --constraint=a100",
+        "#SBATCH --nice=100",
+        "module load cuda",
+        "source env/bin/activate",
+        "cd /w || exit 1",
+        "exec run",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +95,7 @@ def test_any_name_reaches_the_worker_as_it_is(name, tmp_path):
         "import os, sys; print([os.getcwd(), os.environ['A'], sys.argv[1]])",
         name,
     ]
-    script = render_array_script(PROFILE, "0", show, folder, {"A": name})
+    script = render_array_script(PROFILE, "0", show, folder, {"A": name}, "log")
     result = subprocess.run(
         ["bash"], input=script, capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -73,7 +106,7 @@ def test_any_name_reaches_the_worker_as_it_is(name, tmp_path):
 @pytest.mark.parametrize("array", ["", "x", "0-7 --wrap=x", "0-7%", "0-7%4\n#SBATCH --x"])
 def test_a_wrong_array_is_refused(array):
     with pytest.raises(InputError, match="allowed is SLURM's form"):
-        render_array_script(PROFILE, array, [], Path(), {})
+        render_array_script(PROFILE, array, [], Path(), {}, "log")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +114,11 @@ def test_a_wrong_array_is_refused(array):
     [
         (None, [], "reachable on this machine only"),
         ("postgresql://u:secret@h/d", [], "holds a password"),
+        ("postgresql://u@h/d?password=secret", [], "holds a password"),
+        ("postgresql://u@localhost/d", [], "on a compute node is another machine"),
+        ("postgresql://u@127.0.0.1/d", [], "on a compute node is another machine"),
+        ("postgresql://u@/d?host=/tmp/socket", [], "on a compute node is another machine"),
+        ("postgresql:///d", [], "a local socket"),
         ("postgresql://u@h/d", ["--profile", "other"], "has tuning, final"),
     ],
 )

@@ -1,0 +1,251 @@
+"""How a trial ends, and how a worker does: errors, out of memory, overflow, requests to stop."""
+
+import itertools
+import os
+import signal
+import time
+
+import optuna
+import pytest
+import sqlalchemy as sa
+import torch
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+import search.worker
+from search.study import load_study_file, open_study
+from search.worker import KILL_SECONDS, SAVE_SECONDS, End, Stop, Worker
+from storage import database, ledger
+from storage.models import Attempt, Epoch
+from storage.runs import RunFolder
+from trainer.allocation import is_out_of_memory
+from trainer.loop import Workspace
+
+
+@pytest.fixture(scope="module")
+def workspaces(tmp_path_factory):
+    """Workspaces by training settings: to make one takes a second."""
+    made, cache = {}, tmp_path_factory.mktemp("cache")
+
+    def workspace(config):
+        key = config.model_dump_json()
+        made[key] = made.get(key) or Workspace(config, cache)
+        return made[key]
+
+    return workspace
+
+
+@pytest.fixture
+def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+
+    def worker(*settings, wall_end=None):
+        file = load_study_file(path, list(settings))
+        storage = database.optuna_storage(engine)
+        study, entry = open_study(file, engine, storage, "f" * 64, lead=True)
+        runs = RunFolder(entry.name, entry.created)
+        trials = ledger.Ledger(engine, storage, entry.study_id)
+        return Worker(file, study, trials, workspaces(file.shared), runs, wall_end)
+
+    return worker
+
+
+def attempts(engine):
+    with engine.connect() as connection:
+        return connection.execute(sa.select(Attempt.outcome).order_by(Attempt.claimed)).scalars().all()
+
+
+def reasons(engine):
+    with engine.connect() as connection:
+        return connection.execute(sa.select(Attempt.reason).order_by(Attempt.claimed)).scalars().all()
+
+
+def epochs(engine):
+    with engine.connect() as connection:
+        return connection.execute(
+            sa.select(Epoch.trial_id, Epoch.epoch).order_by(*Epoch.__mapper__.primary_key)
+        ).all()
+
+
+def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(engine, make_worker):
+    worker = make_worker("study.max_trials=99")
+    worker.ledger.register()
+    first = worker.ledger.claim()
+    worker._config(first)
+    worker.ledger.finish(first, "complete", 0.5)
+    space = worker.file.distributions()
+    for number in range(12):
+        worker.study.add_trial(
+            optuna.trial.create_trial(
+                params={"lr": 1e-3 + number * 1e-5, "batch_size": 32}, distributions=space, value=0.1
+            )
+        )
+    worker._config(worker.ledger.claim())
+    attributes = worker.study.trials[-1].system_attrs
+    assert any(key.startswith("tpe:relative_params") for key in attributes), attributes
+
+
+def always(error):
+    def train(*_):
+        raise error
+
+    return train
+
+
+def test_a_trial_that_keeps_raising_fails_with_its_traceback(engine, make_worker, monkeypatch):
+    monkeypatch.setattr(search.worker, "train", always(KeyError("a user's mistake")))
+    worker = make_worker("study.max_trials=1", "study.max_failures=2")
+    assert worker.run() == End.DONE
+    assert attempts(engine) == ["error", "error", "failed"]
+    assert all("a user's mistake" in reason and "Traceback" in reason for reason in reasons(engine))
+    assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]
+
+
+def test_out_of_memory_is_told_to_the_sampler(engine, make_worker, monkeypatch):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert is_out_of_memory(caught.value)
+    monkeypatch.setattr(search.worker, "train", always(caught.value))
+    worker = make_worker("study.max_trials=1")
+    worker.run()
+    [trial] = worker.study.trials
+    assert (trial.state, trial.value, trial.constraints) == (TrialState.PRUNED, 0.0, {"memory": 1.0})
+    assert attempts(engine) == ["pruned"]
+    assert reasons(engine)[0].startswith("out of memory")
+
+
+def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker):
+    worker = make_worker("study.max_trials=1", "space.lr=[1e20]")
+    worker.run()
+    [trial] = worker.study.trials
+    assert (trial.state, trial.value) == (TrialState.PRUNED, 0.0)
+    assert reasons(engine) == ["loss not finite, epoch 1"]
+
+
+def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worker, monkeypatch):
+    error = OperationalError("SELECT 1", {}, Exception("gone"))
+    monkeypatch.setattr(search.worker, "train", always(error))
+    with pytest.raises(OperationalError):
+        make_worker("study.max_trials=1").run()
+    assert attempts(engine) == [None]  # the lease will expire
+
+
+def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(engine, make_worker, monkeypatch):
+    worker = make_worker("study.max_trials=1", "study.max_failures=0")
+
+    def lose_then_raise(*_):
+        with engine.begin() as connection:
+            connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
+        worker.stop.ask("enough", End.STOPPED)
+        raise ValueError("of a zombie")
+
+    monkeypatch.setattr(search.worker, "train", lose_then_raise)
+    assert worker.run() == End.STOPPED
+    assert attempts(engine) == ["lost"]
+    assert [trial.state for trial in worker.study.trials] == [TrialState.RUNNING]
+
+
+def test_what_fails_while_the_job_is_being_ended_is_not_the_trials_fault(
+    engine, make_worker, monkeypatch
+):
+    worker = make_worker("study.max_trials=1", "study.max_failures=0")
+
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker exited")
+
+    monkeypatch.setattr(search.worker, "train", killed)
+    assert worker.run() == End.STOPPED
+    assert attempts(engine) == ["released"]
+    assert reasons(engine)[0].startswith("SIGTERM\n")
+
+
+def test_atelier_stop_ends_the_worker_after_its_epoch(engine, make_worker):
+    worker = make_worker()
+    interrupt, steps = worker._interrupt, itertools.count()
+
+    def asked_in_the_first_epoch(left):
+        if next(steps) == 2:
+            ledger.request_stop(engine, worker.ledger.study_id)
+        return interrupt(left)
+
+    worker._interrupt = asked_in_the_first_epoch
+    assert worker.run() == End.STOPPED
+    assert attempts(engine) == ["released"]
+    assert reasons(engine) == ["atelier stop"]
+    assert len(epochs(engine)) == 1
+    assert make_worker("study.max_trials=1").run() == End.DONE  # opened by a search: it goes on
+    assert attempts(engine) == ["released", "complete"]
+
+
+def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_worker):
+    whole = make_worker(
+        "study.max_trials=1", 'study.name="whole"', "space.lr=[1e-3]", "space.batch_size=[32]"
+    )
+    whole.run()
+    curve = ledger.curve(engine, whole.ledger.study_id, 0)
+    assert len(curve) == 3
+    settings = ("study.max_trials=1", "space.lr=[1e-3]", "space.batch_size=[32]")
+    late = make_worker(*settings, wall_end=time.time() + SAVE_SECONDS + 60)
+    interrupt, steps = late._interrupt, itertools.count()
+
+    def time_flies(left):
+        if next(steps) == 4:
+            late.stop._deadline = time.time() + SAVE_SECONDS
+        return interrupt(left)
+
+    late._interrupt = time_flies
+    assert late.run() == End.WALL_TIME
+    assert late.made_progress
+    assert (attempts(engine), reasons(engine)[1:]) == (["complete", "released"], ["wall time"])
+    assert ledger.curve(engine, late.ledger.study_id, 0) == []
+    [checkpoint] = late.runs.checkpoints(0).glob("*.pt")
+    assert checkpoint.name == "step-00000005.pt"
+    assert make_worker(*settings).run() == End.DONE
+    assert ledger.curve(engine, late.ledger.study_id, 0) == curve
+
+
+def test_a_worker_claims_nothing_that_its_last_epoch_would_not_let_it_finish(engine, make_worker):
+    worker = make_worker(wall_end=time.time() + SAVE_SECONDS + 300)
+    worker._epoch_seconds = 400.0
+    assert worker.run() == End.WALL_TIME
+    assert attempts(engine) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "slurm", "left", "cut"),
+    [
+        (None, True, 10, False),  # ends in time
+        (None, True, 5000, False),  # will not, but nobody has called: use the time there is
+        (signal.SIGUSR2, True, 10, False),
+        (signal.SIGUSR2, True, 5000, True),
+        (signal.SIGTERM, True, KILL_SECONDS, True),
+        (signal.SIGTERM, True, 1, False),
+        (signal.SIGTERM, False, 500, False),  # nobody is going to kill it
+    ],
+)
+def test_when_an_epoch_is_cut(number, slurm, left, cut, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+    stop = Stop(time.time() + 1000)
+    if number is not None:
+        stop(number, None)
+    assert stop.cuts_epoch(left) is cut
+
+
+def test_without_any_signal_an_epoch_is_cut_at_the_last_moment():
+    stop = Stop(time.time() + SAVE_SECONDS - 1)
+    assert stop.cuts_epoch(5)
+    assert (stop.end, stop.reason) == (End.WALL_TIME, "wall time")
+
+
+def test_the_end_says_who_asked_first():
+    stop = Stop(time.time() + 1000)
+    stop(signal.SIGUSR2, None)
+    stop(signal.SIGTERM, None)  # SLURM's second word
+    assert (stop.end, stop.reason) == (End.WALL_TIME, "SIGUSR2")
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
