@@ -104,7 +104,7 @@ class Status:
         """At the present rate; None before the first trial is finished."""
         if not self.finished:
             return None
-        return self.seconds / self.finished * (self.max_trials - self.finished)
+        return self.seconds / self.finished * max(self.max_trials - self.finished, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""

@@ -29,6 +29,7 @@ db_app = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 
+WATCH_SECONDS = 2
 FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 1, 2, 3, 130
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
@@ -47,7 +48,7 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
@@ -59,6 +60,11 @@ def _errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
         raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"error: cannot use {error.filename}: {error.strerror}; choose another path")
+        raise typer.Exit(WRONG_INPUT) from None
     except Exception as error:
         if not _is_users(error):
             raise
@@ -114,17 +120,20 @@ def search(
         from trainer.loop import rehearse
 
         file = _load(study, data, weights, set_)
-        if not output.absolute().parent.is_dir() or output.is_dir():
-            raise InputError(f"--output {output}: cannot be written there; give another file")
+        if not output.absolute().parent.is_dir():
+            raise InputError(f"--output {output}: no such folder; make it first")
+        if output.is_dir():
+            raise InputError(f"--output {output}: is a folder; give a file")
         fingerprint = rehearse(file.shared, image_cache())
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, fingerprint, lead=True)
-        _say(f"study {entry.name!r}, database {engine.url.render_as_string()}")
+        runs = RunFolder(entry.name, entry.created)
+        _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
         local = LocalSearch(
             [str(study), *_repeat(data, weights, set_)],
             workers,
-            RunFolder(entry.name, entry.created),
+            runs,
             lambda: read_status(engine, entry.study_id, entry.name),
             Console(),
         )
@@ -138,6 +147,9 @@ def search(
             export_trial(engine, entry, row, output, {"data": data, "weights": weights})
             _say_exported(row, output)
         if status.finished >= status.max_trials:
+            if status.best is None:
+                _say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
+                raise typer.Exit(FAILED)
             return
         if status.budget_spent and not local.interrupted:
             _say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
@@ -277,19 +289,19 @@ def status(
             status.tasks = slurm.task_states(status.array_jobs)
             return status
 
-        def picture() -> Group:
-            status = now()
+        def picture(status: "Status") -> Group:
             return Group(render(status, 40), render_workers(status))
 
         if as_json:
             typer.echo(json.dumps(now().as_dict(), indent=2))
         elif watch:
-            with Live(picture()) as live:
-                while True:
-                    time.sleep(2)
-                    live.update(picture())
+            with Live() as live:
+                while (status := now()).finished < status.max_trials:
+                    live.update(picture(status))
+                    time.sleep(WATCH_SECONDS)
+                live.update(picture(status))
         else:
-            Console().print(picture())
+            Console().print(picture(now()))
 
 
 @app.command()
@@ -303,10 +315,12 @@ def trials(
 
         engine, entry = _study(study)
         frame = trials_frame(read_status(engine, entry.study_id, entry.name))
-        if csv is None:
+        if frame.empty:
+            _say(f"study {entry.name!r} has no trials yet")
+        elif csv is None:
             typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
         else:
-            frame.to_csv(csv, index=False)
+            csv.write_text(frame.to_csv(index=False))
 
 
 @app.command()
@@ -440,7 +454,7 @@ def data_demo(
     train_images: Annotated[int, typer.Option("--train", min=1)] = 1200,
     val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
     test_images: Annotated[int, typer.Option("--test", min=1)] = 200,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a small generated dataset of drawn garments."""
     with _errors_in_one_line():
@@ -458,10 +472,12 @@ def db_start() -> None:
 
 
 @db_app.command("stop")
-def db_stop() -> None:
+def db_stop(
+    force: Annotated[bool, typer.Option("--force", help="Even if a search uses it.")] = False,
+) -> None:
     """Stop the embedded server."""
     with _errors_in_one_line():
-        typer.echo("stopped" if _embedded().stop() else "it was not running")
+        typer.echo("stopped" if _embedded().stop(force) else "it was not running")
 
 
 def _embedded() -> Any:
@@ -498,8 +514,11 @@ def db_status() -> None:
 def db_check() -> None:
     """Check that the database can be reached, is recent enough and has our tables."""
     with _errors_in_one_line():
+        from search.study import InputError
         from storage import database
 
+        if not database.exists():  # looking must not make one
+            raise InputError(f"no database in {database.home()}; the first search makes one")
         engine = database.connect()
         version = database.server_version(engine)
         typer.echo(f"OK  server: PostgreSQL {version}")

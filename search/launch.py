@@ -54,6 +54,7 @@ class LocalSearch:
         self._slots: list[_Slot] = []
         self._failures: list[_Slot] = []
         self._restarts, self._epochs = 0, 0
+        self._done = False  # the last worker to end found nothing left to claim
 
     @property
     def interrupted(self) -> bool:
@@ -65,6 +66,9 @@ class LocalSearch:
         old = signal.signal(signal.SIGINT, self._interrupt)
         old_term = signal.signal(signal.SIGTERM, self._interrupt)
         try:
+            status = self._status()
+            # No more than there is work for.
+            self._n_workers = min(self._n_workers, max(status.max_trials - status.finished, 1))
             for number in range(1, self._n_workers + 1):
                 self._slots.append(self._start(number))
             self._watch()
@@ -134,7 +138,7 @@ class LocalSearch:
         self._console.print(progress_line(self._status()), soft_wrap=True)
 
     def _tend(self, status: Status) -> bool:
-        """Replace killed workers; False once there is nothing left to wait for."""
+        """Replace killed workers; False once there is nothing left to do or to wait for."""
         epochs = sum(row.epochs for row in status.trials)
         if epochs > self._epochs:
             self._epochs, self._restarts = epochs, 0
@@ -143,12 +147,21 @@ class LocalSearch:
             if code is None:
                 continue
             self._slots.remove(slot)
+            self._done = code == End.DONE
             if code < 0 and not self.interrupted and self._restarts < MAX_RESTARTS * self._n_workers:
                 self._restarts += 1
                 self._slots.append(self._start(slot.number))
             elif code not in set(End):
                 self._failures.append(slot)
-        return bool(self._slots)
+        return bool(self._slots) or self._others_are_at_work(status)
+
+    def _others_are_at_work(self, status: Status) -> bool:
+        """Wait for trials that other workers hold; take over what they leave."""
+        if self.interrupted or self._failures or status.stopping or not self._done:
+            return False
+        if status.counts["waiting"]:
+            self._slots.append(self._start(1))
+        return bool(status.counts["waiting"] + status.counts["running"])
 
 
 def _visible_gpus() -> list[str]:

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy as sa
@@ -44,14 +45,15 @@ class Range(_Table):
 
 
 Choices = Annotated[list[float | int], Field(min_length=1)]
+MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 
 
 class StudySettings(_Table):
     """The [study] table."""
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str = Field(min_length=1)
     score: Literal["mean-last-5", "best", "last"] = "mean-last-5"
-    max_trials: int = Field(ge=1)
+    max_trials: int = Field(ge=1, le=1_000_000)
     max_gpu_hours: float | None = Field(None, gt=0)
     max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
@@ -63,6 +65,8 @@ class StudySettings(_Table):
     def _printable(cls, name: str) -> str:
         if not name.isprintable() or name != name.strip():
             raise ValueError(f"{name!r} has unprintable characters or outer spaces; rename it")
+        if len(quote(name)) > MAX_NAME:
+            raise ValueError(f"is too long for a folder's name; allowed are {MAX_NAME} bytes, encoded")
         return name
 
 
@@ -101,10 +105,22 @@ class StudyFile(_Table):
     @classmethod
     def _known_parameters(cls, space: object) -> object:
         if not isinstance(space, dict) or not space:
-            raise ValueError(f"is empty; allowed are {', '.join(TUNABLE)}")
-        for name in space:
+            raise ValueError(f"needs a table with at least one of {', '.join(TUNABLE)}")
+        for name, spec in space.items():
             if name not in TUNABLE:
                 raise ValueError(_unknown(name, TUNABLE))
+            if not isinstance(spec, (dict, list)):
+                raise ValueError(f"{name} = {spec!r}; write {{ low = ..., high = ... }} or a list")
+            if isinstance(spec, list) and (
+                not spec
+                or any(
+                    isinstance(choice, bool) or not isinstance(choice, (int, float)) for choice in spec
+                )
+                or len(set(spec)) < len(spec)
+            ):
+                raise ValueError(f"{name} = {spec!r}; a list needs numbers, each of them once")
+        if isinstance(space.get("batch_size"), dict):
+            raise ValueError("batch_size is a whole number; write a list, as in [64, 128, 256]")
         return space
 
     @model_validator(mode="after")
@@ -280,7 +296,8 @@ def validate(
             message = _unknown(name, _keys_at(model, problem["loc"][:-1]))
         elif "input" in problem and not isinstance(problem["input"], dict):
             message = f"{message}, found {problem['input']!r}"
-        raise InputError(f"{path}: {location}: {message}".replace("\n", " ")) from error
+        place = f"{path}: {location}" if location else str(path)
+        raise InputError(f"{place}: {message}".replace("\n", " ")) from error
 
 
 def _unknown(name: str, allowed: Any) -> str:

@@ -5,6 +5,7 @@ home folder. Optuna's tables are in the schema `public`, ours in the schema `ate
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -43,7 +44,7 @@ class DatabaseError(RuntimeError):
 
 def home() -> Path:
     """The folder for everything that Atelier keeps beside the database: `.atelier`, if unset."""
-    return Path(os.environ.get("ATELIER_HOME", ".atelier")).absolute()
+    return Path(os.environ.get("ATELIER_HOME") or ".atelier").absolute()
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -54,8 +55,16 @@ def _is_transient(error: BaseException) -> bool:
     )
 
 
+def _revive(_: object) -> None:
+    """Start the embedded server again if it has crashed; one that was stopped stays so."""
+    if not os.environ.get("ATELIER_DATABASE_URL"):
+        with suppress(EmbeddedPostgresError):
+            EmbeddedPostgres(home()).revive()
+
+
 # Every operation that uses it may be repeated after a lost reply: rows are keyed, not appended.
 retrying = retry(
+    before_sleep=_revive,
     retry=retry_if_exception(_is_transient),
     wait=wait_random_exponential(multiplier=0.2, max=10),
     stop=stop_after_delay(600),
@@ -76,7 +85,7 @@ def database_url() -> URL:
             raise DatabaseError(str(error)) from error
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise DatabaseError(
             "ATELIER_DATABASE_URL is not a URL; write postgresql://USER@HOST:5432/DATABASE"
         ) from None
@@ -105,7 +114,7 @@ def connect(url: URL | None = None) -> sa.Engine:
     try:
         with engine.connect():
             return engine
-    except OperationalError as error:
+    except DBAPIError as error:
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(
             f"cannot reach the database at {engine.url.render_as_string()}: {reason}; "

@@ -95,8 +95,18 @@ class EmbeddedPostgres:
             self._keep.touch()
         return url
 
-    def stop(self) -> bool:
-        """Stop the server even if it is in use. Returns False if it was not running.
+    def revive(self) -> None:
+        """Start the server again if it has crashed while this process used it.
+
+        Raises EmbeddedPostgresError.
+        """
+        # A crash leaves its pid file behind, an orderly stop does not.
+        if (self.home, os.getpid()) in self._users and (self.data / "postmaster.pid").exists():
+            with self._locked():
+                self._ensure_running()
+
+    def stop(self, force: bool = True) -> bool:
+        """Stop the server; without `force` not while it is used. Returns False if it was not running.
 
         Raises EmbeddedPostgresError.
         """
@@ -104,6 +114,10 @@ class EmbeddedPostgres:
             return False
         with self._locked():
             self._refuse_foreign_host()
+            if not force and self._in_use():
+                raise EmbeddedPostgresError(
+                    f"a search or worker uses the server in {self.home}; stop that first, or --force"
+                )
             self._keep.unlink(missing_ok=True)
             return self._stop()
 

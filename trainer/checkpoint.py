@@ -8,6 +8,7 @@ file without a matching digest is no checkpoint.
 
 import hashlib
 import io
+import logging
 import os
 import shutil
 import uuid
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
@@ -54,7 +57,9 @@ class Checkpoints:
         """The newest state that is whole, on the CPU; None without one."""
         for path in reversed(self._files()):
             data = _verified(path)
-            if data is not None:
+            if data is None:
+                log.warning("%s is damaged and does not count", path)
+            else:
                 state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 return state
         return None

@@ -88,7 +88,8 @@ def check_dataset(folder: Path | str) -> list[str]:
 
 def _read(folder: Path) -> tuple[Dataset | None, list[str]]:
     if not folder.is_dir():
-        return None, [f"no dataset at {folder}: the folder does not exist"]
+        found = "it is a file, not a folder" if folder.exists() else "the folder does not exist"
+        return None, [f"no dataset at {folder}: {found}"]
     try:
         attributes, types = _read_attributes(folder / "split" / "list_attr_cloth.txt")
     except DatasetError as error:
@@ -176,7 +177,7 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
     if image.mode != "RGB":
         raise DatasetError(f"{path}: mode {image.mode}, allowed is RGB")

@@ -45,7 +45,10 @@ def write_demo(folder: Path, train: int = 1200, val: int = 400, test: int = 200,
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder} exists and is not empty; name a new folder, or remove it")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
     # Moved into place when it is whole, so that a killed run leaves no half dataset.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:

@@ -55,14 +55,22 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> P
     Raises DatasetError for the first image that cannot be used.
     """
     path = cache / f"{dataset.fingerprint[:16]}-{split.name}-{size}.npy"
-    if not path.exists():
+    shape = (len(split), 3, size, size)
+    if not _is_whole(path, shape):
         for name in split.paths:  # a broken image ends the command before anything is written
             load_image(dataset.folder / name)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        if not _is_whole(path, shape):
             _prepare(dataset, split, size, path)
     return path
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return bool(np.load(path, mmap_mode="r").shape == shape)
+    except (OSError, ValueError):  # absent, or cut off
+        return False
 
 
 def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:

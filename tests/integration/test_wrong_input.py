@@ -47,7 +47,24 @@ STUDY_FILES = {
     "log of zero": (put("low = 1e-3", "low = 0.0"), "log"),
     "range without high": (put(", high = 2e-3", ""), "high"),
     "range of nan": (put("low = 1e-3", "low = nan"), "low"),
-    "empty choices": (put("[32, 64]", "[]"), "space.batch_size"),
+    "empty choices": (put("[32, 64]", "[]"), "batch_size = []; a list needs numbers"),
+    "the same choice twice": (put("[32, 64]", "[64, 64.0]"), "each of them once"),
+    "choices of words": (put("[32, 64]", '["a"]'), "a list needs numbers"),
+    "choices of booleans": (put(RANGE, "lr = [0.001, true]"), "a list needs numbers"),
+    "range of batch sizes": (put("[32, 64]", "{ low = 16, high = 64 }"), "[64, 128, 256]"),
+    "a number as space": (put(RANGE, "lr = 0.1"), "lr = 0.1; write { low"),
+    "a list as all of space": (
+        lambda text: (
+            "space = [1]\n" + text.replace("[space]\n" + RANGE + "\nbatch_size = [32, 64]\n", "")
+        ),
+        "space: needs a table",
+    ),
+    "more trials than can be": (put("max_trials = 2", "max_trials = 99999999999999"), "max_trials"),
+    "a name too long for a folder": (put('"tiny"', '"' + "\U0001f600" * 60 + '"'), "too long"),
+    "two lines in a SLURM setting": (
+        lambda text: text + '[slurm.tuning]\nqos = "a\\nb"\n',
+        "slurm.tuning.qos",
+    ),
     "empty space": (put(RANGE + "\nbatch_size = [32, 64]", ""), "space"),
     "batch size of zero": (put("[32, 64]", "[0, 64]"), "batch_size"),
     "negative batch size": (put("[32, 64]", "[64, -32]"), "batch_size"),
@@ -122,6 +139,14 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["search", "{study}", "--set", "epochs"], "expected table.key=value"),
         (["search", "{study}", "--set", "train.epocs=3"], "did you mean epochs"),
         (["search", "{study}", "-o", "no/where.toml"], "no such folder"),
+        (["search", "{study}", "-o", "."], "is a folder"),
+        (["search", "{study}", "--set", "study.name.x=3"], "is not a table"),
+        (["search", "{study}", "--set", "space.lr.low=1"], "low = 1.0 is above"),
+        (["data", "demo", "{study}/x"], "cannot be made"),
+        (["db", "check"], "no database in"),
+        (["stop", "nobody"], "no database in"),
+        (["logs", "nobody"], "no database in"),
+        (["submit", "{study}"], "[slurm.tuning]"),
         (["train", "{study}"], "is a study file"),
         (["data", "demo", "{data}"], "not empty"),
     ],
@@ -141,6 +166,12 @@ def grey_image(data):
     from PIL import Image
 
     Image.new("L", (9, 9)).save(data / "img/00003.jpg")
+
+
+def huge_image(data):
+    from PIL import Image
+
+    Image.new("1", (20000, 20000)).save(data / "img/00003.jpg", "PNG")
 
 
 def missing_image(data):
@@ -172,6 +203,7 @@ def missing_list(data):
     [
         (broken_image, "train.txt:4", "cannot be read"),
         (grey_image, "train.txt:4", "mode L, allowed is RGB"),
+        (huge_image, "train.txt:4", "cannot be read"),
         (missing_image, "train.txt:4", "no such image"),
         (label_out_of_range, "train_attr.txt:1", "label 7 in column 1, allowed is 0 to 6"),
         (word_as_label, "val_attr.txt:1", "expected 6 indices"),
@@ -201,6 +233,8 @@ def test_a_broken_dataset(damage, where, what, study_text, demo, tmp_path):
         ("postgresql://u:secret@127.0.0.1:9/x", "cannot reach the database"),
         ("sqlite:///x.db", "only PostgreSQL"),
         ("what is this", "is not a URL"),
+        ("postgresql://h:port/x", "is not a URL"),
+        ("postgresql://u@127.0.0.1/x?foo=bar", "cannot reach the database"),
     ],
 )
 def test_a_database_that_cannot_be_used(url, expected, monkeypatch):
@@ -240,6 +274,51 @@ def test_a_study_with_other_settings_or_other_data(engine, study_text, tmp_path,
         open_study(load_study_file(path), engine, storage, "0" * 64)
     assert_one_line(runner.invoke(app, ["export", "tiny"]), "no complete trial")
     assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
+
+
+@pytest.mark.parametrize(("before", "after"), [("none", "{file}"), ("{file}", "none")])
+def test_a_study_with_other_weights(engine, study_text, tmp_path, before, after):
+    from search.study import InputError, load_study_file, open_study
+    from storage import database
+
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    storage = database.optuna_storage(engine)
+    first, second = (f"train.weights={w.format(file=tmp_path / 'w.pth')}" for w in (before, after))
+    open_study(load_study_file(path, [first]), engine, storage, "f" * 64)
+    with pytest.raises(InputError, match=r"made with train.weights ="):
+        open_study(load_study_file(path, [second]), engine, storage, "f" * 64)
+    with pytest.raises(InputError, match=r"made with study.score = mean-last-5"):
+        open_study(load_study_file(path, [first, "study.score=best"]), engine, storage, "f" * 64)
+
+
+@pytest.mark.usefixtures("nothing_written")
+def test_weights_that_are_no_weights(study_text, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    (tmp_path / "junk.pth").write_bytes(os.urandom(3000))
+    result = runner.invoke(app, ["search", str(path), "--weights", str(tmp_path / "junk.pth")])
+    assert_one_line(result, "do not fit the backbone")
+
+
+def test_a_home_that_cannot_be_used(folder, study_text, tmp_path, monkeypatch):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    for home in (path, path / "sub", "/proc/x"):
+        monkeypatch.setenv("ATELIER_HOME", str(home))
+        for command in (["search", str(path)], ["db", "start"]):
+            result = runner.invoke(app, command)
+            assert_one_line(result, "cannot use")
+    assert [item.name for item in folder.iterdir()] == []
+
+
+def test_a_longer_warmup_than_the_run(folder, tiny):
+    import tomli_w
+
+    config = tiny.model_copy(update={"warmup_epochs": 2})
+    Path("c.toml").write_text(tomli_w.dumps({"train": config.model_dump(exclude_none=True)}))
+    assert_one_line(runner.invoke(app, ["train", "c.toml", "--epochs", "2"]), "warmup_epochs = 2")
 
 
 def test_a_checkpoint_that_does_not_fit(tiny, folder, monkeypatch):
