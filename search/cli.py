@@ -465,10 +465,24 @@ def data_demo(
 
 
 @db_app.command("start")
-def db_start() -> None:
+def db_start(
+    listen: Annotated[
+        str | None, typer.Option(help="Serve other machines too, at this address or host name.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="With --listen.")] = 5432,
+    tls: Annotated[bool, typer.Option(help="With --listen: encrypt the connections.")] = True,
+    postgres: Annotated[
+        Path | None, typer.Option(help="Folder of another PostgreSQL's programs, for a new home.")
+    ] = None,
+) -> None:
     """Start the embedded server and leave it running."""
     with _errors_in_one_line():
-        typer.echo(_embedded().start())
+        server = _embedded()
+        if listen is None:
+            typer.echo(server.start())
+        else:
+            typer.echo(server.listen(listen, port, tls, postgres))
+            _say("commands that share this home use it; elsewhere set ATELIER_DATABASE_URL")
 
 
 @db_app.command("stop")
@@ -500,7 +514,7 @@ def db_status() -> None:
         from storage import database
         from storage.ledger import study_names
 
-        if not os.environ.get("ATELIER_DATABASE_URL") and not _embedded().is_running():
+        if database.configured_url() is None and not _embedded().is_running():
             typer.echo(f"embedded, in {database.home()}: not running")
             return
         engine = database.connect()

@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub
 
 from search.study import InputError, SlurmProfile, StudyFile, open_study
-from storage.database import connect, database_url, home, prepare
+from storage.database import configured_url, connect, database_url, home, prepare
 from storage.ledger import Holder, enter_array_job, gone_here
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
@@ -116,23 +116,23 @@ def _environment(config: TrainConfig) -> dict[str, str]:
 
 def _node_url() -> str:
     """The database's URL, if a compute node can use it and anybody may see it. Raises InputError."""
-    text = os.environ.get("ATELIER_DATABASE_URL")
-    if not text:
+    text = configured_url()
+    if text is None:
         raise InputError(
-            "the embedded database is reachable on this machine only; set ATELIER_DATABASE_URL to a "
-            "PostgreSQL that the compute nodes reach (docs/cluster.md)"
+            "the embedded database is reachable on this machine only; let it listen with "
+            "atelier db start --listen ADDRESS, or set ATELIER_DATABASE_URL (docs/cluster.md)"
         )
     url = database_url()
     if url.password is not None or "password" in url.query:
         raise InputError(
-            "ATELIER_DATABASE_URL holds a password, which the job's script would show; "
+            "the database URL holds a password, which the job's script would show; "
             "put it into ~/.pgpass and leave it out of the URL"
         )
     host = str(url.query.get("host", url.host or ""))
     local = host in ("", "localhost", "::1") or host.startswith(("/", "127."))
     if local and not _cluster_is_this_machine():
         raise InputError(
-            f"ATELIER_DATABASE_URL names {host or 'a local socket'}, which on a compute node is "
+            f"the database URL names {host or 'a local socket'}, which on a compute node is "
             "another machine; write the address that the nodes reach"
         )
     return text

