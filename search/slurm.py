@@ -93,10 +93,20 @@ def array_script(file: StudyFile, profile: str, array: str, options: list[str]) 
         known = ", ".join(file.slurm) or "none"
         raise InputError(f"--profile {profile!r}: the study file has {known}; add [slurm.{profile}]")
     command = [sys.executable, "-m", "search", "worker", *options]
-    log = f"{str(_logs()).replace('%', '%%')}/%A_%a.log"
+    environment = _environment(file.shared)
     return render_array_script(
-        file.slurm[profile], array, command, Path.cwd(), _environment(file.shared), log
+        file.slurm[profile], array, command, Path.cwd(), environment, log_pattern(_logs())
     )
+
+
+def log_pattern(folder: Path) -> str:
+    """The path of a task's log in this folder, with SLURM's %A and %a for array and task.
+
+    Raises InputError.
+    """
+    if "\\" in str(folder):
+        raise InputError(f"{folder}: SLURM writes no log to a path with a backslash; set ATELIER_HOME")
+    return f"{str(folder).replace('%', '%%')}/%A_%a.log"
 
 
 def _logs() -> Path:

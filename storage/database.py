@@ -34,8 +34,14 @@ CONNECT_ARGS: dict[str, object] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
     "application_name": "atelier",
-    # A stopped process must not hold a row lock for ever.
-    "options": "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000",
+    "options": " ".join(
+        [
+            # By default a role named as our schema would find our tables before Optuna's.
+            "-c search_path=public",
+            # A stopped process must not hold a row lock for ever.
+            "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000",
+        ]
+    ),
 }
 
 

@@ -72,7 +72,7 @@ def database_url(server: str, request: pytest.FixtureRequest, monkeypatch: pytes
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-        cursor.execute(f"CREATE DATABASE {name}")
+        cursor.execute(f"CREATE DATABASE {name} OWNER {url.username}")
     connection.close()
     text = url.set(database=name).render_as_string(hide_password=False)
     monkeypatch.setenv("ATELIER_DATABASE_URL", text)

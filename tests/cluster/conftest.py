@@ -1,0 +1,218 @@
+"""A real SLURM, a PostgreSQL that listens, and the `atelier` command as a user types it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from storage import database, ledger
+from storage.embedded import EmbeddedPostgres
+from storage.models import Attempt, Epoch
+
+SLURM = Path(__file__).with_name("slurm")
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """The folder of a running SLURM; its commands find it by SLURM_CONF."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"needs root and SLURM (apt-get install slurm-wlm munge); no {', '.join(missing)}")
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.chmod(0o755)
+    subprocess.run([SLURM, "up", folder], check=True)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    yield folder
+    subprocess.run([SLURM, "down", folder], check=True)
+    del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The embedded server of a home, on TCP as a cluster needs it. Returns the home."""
+    home = tmp_path_factory.mktemp("cluster") / "home"
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    server = EmbeddedPostgres(home)
+    server.listen("127.0.0.1", port, tls=False)
+    yield server
+    server.stop()
+
+
+STUDY = """
+[study]
+name = "{name}"
+max_trials = {trials}
+pruner = "none"
+
+[space]
+lr = {{ low = 1e-3, high = 2e-3, log = true }}
+batch_size = [32, 64]
+
+[train]
+data = "{data}"
+backbone = "resnet10t"
+weights = "none"
+trainable = "layer4"
+image_size = {size}
+epochs = {epochs}
+warmup_epochs = 1
+
+[slurm.tuning]
+partition = "q_amsai"
+cpus = 1
+gpus = 1
+memory = "1G"
+time = "{time}"
+warning = {warning}
+"""
+
+
+@dataclass
+class Campaign:
+    """One study on the cluster."""
+
+    name: str
+    folder: Path
+    home: Path
+    engine: sa.Engine
+
+    def atelier(self, *words, code=0):
+        """Run the command in the study's folder; returns what it prints."""
+        result = subprocess.run(
+            [sys.executable, "-m", "search", *words],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == code, result.stderr + result.stdout
+        return result.stdout
+
+    def submit(self, array):
+        """Returns the array job's id."""
+        return self.atelier("submit", "study.toml", "--array", array).split()[1]
+
+    @property
+    def status(self):
+        return json.loads(self.atelier("status", self.name, "--json"))
+
+    def rows(self, *columns, order=None):
+        """Rows of the table of `columns`, of this study's trials."""
+        table = columns[0].class_
+        query = "SELECT trial_id FROM trials JOIN studies USING (study_id) WHERE study_name = :name"
+        with self.engine.connect() as connection:
+            ids = [row[0] for row in connection.execute(sa.text(query), {"name": self.name})]
+            statement = sa.select(*columns).where(table.trial_id.in_(ids))
+            return connection.execute(statement.order_by(order or table.trial_id)).all()
+
+    @property
+    def epochs(self):
+        return len(self.rows(Epoch.epoch))
+
+    @property
+    def outcomes(self):
+        """How the attempts ended, in the order of their beginning."""
+        return [row[0] for row in self.rows(Attempt.outcome, order=Attempt.claimed)]
+
+    def wait_for_epochs(self, number):
+        wait_for(lambda: self.epochs >= number, f"{number} epochs of {self.name}", self)
+
+    def wait_for_the_end(self, job, seconds=600):
+        """Until SLURM has no task of the array that runs or waits."""
+
+        def ended():
+            lines = squeue("--jobs", job, "--format=%T")
+            return lines is None or not {"RUNNING", "PENDING", "COMPLETING", "SUSPENDED"} & set(lines)
+
+        wait_for(ended, f"the end of job {job}", self, seconds)
+
+    @property
+    def logs(self):
+        return "\n".join(path.read_text() for path in sorted((self.home / "slurm").glob("*.log")))
+
+    def assert_as_if_nothing_had_happened(self, trials, epochs):
+        """Every trial finished, none failed, no epoch twice, each curve that of an unbroken run."""
+        status = self.status
+        assert status["counts"] == {
+            "waiting": 0,
+            "running": 0,
+            "complete": trials,
+            "pruned": 0,
+            "failed": 0,
+        }, self.logs
+        recorded = self.rows(Epoch.trial_id, Epoch.epoch)
+        assert len(recorded) == len(set(recorded)) == trials * epochs
+        assert not {"error", "failed"} & set(self.outcomes)
+        entry = ledger.study_entry(self.engine, self.name)
+        for row in status["trials"]:
+            curve = ledger.curve(self.engine, entry.study_id, row["number"])
+            assert curve == self.unbroken(row["number"]), f"trial {row['number']}"
+
+    def unbroken(self, trial):
+        """The curve of the trial's configuration, trained in one go with one thread as on the node."""
+        self.atelier("export", self.name, "--trial", str(trial), "-o", f"{trial}.toml")
+        code = (
+            "import sys, json; from pathlib import Path\n"
+            "from search.study import load_config\n"
+            "from trainer.loop import Workspace, train\n"
+            "config, _ = load_config(Path(sys.argv[1]))\n"
+            "results = train(config, Workspace(config, Path(sys.argv[2])))\n"
+            "print(json.dumps([result.val_accuracy for result in results]))"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code, f"{trial}.toml", str(self.home / "cache")],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(result.stdout)
+
+
+def squeue(*options):
+    """The lines that squeue prints, or None if it knows no such job."""
+    result = subprocess.run(
+        ["squeue", "--noheader", "--array", "--states=all", *options], capture_output=True, text=True
+    )
+    return result.stdout.split() if result.returncode == 0 else None
+
+
+def wait_for(condition, what, campaign, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert "\nerror: " not in f"\n{campaign.logs}", campaign.logs
+        assert time.monotonic() < deadline, f"waited in vain for {what}\n{campaign.logs}"
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def campaign(slurm, server, demo, tmp_path, monkeypatch, request):
+    """Makes a study file, with the environment of a user of the cluster."""
+    monkeypatch.setenv("ATELIER_HOME", str(server.home))
+    monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    engine = database.connect()
+
+    def make(trials, epochs, size=96, time="10", warning=60, name=None, change=lambda text: text):
+        name = name or request.node.name
+        values = {"trials": trials, "epochs": epochs, "size": size, "time": time, "warning": warning}
+        text = change(STUDY.format(name=name, data=demo, **values))
+        (tmp_path / "study.toml").write_text(text)
+        return Campaign(name, tmp_path, server.home, engine)
+
+    yield make
+    engine.dispose()
+    subprocess.run(["scancel", "--signal=KILL", "--full", f"--user={os.environ.get('USER', 'root')}"])
+    subprocess.run(["scancel", f"--user={os.environ.get('USER', 'root')}"])

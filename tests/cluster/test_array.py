@@ -1,0 +1,109 @@
+"""A whole search as a SLURM array, as a user runs it, and what `status` says of it."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import squeue, wait_for
+
+PRUNED = '\npruner = "asha"\nrungs = [1, 2]'
+
+
+def consistent(status):
+    """What must hold at any moment."""
+    counts = status["counts"]
+    assert sum(counts.values()) == len(status["trials"]) <= status["max_trials"]
+    assert counts["running"] == len(status["workers"])
+    assert status["finished"] == counts["complete"] + counts["pruned"] + counts["failed"]
+    return status
+
+
+def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
+    study = campaign(
+        trials=24, epochs=4, size=32, change=lambda text: text.replace('\npruner = "none"', PRUNED)
+    )
+    job = study.submit("0-7%4")
+    queued = consistent(study.status)
+    assert queued["max_trials"] == 24
+    assert queued["array_jobs"] == [job]
+    assert sum(queued["tasks"].values()) == 8
+    assert queued["tasks"].keys() <= {"PENDING", "RUNNING"}
+
+    study.wait_for_epochs(6)
+    during = consistent(study.status)
+    assert 1 <= during["counts"]["running"] <= 4
+    assert 1 <= during["tasks"]["RUNNING"] <= 4
+    assert during["tasks"]["PENDING"] >= 4
+    for worker in during["workers"]:
+        assert worker["job"].startswith(f"{job}_")
+        assert worker["renewed"] < 60
+        assert Path(worker["log"]).parent == server.home / "slurm"
+    assert nowhere_the_password(study, job, server.home)
+
+    study.wait_for_the_end(job)
+    after = consistent(study.status)
+    assert after["finished"] == 24
+    assert after["counts"]["pruned"] >= 4
+    assert after["counts"]["failed"] == 0
+    assert after["workers"] == []
+    assert after["tasks"] == {"COMPLETED": 8}
+    assert after["gpu_hours"] > 0
+    assert after["gpu_hours_saved"] > 0
+    assert after["best"]["value"] == max(
+        row["value"] for row in after["trials"] if row["state"] == "complete"
+    )
+    # No trial was held twice at once, and nobody overshot the budget.
+    assert [row["number"] for row in after["trials"]] == list(range(24))
+    assert all(row["attempts"] == 1 for row in after["trials"])
+    assert nowhere_the_password(study, job, server.home)
+    assert "24/24 trials" in study.atelier("status", study.name)
+    shown = study.atelier("logs", study.name, "--trial", "3")
+    assert f"{job}_" in shown
+    assert str(server.home / "slurm") in shown
+
+
+def nowhere_the_password(study, job, home):
+    """Looks where others may look: SLURM's records, process lists, the script, the logs."""
+    password = (home / "database.pass").read_text().strip().rpartition(":")[2]
+    places = [
+        subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout,
+        subprocess.run(
+            ["scontrol", "write", "batch_script", job, "-"], capture_output=True, text=True
+        ).stdout,
+        study.atelier("submit", "study.toml", "--dry-run"),
+        study.atelier("status", study.name),
+        study.logs,
+    ]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            places.append(path.read_text(errors="replace"))
+        except OSError:
+            continue  # it has just ended
+    assert "exec" in places[2]
+    return not any(password in place for place in places)
+
+
+@pytest.mark.parametrize("unreachable", ["data", "database"])
+def test_what_would_fail_in_the_queue_fails_at_once(campaign, unreachable, monkeypatch):
+    study = campaign(trials=1, epochs=2, size=32)
+    if unreachable == "database":
+        monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://atelier@127.0.0.1:9/atelier")
+        words = ()
+    else:
+        words = ("--data", "/nowhere")
+    before = squeue("--format=%A")
+    study.atelier("submit", "study.toml", *words, code=2)
+    assert squeue("--format=%A") == before
+    monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
+    assert study.name not in study.atelier("db", "status")
+
+
+def test_a_time_too_short_for_a_single_step_is_not_requeued_for_ever(campaign):
+    study = campaign(trials=1, epochs=2, size=32, time="1", warning=60)
+    job = study.submit("0")
+    study.wait_for_the_end(job)
+    started = time.time()
+    wait_for(lambda: squeue("--jobs", job, "--format=%T") != ["RUNNING"], "the end", study)
+    assert time.time() - started < 60

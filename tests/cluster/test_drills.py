@@ -1,0 +1,144 @@
+"""What a cluster does to jobs, done to real ones: afterwards it must be as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from storage.ledger import LEASE_SECONDS
+from storage.models import Attempt, Epoch, Worker
+from tests.cluster.conftest import SLURM, squeue, wait_for
+
+
+def pid_of(campaign, job, task):
+    """The worker of an array task, from what `status` says."""
+    [worker] = [w for w in campaign.status["workers"] if w["job"] == f"{job}_{task}"]
+    return worker["pid"]
+
+
+def test_wall_time_in_the_middle_of_a_trial(campaign):
+    """The task stops by itself in time, goes back to the queue, and goes on where it was."""
+    study = campaign(trials=2, epochs=16, size=160, time="1", warning=10)
+    job = study.submit("0-1")
+    study.wait_for_the_end(job)
+    assert study.outcomes.count("released") >= 2
+    assert "requeued: another run of this task goes on" in study.logs
+    study.assert_as_if_nothing_had_happened(trials=2, epochs=16)
+
+
+def test_an_epoch_longer_than_the_wall_time(campaign):
+    """No signal and no epoch's end comes in time: the epoch is cut, again and again."""
+    study = campaign(trials=1, epochs=2, size=384, time="1", warning=0)
+    job = study.submit("0")
+    study.wait_for_the_end(job)
+    longest = max(row[0] for row in study.rows(Epoch.seconds))
+    assert longest > 60, "the epochs fitted: the drill proves nothing"
+    assert study.outcomes.count("released") >= 2
+    study.assert_as_if_nothing_had_happened(trials=1, epochs=2)
+
+
+def test_requeue_of_a_running_task(campaign):
+    study = campaign(trials=4, epochs=6)
+    job = study.submit("0-1")
+    study.wait_for_epochs(3)
+    subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
+    study.wait_for_the_end(job)
+    assert "released" in study.outcomes
+    study.assert_as_if_nothing_had_happened(trials=4, epochs=6)
+
+
+def test_cancelled_tasks_and_then_a_new_array(campaign):
+    study = campaign(trials=4, epochs=6)
+    job = study.submit("0-1")
+    study.wait_for_epochs(3)
+    subprocess.run(["scancel", job], check=True)
+    study.wait_for_the_end(job)
+    assert study.outcomes == ["released", "released"]
+    again = study.submit("0-1")
+    study.wait_for_the_end(again)
+    study.assert_as_if_nothing_had_happened(trials=4, epochs=6)
+
+
+def test_a_killed_worker_is_replaced_at_once(campaign):
+    study = campaign(trials=4, epochs=6)
+    job = study.submit("0-1")
+    study.wait_for_epochs(3)
+    os.kill(pid_of(study, job, 1), signal.SIGKILL)
+    killed = time.time()
+    study.wait_for_the_end(job)
+    lost = [row for row in study.rows(Attempt.outcome, Attempt.trial_id) if row.outcome == "lost"]
+    assert len(lost) == 1
+    claims = study.rows(Attempt.claimed, Attempt.number)
+    [successor] = [claimed.timestamp() for claimed, number in claims if number == 2]
+    assert successor - killed < LEASE_SECONDS, "it was the lease that ran out"
+    study.assert_as_if_nothing_had_happened(trials=4, epochs=6)
+
+
+def test_a_node_that_goes_down_and_comes_back(slurm, campaign):
+    study = campaign(trials=3, epochs=6)
+    job = study.submit("0-1")
+    study.wait_for_epochs(2)
+    pid = int((slurm / "slurmd.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: "down" in sinfo(), "the node to be down", study)
+    wait_for(lambda: "RUNNING" not in (squeue("--jobs", job, "--format=%T") or []), "requeue", study)
+    subprocess.run([SLURM, "node", slurm], check=True)
+    study.wait_for_the_end(job)
+    assert any(restarts for (restarts,) in workers(study))
+    study.assert_as_if_nothing_had_happened(trials=3, epochs=6)
+
+
+def sinfo():
+    command = ["sinfo", "--noheader", "--format=%t"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def workers(study):
+    import sqlalchemy as sa
+
+    with study.engine.connect() as connection:
+        ids = {worker for (worker,) in study.rows(Attempt.worker_id)}
+        return connection.execute(sa.select(Worker.slurm_restarts).where(Worker.id.in_(ids))).all()
+
+
+def test_the_database_is_away_for_a_minute(campaign, server):
+    study = campaign(trials=2, epochs=6)
+    job = study.submit("0-1")
+    study.wait_for_epochs(2)
+    study.engine.dispose()
+    server.stop()
+    time.sleep(60)
+    server.start()
+    study.wait_for_the_end(job)
+    assert study.outcomes == ["complete", "complete"]  # nobody stole, nobody gave up
+    study.assert_as_if_nothing_had_happened(trials=2, epochs=6)
+
+
+def test_stop_reaches_the_tasks_that_run_and_those_that_wait(campaign):
+    study = campaign(trials=9, epochs=6)
+    job = study.submit("0-3%2")
+    study.wait_for_epochs(2)
+    study.atelier("stop", study.name)
+    study.wait_for_the_end(job)
+    assert study.outcomes == ["released", "released"]
+    status = study.status
+    assert status["stopping"]
+    assert status["counts"]["waiting"] == 2
+    assert "stopped by: atelier stop" in study.atelier("status", study.name)
+    again = study.submit("0-1")  # takes the stop back
+    study.wait_for_epochs(study.epochs + 1)
+    study.atelier("stop", study.name)
+    study.wait_for_the_end(again)
+
+
+def test_no_process_is_left(slurm):
+    """After all drills: nobody trains on without a job."""
+    leftovers = [
+        process.pid
+        for process in psutil.process_iter()
+        if "worker" in (command := process.cmdline()) and str(Path("study.toml")) in command[-1:]
+    ]
+    assert leftovers == []
