@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,7 +144,7 @@ def search(
             raise typer.Exit(FAILED) from None
         if status.best is not None:
             row = pick(status, None)
-            export_trial(engine, entry, row, output, {"data": data, "weights": weights})
+            export_trial(engine, entry, row, output)
             _say_exported(row, output)
         if status.finished >= status.max_trials:
             if status.best is None:
@@ -295,7 +295,7 @@ def status(
         if as_json:
             typer.echo(json.dumps(now().as_dict(), indent=2))
         elif watch:
-            with Live() as live:
+            with suppress(KeyboardInterrupt), Live() as live:
                 while (status := now()).finished < status.max_trials:
                     live.update(picture(status))
                     time.sleep(WATCH_SECONDS)

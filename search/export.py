@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,19 +39,14 @@ def export_trial(
     entry: StudyEntry,
     row: TrialRow,
     output: Path,
-    places: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write a trial's configuration; `places` are other paths of data and weights, if not None.
-
-    Raises InputError for a trial that has not all its parameters yet.
-    """
+    """Write a trial's configuration. Raises InputError if it has not all its parameters yet."""
     missing = entry.settings["space"].keys() - row.params.keys()
     if missing:
         raise InputError(
             f"trial {row.number} has no {', '.join(sorted(missing))} yet; choose another with --trial"
         )
-    given = {key: value for key, value in (places or {}).items() if value is not None}
-    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | given | row.params)
+    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | row.params)
     text = bundle(config, entry, row, curve(engine, entry.study_id, row.number))
     try:
         output.write_text(text, encoding="utf-8")

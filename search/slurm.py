@@ -65,6 +65,7 @@ def render_array_script(
         [
             "#!/bin/bash",
             *lines,
+            "trap '' USR2  # SLURM's warning must not end a worker that has just started",
             *exports,
             *profile.setup,
             f"cd {shlex.quote(str(folder))} || exit 1",

@@ -45,6 +45,7 @@ class Range(_Table):
 
 
 Choices = Annotated[list[float | int], Field(min_length=1)]
+NO_FILE = ("timm", "none")  # values of `weights` that name no file
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 
 
@@ -196,9 +197,17 @@ class StudyFile(_Table):
             "train": train | {"weights": _weights_identity(self.shared.weights)},
         }
 
+    def places(self) -> dict[str, str]:
+        """Where the files are, for whoever starts from another folder."""
+        data, weights = self.shared.data, self.shared.weights
+        return {
+            "data": str(Path(data).absolute()),
+            "weights": weights if weights in NO_FILE else str(Path(weights).absolute()),
+        }
+
 
 def _weights_identity(weights: str) -> str:
-    if weights in ("timm", "none"):
+    if weights in NO_FILE:
         return weights
     try:
         with open(weights, "rb") as file:
@@ -370,7 +379,7 @@ def open_study(
     changeable = {
         "max_trials": file.study.max_trials,
         "max_gpu_seconds": None if hours is None else hours * 3600,
-        "settings": identity | {"places": file.shared.model_dump(include={"data", "weights"})},
+        "settings": identity | {"places": file.places()},
     }
     ledger.enter_study(engine, study._study_id, dataset=fingerprint, **changeable)
     if lead:

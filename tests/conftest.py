@@ -89,8 +89,8 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
 
 STUDY = """
 [study]
-name = "tiny"
-max_trials = 2
+name = "{name}"
+max_trials = {trials}
 pruner = "none"
 
 [space]
@@ -102,12 +102,12 @@ data = "{data}"
 backbone = "resnet10t"
 weights = "none"
 trainable = "layer4"
-image_size = 32
-epochs = 3
+image_size = {size}
+epochs = {epochs}
 warmup_epochs = 1
 """
 
 
 @pytest.fixture
 def study_text(demo: Path) -> str:
-    return STUDY.format(data=demo)
+    return STUDY.format(name="tiny", trials=2, size=32, epochs=3, data=demo)

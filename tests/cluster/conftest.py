@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
 from storage.models import Attempt, Epoch
+from tests.conftest import STUDY
 
 SLURM = Path(__file__).with_name("slurm")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
@@ -49,25 +50,7 @@ def server(tmp_path_factory):
     server.stop()
 
 
-STUDY = """
-[study]
-name = "{name}"
-max_trials = {trials}
-pruner = "none"
-
-[space]
-lr = {{ low = 1e-3, high = 2e-3, log = true }}
-batch_size = [32, 64]
-
-[train]
-data = "{data}"
-backbone = "resnet10t"
-weights = "none"
-trainable = "layer4"
-image_size = {size}
-epochs = {epochs}
-warmup_epochs = 1
-
+PROFILE = """
 [slurm.tuning]
 partition = "q_amsai"
 cpus = 1
@@ -76,6 +59,9 @@ memory = "1G"
 time = "{time}"
 warning = {warning}
 """
+
+
+DEFAULTS = {"size": 96, "time": "10", "warning": 60}
 
 
 @dataclass
@@ -151,8 +137,12 @@ class Campaign:
             "pruned": 0,
             "failed": 0,
         }, self.logs
-        recorded = self.rows(Epoch.trial_id, Epoch.epoch)
-        assert len(recorded) == len(set(recorded)) == trials * epochs
+        recorded = self.rows(Epoch.trial_id, Epoch.epoch, Epoch.attempt)
+        assert len({row[:2] for row in recorded}) == len(recorded) == trials * epochs
+        # Each attempt went on at the epoch after the last one on record: none went back further.
+        assert sorted(recorded) == sorted(
+            recorded, key=lambda row: (row.trial_id, row.attempt, row.epoch)
+        )
         assert not {"error", "failed"} & set(self.outcomes)
         entry = ledger.study_entry(self.engine, self.name)
         for row in status["trials"]:
@@ -205,10 +195,9 @@ def campaign(slurm, server, demo, tmp_path, monkeypatch, request):
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     engine = database.connect()
 
-    def make(trials, epochs, size=96, time="10", warning=60, name=None, change=lambda text: text):
+    def make(name=None, change=lambda text: text, **values):
         name = name or request.node.name
-        values = {"trials": trials, "epochs": epochs, "size": size, "time": time, "warning": warning}
-        text = change(STUDY.format(name=name, data=demo, **values))
+        text = change((STUDY + PROFILE).format(**{"name": name, "data": demo, **DEFAULTS, **values}))
         (tmp_path / "study.toml").write_text(text)
         return Campaign(name, tmp_path, server.home, engine)
 

@@ -1,12 +1,11 @@
 """A whole search as a SLURM array, as a user runs it, and what `status` says of it."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import squeue, wait_for
+from tests.cluster.conftest import squeue
 
 PRUNED = '\npruner = "asha"\nrungs = [1, 2]'
 
@@ -100,10 +99,8 @@ def test_what_would_fail_in_the_queue_fails_at_once(campaign, unreachable, monke
     assert study.name not in study.atelier("db", "status")
 
 
-def test_a_time_too_short_for_a_single_step_is_not_requeued_for_ever(campaign):
+def test_a_warning_that_comes_while_the_worker_starts_does_not_end_it(campaign):
+    """SLURM may warn a minute early: here at the very beginning."""
     study = campaign(trials=1, epochs=2, size=32, time="1", warning=60)
-    job = study.submit("0")
-    study.wait_for_the_end(job)
-    started = time.time()
-    wait_for(lambda: squeue("--jobs", job, "--format=%T") != ["RUNNING"], "the end", study)
-    assert time.time() - started < 60
+    study.wait_for_the_end(study.submit("0"))
+    assert study.status["counts"]["complete"] == 1

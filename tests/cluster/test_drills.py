@@ -1,5 +1,6 @@
 """What a cluster does to jobs, done to real ones: afterwards it must be as if nothing had happened."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,10 +8,13 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+import sqlalchemy as sa
 
 from storage.ledger import LEASE_SECONDS
 from storage.models import Attempt, Epoch, Worker
 from tests.cluster.conftest import SLURM, squeue, wait_for
+from trainer.demo import write_demo
 
 
 def pid_of(campaign, job, task):
@@ -19,22 +23,33 @@ def pid_of(campaign, job, task):
     return worker["pid"]
 
 
-def test_wall_time_in_the_middle_of_a_trial(campaign):
+@pytest.fixture
+def seconds_per_epoch(campaign):
+    """How long an epoch takes here, so that a drill can choose how many make a minute."""
+    pace = campaign(trials=1, epochs=2, name="pace")
+    pace.wait_for_the_end(pace.submit("0"))
+    return pace.rows(Epoch.seconds)[-1][0]
+
+
+def test_wall_time_in_the_middle_of_a_trial(campaign, seconds_per_epoch):
     """The task stops by itself in time, goes back to the queue, and goes on where it was."""
-    study = campaign(trials=2, epochs=16, size=160, time="1", warning=10)
+    epochs = math.ceil(75 / seconds_per_epoch)
+    study = campaign(trials=2, epochs=epochs, time="1", warning=10)
     job = study.submit("0-1")
     study.wait_for_the_end(job)
     assert study.outcomes.count("released") >= 2
     assert "requeued: another run of this task goes on" in study.logs
-    study.assert_as_if_nothing_had_happened(trials=2, epochs=16)
+    study.assert_as_if_nothing_had_happened(trials=2, epochs=epochs)
 
 
-def test_an_epoch_longer_than_the_wall_time(campaign):
-    """No signal and no epoch's end comes in time: the epoch is cut, again and again."""
-    study = campaign(trials=1, epochs=2, size=384, time="1", warning=0)
+def test_an_epoch_longer_than_the_wall_time(campaign, seconds_per_epoch, tmp_path):
+    """No warning and no epoch's end comes in time: the epoch is cut, again and again."""
+    data = tmp_path / "data"
+    write_demo(data, train=math.ceil(300 * 90 / seconds_per_epoch), val=80, test=0)
+    study = campaign(trials=1, epochs=2, time="1", warning=0, data=data)
     job = study.submit("0")
     study.wait_for_the_end(job)
-    longest = max(row[0] for row in study.rows(Epoch.seconds))
+    longest = max(seconds for (seconds,) in study.rows(Epoch.seconds))
     assert longest > 60, "the epochs fitted: the drill proves nothing"
     assert study.outcomes.count("released") >= 2
     study.assert_as_if_nothing_had_happened(trials=1, epochs=2)
@@ -97,8 +112,6 @@ def sinfo():
 
 
 def workers(study):
-    import sqlalchemy as sa
-
     with study.engine.connect() as connection:
         ids = {worker for (worker,) in study.rows(Attempt.worker_id)}
         return connection.execute(sa.select(Worker.slurm_restarts).where(Worker.id.in_(ids))).all()

@@ -211,6 +211,7 @@ def test_a_worker_claims_nothing_that_its_last_epoch_would_not_let_it_finish(eng
     worker = make_worker(wall_end=time.time() + SAVE_SECONDS + 300)
     worker._epoch_seconds = 400.0
     assert worker.run() == End.WALL_TIME
+    assert not worker.made_progress
     assert attempts(engine) == []
 
 

@@ -24,6 +24,7 @@ GOLDEN = """\
 #SBATCH --signal=B:USR2@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
+trap '' USR2  # SLURM's warning must not end a worker that has just started
 export A=b
 cd /work || exit 1
 exec atelier worker study.toml
@@ -63,6 +64,7 @@ def test_a_profile_can_say_how_to_set_up_and_what_else_to_ask_for():
         "#SBATCH --open-mode=append",
         "#SBATCH --constraint=a100",
         "#SBATCH --nice=100",
+        "trap '' USR2  # SLURM's warning must not end a worker that has just started",
         "module load cuda",
         "source env/bin/activate",
         "cd /w || exit 1",
