@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from search.study import load_study_file
-from trainer.allocation import use_allotted_cpus
+from trainer.allocation import prepare_process
 from trainer.loop import Run, Workspace
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     settings = {"train_images": options.images, "data": options.data, "weights": options.weights}
     overrides = [f"train.{key}={value}" for key, value in settings.items() if value is not None]
     config = load_study_file(options.study, overrides).shared
-    threads = use_allotted_cpus()
+    threads = prepare_process()
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
         run = Run(config, workspace)

@@ -176,12 +176,12 @@ def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: S
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
-        from trainer.allocation import use_allotted_cpus
+        from trainer.allocation import prepare_process
         from trainer.loop import Workspace
 
         file = _load(study, data, weights, set_)
         wall_end = slurm.wall_end()
-        use_allotted_cpus()
+        prepare_process()
         workspace = Workspace(file.shared, image_cache())
         engine = database.connect()
         storage = database.prepare(engine)
@@ -379,7 +379,7 @@ def train(
     with _errors_in_one_line():
         from search.study import change_config, load_config
         from storage.runs import image_cache
-        from trainer.allocation import use_allotted_cpus
+        from trainer.allocation import prepare_process
         from trainer.checkpoint import Checkpoints
         from trainer.loop import Workspace
         from trainer.loop import train as run_epochs
@@ -387,7 +387,7 @@ def train(
         settings, origin = load_config(config)
         changes = {"epochs": epochs, "data": data, "weights": weights}
         settings = change_config(settings, changes, config)
-        use_allotted_cpus()
+        prepare_process()
         workspace = Workspace(settings, image_cache())
         if origin and origin.get("dataset") != workspace.dataset.fingerprint:
             _say("note: this is another dataset than the one of the search")

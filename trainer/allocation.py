@@ -1,9 +1,13 @@
 """What this process was given: CPUs, memory, device. On a shared node the machine has more."""
 
+import ctypes
 import os
 import resource
+from contextlib import suppress
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def pick_device() -> torch.device:
@@ -16,9 +20,18 @@ def cpu_count() -> int:
     return _number("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0))
 
 
-def use_allotted_cpus() -> int:
-    """Let torch use the CPUs that this process was given. Returns their number."""
+def prepare_process() -> int:
+    """Let torch use the CPUs that this process was given, and keep the memory that it frees.
+
+    Returns the number of threads.
+    """
     torch.set_num_threads(_number("OMP_NUM_THREADS") or cpu_count())
+    # glibc gives a large tensor's memory back to the kernel at once, and the next one is paid for in
+    # page faults: on a CPU, 40 % of an epoch's time.
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     return torch.get_num_threads()
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -151,7 +150,7 @@ def test_no_process_is_left(slurm):
     """After all drills: nobody trains on without a job."""
     leftovers = [
         process.pid
-        for process in psutil.process_iter()
-        if "worker" in (command := process.cmdline()) and str(Path("study.toml")) in command[-1:]
+        for process in psutil.process_iter(["cmdline"])
+        if "worker" in (process.info["cmdline"] or []) and "study.toml" in process.info["cmdline"][-1]
     ]
     assert leftovers == []
