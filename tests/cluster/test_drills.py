@@ -32,7 +32,7 @@ def seconds_per_epoch(campaign):
 
 def test_wall_time_in_the_middle_of_a_trial(campaign, seconds_per_epoch):
     """The task stops by itself in time, goes back to the queue, and goes on where it was."""
-    epochs = math.ceil(75 / seconds_per_epoch)
+    epochs = math.ceil(55 / seconds_per_epoch)
     study = campaign(trials=2, epochs=epochs, time="1", warning=10)
     job = study.submit("0-1")
     study.wait_for_the_end(job)
@@ -44,14 +44,14 @@ def test_wall_time_in_the_middle_of_a_trial(campaign, seconds_per_epoch):
 def test_an_epoch_longer_than_the_wall_time(campaign, seconds_per_epoch, tmp_path):
     """No warning and no epoch's end comes in time: the epoch is cut, again and again."""
     data = tmp_path / "data"
-    write_demo(data, train=math.ceil(300 * 90 / seconds_per_epoch), val=80, test=0)
-    study = campaign(trials=1, epochs=2, time="1", warning=0, data=data)
+    write_demo(data, train=math.ceil(300 * 80 / seconds_per_epoch), val=80, test=0)
+    study = campaign(trials=1, epochs=1, time="1", warning=0, data=data)
     job = study.submit("0")
     study.wait_for_the_end(job)
     longest = max(seconds for (seconds,) in study.rows(Epoch.seconds))
     assert longest > 60, "the epochs fitted: the drill proves nothing"
-    assert study.outcomes.count("released") >= 2
-    study.assert_as_if_nothing_had_happened(trials=1, epochs=2)
+    assert "released" in study.outcomes
+    study.assert_as_if_nothing_had_happened(trials=1, epochs=1)
 
 
 def test_requeue_of_a_running_task(campaign):
