@@ -119,8 +119,8 @@ class Status:
 
 @retrying
 def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
-    """Read a study with a fixed number of statements, however many trials it has."""
-    with Session(engine) as session:
+    """Read a study as of one moment, with a fixed number of statements, however many trials it has."""
+    with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session:
         study = session.get_one(Study, study_id)
         end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(_NOW, Attempt.lease_until)))
         hours, seconds = session.execute(

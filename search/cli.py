@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ db_app = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 
-WATCH_SECONDS = 2
+WATCH_SECONDS, SLURM_SECONDS = 2, 30
 FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 1, 2, 3, 130
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
@@ -163,8 +164,8 @@ def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) 
     return [word for name, value in options if value is not None for word in (name, value)]
 
 
-@app.command()
-def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+@app.command("worker")
+def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
     """Run one worker: what a SLURM array task runs.
 
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
@@ -183,20 +184,19 @@ def worker(study: StudyPath, data: Data = None, weights: Weights = None, set_: S
         wall_end = slurm.wall_end()
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
-        engine = database.connect()
+        engine = database.connect(patience=database.PATIENCE)
         storage = database.prepare(engine)
         opened, entry = open_study(file, engine, storage, workspace.dataset.fingerprint)
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created)
-        one = Worker(file, opened, ledger, workspace, runs, wall_end)
-        end = one.run()
-        logging.info("worker ended: %s", one.stop.reason or "nothing left to claim")
-        if end == End.WALL_TIME and PARENT_VARIABLE not in os.environ:
-            if not one.made_progress:
-                _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
-                raise typer.Exit(FAILED)
-            if slurm.requeue_own_task():
-                logging.info("requeued: another run of this task goes on")
+        worker = Worker(file, opened, ledger, workspace, runs, wall_end)
+        if PARENT_VARIABLE not in os.environ:  # else the task is the search's, not ours
+            worker.requeue = slurm.requeue_own_task
+        end = worker.run()
+        logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
+        if end == End.WALL_TIME and not worker.made_progress:
+            _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
+            raise typer.Exit(FAILED)
         raise typer.Exit(end)
 
 
@@ -254,13 +254,15 @@ def logs(
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
     with _errors_in_one_line():
         from dashboards.status import read_attempts, render_attempts
+        from search import slurm
 
         engine, entry = _study(study)
         attempts = read_attempts(engine, entry.study_id, trial)
         if not attempts:
             from search.study import InputError
 
-            raise InputError(f"no attempt at {'any trial' if trial is None else f'trial {trial}'} yet")
+            what = "any trial" if trial is None else f"trial {trial}"
+            raise InputError(f"no attempt at {what} yet; array tasks write to {slurm.log_folder()}")
         from rich.console import Console
 
         Console().print(render_attempts(attempts, lines), soft_wrap=True)
@@ -284,9 +286,14 @@ def status(
 
         engine, entry = _study(study)
 
+        @lru_cache(maxsize=1)
+        def tasks(array_jobs: tuple[str, ...], _: int) -> dict[str, int]:
+            return slurm.task_states(array_jobs)
+
         def now() -> "Status":
             status = read_status(engine, entry.study_id, entry.name)
-            status.tasks = slurm.task_states(status.array_jobs)
+            # A controller serves the whole site: however often we look, ask it twice a minute.
+            status.tasks = tasks(tuple(status.array_jobs), int(time.monotonic() / SLURM_SECONDS))
             return status
 
         def picture(status: "Status") -> Group:
@@ -469,19 +476,25 @@ def db_start(
     listen: Annotated[
         str | None, typer.Option(help="Serve other machines too, at this address or host name.")
     ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="With --listen.")] = 5432,
-    tls: Annotated[bool, typer.Option(help="With --listen: encrypt the connections.")] = True,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="With --listen; 5432.")] = None,
+    tls: Annotated[
+        bool | None, typer.Option("--tls/--no-tls", help="With --listen: encrypt, the default, or not.")
+    ] = None,
     postgres: Annotated[
         Path | None, typer.Option(help="Folder of another PostgreSQL's programs, for a new home.")
     ] = None,
 ) -> None:
     """Start the embedded server and leave it running."""
     with _errors_in_one_line():
+        from search.study import InputError
+
         server = _embedded()
         if listen is None:
+            if (port, tls, postgres) != (None, None, None):
+                raise InputError("--port, --no-tls and --postgres go with --listen ADDRESS")
             typer.echo(server.start())
         else:
-            typer.echo(server.listen(listen, port, tls, postgres))
+            typer.echo(server.listen(listen, port or 5432, tls is not False, postgres))
             _say("commands that share this home use it; elsewhere set ATELIER_DATABASE_URL")
 
 

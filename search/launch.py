@@ -16,6 +16,7 @@ from rich.live import Live
 from dashboards.status import Status, progress_line, render
 from search.worker import PARENT_VARIABLE, End
 from storage.runs import RunFolder
+from trainer.allocation import cpu_count
 
 POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
@@ -88,10 +89,9 @@ class LocalSearch:
     def _start(self, number: int) -> _Slot:
         log = self._runs.logs / f"worker-{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = max(len(os.sched_getaffinity(0)) // self._n_workers, 1)
         environment = {
-            "OMP_NUM_THREADS": str(threads),
             **os.environ,
+            "ATELIER_CPUS": str(max(cpu_count() // self._n_workers, 1)),
             PARENT_VARIABLE: str(os.getpid()),
         }
         if gpus := _visible_gpus():

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from trainer.dataset import read_dataset
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 PATIENCE = 20  # seconds that SLURM's commands may take
 # A job in one of these states has its processes; one that is COMPLETING may have them.
-ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
+ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 
 
 def render_array_script(
@@ -80,7 +81,7 @@ def _word(value: object) -> str:
     text = str(value)
     if "\n" in text:
         raise InputError(f"{text!r} has a line break, which no #SBATCH line can hold; rename it")
-    if re.fullmatch(r"[\w@%+=:,./\\-]*", text):
+    if re.fullmatch(r"[\w@%+=:,./-]*", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -96,7 +97,7 @@ def array_script(file: StudyFile, profile: str, array: str, options: list[str]) 
     command = [sys.executable, "-m", "search", "worker", *options]
     environment = _environment(file.shared)
     return render_array_script(
-        file.slurm[profile], array, command, Path.cwd(), environment, log_pattern(_logs())
+        file.slurm[profile], array, command, Path.cwd(), environment, log_pattern(log_folder())
     )
 
 
@@ -110,7 +111,8 @@ def log_pattern(folder: Path) -> str:
     return f"{str(folder).replace('%', '%%')}/%A_%a.log"
 
 
-def _logs() -> Path:
+def log_folder() -> Path:
+    """Where array tasks write their logs."""
     return home() / "slurm"
 
 
@@ -164,10 +166,12 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     fingerprint = read_dataset(file.shared.data).fingerprint
     engine = connect()
     try:
-        _logs().mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=_logs()).close()
+        log_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=log_folder()).close()
     except OSError as error:
-        raise InputError(f"cannot write to {_logs()} ({error.strerror}); set ATELIER_HOME") from None
+        raise InputError(
+            f"cannot write to {log_folder()} ({error.strerror}); set ATELIER_HOME"
+        ) from None
     submit_array(script, test_only=True)
     _, entry = open_study(file, engine, prepare(engine), fingerprint, lead=True)
     job = submit_array(script)
@@ -229,15 +233,19 @@ def jobs(ids: Iterable[str]) -> list[Job] | None:
     )
     if listed is None:
         return None
-    found = []
-    for line in listed.splitlines():
-        number, state, restarts, end, _ = line.split("|")
-        found.append(Job(number, state, int(restarts), float(end) if end.isdecimal() else None))
-    return found
+    rows = [line.split("|") for line in listed.splitlines()]
+    if not all(len(row) == 5 and row[2].isdecimal() for row in rows):
+        return None
+    return [
+        Job(number, state, int(restarts), float(end) if end.isdecimal() else None)
+        for number, state, restarts, end, _ in rows
+    ]
 
 
 def _ask(*command: str) -> str | None:
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    # A user's SQUEUE_PARTITION and the like would hide jobs.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SINFO_"))}
+    environment["SLURM_TIME_FORMAT"] = "%s"
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=PATIENCE, env=environment
@@ -255,38 +263,45 @@ def judge(holders: list[Holder]) -> dict[str, bool]:
     SLURM is asked once, and only about jobs of the cluster that this process runs on.
     """
     verdicts = gone_here(holders)
-    cluster = os.environ.get("SLURM_CLUSTER_NAME")
-    asked = [
-        holder
+    cluster, own = os.environ.get("SLURM_CLUSTER_NAME"), os.environ.get("SLURM_JOB_ID")
+    asked = {
+        holder.slurm_job: holder
         for holder in holders
         if cluster and holder.slurm_cluster == cluster and holder.worker_id not in verdicts
-    ]
-    found = jobs(holder.slurm_job for holder in asked if holder.slurm_job) if asked else None
-    if found is None:
+    }
+    if not own or not asked:
         return verdicts
-    by_number = {job.number: job for job in found}
-    for holder in asked:
-        job = by_number.get(holder.slurm_job or "")
+    found = {job.number: job for job in jobs([own, *(number for number in asked if number)]) or []}
+    if own not in found:
+        return verdicts  # no answer, or one that hides jobs
+    for number, holder in asked.items():
+        job = found.get(number or "")
+        if job is not None and job.state == "COMPLETING":
+            continue  # it may be saving its work; a requeued job's count has gone up by now
         if job is None or job.restarts != holder.slurm_restarts:
             verdicts[holder.worker_id] = False  # forgotten, or its id has begun anew
-        elif job.state in ALIVE:
-            verdicts[holder.worker_id] = True
-        elif job.state != "COMPLETING":
-            verdicts[holder.worker_id] = False
+        else:
+            verdicts[holder.worker_id] = job.state in ALIVE
     return verdicts
 
 
-def task_states(array_jobs: list[str]) -> dict[str, int]:
+def task_states(array_jobs: Iterable[str]) -> dict[str, int]:
     """How many tasks of these arrays are in which state; empty if SLURM does not say."""
-    found = jobs(array_jobs) if array_jobs else None
+    ids = list(array_jobs)
+    found = jobs(ids) if ids else None
     return dict(Counter(job.state for job in found or []))
 
 
 def wall_end() -> float | None:
     """When this job's time is over, in seconds since 1970; None outside SLURM or without a limit."""
     own = os.environ.get("SLURM_JOB_ID")
-    found = jobs([own]) if own else None
-    return next((job.end for job in found or [] if job.number == own), None)
+    for _ in range(3 if own else 0):
+        for job in jobs([own or ""]) or []:
+            if job.number == own:
+                return job.end
+        time.sleep(5)  # the controller is busy when an array starts
+    end = os.environ.get("SLURM_JOB_END_TIME", "")  # from SLURM 23.11 on
+    return float(end) if end.isdecimal() else None
 
 
 def requeue_own_task() -> bool:

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
@@ -22,10 +22,11 @@ from search.study import StudyFile, score
 from storage.database import retrying
 from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
-from trainer.allocation import is_out_of_memory
+from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import TrainConfig
-from trainer.loop import Workspace, train
+from trainer.loop import Interrupt, Workspace, train
+from trainer.stream import LoaderError
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ PARENT_VARIABLE = "ATELIER_SEARCH_PID"
 SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
 KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
 
-# Errors that say nothing about the trial that was being trained.
-NOT_THE_TRIALS = (LeaseLost, CheckpointError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
+# Errors that say nothing about the trial: of this machine and its files, and of the database. They end
+# the worker.
+MACHINE_ERRORS = (CheckpointError, LoaderError, OSError)
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
 class End(enum.IntEnum):
@@ -119,6 +122,8 @@ class Worker:
     ) -> None:
         self.file, self.study, self.ledger, self.workspace = file, study, ledger, workspace
         self.runs = runs
+        # Called when the wall time has ended the work; returns whether somebody will go on.
+        self.requeue: Callable[[], bool] = lambda: False
         self.stop = Stop(wall_end)
         self.made_progress = False  # at least one optimizer step
         self._epoch_seconds = 0.0  # as last measured in this process
@@ -130,7 +135,9 @@ class Worker:
         try:
             with on_signals(self.stop):
                 self._run()
-            reason = self.stop.reason or "nothing left to claim"
+                reason = self.stop.reason or "nothing left to claim"
+                if self.stop.end == End.WALL_TIME and self.made_progress and self.requeue():
+                    log.info("requeued: another run of this task goes on")
         finally:
             self.ledger.sign_off(reason)
         return self.stop.end
@@ -141,8 +148,8 @@ class Worker:
             if claim is None:
                 self._may_go_on()  # was it that somebody asked to stop?
                 return
-            with LeaseKeeper(self.ledger, claim):
-                self._attempt(claim)
+            with LeaseKeeper(self.ledger, claim) as keeper:
+                self._attempt(claim, keeper)
 
     def _may_go_on(self) -> bool:
         """Whether to begin another epoch."""
@@ -152,20 +159,29 @@ class Worker:
             self.stop.ask("wall time", End.WALL_TIME)
         return not self.stop.requested
 
-    def _attempt(self, claim: Claim) -> None:
+    def _attempt(self, claim: Claim, keeper: LeaseKeeper) -> None:
         """Train one trial to its end, to its release, or to an error that is put on record."""
         log.info("trial %d: attempt %d", claim.trial_number, claim.attempt)
         checkpoints = Checkpoints(
             self.runs.checkpoints(claim.trial_number),
             before_save=lambda: self.ledger.renew(claim),  # raises LeaseLost
         )
+
+        def interrupt(seconds_left: float) -> bool:
+            self.made_progress = True
+            if keeper.lost.is_set():
+                raise LeaseLost(f"trial {claim.trial_number} is held by another worker now")
+            return self.stop.cuts_epoch(seconds_left)
+
         try:
             try:
-                ended = self._train(claim, checkpoints)
-            except NOT_THE_TRIALS:
+                ended = self._train(claim, checkpoints, interrupt)
+            except (LeaseLost, *MACHINE_ERRORS, *DATABASE_ERRORS):
                 raise
             except Exception as error:  # whatever else the training raises belongs to the trial
                 ended = self._failed(claim, error)
+                if is_device_fault(error):
+                    raise
             if ended:
                 checkpoints.clear()
         except LeaseLost as error:
@@ -173,15 +189,15 @@ class Worker:
         except KeyboardInterrupt:
             self.ledger.release(claim, reason="stopped at once")
             raise
-        except CheckpointError:
-            self.ledger.release(claim, "error", traceback.format_exc())
+        except MACHINE_ERRORS:
+            self.ledger.release(claim, reason=traceback.format_exc())
             raise
 
-    def _train(self, claim: Claim, checkpoints: Checkpoints) -> bool:
+    def _train(self, claim: Claim, checkpoints: Checkpoints, interrupt: Interrupt) -> bool:
         """Returns whether the trial has ended; else it was released."""
         config = self._config(claim)
         values: list[float] = []
-        for result in train(config, self.workspace, checkpoints, self._interrupt):
+        for result in train(config, self.workspace, checkpoints, interrupt):
             values.append(result.val_accuracy)
             if result.epoch > claim.last_epoch:
                 self.ledger.record(claim, asdict(result))
@@ -204,10 +220,6 @@ class Worker:
             return False
         self.ledger.finish(claim, "complete", score(values, self.file.study.score))
         return True
-
-    def _interrupt(self, seconds_left: float) -> bool:
-        self.made_progress = True
-        return self.stop.cuts_epoch(seconds_left)
 
     @retrying
     def _config(self, claim: Claim) -> TrainConfig:

@@ -18,11 +18,12 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 SCHEMA = "atelier"
+PATIENCE = 600  # seconds that work goes on trying while the database is away
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
@@ -74,7 +75,7 @@ retrying = retry(
     before_sleep=_revive,
     retry=retry_if_exception(_is_transient),
     wait=wait_random_exponential(multiplier=0.2, max=10),
-    stop=stop_after_delay(600),
+    stop=stop_after_delay(PATIENCE),
     reraise=True,
 )
 
@@ -115,8 +116,8 @@ def exists() -> bool:
     return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
 
 
-def connect(url: URL | None = None) -> sa.Engine:
-    """An engine on a database that answers. Raises DatabaseError."""
+def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
+    """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
     engine = sa.create_engine(
         url or database_url(),
         pool_pre_ping=True,
@@ -125,13 +126,20 @@ def connect(url: URL | None = None) -> sa.Engine:
         connect_args=CONNECT_ARGS,
     )
     try:
-        with engine.connect():
-            return engine
+        for attempt in Retrying(
+            retry=retry_if_exception(_is_transient),
+            wait=wait_random_exponential(multiplier=1, max=10),
+            stop=stop_after_delay(patience),
+            reraise=True,
+        ):
+            with attempt, engine.connect():
+                return engine
+        raise AssertionError("it returns or raises")
     except DBAPIError as error:
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(
             f"cannot reach the database at {engine.url.render_as_string()}: {reason}; "
-            "check ATELIER_DATABASE_URL, or unset it to use the embedded server"
+            "is it up (atelier db start), and is ATELIER_DATABASE_URL right?"
         ) from error
 
 
@@ -147,6 +155,7 @@ def server_version(engine: sa.Engine) -> str:
     return version
 
 
+@retrying
 def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """Create or upgrade Optuna's tables and ours; safe for processes that start at once.
 
@@ -156,6 +165,8 @@ def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """
     server_version(engine)
     check_schema(engine)
+    if schema_revision(engine) == head_revision():
+        return optuna_storage(engine)
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()

@@ -69,7 +69,7 @@ class EmbeddedPostgres:
             url = self._ensure_running()
             key = (self.home, os.getpid())
             if key not in self._users:
-                users = (self.home / "postgres.users").open("w")
+                users = (self.home / "postgres.users").open("a+")  # NFS locks only what it may read
                 fcntl.flock(users, fcntl.LOCK_SH)
                 self._users[key] = users
                 atexit.register(self.release)
@@ -115,12 +115,17 @@ class EmbeddedPostgres:
                     "this PostgreSQL was built without TLS; start a new home with one that has it "
                     "(--postgres FOLDER), or say --no-tls: the password stays secret, the data do not"
                 )
+            before = self.network.url
             password = self.network.set_up(address, port, tls)
             if tls:
                 self._own(self.network.key)
             self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
             self._stop()
-            self._ensure_running()
+            try:
+                self._ensure_running()
+            except EmbeddedPostgresError:
+                self.network.set_url(before)  # an address that is not ours, or a port that is taken
+                raise
             self._keep.touch()
         url = self.network.url
         assert url is not None  # it was just set up
@@ -183,7 +188,7 @@ class EmbeddedPostgres:
             return False
 
     def _in_use(self) -> bool:
-        with (self.home / "postgres.users").open("w") as file:
+        with (self.home / "postgres.users").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

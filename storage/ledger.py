@@ -145,12 +145,17 @@ class Ledger:
     def register(self, gpu: str | None = None, log: str | None = None) -> str:
         """Enter this process as a worker. Returns its id, which is new for every process."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
+        # Only where this process is the job may SLURM's word on the job be taken for it: not in a step,
+        # and not for one of several processes.
+        is_job = os.environ.get("SLURM_TASK_PID") == str(os.getpid()) and not os.environ.get(
+            "SLURM_STEP_ID"
+        )
         values = {
             "id": self.worker_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": process_identity(),
-            "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
+            "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME") if is_job else None,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_array_job": os.environ.get("SLURM_ARRAY_JOB_ID"),
             "slurm_array_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
@@ -450,10 +455,10 @@ def _utc_now() -> sa.ColumnElement[Any]:
 
 
 class LeaseKeeper:
-    """Renews one claim from a thread of its own until the `with` block ends, or the claim is lost.
+    """Renews one claim from a thread of its own until the `with` block ends.
 
     It outlives any database error: `Ledger.renew` retries with back-off, and after that the next
-    turn tries again.
+    turn tries again. `lost` is set once another worker holds the trial.
     """
 
     def __init__(self, ledger: Ledger, claim: Claim, every: float = RENEW_SECONDS) -> None:

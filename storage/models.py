@@ -62,7 +62,7 @@ class Worker(Base):
     host: Mapped[str]
     pid: Mapped[int]
     process: Mapped[str]  # tells this process from a later one with the same pid
-    slurm_cluster: Mapped[str | None]
+    slurm_cluster: Mapped[str | None]  # set where the process is the job, and lives as long
     slurm_job: Mapped[str | None]
     slurm_array_job: Mapped[str | None]
     slurm_array_task: Mapped[str | None]

@@ -60,9 +60,15 @@ class Network:
         query = {"passfile": str(self._passfile)}
         if tls:
             query |= {"sslmode": "verify-full", "sslrootcert": str(self._certificate)}
-        url = URL.create("postgresql", ROLE, None, address, port, DATABASE, query)
-        self._url.write_text(url.render_as_string() + "\n")
+        self.set_url(URL.create("postgresql", ROLE, None, address, port, DATABASE, query))
         return password
+
+    def set_url(self, url: URL | None) -> None:
+        """Serve the network there; with None, this machine only."""
+        if url is None:
+            self._url.unlink(missing_ok=True)
+        else:
+            self._url.write_text(url.render_as_string() + "\n")
 
     def server_settings(self) -> dict[str, str]:
         """PostgreSQL's own settings for it."""

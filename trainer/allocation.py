@@ -16,8 +16,9 @@ def pick_device() -> torch.device:
 
 
 def cpu_count() -> int:
-    """CPUs of the SLURM task, else those that the process may run on."""
-    return _number("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0))
+    """This process's share, where ATELIER_CPUS says so; CPUs of the SLURM task; else all it may use."""
+    granted = _number("ATELIER_CPUS") or _number("SLURM_CPUS_PER_TASK")
+    return granted or len(os.sched_getaffinity(0))
 
 
 def prepare_process() -> int:
@@ -30,8 +31,9 @@ def prepare_process() -> int:
     # page faults: on a CPU, 40 % of an epoch's time.
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        # Older versions refuse more than 32 MiB.
+        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     return torch.get_num_threads()
 
 
@@ -54,6 +56,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether the GPU is unusable for this process from now on."""
+    return "CUDA error" in str(error)
 
 
 def _number(variable: str) -> int | None:

@@ -1,9 +1,9 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-Each is a file of its own, `step-00000120.pt`, named by the steps that the run has made, with its SHA-256
-in `step-00000120.pt.sha256` beside it (the form that `sha256sum -c` reads). Data, then digest, each to a
-temporary name in the same folder, fsynced and moved into place; only then the older pair goes. A
-file without a matching digest is no checkpoint.
+Each is a file of its own, `epoch-0003-step-00000120.pt`, named by the epochs and steps that the run has
+finished, with its SHA-256 in a file of the same name and `.sha256` (the form that `sha256sum -c` reads).
+Data, then digest, each to a temporary name in the same folder, fsynced and moved into place; only then
+the older pair goes. A file without a matching digest is no checkpoint.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ class Checkpoints:
     def __init__(self, folder: Path, before_save: Callable[[], None] = lambda: None) -> None:
         self.folder, self._before_save = folder, before_save
 
-    def save(self, step: int, state: State) -> Path:
-        """Keep the state after so many steps, then drop the older ones."""
+    def save(self, epochs: int, step: int, state: State) -> Path:
+        """Keep the state after so many epochs and steps, then drop the older ones."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getbuffer()
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self.folder / f"epoch-{epochs:04d}-step-{step:08d}.pt"
         digest = hashlib.sha256(data).hexdigest()
         self._before_save()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"))
+        return sorted(self.folder.glob("epoch-*.pt"))
 
     def _sweep(self) -> None:
         """Remove what a kill in the middle of a save has left."""
-        for leftover in self.folder.glob(".step-*"):
+        for leftover in self.folder.glob(".epoch-*"):
             leftover.unlink(missing_ok=True)
 
 

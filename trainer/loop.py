@@ -6,6 +6,7 @@ disk by then. The loop knows nothing of trials, databases or clusters.
 
 import copy
 import itertools
+import logging
 import math
 import os
 import time
@@ -25,6 +26,8 @@ from trainer.dataset import DatasetError, read_dataset
 from trainer.loss import AttributeLoss, accuracy, class_weights
 from trainer.model import load_backbone, make_head
 from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
+
+log = logging.getLogger(__name__)
 
 # Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
 # memory grant it takes at most a quarter.
@@ -205,11 +208,12 @@ def train(
     state = checkpoints.latest() if checkpoints else None
     if state is not None:
         run.load(state)
+        log.info("goes on in epoch %d, after step %d", len(run.history), run.step)
         yield from list(run.history)
     while len(run.history) < config.epochs:
         result = run.train_epoch(interrupt or _never)
         if checkpoints:
-            checkpoints.save(run.step, run.state())
+            checkpoints.save(len(run.history), run.step, run.state())
         if result is None:
             return
         yield result

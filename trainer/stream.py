@@ -26,6 +26,10 @@ from trainer.dataset import Dataset, Split, load_image
 BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
 
 
+class LoaderError(RuntimeError):
+    """A loader process has died, which says nothing about the run; this process needs a new start."""
+
+
 def deterministic_transform(size: int) -> transforms.Compose:
     """The report's Resize, CenterCrop(200, 160), Resize, in proportion for sizes other than 224."""
     crop = [round(200 / 224 * size), round(160 / 224 * size)]
@@ -160,10 +164,15 @@ class Stream:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split.
 
-        `first` is the block to begin with.
+        `first` is the block to begin with. Raises LoaderError.
         """
         self._blocks.epoch, self._blocks.first = epoch, first
-        yield from self._loader
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LoaderError(f"{error}; the node may be out of memory") from error
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

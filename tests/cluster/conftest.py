@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ class Campaign:
     folder: Path
     home: Path
     engine: sa.Engine
+    jobs: list[str] = field(default_factory=list)
 
     def atelier(self, *words, code=0):
         """Run the command in the study's folder; returns what it prints."""
@@ -87,7 +89,8 @@ class Campaign:
 
     def submit(self, array):
         """Returns the array job's id."""
-        return self.atelier("submit", "study.toml", "--array", array).split()[1]
+        self.jobs.append(self.atelier("submit", "study.toml", "--array", array).split()[1])
+        return self.jobs[-1]
 
     @property
     def status(self):
@@ -125,7 +128,26 @@ class Campaign:
 
     @property
     def logs(self):
-        return "\n".join(path.read_text() for path in sorted((self.home / "slurm").glob("*.log")))
+        """What the tasks of this campaign's arrays have written."""
+        paths = [path for job in self.jobs for path in (self.home / "slurm").glob(f"{job}_*.log")]
+        return "\n".join(path.read_text() for path in sorted(paths))
+
+    def beginnings(self):
+        """(trial id, attempt, epoch) of every attempt that the logs tell of: where training began."""
+        numbers = (
+            "SELECT number, trial_id FROM trials JOIN studies USING (study_id) WHERE study_name = :n"
+        )
+        with self.engine.connect() as connection:
+            ids = dict(connection.execute(sa.text(numbers), {"n": self.name}).tuples().all())
+        words = re.findall(r"trial (\d+): attempt (\d+)|goes on in epoch (\d+)", self.logs)
+        found = []
+        for trial, attempt, epoch in words:
+            if trial:
+                found.append((ids[int(trial)], int(attempt), 0))
+            else:
+                found[-1] = (*found[-1][:2], int(epoch))
+        assert found
+        return found
 
     def assert_as_if_nothing_had_happened(self, trials, epochs):
         """Every trial finished, none failed, no epoch twice, each curve that of an unbroken run."""
@@ -140,6 +162,9 @@ class Campaign:
         recorded = self.rows(Epoch.trial_id, Epoch.epoch, Epoch.attempt)
         assert len({row[:2] for row in recorded}) == len(recorded) == trials * epochs
         # Each attempt went on at the epoch after the last one on record: none went back further.
+        for trial, attempt, epoch in self.beginnings():
+            done = [row for row in recorded if row.trial_id == trial and row.attempt < attempt]
+            assert epoch == len(done), f"attempt {attempt} began in epoch {epoch}\n{self.logs}"
         assert sorted(recorded) == sorted(
             recorded, key=lambda row: (row.trial_id, row.attempt, row.epoch)
         )

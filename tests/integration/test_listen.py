@@ -112,6 +112,23 @@ def test_no_tls_has_to_be_said(home, port):
     assert not (home / "database.url").exists()
 
 
+def test_an_address_that_is_not_this_machines_leaves_the_server_as_it_was(home):
+    EmbeddedPostgres(home).start()
+    result = runner.invoke(app, ["db", "start", "--listen", "203.0.113.9", "--no-tls"])
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    assert "could not create any TCP/IP sockets" in result.output
+    database.connect().dispose()  # by its socket
+    assert not (home / "database.url").exists()
+
+
+def test_what_goes_with_listen_goes_nowhere_without(home):
+    for option in (["--port", "5"], ["--no-tls"], ["--postgres", "/usr"]):
+        result = runner.invoke(app, ["db", "start", *option])
+        assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+        assert "go with --listen" in result.output
+    assert not home.exists()
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "a b", "$(id)", ""])
 def test_an_address_that_nobody_could_connect_to_is_refused(home, address):
     result = runner.invoke(app, ["db", "start", "--no-tls", "--listen", address])

@@ -20,6 +20,9 @@ from storage.models import Attempt, Epoch
 from storage.runs import RunFolder
 from trainer.allocation import is_out_of_memory
 from trainer.loop import Workspace
+from trainer.stream import LoaderError
+
+KEEPER = ledger.LeaseKeeper.__init__
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,46 @@ def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worke
     assert attempts(engine) == [None]  # the lease will expire
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), LoaderError("killed")])
+def test_an_error_of_the_machine_is_not_charged_to_the_trial(engine, make_worker, monkeypatch, error):
+    monkeypatch.setattr(search.worker, "train", always(error))
+    with pytest.raises(type(error)):
+        make_worker("study.max_trials=1", "study.max_failures=0").run()
+    assert attempts(engine) == ["released"]  # for another worker, on another machine
+
+
+def test_a_gpu_that_broke_ends_the_worker_and_counts_once(engine, make_worker, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(search.worker, "train", always(error))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        make_worker("study.max_trials=1").run()
+    assert attempts(engine) == ["error"]
+
+
+def test_a_worker_that_was_replaced_stops_inside_its_epoch(engine, make_worker, monkeypatch):
+    monkeypatch.setattr("storage.ledger.LeaseKeeper.__init__", quick_keeper)
+    worker = make_worker("study.max_trials=1", "train.epochs=200")
+    cuts_epoch = worker.stop.cuts_epoch
+
+    def taken_over(left):
+        if not reasons(engine)[-1]:
+            with engine.begin() as connection:
+                connection.execute(
+                    sa.update(Attempt).values(released=sa.func.now(), outcome="lost", reason="drill")
+                )
+            worker.stop.ask("enough", End.STOPPED)
+        time.sleep(0.05)
+        return cuts_epoch(left)
+
+    worker.stop.cuts_epoch = taken_over
+    assert worker.run() == End.STOPPED
+    assert (attempts(engine), epochs(engine)) == (["lost"], [])
+
+
+def quick_keeper(self, *arguments):
+    KEEPER(self, *arguments, every=0.02)
+
+
 def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(engine, make_worker, monkeypatch):
     worker = make_worker("study.max_trials=1", "study.max_failures=0")
 
@@ -164,14 +207,14 @@ def test_what_fails_while_the_job_is_being_ended_is_not_the_trials_fault(
 
 def test_atelier_stop_ends_the_worker_after_its_epoch(engine, make_worker):
     worker = make_worker()
-    interrupt, steps = worker._interrupt, itertools.count()
+    cuts_epoch, steps = worker.stop.cuts_epoch, itertools.count()
 
     def asked_in_the_first_epoch(left):
         if next(steps) == 2:
             ledger.request_stop(engine, worker.ledger.study_id)
-        return interrupt(left)
+        return cuts_epoch(left)
 
-    worker._interrupt = asked_in_the_first_epoch
+    worker.stop.cuts_epoch = asked_in_the_first_epoch
     assert worker.run() == End.STOPPED
     assert attempts(engine) == ["released"]
     assert reasons(engine) == ["atelier stop"]
@@ -189,20 +232,22 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
     assert len(curve) == 3
     settings = ("study.max_trials=1", "space.lr=[1e-3]", "space.batch_size=[32]")
     late = make_worker(*settings, wall_end=time.time() + SAVE_SECONDS + 60)
-    interrupt, steps = late._interrupt, itertools.count()
+    cuts_epoch, steps, requeued = late.stop.cuts_epoch, itertools.count(), []
 
     def time_flies(left):
         if next(steps) == 4:
             late.stop._deadline = time.time() + SAVE_SECONDS
-        return interrupt(left)
+        return cuts_epoch(left)
 
-    late._interrupt = time_flies
+    late.stop.cuts_epoch = time_flies
+    late.requeue = lambda: requeued.append(True)
     assert late.run() == End.WALL_TIME
     assert late.made_progress
+    assert requeued == [True]
     assert (attempts(engine), reasons(engine)[1:]) == (["complete", "released"], ["wall time"])
     assert ledger.curve(engine, late.ledger.study_id, 0) == []
     [checkpoint] = late.runs.checkpoints(0).glob("*.pt")
-    assert checkpoint.name == "step-00000005.pt"
+    assert checkpoint.name == "epoch-0000-step-00000005.pt"
     assert make_worker(*settings).run() == End.DONE
     assert ledger.curve(engine, late.ledger.study_id, 0) == curve
 

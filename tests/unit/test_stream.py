@@ -1,5 +1,6 @@
 """The images that reach the network are the report's, and depend on (seed, epoch, image) alone."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
@@ -15,7 +17,14 @@ from torchvision.transforms import functional
 from trainer.config import TrainConfig
 from trainer.dataset import load_image, read_dataset
 from trainer.loop import Workspace
-from trainer.stream import AugmentedImages, Stream, epoch_order, prepared_images, random_transform
+from trainer.stream import (
+    AugmentedImages,
+    LoaderError,
+    Stream,
+    epoch_order,
+    prepared_images,
+    random_transform,
+)
 
 # As printed in the report, Fig. 7.
 REPORT = transforms.Compose(
@@ -145,3 +154,16 @@ def test_loader_processes_survive_a_signal_to_the_whole_job_and_end_with_it(demo
 def test_random_transform_keeps_size_and_type():
     image = Image.new("RGB", (40, 40), (10, 200, 30))
     assert functional.pil_to_tensor(random_transform()(image)).shape == (3, 40, 40)
+
+
+def test_a_loader_process_that_was_killed_is_no_fault_of_the_run(demo, tmp_path):
+    dataset = read_dataset(demo)
+    path = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
+    stream = Stream(path, np.arange(300), TrainConfig(data=str(demo)), 16, 1)
+    before = set(multiprocessing.active_children())
+    blocks = iter(stream.epoch(0))
+    next(blocks)
+    [loader] = set(multiprocessing.active_children()) - before
+    loader.kill()
+    with pytest.raises(LoaderError, match="the node may be out of memory"):
+        list(blocks)

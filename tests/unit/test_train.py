@@ -104,14 +104,15 @@ def test_a_run_interrupted_inside_its_epochs_equals_the_unbroken_one(tiny, tmp_p
     config = tiny.model_copy(update={"batch_size": 32, "epochs": 2, **change})
     unbroken = curve(train(config, Workspace(config, tmp_path / "cache")))
     checkpoints = Checkpoints(tmp_path / "run")
-    lengths = []
+    lengths, names = [], []
     for steps in (3, 5, 1, 1, 4):
         workspace = Workspace(config, tmp_path / "cache")
         lengths.append(len(list(train(config, workspace, checkpoints, after(steps)))))
-        assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [
-            f"step-{sum((3, 5, 1, 1, 4)[: len(lengths)]):08d}.pt"
-        ]
+        [checkpoint] = (tmp_path / "run").glob("*.pt")
+        names.append(checkpoint.name)
     assert lengths == [0, 0, 0, 0, 1]
+    steps = (3, 8, 9, 10, 14)
+    assert names == [f"epoch-{step // 11:04d}-step-{step:08d}.pt" for step in steps]
     assert curve(train(config, Workspace(config, tmp_path / "cache"), checkpoints)) == unbroken
 
 
@@ -121,7 +122,7 @@ def test_a_checkpoint_that_forgets_half_an_epochs_losses_gives_another_curve(tin
     assert list(train(tiny, workspace, checkpoints, after(3))) == []
     state = checkpoints.latest()
     state["partial"]["losses"] = state["partial"]["losses"][1:]
-    checkpoints.save(3, state)
+    checkpoints.save(0, 3, state)
     assert curve(train(tiny, workspace, checkpoints)) != unbroken
 
 
@@ -141,13 +142,14 @@ def test_an_interrupt_is_told_how_long_the_epoch_still_takes(tiny, workspace):
 
 def test_only_older_checkpoints_are_removed_and_leftovers_are_swept(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    (tmp_path / ".step-00000001.pt.dead").write_bytes(b"half")
-    checkpoints.save(7, {"x": 7})
-    checkpoints.save(5, {"x": 5})  # as a worker that was paused for long
+    (tmp_path / ".epoch-0000-step-00000001.pt.dead").write_bytes(b"half")
+    checkpoints.save(1, 7, {"x": 7})
+    checkpoints.save(1, 5, {"x": 5})  # as a worker that was paused for long
     assert checkpoints.latest() == {"x": 7}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt", ".pt", ".sha256", ".sha256"]
-    checkpoints.save(8, {"x": 8})
-    assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000008.pt"]
+    checkpoints.save(1, 8, {"x": 8})
+    checkpoints.save(2, 8, {"x": "evaluated"})  # a name of its own: a kill must not mix the two
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["epoch-0002-step-00000008.pt"]
     checkpoints.clear()
     assert not tmp_path.exists()
 
@@ -157,7 +159,7 @@ def test_a_save_that_is_not_allowed_writes_nothing(tmp_path):
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError, match="lost"):
-        Checkpoints(tmp_path / "run", refuse).save(1, {})
+        Checkpoints(tmp_path / "run", refuse).save(0, 1, {})
     assert not (tmp_path / "run").exists()
 
 
@@ -184,7 +186,7 @@ def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace,
     next(iter(train(tiny, workspace, checkpoints)))
     state = checkpoints.latest()
     forget(state, Run(tiny, workspace).state())
-    checkpoints.save(5, state)
+    checkpoints.save(1, 5, state)
     try:
         broken = curve(train(tiny, workspace, checkpoints))
     except (RuntimeError, IndexError):  # the position also says which images come next
