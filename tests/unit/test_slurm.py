@@ -126,6 +126,7 @@ def test_a_wrong_array_is_refused(array):
     ],
 )
 def test_what_a_node_could_not_use_is_refused(url, options, expected, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # not on the node of a one-machine cluster
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
     if url:
         monkeypatch.setenv("ATELIER_DATABASE_URL", url)
