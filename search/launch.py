@@ -98,7 +98,8 @@ class LocalSearch:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "search", "worker", *self._arguments],
+                # -P: a folder named search, where the user stands, is not this package.
+                [sys.executable, "-P", "-m", "search", "worker", *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

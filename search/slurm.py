@@ -94,7 +94,8 @@ def array_script(file: StudyFile, profile: str, array: str, options: list[str]) 
     if profile not in file.slurm:
         known = ", ".join(file.slurm) or "none"
         raise InputError(f"--profile {profile!r}: the study file has {known}; add [slurm.{profile}]")
-    command = [sys.executable, "-m", "search", "worker", *options]
+    # -P: a folder named search, where the user stands, is not this package.
+    command = [sys.executable, "-P", "-m", "search", "worker", *options]
     environment = _environment(file.shared)
     return render_array_script(
         file.slurm[profile], array, command, Path.cwd(), environment, log_pattern(log_folder())
@@ -162,6 +163,7 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     Raises InputError, DatasetError, DatabaseError; then nothing was submitted.
     """
     script = array_script(file, profile, array, options)
+    file.identity()  # reads the weights file
     _check_weights(file.shared)
     fingerprint = read_dataset(file.shared.data).fingerprint
     engine = connect()
@@ -182,7 +184,7 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
 def _check_weights(config: TrainConfig) -> None:
     """Raises InputError unless the nodes will find the weights without the internet."""
     if config.weights != "timm":
-        return  # a file, which `open_study` reads, or none
+        return  # a file, or none
     name = config.backbone
     if "." not in name:
         raise InputError(f"backbone = {name!r}: name the weights' tag too, as in {name}.TAG")
@@ -264,18 +266,18 @@ def judge(holders: list[Holder]) -> dict[str, bool]:
     """
     verdicts = gone_here(holders)
     cluster, own = os.environ.get("SLURM_CLUSTER_NAME"), os.environ.get("SLURM_JOB_ID")
-    asked = {
-        holder.slurm_job: holder
+    asked = [
+        holder
         for holder in holders
         if cluster and holder.slurm_cluster == cluster and holder.worker_id not in verdicts
-    }
+    ]
     if not own or not asked:
         return verdicts
-    found = {job.number: job for job in jobs([own, *(number for number in asked if number)]) or []}
+    found = {job.number: job for job in jobs({own, *(str(h.slurm_job) for h in asked)}) or []}
     if own not in found:
         return verdicts  # no answer, or one that hides jobs
-    for number, holder in asked.items():
-        job = found.get(number or "")
+    for holder in asked:
+        job = found.get(str(holder.slurm_job))
         if job is not None and job.state == "COMPLETING":
             continue  # it may be saving its work; a requeued job's count has gone up by now
         if job is None or job.restarts != holder.slurm_restarts:

@@ -196,6 +196,12 @@ def test_what_slurm_says_of_a_holder(squeue, answer, verdict):
     assert judge([holder()]).get("w") is verdict
 
 
+def test_a_requeued_task_does_not_vouch_for_its_predecessor(squeue):
+    squeue(f"{OWN}\n5|RUNNING|1|1|")
+    before, now = holder(restarts=0), Holder("v", "another-machine:ns:2:2", "here", "5", 1)
+    assert judge([before, now]) == {"w": False, "v": True}
+
+
 def test_without_an_answer_the_lease_decides(squeue, monkeypatch):
     squeue("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
     assert judge([holder()]) == {}
