@@ -2,10 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import pandas as pd
 import sqlalchemy as sa
 from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialValueModel
 from optuna.trial import TrialState
@@ -17,6 +16,9 @@ from sqlalchemy.orm import Session
 from storage.database import retrying
 from storage.ledger import gpu_seconds
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
@@ -271,8 +273,10 @@ def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
     return params
 
 
-def trials_frame(status: Status) -> pd.DataFrame:
+def trials_frame(status: Status) -> "pd.DataFrame":
     """The trials as a table, a column per parameter."""
+    import pandas as pd  # here: a third of the time that `atelier status` takes to start
+
     rows = [
         {key: value for key, value in asdict(row).items() if key != "params"} | row.params
         for row in status.trials
