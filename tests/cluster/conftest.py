@@ -138,7 +138,7 @@ class Campaign:
             "SELECT number, trial_id FROM trials JOIN studies USING (study_id) WHERE study_name = :n"
         )
         with self.engine.connect() as connection:
-            ids = dict(connection.execute(sa.text(numbers), {"n": self.name}).tuples().all())
+            ids = dict(connection.execute(sa.text(numbers), {"n": self.name}).all())
         words = re.findall(r"trial (\d+): attempt (\d+)|goes on in epoch (\d+)", self.logs)
         found = []
         for trial, attempt, epoch in words:
