@@ -4,10 +4,11 @@ DATA ?= demo-data
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help venv search test check format
+.PHONY: help venv search test test-cluster check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
-	@echo "make test     install, then run all tests"
+	@echo "make test     install, then run the tests"
+	@echo "make test-cluster   those on a real SLURM: a quarter of an hour, as root, with SLURM installed"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make venv     install into .venv only"
@@ -28,7 +29,10 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-cluster: venv
+	$(BIN)/python -m pytest tests/cluster
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """What a study is doing now, read from the database and drawn for a terminal."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class Status:
     array_jobs: list[str]  # SLURM's ids
     workers: list[WorkerRow]
     trials: list[TrialRow]
-    tasks: dict[str, int] = field(default_factory=dict)  # array tasks by SLURM's state, if known
+    tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if it does not answer
 
     @property
     def finished(self) -> int:
@@ -103,10 +103,11 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present rate; None before the first trial is finished."""
-        if not self.finished:
+        """With the present workers, at what a trial has taken; None before the first is finished."""
+        if not self.finished or not self.workers:
             return None
-        return self.seconds / self.finished * max(self.max_trials - self.finished, 0)
+        each = self.gpu_hours * 3600 / self.finished
+        return each * max(self.max_trials - self.finished, 0) / len(self.workers)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
@@ -336,8 +337,11 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines: list[RenderableType] = [Text(), table] if status.workers else []
     if status.array_jobs:
-        tasks = ", ".join(f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
-        lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks or 'no task known any more'}"))
+        tasks = "does not answer"
+        if status.tasks is not None:
+            states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
+            tasks = ", ".join(states) or "no task known any more"
+        lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks}"))
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)
@@ -391,8 +395,11 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
         ]
 
 
-def render_attempts(attempts: list[AttemptRow], lines: int) -> RenderableType:
-    """Attempts with their logs; the last traceback; the last lines of the last log."""
+def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:
+    """Attempts with their logs; the last traceback; the last lines of the newest log.
+
+    That is the last attempt's, unless `newest` is given.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in ("trial", "attempt", "worker", "job", "ended", "log"):
         table.add_column(column, no_wrap=column == "log")
@@ -411,7 +418,7 @@ def render_attempts(attempts: list[AttemptRow], lines: int) -> RenderableType:
         last = raised[-1]
         parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]
         parts += [Text((last.reason or "").rstrip())]
-    log = Path(attempts[-1].log or "")
+    log = newest or Path(attempts[-1].log or "")
     if lines and log.is_file():
         parts += [Text(f"\n{log}:", style="bold")]
         parts += [Text("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))]

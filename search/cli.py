@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Hyperparameter search for a fashion-attribute model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=True,
+    rich_markup_mode=None,  # else [slurm.*] is taken for markup
 )
 data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
 db_app = typer.Typer(help="The database.", no_args_is_help=True)
@@ -221,8 +222,8 @@ def submit(
             return
         job = slurm.submit_study(file, profile, array, options)
         typer.echo(f"job {job}")
-        for verb in (f"status {study} --watch", f"logs {study}", f"stop {study}"):
-            typer.echo(f"  atelier {verb}")
+        for verb in (["status", "--watch"], ["logs"], ["stop"]):
+            typer.echo(f"  {shlex.join(['atelier', *verb, str(study)])}")
 
 
 @app.command()
@@ -253,19 +254,21 @@ def logs(
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
     with _errors_in_one_line():
-        from dashboards.status import read_attempts, render_attempts
+        from rich.console import Console
+
+        from dashboards.status import read_attempts, read_status, render_attempts
         from search import slurm
+        from search.study import InputError
 
         engine, entry = _study(study)
         attempts = read_attempts(engine, entry.study_id, trial)
-        if not attempts:
-            from search.study import InputError
-
+        # Of tasks that ended before they claimed a trial there is only the log.
+        jobs = read_status(engine, entry.study_id, entry.name).array_jobs
+        newest = slurm.newest_log(jobs) if trial is None else None
+        if not attempts and newest is None:
             what = "any trial" if trial is None else f"trial {trial}"
-            raise InputError(f"no attempt at {what} yet; array tasks write to {slurm.log_folder()}")
-        from rich.console import Console
-
-        Console().print(render_attempts(attempts, lines), soft_wrap=True)
+            raise InputError(f"no attempt at {what} yet, and no log of an array task")
+        Console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
 
 
 @app.command()
@@ -287,7 +290,7 @@ def status(
         engine, entry = _study(study)
 
         @lru_cache(maxsize=1)
-        def tasks(array_jobs: tuple[str, ...], _: int) -> dict[str, int]:
+        def tasks(array_jobs: tuple[str, ...], _: int) -> dict[str, int] | None:
             return slurm.task_states(array_jobs)
 
         def now() -> "Status":
@@ -349,7 +352,8 @@ def export(
 
 def _say_exported(row: "TrialRow", output: Path) -> None:
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
-    _say(f"trial {row.number} ({value}) is in {output}; train it with: atelier train {output}")
+    command = shlex.join(["atelier", "train", str(output)])
+    _say(f"trial {row.number} ({value}) is in {output}; train it with: {command}")
 
 
 def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
@@ -532,7 +536,7 @@ def db_status() -> None:
             return
         engine = database.connect()
         revision = database.schema_revision(engine)
-        typer.echo(f"{engine.url.render_as_string()}: running, schema {revision or 'none yet'}")
+        typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
             typer.echo(f"  study {name}")
 

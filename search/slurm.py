@@ -18,6 +18,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from dashboards.status import read_status
 from search.study import InputError, SlurmProfile, StudyFile, open_study
 from storage.database import configured_url, connect, database_url, home, prepare
 from storage.ledger import Holder, enter_array_job, gone_here
@@ -176,6 +177,12 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
         ) from None
     submit_array(script, test_only=True)
     _, entry = open_study(file, engine, prepare(engine), fingerprint, lead=True)
+    status = read_status(engine, entry.study_id, entry.name)
+    if status.finished >= status.max_trials:
+        raise InputError(
+            f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials, or see: "
+            f"atelier export {shlex.quote(entry.name)}"
+        )
     job = submit_array(script)
     enter_array_job(engine, entry.study_id, job, array)
     return job
@@ -287,11 +294,17 @@ def judge(holders: list[Holder]) -> dict[str, bool]:
     return verdicts
 
 
-def task_states(array_jobs: Iterable[str]) -> dict[str, int]:
-    """How many tasks of these arrays are in which state; empty if SLURM does not say."""
+def task_states(array_jobs: Iterable[str]) -> dict[str, int] | None:
+    """How many tasks of these arrays are in which state; None if SLURM does not answer."""
     ids = list(array_jobs)
-    found = jobs(ids) if ids else None
-    return dict(Counter(job.state for job in found or []))
+    found = jobs(ids) if ids else []
+    return None if found is None else dict(Counter(job.state for job in found))
+
+
+def newest_log(array_jobs: Iterable[str]) -> Path | None:
+    """The log that a task of these arrays wrote to last."""
+    found = [path for job in array_jobs for path in log_folder().glob(f"{job}_*.log")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def wall_end() -> float | None:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,15 @@ class SlurmProfile(_Table):
     setup: list[str] = []  # shell lines before the worker starts: module load, activation
     options: list[str] = []  # further options of sbatch, as in "--constraint=a100"
 
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> "SlurmProfile":
+        seconds = _slurm_seconds(self.time)
+        if seconds is not None and self.warning >= seconds:
+            raise ValueError(
+                f"warning = {self.warning} s leaves nothing of time = {self.time!r}; give a shorter one"
+            )
+        return self
+
     @field_validator("*", mode="after")
     @classmethod
     def _one_line_each(cls, value: object) -> object:
@@ -92,6 +102,19 @@ class SlurmProfile(_Table):
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError(f"{text!r} has unprintable characters; one line each")
         return value
+
+
+def _slurm_seconds(time: str) -> int | None:
+    """A time limit of SLURM's in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for other words."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        return None
+    days, *parts = (None if group is None else int(group) for group in match.groups())
+    numbers = [part for part in parts if part is not None]
+    if days is None and len(numbers) < 3:
+        numbers = [0, *numbers]  # minutes come first
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
 class StudyFile(_Table):

@@ -111,6 +111,11 @@ def database_url() -> URL:
     return url.set(drivername="postgresql+psycopg2")
 
 
+def shown(url: URL) -> str:
+    """The URL as text, without a password."""
+    return url.difference_update_query(["password"]).render_as_string()
+
+
 def exists() -> bool:
     """Whether there is a database to look into: an external one, or an embedded one made before."""
     return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
@@ -138,7 +143,7 @@ def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
     except DBAPIError as error:
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(
-            f"cannot reach the database at {engine.url.render_as_string()}: {reason}; "
+            f"cannot reach the database at {shown(engine.url)}: {reason}; "
             "is it up (atelier db start), and is ATELIER_DATABASE_URL right?"
         ) from error
 

@@ -98,7 +98,7 @@ class EmbeddedPostgres:
         with self._locked():
             url = self._ensure_running()
             self._keep.touch()
-        return url
+        return url if self.network.url is None else self.network.url.render_as_string()
 
     def listen(self, address: str, port: int, tls: bool, binaries: Path | None = None) -> str:
         """Start the server, and serve the network at this address from now on. Returns the URL.
@@ -109,13 +109,16 @@ class EmbeddedPostgres:
         with self._locked():
             if binaries is not None:
                 self._choose(binaries)
+            before, running = self.network.url, self.is_running()
             self._ensure_running()
             if tls and not self._ask("SHOW ssl_library"):
+                if not running:
+                    self._stop()
                 raise EmbeddedPostgresError(
                     "this PostgreSQL was built without TLS; start a new home with one that has it "
                     "(--postgres FOLDER), or say --no-tls: the password stays secret, the data do not"
                 )
-            before = self.network.url
+            self._refuse_if_used("the server has to start anew")
             password = self.network.set_up(address, port, tls)
             if tls:
                 self._own(self.network.key)
@@ -125,6 +128,8 @@ class EmbeddedPostgres:
                 self._ensure_running()
             except EmbeddedPostgresError:
                 self.network.set_url(before)  # an address that is not ours, or a port that is taken
+                if running:
+                    self._ensure_running()
                 raise
             self._keep.touch()
         url = self.network.url
@@ -150,10 +155,8 @@ class EmbeddedPostgres:
             return False
         with self._locked():
             self._refuse_foreign_host()
-            if not force and self._in_use():
-                raise EmbeddedPostgresError(
-                    f"a search or worker uses the server in {self.home}; stop that first, or --force"
-                )
+            if not force and self.is_running():
+                self._refuse_if_used("or say --force")
             self._keep.unlink(missing_ok=True)
             return self._stop()
 
@@ -194,6 +197,17 @@ class EmbeddedPostgres:
             except BlockingIOError:
                 return True
         return False
+
+    def _refuse_if_used(self, hint: str) -> None:
+        """Raises EmbeddedPostgresError while a process of this machine or of the network uses it."""
+        clients = self._ask(
+            "SELECT count(*) FROM pg_stat_activity "
+            f"WHERE backend_type = 'client backend' AND datname = '{DATABASE}'"
+        )
+        if clients or self._in_use():
+            raise EmbeddedPostgresError(
+                f"the server in {self.home} is in use by searches or workers; stop them first, {hint}"
+            )
 
     def _ensure_running(self) -> str:
         """Returns the URL once the server answers."""
@@ -428,8 +442,8 @@ class EmbeddedPostgres:
 
 
 def _last(text: str) -> str:
-    """The last two lines in one; PostgreSQL often puts the reason in the line before the last."""
-    return " | ".join(line.strip() for line in text.strip().splitlines()[-2:]) or "no output"
+    """The last lines in one; PostgreSQL puts the reason in a line before the last."""
+    return " | ".join(line.strip() for line in text.strip().splitlines()[-4:]) or "no output"
 
 
 def _url(port: str, folder: str) -> str:

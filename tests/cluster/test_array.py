@@ -101,6 +101,6 @@ def test_what_would_fail_in_the_queue_fails_at_once(campaign, unreachable, monke
 
 def test_a_warning_that_comes_while_the_worker_starts_does_not_end_it(campaign):
     """SLURM may warn a minute early: here at the very beginning."""
-    study = campaign(trials=1, epochs=2, size=32, time="1", warning=60)
+    study = campaign(trials=1, epochs=2, size=32, time="1", warning=59)
     study.wait_for_the_end(study.submit("0"))
     assert study.status["counts"]["complete"] == 1

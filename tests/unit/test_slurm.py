@@ -33,6 +33,27 @@ exec atelier worker study.toml
 PROFILE = SlurmProfile(qos="q_amsai", cpus=7, gpus=1)
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("08:00:00", 28800),
+        ("1-0", 86400),
+        ("1-02:30", 95400),
+        ("1-00:00:05", 86405),
+        ("UNLIMITED", None),
+    ],
+)
+def test_a_warning_has_to_come_before_the_end(time, seconds):
+    if seconds is None:
+        SlurmProfile(time=time)
+        return
+    SlurmProfile(time=time, warning=seconds - 1)
+    with pytest.raises(ValueError, match="leaves nothing of time"):
+        SlurmProfile(time=time, warning=seconds)
+
+
 def test_the_script_of_the_reports_profile():
     command = ["atelier", "worker", "study.toml"]
     script = render_array_script(PROFILE, "0-7%4", command, Path("/work"), {"A": "b"}, "/home/%A_%a.log")
