@@ -179,12 +179,23 @@ def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
             storage = optuna_storage(engine)
             with engine.begin() as connection:
                 connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+                _show_optunas_tables(connection)
                 config = _alembic()
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
     return storage
+
+
+def _show_optunas_tables(connection: sa.Connection) -> None:
+    """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see CONNECT_ARGS."""
+    role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
+    if role == SCHEMA:
+        database = connection.dialect.identifier_preparer.quote_identifier(name)
+        connection.execute(
+            sa.text(f"ALTER ROLE {SCHEMA} IN DATABASE {database} SET search_path = public")
+        )
 
 
 def check_schema(engine: sa.Engine) -> None:
