@@ -81,7 +81,7 @@ def test_the_log_lies_where_it_was_wanted(slurm, name, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
     script = render_array_script(
-        SlurmProfile(gpus=0, memory="100M", time="1"),
+        SlurmProfile(gpus=0, memory="100M", time="1", warning=0),
         "0",
         ["echo", "said"],
         folder,
