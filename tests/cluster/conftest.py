@@ -21,6 +21,9 @@ from tests.conftest import STUDY
 
 SLURM = Path(__file__).with_name("slurm")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
+# A job in one of these states has ended and will not begin again.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+ENDED |= {"PREEMPTED", "TIMEOUT"}
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +124,8 @@ class Campaign:
         """Until SLURM has no task of the array that runs or waits."""
 
         def ended():
-            lines = squeue("--jobs", job, "--format=%T")
-            return lines is None or not {"RUNNING", "PENDING", "COMPLETING", "SUSPENDED"} & set(lines)
+            states = task_states(job)
+            return states is not None and states <= ENDED
 
         wait_for(ended, f"the end of job {job}", self, seconds)
 
@@ -196,12 +199,13 @@ class Campaign:
         return json.loads(result.stdout)
 
 
-def squeue(*options):
-    """The lines that squeue prints, or None if it knows no such job."""
-    result = subprocess.run(
-        ["squeue", "--noheader", "--array", "--states=all", *options], capture_output=True, text=True
-    )
-    return result.stdout.split() if result.returncode == 0 else None
+def task_states(job):
+    """The states of a job's tasks, empty once SLURM has forgotten it; None if SLURM is too busy."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if "Invalid job id" in result.stderr:
+        return set()
+    return set(result.stdout.split()) if result.returncode == 0 else None
 
 
 def wait_for(condition, what, campaign, seconds=300):

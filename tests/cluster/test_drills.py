@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from storage.ledger import LEASE_SECONDS
 from storage.models import Attempt, Epoch, Worker
-from tests.cluster.conftest import SLURM, squeue, wait_for
+from tests.cluster.conftest import SLURM, task_states, wait_for
 from trainer.demo import write_demo
 
 
@@ -23,9 +23,9 @@ def pid_of(campaign, job, task):
 
 
 @pytest.fixture
-def seconds_per_epoch(campaign):
+def seconds_per_epoch(campaign, request):
     """How long an epoch takes here, so that a drill can choose how many make a minute."""
-    pace = campaign(trials=1, epochs=2, name="pace")
+    pace = campaign(trials=1, epochs=2, name=f"pace for {request.node.name}")
     pace.wait_for_the_end(pace.submit("0"))
     return pace.rows(Epoch.seconds)[-1][0]
 
@@ -36,7 +36,7 @@ def test_wall_time_in_the_middle_of_a_trial(campaign, seconds_per_epoch):
     study = campaign(trials=2, epochs=epochs, time="1", warning=10)
     job = study.submit("0-1")
     study.wait_for_the_end(job)
-    assert study.outcomes.count("released") >= 2
+    assert study.outcomes.count("released") >= 2, study.logs
     assert "requeued: another run of this task goes on" in study.logs
     study.assert_as_if_nothing_had_happened(trials=2, epochs=epochs)
 
@@ -62,6 +62,19 @@ def test_requeue_of_a_running_task(campaign):
     study.wait_for_the_end(job)
     assert "released" in study.outcomes
     study.assert_as_if_nothing_had_happened(trials=4, epochs=6)
+
+
+def test_preemption_by_a_job_of_more_weight(campaign, seconds_per_epoch):
+    epochs = math.ceil(25 / seconds_per_epoch)
+    study = campaign(trials=2, epochs=epochs)
+    job = study.submit("0-1")
+    study.wait_for_epochs(2)
+    urgent = ["sbatch", "--wait", "--partition=urgent", "--cpus-per-task=16", "--output=/dev/null"]
+    subprocess.run([*urgent, "--wrap=true"], check=True, timeout=300)
+    study.wait_for_the_end(job)
+    assert study.outcomes == ["released", "released", "complete", "complete"], study.logs
+    assert [restarts for (restarts,) in workers(study)].count(1) == 2
+    study.assert_as_if_nothing_had_happened(trials=2, epochs=epochs)
 
 
 def test_cancelled_tasks_and_then_a_new_array(campaign):
@@ -91,18 +104,19 @@ def test_a_killed_worker_is_replaced_at_once(campaign):
     study.assert_as_if_nothing_had_happened(trials=4, epochs=6)
 
 
-def test_a_node_that_goes_down_and_comes_back(slurm, campaign):
-    study = campaign(trials=3, epochs=6)
+def test_a_node_that_goes_down_and_comes_back(slurm, campaign, seconds_per_epoch):
+    epochs = math.ceil(45 / seconds_per_epoch)  # more than the workers do before the node is down
+    study = campaign(trials=2, epochs=epochs)
     job = study.submit("0-1")
     study.wait_for_epochs(2)
     pid = int((slurm / "slurmd.pid").read_text())
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: "down" in sinfo(), "the node to be down", study)
-    wait_for(lambda: "RUNNING" not in (squeue("--jobs", job, "--format=%T") or []), "requeue", study)
+    wait_for(lambda: task_states(job) == {"PENDING"}, "requeue", study)
     subprocess.run([SLURM, "node", slurm], check=True)
     study.wait_for_the_end(job)
-    assert any(restarts for (restarts,) in workers(study))
-    study.assert_as_if_nothing_had_happened(trials=3, epochs=6)
+    assert any(restarts for (restarts,) in workers(study)), study.logs
+    study.assert_as_if_nothing_had_happened(trials=2, epochs=epochs)
 
 
 def sinfo():
