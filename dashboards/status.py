@@ -350,9 +350,13 @@ def render_workers(status: Status) -> RenderableType:
 def _spent(status: Status) -> str:
     budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
     return (
-        f"{len(status.workers)} workers, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{_count(len(status.workers), 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
         f"{status.gpu_hours_saved:.2f} saved by pruning"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search.exit_codes import ExitCode
+
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
@@ -32,7 +34,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 
 WATCH_SECONDS, SLURM_SECONDS = 2, 30
-FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 1, 2, 3, 130
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
@@ -61,17 +62,17 @@ def _errors_in_one_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
     except OSError as error:
         if error.filename is None:
             raise
         _say(f"error: cannot use {error.filename}: {error.strerror}; choose another path")
-        raise typer.Exit(WRONG_INPUT) from None
+        raise typer.Exit(ExitCode.WRONG_INPUT) from None
     except Exception as error:
         if not _is_users(error):
             raise
         _say(f"error: {' '.join(str(error).split())}")
-        raise typer.Exit(WRONG_INPUT) from None
+        raise typer.Exit(ExitCode.WRONG_INPUT) from None
 
 
 def _is_users(error: Exception) -> bool:
@@ -143,7 +144,7 @@ def search(
             status = local.run()
         except WorkersFailedError as error:
             _say(f"error: {error}")
-            raise typer.Exit(FAILED) from None
+            raise typer.Exit(ExitCode.FAILED) from None
         if status.best is not None:
             row = pick(status, None)
             export_trial(engine, entry, row, output)
@@ -151,13 +152,13 @@ def search(
         if status.finished >= status.max_trials:
             if status.best is None:
                 _say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
-                raise typer.Exit(FAILED)
+                raise typer.Exit(ExitCode.FAILED)
             return
         if status.budget_spent and not local.interrupted:
             _say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
             return
         _say("not finished; the same command goes on where it stopped")
-        raise typer.Exit(INTERRUPTED if local.interrupted else STOPPED)
+        raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
 def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) -> list[str]:
@@ -174,7 +175,7 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
     with _errors_in_one_line():
         from search import slurm
         from search.study import open_study
-        from search.worker import PARENT_VARIABLE, End, Worker
+        from search.worker import PARENT_VARIABLE, Worker
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
@@ -195,9 +196,9 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
             worker.requeue = slurm.requeue_own_task
         end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
-        if end == End.WALL_TIME and not worker.made_progress:
+        if end == ExitCode.WALL_TIME and not worker.made_progress:
             _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
-            raise typer.Exit(FAILED)
+            raise typer.Exit(ExitCode.FAILED)
         raise typer.Exit(end)
 
 
@@ -256,15 +257,16 @@ def logs(
     with _errors_in_one_line():
         from rich.console import Console
 
-        from dashboards.status import read_attempts, read_status, render_attempts
+        from dashboards.status import read_attempts, render_attempts
         from search import slurm
         from search.study import InputError
+        from storage.ledger import array_jobs
 
         engine, entry = _study(study)
         attempts = read_attempts(engine, entry.study_id, trial)
         # Of tasks that ended before they claimed a trial there is only the log.
-        jobs = read_status(engine, entry.study_id, entry.name).array_jobs
-        newest = slurm.newest_log(jobs) if trial is None else None
+        jobs = array_jobs(engine, entry.study_id) if trial is None else []
+        newest = slurm.newest_log(jobs)
         if not attempts and newest is None:
             what = "any trial" if trial is None else f"trial {trial}"
             raise InputError(f"no attempt at {what} yet, and no log of an array task")
@@ -366,7 +368,10 @@ def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
     if not database.exists():  # looking must not make one
-        raise InputError(f"no database in {database.home()}; start one with: atelier search STUDY.toml")
+        raise InputError(
+            f"no database in {database.home()}; atelier search STUDY.toml makes one, "
+            "or name another with ATELIER_HOME or ATELIER_DATABASE_URL"
+        )
     engine = database.connect()
     if database.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")

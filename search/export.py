@@ -40,7 +40,10 @@ def export_trial(
     row: TrialRow,
     output: Path,
 ) -> None:
-    """Write a trial's configuration. Raises InputError if it has not all its parameters yet."""
+    """Write a trial's configuration.
+
+    Raises InputError if it has not all its parameters yet, OSError if the file cannot be written.
+    """
     missing = entry.settings["space"].keys() - row.params.keys()
     if missing:
         raise InputError(
@@ -48,12 +51,7 @@ def export_trial(
         )
     config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | row.params)
     text = bundle(config, entry, row, curve(engine, entry.study_id, row.number))
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{output}: cannot be written ({error.strerror}); give another with -o"
-        ) from None
+    output.write_text(text, encoding="utf-8")
 
 
 def bundle(config: TrainConfig, entry: StudyEntry, row: TrialRow, curve: list[float]) -> str:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.live import Live
 
 from dashboards.status import Status, progress_line, render
-from search.worker import PARENT_VARIABLE, End
+from search.exit_codes import ExitCode
+from search.worker import PARENT_VARIABLE
 from storage.runs import RunFolder
 from trainer.allocation import cpu_count
 
@@ -148,11 +149,11 @@ class LocalSearch:
             if code is None:
                 continue
             self._slots.remove(slot)
-            self._done = code == End.DONE
+            self._done = code == ExitCode.DONE
             if code < 0 and not self.interrupted and self._restarts < MAX_RESTARTS * self._n_workers:
                 self._restarts += 1
                 self._slots.append(self._start(slot.number))
-            elif code not in set(End):
+            elif code not in (ExitCode.DONE, ExitCode.STOPPED, ExitCode.WALL_TIME):
                 self._failures.append(slot)
         return bool(self._slots) or self._others_are_at_work(status)
 

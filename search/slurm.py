@@ -19,16 +19,19 @@ from pathlib import Path
 import huggingface_hub
 
 from dashboards.status import read_status
+from search.exit_codes import ExitCode
 from search.study import InputError, SlurmProfile, StudyFile, open_study
 from storage.database import configured_url, connect, database_url, home, prepare
 from storage.ledger import Holder, enter_array_job, gone_here
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 
-ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
 PATIENCE = 20  # seconds that SLURM's commands may take
 # A job in one of these states has its processes; one that is COMPLETING may have them.
 ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
+# For SLURM a job has failed if its exit code is not 0. These workers have given back their trial.
+RELEASED = {ExitCode.STOPPED, ExitCode.WALL_TIME}
 
 
 def render_array_script(
@@ -227,6 +230,7 @@ class Job:
 
     number: str  # tasks that never started share their array's
     state: str
+    exit_code: int  # minus the signal's number, if one ended it
     restarts: int
     end: float | None  # seconds since 1970; None without a time limit
 
@@ -238,16 +242,22 @@ def jobs(ids: Iterable[str]) -> list[Job] | None:
     """
     listed = _ask(
         *("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(ids))}"),
-        "--Format=JobID:|,State:|,RestartCnt:|,EndTime:|",
+        "--Format=JobID:|,State:|,exit_code:|,RestartCnt:|,EndTime:|",
     )
     if listed is None:
         return None
     rows = [line.split("|") for line in listed.splitlines()]
-    if not all(len(row) == 5 and row[2].isdecimal() for row in rows):
+    if not all(len(row) == 6 and row[2].isdecimal() and row[3].isdecimal() for row in rows):
         return None
     return [
-        Job(number, state, int(restarts), float(end) if end.isdecimal() else None)
-        for number, state, restarts, end, _ in rows
+        Job(
+            number,
+            state,
+            os.waitstatus_to_exitcode(int(status)),
+            int(restarts),
+            float(end) if end.isdecimal() else None,
+        )
+        for number, state, status, restarts, end, _ in rows
     ]
 
 
@@ -295,10 +305,16 @@ def judge(holders: list[Holder]) -> dict[str, bool]:
 
 
 def task_states(array_jobs: Iterable[str]) -> dict[str, int] | None:
-    """How many tasks of these arrays are in which state; None if SLURM does not answer."""
+    """How many tasks of these arrays are in which state; None if SLURM does not answer.
+
+    The states are SLURM's, and RELEASED of workers that were stopped and have given back their trial.
+    """
     ids = list(array_jobs)
     found = jobs(ids) if ids else []
-    return None if found is None else dict(Counter(job.state for job in found))
+    if found is None:
+        return None
+    stopped = {job for job in found if job.state == "FAILED" and job.exit_code in RELEASED}
+    return dict(Counter("RELEASED" if job in stopped else job.state for job in found))
 
 
 def newest_log(array_jobs: Iterable[str]) -> Path | None:

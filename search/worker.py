@@ -3,7 +3,6 @@
 The laptop and the cluster run the same worker; SLURM only starts it more often.
 """
 
-import enum
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from types import FrameType
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
+from search.exit_codes import ExitCode
 from search.study import StudyFile, score
 from storage.database import retrying
 from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
@@ -41,14 +41,6 @@ MACHINE_ERRORS = (CheckpointError, LoaderError, OSError)
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
-class End(enum.IntEnum):
-    """Why a worker ended: its exit code."""
-
-    DONE = 0  # nothing left to claim
-    STOPPED = 3  # asked to, with work left
-    WALL_TIME = 4  # the time that SLURM granted is over, with work left
-
-
 class Stop:
     """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
 
@@ -57,7 +49,7 @@ class Stop:
 
     def __init__(self, wall_end: float | None = None) -> None:
         self.reason: str | None = None
-        self.end = End.DONE
+        self.end = ExitCode.DONE
         self._deadline = math.inf if wall_end is None else wall_end
         self._parent = int(os.environ.get(PARENT_VARIABLE, 0))
 
@@ -67,10 +59,10 @@ class Stop:
         if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
             self._deadline = min(self._deadline, time.time() + KILL_SECONDS)
         name = signal.Signals(number).name
-        self.ask(name, End.WALL_TIME if number == signal.SIGUSR2 else End.STOPPED)
+        self.ask(name, ExitCode.WALL_TIME if number == signal.SIGUSR2 else ExitCode.STOPPED)
         log.info("%s: finishing the epoch if there is time, then releasing the trial", name)
 
-    def ask(self, reason: str, end: End) -> None:
+    def ask(self, reason: str, end: ExitCode) -> None:
         """Stop after the epoch. The first reason counts."""
         if self.reason is None:
             self.reason, self.end = reason, end
@@ -78,7 +70,7 @@ class Stop:
     @property
     def requested(self) -> bool:
         if self._parent and os.getppid() != self._parent:
-            self.ask("the search that started this worker has ended", End.STOPPED)
+            self.ask("the search that started this worker has ended", ExitCode.STOPPED)
         return self.reason is not None
 
     def leaves_time_for(self, seconds: float) -> bool:
@@ -91,7 +83,7 @@ class Stop:
             return False
         if not self.requested and self.leaves_time_for(0):
             return False  # no signal yet: use the time there is
-        self.ask("wall time", End.WALL_TIME)
+        self.ask("wall time", ExitCode.WALL_TIME)
         return True
 
 
@@ -128,7 +120,7 @@ class Worker:
         self.made_progress = False  # at least one optimizer step
         self._epoch_seconds = 0.0  # as last measured in this process
 
-    def run(self) -> End:
+    def run(self) -> ExitCode:
         """Work; returns why it ended, with the details in `stop.reason`."""
         self.ledger.register(gpu=self.workspace.device_name, log=_own_log())
         reason = "an error"
@@ -136,7 +128,7 @@ class Worker:
             with on_signals(self.stop):
                 self._run()
                 reason = self.stop.reason or "nothing left to claim"
-                if self.stop.end == End.WALL_TIME and self.made_progress and self.requeue():
+                if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():
                     log.info("requeued: another run of this task goes on")
         finally:
             self.ledger.sign_off(reason)
@@ -154,9 +146,9 @@ class Worker:
     def _may_go_on(self) -> bool:
         """Whether to begin another epoch."""
         if self.ledger.stop_requested():
-            self.stop.ask("atelier stop", End.STOPPED)
+            self.stop.ask("atelier stop", ExitCode.STOPPED)
         if not self.stop.leaves_time_for(self._epoch_seconds):
-            self.stop.ask("wall time", End.WALL_TIME)
+            self.stop.ask("wall time", ExitCode.WALL_TIME)
         return not self.stop.requested
 
     def _attempt(self, claim: Claim, keeper: LeaseKeeper) -> None:

@@ -543,6 +543,17 @@ def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> N
 
 
 @retrying
+def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
+    """SLURM's ids of the arrays that were submitted for a study, oldest first."""
+    with engine.connect() as connection:
+        return list(
+            connection.scalars(
+                sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
+            )
+        )
+
+
+@retrying
 def study_names(engine: sa.Engine) -> list[str]:
     """The studies on record, oldest first."""
     with engine.connect() as connection:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import squeue
-
 PRUNED = '\npruner = "asha"\nrungs = [1, 2]'
 
 
@@ -92,11 +90,16 @@ def test_what_would_fail_in_the_queue_fails_at_once(campaign, unreachable, monke
         words = ()
     else:
         words = ("--data", "/nowhere")
-    before = len(squeue("--states=RUNNING,PENDING", "--format=%A"))
+    before = all_jobs()
     study.atelier("submit", "study.toml", *words, code=2)
-    assert len(squeue("--states=RUNNING,PENDING", "--format=%A")) == before
+    assert all_jobs() <= before
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
     assert study.name not in study.atelier("db", "status")
+
+
+def all_jobs():
+    command = ["squeue", "--noheader", "--states=all", "--format=%A"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_a_warning_that_comes_while_the_worker_starts_does_not_end_it(campaign):

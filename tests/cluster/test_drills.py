@@ -24,21 +24,21 @@ def pid_of(campaign, job, task):
 
 @pytest.fixture
 def seconds_per_epoch(campaign, request):
-    """How long an epoch takes here, so that a drill can choose how many make a minute."""
-    pace = campaign(trials=1, epochs=2, name=f"pace for {request.node.name}")
+    """How long an epoch takes here at best, so that a drill can choose how many make a minute."""
+    pace = campaign(trials=1, epochs=4, name=f"pace for {request.node.name}")
     pace.wait_for_the_end(pace.submit("0"))
-    return pace.rows(Epoch.seconds)[-1][0]
+    return min(seconds for (seconds,) in pace.rows(Epoch.seconds))
 
 
 def test_wall_time_in_the_middle_of_a_trial(campaign, seconds_per_epoch):
     """The task stops by itself in time, goes back to the queue, and goes on where it was."""
-    epochs = math.ceil(55 / seconds_per_epoch)
-    study = campaign(trials=2, epochs=epochs, time="1", warning=10)
-    job = study.submit("0-1")
+    epochs = math.ceil(90 / seconds_per_epoch)
+    study = campaign(trials=1, epochs=epochs, time="1", warning=10)
+    job = study.submit("0")
     study.wait_for_the_end(job)
-    assert study.outcomes.count("released") >= 2, study.logs
+    assert "released" in study.outcomes, study.logs
     assert "requeued: another run of this task goes on" in study.logs
-    study.assert_as_if_nothing_had_happened(trials=2, epochs=epochs)
+    study.assert_as_if_nothing_had_happened(trials=1, epochs=epochs)
 
 
 def test_an_epoch_longer_than_the_wall_time(campaign, seconds_per_epoch, tmp_path):
@@ -152,6 +152,7 @@ def test_stop_reaches_the_tasks_that_run_and_those_that_wait(campaign):
     assert study.outcomes == ["released", "released"]
     status = study.status
     assert status["stopping"]
+    assert set(status["tasks"]) <= {"RELEASED", "COMPLETED"}
     assert status["counts"]["waiting"] == 2
     assert "stopped by: atelier stop" in study.atelier("status", study.name)
     again = study.submit("0-1")  # takes the stop back

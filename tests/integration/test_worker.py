@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 import search.worker
+from search.exit_codes import ExitCode
 from search.study import load_study_file, open_study
-from search.worker import KILL_SECONDS, SAVE_SECONDS, End, Stop, Worker
+from search.worker import KILL_SECONDS, SAVE_SECONDS, Stop, Worker
 from storage import database, ledger
 from storage.models import Attempt, Epoch
 from storage.runs import RunFolder
@@ -100,7 +101,7 @@ def always(error):
 def test_a_trial_that_keeps_raising_fails_with_its_traceback(engine, make_worker, monkeypatch):
     monkeypatch.setattr(search.worker, "train", always(KeyError("a user's mistake")))
     worker = make_worker("study.max_trials=1", "study.max_failures=2")
-    assert worker.run() == End.DONE
+    assert worker.run() == ExitCode.DONE
     assert attempts(engine) == ["error", "error", "failed"]
     assert all("a user's mistake" in reason and "Traceback" in reason for reason in reasons(engine))
     assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]
@@ -162,12 +163,12 @@ def test_a_worker_that_was_replaced_stops_inside_its_epoch(engine, make_worker, 
                 connection.execute(
                     sa.update(Attempt).values(released=sa.func.now(), outcome="lost", reason="drill")
                 )
-            worker.stop.ask("enough", End.STOPPED)
+            worker.stop.ask("enough", ExitCode.STOPPED)
         time.sleep(0.05)
         return cuts_epoch(left)
 
     worker.stop.cuts_epoch = taken_over
-    assert worker.run() == End.STOPPED
+    assert worker.run() == ExitCode.STOPPED
     assert (attempts(engine), epochs(engine)) == (["lost"], [])
 
 
@@ -181,11 +182,11 @@ def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(engine, ma
     def lose_then_raise(*_):
         with engine.begin() as connection:
             connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
-        worker.stop.ask("enough", End.STOPPED)
+        worker.stop.ask("enough", ExitCode.STOPPED)
         raise ValueError("of a zombie")
 
     monkeypatch.setattr(search.worker, "train", lose_then_raise)
-    assert worker.run() == End.STOPPED
+    assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["lost"]
     assert [trial.state for trial in worker.study.trials] == [TrialState.RUNNING]
 
@@ -200,7 +201,7 @@ def test_what_fails_while_the_job_is_being_ended_is_not_the_trials_fault(
         raise RuntimeError("DataLoader worker exited")
 
     monkeypatch.setattr(search.worker, "train", killed)
-    assert worker.run() == End.STOPPED
+    assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["released"]
     assert reasons(engine)[0].startswith("SIGTERM\n")
 
@@ -215,11 +216,11 @@ def test_atelier_stop_ends_the_worker_after_its_epoch(engine, make_worker):
         return cuts_epoch(left)
 
     worker.stop.cuts_epoch = asked_in_the_first_epoch
-    assert worker.run() == End.STOPPED
+    assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["released"]
     assert reasons(engine) == ["atelier stop"]
     assert len(epochs(engine)) == 1
-    assert make_worker("study.max_trials=1").run() == End.DONE  # opened by a search: it goes on
+    assert make_worker("study.max_trials=1").run() == ExitCode.DONE  # opened by a search: it goes on
     assert attempts(engine) == ["released", "complete"]
 
 
@@ -241,21 +242,21 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
 
     late.stop.cuts_epoch = time_flies
     late.requeue = lambda: requeued.append(True)
-    assert late.run() == End.WALL_TIME
+    assert late.run() == ExitCode.WALL_TIME
     assert late.made_progress
     assert requeued == [True]
     assert (attempts(engine), reasons(engine)[1:]) == (["complete", "released"], ["wall time"])
     assert ledger.curve(engine, late.ledger.study_id, 0) == []
     [checkpoint] = late.runs.checkpoints(0).glob("*.pt")
     assert checkpoint.name == "epoch-0000-step-00000005.pt"
-    assert make_worker(*settings).run() == End.DONE
+    assert make_worker(*settings).run() == ExitCode.DONE
     assert ledger.curve(engine, late.ledger.study_id, 0) == curve
 
 
 def test_a_worker_claims_nothing_that_its_last_epoch_would_not_let_it_finish(engine, make_worker):
     worker = make_worker(wall_end=time.time() + SAVE_SECONDS + 300)
     worker._epoch_seconds = 400.0
-    assert worker.run() == End.WALL_TIME
+    assert worker.run() == ExitCode.WALL_TIME
     assert not worker.made_progress
     assert attempts(engine) == []
 
@@ -285,13 +286,13 @@ def test_when_an_epoch_is_cut(number, slurm, left, cut, monkeypatch):
 def test_without_any_signal_an_epoch_is_cut_at_the_last_moment():
     stop = Stop(time.time() + SAVE_SECONDS - 1)
     assert stop.cuts_epoch(5)
-    assert (stop.end, stop.reason) == (End.WALL_TIME, "wall time")
+    assert (stop.end, stop.reason) == (ExitCode.WALL_TIME, "wall time")
 
 
 def test_the_end_says_who_asked_first():
     stop = Stop(time.time() + 1000)
     stop(signal.SIGUSR2, None)
     stop(signal.SIGTERM, None)  # SLURM's second word
-    assert (stop.end, stop.reason) == (End.WALL_TIME, "SIGUSR2")
+    assert (stop.end, stop.reason) == (ExitCode.WALL_TIME, "SIGUSR2")
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGINT, None)

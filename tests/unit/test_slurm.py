@@ -168,7 +168,7 @@ def test_a_dry_run_prints_a_script_that_bash_accepts(monkeypatch):
     subprocess.run(["bash", "-n"], input=result.output, text=True, check=True)
 
 
-OWN = "7|RUNNING|0|1795505788|"
+OWN = "7|RUNNING|0|0|1795505788|"
 
 
 @pytest.fixture
@@ -197,18 +197,18 @@ def holder(job="5", restarts=0, cluster="here"):
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        (f"{OWN}\n5|RUNNING|0|1|", True),
-        (f"{OWN}\n5|SUSPENDED|0|NONE|", True),
-        (f"{OWN}\n5|RUNNING|1|1|", False),  # its id has begun anew
-        (f"{OWN}\n5|PENDING|1|NONE|", False),
-        (f"{OWN}\n5|COMPLETING|1|1|", None),  # it may be saving its work
-        (f"{OWN}\n5|CANCELLED|0|1|", False),
-        (f"{OWN}\n5|NODE_FAIL|0|1|", False),
-        (f"{OWN}\n5|OUT_OF_MEMORY|0|1|", False),
-        (f"{OWN}\n5|SOMETHING_NEW|0|1|", False),
+        (f"{OWN}\n5|RUNNING|0|0|1|", True),
+        (f"{OWN}\n5|SUSPENDED|0|0|NONE|", True),
+        (f"{OWN}\n5|RUNNING|0|1|1|", False),  # its id has begun anew
+        (f"{OWN}\n5|PENDING|0|1|NONE|", False),
+        (f"{OWN}\n5|COMPLETING|0|1|1|", None),  # it may be saving its work
+        (f"{OWN}\n5|CANCELLED|0|0|1|", False),
+        (f"{OWN}\n5|NODE_FAIL|0|0|1|", False),
+        (f"{OWN}\n5|OUT_OF_MEMORY|0|0|1|", False),
+        (f"{OWN}\n5|SOMETHING_NEW|0|0|1|", False),
         (OWN, False),  # forgotten
         ("", None),  # not even our own job: it hides jobs
-        ("5|RUNNING|0|1|", None),
+        ("5|RUNNING|0|0|1|", None),
         (f"{OWN}\nslurm is being upgraded", None),
     ],
 )
@@ -218,7 +218,7 @@ def test_what_slurm_says_of_a_holder(squeue, answer, verdict):
 
 
 def test_a_requeued_task_does_not_vouch_for_its_predecessor(squeue):
-    squeue(f"{OWN}\n5|RUNNING|1|1|")
+    squeue(f"{OWN}\n5|RUNNING|0|1|1|")
     before, now = holder(restarts=0), Holder("v", "another-machine:ns:2:2", "here", "5", 1)
     assert judge([before, now]) == {"w": False, "v": True}
 
@@ -226,7 +226,7 @@ def test_a_requeued_task_does_not_vouch_for_its_predecessor(squeue):
 def test_without_an_answer_the_lease_decides(squeue, monkeypatch):
     squeue("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
     assert judge([holder()]) == {}
-    squeue(f"{OWN}\n5|CANCELLED|0|1|")
+    squeue(f"{OWN}\n5|CANCELLED|0|0|1|")
     assert judge([holder(cluster="there")]) == {}  # another cluster's job 5
     assert judge([holder(cluster=None)]) == {}  # a process that is not the job
     monkeypatch.setenv("PATH", "/nowhere")
@@ -236,7 +236,7 @@ def test_without_an_answer_the_lease_decides(squeue, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "end"), [(OWN, 1795505788.0), ("7|RUNNING|0|NONE|", None), ("7|RUNNING|0|N/A|", None)]
+    ("answer", "end"), [(OWN, 1795505788.0), ("7|RUNNING|0|0|NONE|", None), ("7|RUNNING|0|0|N/A|", None)]
 )
 def test_when_the_own_job_ends(squeue, answer, end):
     squeue(answer)
@@ -250,8 +250,15 @@ def test_outside_slurm_there_is_no_end(monkeypatch):
 
 
 def test_tasks_are_counted_by_state(squeue):
-    squeue("5|RUNNING|0|1|\n6|RUNNING|0|1|\n4|PENDING|0|N/A|\n4|PENDING|0|N/A|\n4|PENDING|0|N/A|")
+    squeue(
+        "5|RUNNING|0|0|1|\n6|RUNNING|0|0|1|\n4|PENDING|0|0|N/A|\n4|PENDING|0|0|N/A|\n4|PENDING|0|0|N/A|"
+    )
     assert task_states(["4"]) == {"RUNNING": 2, "PENDING": 3}
     squeue("", 1, "slurm_load_jobs error: Invalid job id specified")
     assert task_states(["4"]) == {}
     assert task_states([]) == {}
+
+
+def test_a_task_that_was_asked_to_stop_has_not_failed(squeue):
+    squeue("5|FAILED|256|0|1|\n6|FAILED|768|0|1|\n7|FAILED|1024|0|1|\n8|CANCELLED|15|0|1|")
+    assert task_states(["4"]) == {"FAILED": 1, "RELEASED": 2, "CANCELLED": 1}
