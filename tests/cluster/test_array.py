@@ -55,6 +55,7 @@ def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
     assert [row["number"] for row in after["trials"]] == list(range(24))
     assert all(row["attempts"] == 1 for row in after["trials"])
     assert nowhere_the_password(study, job, server.home)
+    study.atelier("submit", "study.toml", code=2)  # nothing is left to do
     assert "24/24 trials" in study.atelier("status", study.name)
     shown = study.atelier("logs", study.name, "--trial", "3")
     assert f"{job}_" in shown

@@ -121,6 +121,30 @@ def test_an_address_that_is_not_this_machines_leaves_the_server_as_it_was(home):
     assert not (home / "database.url").exists()
 
 
+def test_a_port_that_is_taken_leaves_the_server_where_it_listened(home, port):
+    start(port, "--no-tls")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = start(taken.getsockname()[1], "--no-tls")
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    engine = database.connect()
+    assert engine.url.port == port
+    engine.dispose()
+
+
+def test_a_server_in_use_is_not_taken_from_its_users(home, port):
+    start(port, "--no-tls")
+    user = psycopg2.connect(database.configured_url())
+    for refusal in (start(port, "--no-tls"), runner.invoke(app, ["db", "stop"])):
+        assert (refusal.exit_code, len(refusal.output.splitlines())) == (2, 1)
+        assert "is in use" in refusal.output
+    user.cursor().execute("SELECT 1")  # it is still served
+    assert runner.invoke(app, ["db", "stop", "--force"]).output == "stopped\n"
+    with pytest.raises(psycopg2.OperationalError):
+        user.cursor().execute("SELECT 1")
+
+
 def test_what_goes_with_listen_goes_nowhere_without(home):
     for option in (["--port", "5"], ["--no-tls"], ["--postgres", "/usr"]):
         result = runner.invoke(app, ["db", "start", *option])

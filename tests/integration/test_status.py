@@ -1,0 +1,89 @@
+"""What `status` and `logs` say of a study, as `atelier` prints it."""
+
+import json
+
+import pytest
+from sqlalchemy.engine import make_url
+from typer.testing import CliRunner
+
+from search.cli import app
+from storage import database, ledger
+from tests.integration.test_ledger import RESULT, make_study, make_worker
+
+runner = CliRunner()
+SETTINGS = {"train": {"epochs": 4}, "space": {}}
+
+
+def atelier(*words):
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_time_left_follows_from_what_a_trial_took_and_who_is_at_work(engine):
+    study = make_study(engine, max_trials=5, settings=SETTINGS)
+    first, second = make_worker(engine, study), make_worker(engine, study)
+    assert json.loads(atelier("status", "s", "--json"))["seconds_left"] is None
+    claim = first.claim()
+    first.record(claim, RESULT | {"epoch": 0})
+    first.finish(claim, "pruned", 0.5)
+    assert json.loads(atelier("status", "s", "--json"))["seconds_left"] is None  # nobody at work
+    first.claim()
+    one = json.loads(atelier("status", "s", "--json"))
+    second.claim()
+    two = json.loads(atelier("status", "s", "--json"))
+    # 4 trials are left; each takes what has been used per finished trial; workers share them.
+    assert one["seconds_left"] == pytest.approx(one["gpu_hours"] * 3600 * 4 / 1)
+    assert two["seconds_left"] == pytest.approx(two["gpu_hours"] * 3600 * 4 / 2)
+    assert one["gpu_hours_saved"] == pytest.approx((4 - 1) * RESULT["seconds"] / 3600)
+    assert "1 worker," not in atelier("status", "s")
+    assert "2 workers," in atelier("status", "s")
+
+
+def test_a_released_trial_waits_and_is_not_failed(engine):
+    study = make_study(engine, settings=SETTINGS)
+    worker = make_worker(engine, study)
+    worker.release(worker.claim(), reason="wall time")
+    status = json.loads(atelier("status", "s", "--json"))
+    assert status["counts"] == {"waiting": 1, "running": 0, "complete": 0, "pruned": 0, "failed": 0}
+    assert status["trials"][0]["reason"] == "wall time"
+
+
+def test_slurm_that_does_not_answer_is_said_and_costs_nothing_else(engine, monkeypatch):
+    study = make_study(engine, settings=SETTINGS)
+    ledger.enter_array_job(engine, study._study_id, "17", "0-3")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "SLURM 17: does not answer" in atelier("status", "s")
+    status = json.loads(atelier("status", "s", "--json"))
+    assert (status["array_jobs"], status["tasks"]) == (["17"], None)
+
+
+def test_the_log_of_tasks_that_never_claimed_a_trial_is_found(engine, home):
+    study = make_study(engine, settings=SETTINGS)
+    missing = runner.invoke(app, ["logs", "s"])
+    assert (missing.exit_code, len(missing.output.splitlines())) == (2, 1)
+    assert "no log of an array task" in missing.output
+    ledger.enter_array_job(engine, study._study_id, "17", "0-3")
+    (home / "slurm").mkdir()
+    (home / "slurm" / "17_0.log").write_text("module: command not found\n")
+    (home / "slurm" / "18_0.log").write_text("another study's\n")
+    shown = atelier("logs", "s")
+    assert "module: command not found" in shown
+    assert "another study's" not in shown
+
+
+def test_a_password_in_the_urls_query_is_shown_nowhere(engine, monkeypatch):
+    url = make_url(str(engine.url)).update_query_dict({"password": "s3cret"})
+    monkeypatch.setenv("ATELIER_DATABASE_URL", url.render_as_string(hide_password=False))
+    assert "s3cret" not in atelier("db", "status")
+    gone = url.update_query_dict({"host": "/nowhere"})
+    monkeypatch.setenv("ATELIER_DATABASE_URL", gone.render_as_string(hide_password=False))
+    with pytest.raises(database.DatabaseError) as caught:
+        database.connect()
+    assert "s3cret" not in str(caught.value)
