@@ -127,10 +127,10 @@ def search(
             raise InputError(f"--output {output}: no such folder; make it first")
         if output.is_dir():
             raise InputError(f"--output {output}: is a folder; give a file")
-        fingerprint = rehearse(file.shared, image_cache())
+        dataset = rehearse(file.shared, image_cache())
         engine = database.connect()
         opened = database.prepare(engine)
-        _, entry = open_study(file, engine, opened, fingerprint, lead=True)
+        _, entry = open_study(file, engine, opened, dataset, lead=True)
         runs = RunFolder(entry.name, entry.created)
         _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
         local = LocalSearch(
@@ -188,7 +188,7 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
         workspace = Workspace(file.shared, image_cache())
         engine = database.connect(patience=database.PATIENCE)
         storage = database.prepare(engine)
-        opened, entry = open_study(file, engine, storage, workspace.dataset.fingerprint)
+        opened, entry = open_study(file, engine, storage, workspace.dataset)
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created)
         worker = Worker(file, opened, ledger, workspace, runs, wall_end)

@@ -169,7 +169,7 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     script = array_script(file, profile, array, options)
     file.identity()  # reads the weights file
     _check_weights(file.shared)
-    fingerprint = read_dataset(file.shared.data).fingerprint
+    dataset = read_dataset(file.shared.data)
     engine = connect()
     try:
         log_folder().mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
             f"cannot write to {log_folder()} ({error.strerror}); set ATELIER_HOME"
         ) from None
     submit_array(script, test_only=True)
-    _, entry = open_study(file, engine, prepare(engine), fingerprint, lead=True)
+    _, entry = open_study(file, engine, prepare(engine), dataset, lead=True)
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
         raise InputError(

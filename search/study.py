@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from search.pruner import RungPruner
 from storage import ledger
 from trainer.config import TUNABLE, TrainConfig
+from trainer.dataset import Dataset
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -376,7 +377,7 @@ def open_study(
     file: StudyFile,
     engine: sa.Engine,
     storage: optuna.storages.BaseStorage,
-    fingerprint: str,
+    dataset: Dataset,
     lead: bool = False,
 ) -> tuple[optuna.Study, ledger.StudyEntry]:
     """Create the study, or go on with it. Raises InputError if it was made with other settings.
@@ -389,7 +390,7 @@ def open_study(
     identity = file.identity()
     existing = ledger.study_entry(engine, name)
     if existing is not None:
-        _same(identity, existing, fingerprint)
+        _same(identity, existing, dataset.fingerprint)
     study = optuna.create_study(
         storage=storage,
         study_name=name,
@@ -404,12 +405,18 @@ def open_study(
         "max_gpu_seconds": None if hours is None else hours * 3600,
         "settings": identity | {"places": file.places()},
     }
-    ledger.enter_study(engine, study._study_id, dataset=fingerprint, **changeable)
+    ledger.enter_study(
+        engine,
+        study._study_id,
+        dataset=dataset.fingerprint,
+        attributes=dataset.attribute_table("val"),
+        **changeable,
+    )
     if lead:
         ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
     entry = ledger.study_entry(engine, name)
     assert entry is not None  # it was just entered
-    _same(identity, entry, fingerprint)  # two processes may have created it at once
+    _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
     return study, entry
 
 

@@ -1,9 +1,12 @@
-"""Our tables, in the schema `atelier` beside Optuna's. storage/ledger.py alone writes them."""
+"""Our tables, in the schema `atelier` beside Optuna's. storage/ledger.py alone writes them.
+
+Rows go when the study or trial of Optuna's that they describe is deleted (migration 0003).
+"""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, DateTime, Double, ForeignKey, Index, Text, func, text
+from sqlalchemy import ARRAY, DateTime, Double, ForeignKey, Index, Integer, Text, func, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -19,6 +22,8 @@ class Base(DeclarativeBase):
         str: Text,
         float: Double,
         list[float]: ARRAY(Double),
+        list[int]: ARRAY(Integer),
+        list[dict[str, Any]]: JSONB,
     }
 
 
@@ -33,6 +38,8 @@ class Study(Base):
     max_gpu_seconds: Mapped[float | None]
     settings: Mapped[dict[str, Any]]  # the resolved study file
     dataset: Mapped[str]  # the dataset's fingerprint
+    # Of the validation split: [{"name", "category", "images"}], in the order of `Epoch.val_hits`.
+    attributes: Mapped[list[dict[str, Any]] | None]
     optuna_version: Mapped[str]
     created: Mapped[datetime] = mapped_column(server_default=func.now())
     stop_requested: Mapped[datetime | None]  # workers end while it is set
@@ -115,6 +122,7 @@ class Epoch(Base):
     val_accuracy: Mapped[float]
     val_overall: Mapped[float]
     val_category: Mapped[list[float]]
+    val_hits: Mapped[list[int] | None]
     seconds: Mapped[float]
     images: Mapped[int]
     peak_memory: Mapped[float]  # bytes

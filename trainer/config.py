@@ -62,6 +62,7 @@ class EpochResult:
     val_accuracy: float  # average per-class accuracy over the whole split
     val_overall: float  # mean over categories of the plain accuracy
     val_category: tuple[float, ...]  # plain accuracy of each category
+    val_hits: tuple[int, ...]  # images of each attribute that were predicted right
     seconds: float
     images: int  # training images seen
     peak_memory: int  # bytes, of the device where it counts them, else of the process
@@ -73,4 +74,5 @@ class EpochResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EpochResult":
-        return cls(**{**values, "val_category": tuple(values["val_category"])})
+        tuples = {key: tuple(values[key]) for key in ("val_category", "val_hits")}
+        return cls(**values | tuples)

@@ -62,6 +62,23 @@ class Dataset:
                 digest.update(path.encode() + (self.folder / path).read_bytes())
         return digest.hexdigest()
 
+    def attribute_table(self, split: str) -> list[dict[str, str | int]]:
+        """Name, category and number of images of every attribute, in the order of the outputs."""
+        labels = self.splits[split].labels
+        assert labels is not None  # only the test split may have none
+        counts = [
+            count
+            for column, size in zip(labels.T, self.sizes, strict=True)
+            for count in np.bincount(column, minlength=size).tolist()
+        ]
+        kinds = [
+            kind for kind, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
+        ]
+        return [
+            {"name": name, "category": kind, "images": count}
+            for name, kind, count in zip(self.attributes, kinds, counts, strict=True)
+        ]
+
 
 def read_dataset(folder: Path | str) -> Dataset:
     """Read the lists and labels of a dataset (not its images).

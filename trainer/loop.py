@@ -22,7 +22,7 @@ from torch import nn
 from trainer.allocation import cpu_count, memory_limit, peak_memory, pick_device
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
-from trainer.dataset import DatasetError, read_dataset
+from trainer.dataset import Dataset, DatasetError, read_dataset
 from trainer.loss import AttributeLoss, accuracy, class_weights
 from trainer.model import load_backbone, make_head
 from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
@@ -182,12 +182,12 @@ class Workspace:
         module.train(self.config.frozen_batchnorm == "train")
 
 
-def rehearse(config: TrainConfig, cache: Path) -> str:
+def rehearse(config: TrainConfig, cache: Path) -> Dataset:
     """Prepare the images and build the network once, on the CPU, for the errors that this brings.
 
-    Returns the dataset's fingerprint. Raises DatasetError, ModelError.
+    Returns the dataset. Raises DatasetError, ModelError.
     """
-    return Workspace(config, cache, torch.device("cpu")).dataset.fingerprint
+    return Workspace(config, cache, torch.device("cpu")).dataset
 
 
 def train(
@@ -310,6 +310,7 @@ class Run:
             val_accuracy=valued.per_class,
             val_overall=valued.overall,
             val_category=valued.category,
+            val_hits=valued.hits,
             seconds=partial.seconds + pace.seconds,
             images=len(targets),
             peak_memory=peak_memory(self.device),

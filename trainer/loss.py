@@ -66,6 +66,7 @@ class Accuracy:
     per_class: float  # mean over the attributes that occur of their own accuracy: the score
     overall: float  # mean over the categories
     category: tuple[float, ...]
+    hits: tuple[int, ...]  # right images of each attribute
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Accuracy:
@@ -82,4 +83,6 @@ def accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
     present = counts > 0
     per_class = (hits[present].double() / counts[present]).mean()
     category = right.double().mean(0)
-    return Accuracy(float(per_class), float(category.mean()), tuple(category.tolist()))
+    return Accuracy(
+        float(per_class), float(category.mean()), tuple(category.tolist()), tuple(hits.tolist())
+    )

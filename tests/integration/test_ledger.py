@@ -23,6 +23,7 @@ RESULT = {
     "val_accuracy": 0.5,
     "val_overall": 0.6,
     "val_category": [0.5, 0.7],
+    "val_hits": [3, 4, 5],
     "seconds": 1.0,
     "images": 10,
     "peak_memory": 1.0,

@@ -48,10 +48,11 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
     def worker(*settings, wall_end=None):
         file = load_study_file(path, list(settings))
         storage = database.optuna_storage(engine)
-        study, entry = open_study(file, engine, storage, "f" * 64, lead=True)
+        workspace = workspaces(file.shared)
+        study, entry = open_study(file, engine, storage, workspace.dataset, lead=True)
         runs = RunFolder(entry.name, entry.created)
         trials = ledger.Ledger(engine, storage, entry.study_id)
-        return Worker(file, study, trials, workspaces(file.shared), runs, wall_end)
+        return Worker(file, study, trials, workspace, runs, wall_end)
 
     return worker
 

@@ -9,6 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
+from trainer.dataset import read_dataset
+from trainer.demo import write_demo
 
 TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
 
@@ -258,7 +260,7 @@ def test_a_study_that_does_not_exist(engine):
     assert_one_line(runner.invoke(app, ["status", "nobody"]), "no study 'nobody'")
 
 
-def test_a_study_with_other_settings_or_other_data(engine, study_text, tmp_path, monkeypatch):
+def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp_path, monkeypatch):
     from search.study import InputError, load_study_file, open_study
     from storage import database
 
@@ -266,18 +268,19 @@ def test_a_study_with_other_settings_or_other_data(engine, study_text, tmp_path,
     path = tmp_path / "study.toml"
     path.write_text(study_text)
     storage = database.optuna_storage(engine)
-    open_study(load_study_file(path), engine, storage, "f" * 64)
-    open_study(load_study_file(path, ["study.max_trials=9"]), engine, storage, "f" * 64)
+    write_demo(tmp_path / "other", train=12, val=6, test=0)
+    open_study(load_study_file(path), engine, storage, read_dataset(demo))
+    open_study(load_study_file(path, ["study.max_trials=9"]), engine, storage, read_dataset(demo))
     with pytest.raises(InputError, match=r"made with train.epochs = 3, the file says 4"):
-        open_study(load_study_file(path, ["train.epochs=4"]), engine, storage, "f" * 64)
+        open_study(load_study_file(path, ["train.epochs=4"]), engine, storage, read_dataset(demo))
     with pytest.raises(InputError, match="another dataset"):
-        open_study(load_study_file(path), engine, storage, "0" * 64)
+        open_study(load_study_file(path), engine, storage, read_dataset(tmp_path / "other"))
     assert_one_line(runner.invoke(app, ["export", "tiny"]), "no complete trial")
     assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "{file}"), ("{file}", "none")])
-def test_a_study_with_other_weights(engine, study_text, tmp_path, before, after):
+def test_a_study_with_other_weights(engine, demo, study_text, tmp_path, before, after):
     from search.study import InputError, load_study_file, open_study
     from storage import database
 
@@ -286,11 +289,13 @@ def test_a_study_with_other_weights(engine, study_text, tmp_path, before, after)
     path.write_text(study_text)
     storage = database.optuna_storage(engine)
     first, second = (f"train.weights={w.format(file=tmp_path / 'w.pth')}" for w in (before, after))
-    open_study(load_study_file(path, [first]), engine, storage, "f" * 64)
+    open_study(load_study_file(path, [first]), engine, storage, read_dataset(demo))
     with pytest.raises(InputError, match=r"made with train.weights ="):
-        open_study(load_study_file(path, [second]), engine, storage, "f" * 64)
+        open_study(load_study_file(path, [second]), engine, storage, read_dataset(demo))
     with pytest.raises(InputError, match=r"made with study.score = mean-last-5"):
-        open_study(load_study_file(path, [first, "study.score=best"]), engine, storage, "f" * 64)
+        open_study(
+            load_study_file(path, [first, "study.score=best"]), engine, storage, read_dataset(demo)
+        )
 
 
 @pytest.mark.usefixtures("nothing_written")

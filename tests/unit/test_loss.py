@@ -92,6 +92,8 @@ def test_score_is_the_mean_of_scikit_learns_recalls(batch):
         recalls.extend(recall_score(truth, guess, labels=np.unique(truth), average=None))
         plain.append((truth == guess).mean())
     assert result.per_class == pytest.approx(np.mean(recalls), abs=1e-12)
+    counts = class_counts(targets, SIZES).numpy()
+    assert (np.array(result.hits)[counts > 0] / counts[counts > 0]).tolist() == pytest.approx(recalls)
     assert result.category == pytest.approx(plain)
     assert result.overall == pytest.approx(np.mean(plain))
 
