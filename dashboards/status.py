@@ -1,12 +1,14 @@
 """What a study is doing now, read from the database and drawn for a terminal."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialValueModel
+from optuna.storages._rdb.models import StudyModel, TrialModel, TrialParamModel, TrialValueModel
 from optuna.trial import TrialState
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 _NOW = sa.func.clock_timestamp()
 _HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > _NOW)
 
-FINISHED = ("complete", "pruned", "failed")
+STATES = ("running", "waiting", "complete", "pruned", "failed")
+FINISHED = STATES[2:]
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -39,15 +42,27 @@ class TrialRow:
 
     number: int
     state: str
-    params: dict[str, Any]
-    epochs: int
-    seconds: float  # that its epochs took
-    accuracy: float | None  # of the last epoch
-    value: float | None
-    attempts: int
-    worker: str | None  # host:pid of the holder
-    renewed: float | None  # seconds since the holder last renewed its lease
-    reason: str | None  # of the last attempt's end
+    params: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    seconds: float = 0.0  # that its epochs took
+    accuracy: float | None = None  # of the last epoch
+    value: float | None = None
+    attempts: int = 0
+    worker: str | None = None  # host:pid of the holder
+    renewed: float | None = None  # seconds since the holder last renewed its lease
+    reason: str | None = None  # of the last attempt's end
+
+    @property
+    def words(self) -> str:
+        """The state in words: a trial that waits, or goes on, after an interruption has not failed."""
+        why = (self.reason or "").strip().splitlines()
+        if self.state == "waiting":
+            return f"waiting to go on, after: {why[0]}" if why else "waiting for a worker"
+        if self.state == "running":
+            return f"running, resumed (attempt {self.attempts})" if self.attempts > 1 else "running"
+        if self.state in ("failed", "pruned") and why:
+            return f"{self.state}: {why[-1] if self.state == 'failed' else why[0]}"
+        return self.state
 
 
 @dataclass
@@ -90,6 +105,14 @@ class Status:
         done = [row for row in self.trials if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: row.value or 0.0, default=None)
 
+    def ranked(self) -> list[TrialRow]:
+        """The trials, those in work first, then the best."""
+
+        def rank(row: TrialRow) -> tuple[int, float]:
+            return STATES.index(row.state), -(row.value or row.accuracy or 0.0)
+
+        return sorted(self.trials, key=rank)
+
     @property
     def gpu_hours_saved(self) -> float:
         """What pruned trials would still have taken, at their own seconds per epoch."""
@@ -118,6 +141,65 @@ class Status:
             "gpu_hours_saved": self.gpu_hours_saved,
             "seconds_left": self.seconds_left,
         }
+
+
+@dataclass
+class StudyRow:
+    """One line about a study."""
+
+    study_id: int
+    name: str
+    created: datetime
+    max_trials: int
+    finished: int
+    failed: int
+    best: float | None
+    workers: int  # that hold a trial
+
+
+@retrying
+def read_studies(engine: sa.Engine) -> list[StudyRow]:
+    """All studies, the newest first; one statement."""
+    finished = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+    trials = (
+        sa.select(
+            TrialModel.study_id,
+            sa.func.count().filter(TrialModel.state.in_(finished)).label("finished"),
+            sa.func.count().filter(TrialModel.state == TrialState.FAIL).label("failed"),
+            sa.func.max(TrialValueModel.value)
+            .filter(TrialModel.state == TrialState.COMPLETE)
+            .label("best"),
+        )
+        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
+        .group_by(TrialModel.study_id)
+        .subquery()
+    )
+    workers = (
+        sa.select(sa.func.count())
+        .where(Attempt.study_id == Study.study_id, _HELD)
+        .scalar_subquery()
+        .label("workers")
+    )
+    query = (
+        sa.select(Study, StudyModel.study_name, trials, workers)
+        .join(StudyModel, StudyModel.study_id == Study.study_id)
+        .outerjoin(trials, trials.c.study_id == Study.study_id)
+        .order_by(Study.created.desc())
+    )
+    with Session(engine) as session:
+        return [
+            StudyRow(
+                study_id=row.Study.study_id,
+                name=row.study_name,
+                created=row.Study.created,
+                max_trials=row.Study.max_trials,
+                finished=row.finished or 0,
+                failed=row.failed or 0,
+                best=row.best,
+                workers=row.workers,
+            )
+            for row in session.execute(query)
+        ]
 
 
 @retrying
@@ -255,6 +337,9 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
     )
 
 
+_distribution = lru_cache(optuna.distributions.json_to_distribution)  # there are few different ones
+
+
 def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
     query = (
         sa.select(
@@ -268,7 +353,7 @@ def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
     )
     params: dict[int, dict[str, Any]] = {}
     for row in session.execute(query):
-        distribution = optuna.distributions.json_to_distribution(row.distribution_json)
+        distribution = _distribution(row.distribution_json)
         value = distribution.to_external_repr(row.param_value)
         params.setdefault(row.trial_id, {})[row.param_name] = value
     return params
@@ -291,9 +376,9 @@ def progress_line(status: Status) -> str:
     best = status.best
     leader = f"; best {best.value:.4f} (trial {best.number})" if best else ""
     left = status.seconds_left
-    ahead = f"; about {_duration(left)} left" if left else ""
+    ahead = f"; about {duration(left)} left" if left else ""
     done = f"{status.finished}/{status.max_trials} trials"
-    return f"{done} ({counts or 'none yet'}) in {_duration(status.seconds)}{leader}{ahead}"
+    return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{ahead}"
 
 
 def render(status: Status, rows: int = 12) -> RenderableType:
@@ -305,7 +390,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
     names = sorted({name for row in status.trials for name in row.params})
     for name in names:
         table.add_column(name.replace("_", " "), justify="right", min_width=7)
-    for row in _interesting(status, rows):
+    for row in status.ranked()[:rows]:
         table.add_row(
             str(row.number),
             row.state,
@@ -333,7 +418,7 @@ def render_workers(status: Status) -> RenderableType:
             str(worker.trial),
             f"{epochs[worker.trial]}/{status.max_epochs}",
             f"{worker.renewed:.0f} s ago",
-            _duration(worker.running_for),
+            duration(worker.running_for),
         )
     lines: list[RenderableType] = [Text(), table] if status.workers else []
     if status.array_jobs:
@@ -435,15 +520,8 @@ def _number(value: float | int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _interesting(status: Status, rows: int) -> list[TrialRow]:
-    def rank(row: TrialRow) -> tuple[int, float]:
-        order = ("running", "waiting", "complete", "pruned", "failed").index(row.state)
-        return order, -(row.value or row.accuracy or 0.0)
-
-    return sorted(status.trials, key=rank)[:rows]
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As people say it: 3 min 20 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

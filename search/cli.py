@@ -30,8 +30,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
 db_app = typer.Typer(help="The database.", no_args_is_help=True)
+user_app = typer.Typer(help="Who may log in to the dashboard.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
+app.add_typer(user_app, name="user")
 
 WATCH_SECONDS, SLURM_SECONDS = 2, 30
 
@@ -50,7 +52,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub"):
+    for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
@@ -225,6 +227,7 @@ def submit(
         typer.echo(f"job {job}")
         for verb in (["status", "--watch"], ["logs"], ["stop"]):
             typer.echo(f"  {shlex.join(['atelier', *verb, str(study)])}")
+        typer.echo("  atelier dashboard")
 
 
 @app.command()
@@ -333,6 +336,49 @@ def trials(
             typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
         else:
             csv.write_text(frame.to_csv(index=False))
+
+
+@app.command()
+def plot(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .html file.")],
+    kind: Annotated[str, typer.Option(help="curves, compare or history.")] = "curves",
+    trials: Annotated[str, typer.Option(help="As in 3,14; default: the best.")] = "",
+    top: Annotated[int | None, typer.Option(min=1, help="How many of the best.")] = None,
+    by: Annotated[str | None, typer.Option(help="With compare: the hyperparameter.")] = None,
+    smooth: Annotated[
+        float, typer.Option(min=0, max=0.95, help="With curves: the past's weight.")
+    ] = 0.0,
+) -> None:
+    """Draw what the dashboard's pages show into a file."""
+    with _errors_in_one_line():
+        from dashboards.files import plot_study
+
+        engine, entry = _study(study)
+        plot_study(engine, entry, kind, output, trials, top, by, smooth)
+        _say(f"drawn: {output}")
+
+
+@app.command()
+def dashboard(
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file, for TLS.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    behind_proxy: Annotated[
+        bool,
+        typer.Option("--behind-proxy", help="A proxy in front sets X-Forwarded-For, -Proto, -Host."),
+    ] = False,
+    no_tls: Annotated[
+        bool, typer.Option("--no-tls", help="Other machines may send passwords in clear.")
+    ] = False,
+    prefix: Annotated[str, typer.Option(help="Path that a proxy serves it under, as in /atelier.")] = "",
+) -> None:
+    """Serve optuna-dashboard and our own pages, behind a login."""
+    with _errors_in_one_line():
+        from dashboards.server import Address, serve
+
+        serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix))
 
 
 @app.command()
@@ -478,6 +524,48 @@ def data_demo(
 
         write_demo(folder, train_images, val_images, test_images, seed)
         typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
+
+
+@user_app.command("add")
+def user_add(
+    name: str,
+    role: Annotated[
+        str, typer.Option(help="viewer: looks; editor: also changes and deletes.")
+    ] = "viewer",
+    password_file: Annotated[
+        Path | None, typer.Option(help="Read the password from the first line; default: ask.")
+    ] = None,
+) -> None:
+    """Add somebody, or give a new role and password; older sessions end."""
+    with _errors_in_one_line():
+        from dashboards.accounts import Accounts
+
+        if password_file is None:
+            password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+        else:
+            password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
+        Accounts().put(name, role, password)
+        typer.echo(f"{name} may log in as {role}")
+
+
+@user_app.command("remove")
+def user_remove(name: str) -> None:
+    """Let somebody in no longer; their sessions end."""
+    with _errors_in_one_line():
+        from dashboards.accounts import Accounts
+
+        Accounts().remove(name)
+        typer.echo(f"{name} may not log in any more")
+
+
+@user_app.command("list")
+def user_list() -> None:
+    """Show who may log in."""
+    with _errors_in_one_line():
+        from dashboards.accounts import Accounts
+
+        for account in Accounts().all().values():
+            typer.echo(f"{account.name}: {account.role}")
 
 
 @db_app.command("start")

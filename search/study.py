@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dashboards.note import leave_note
 from search.pruner import RungPruner
 from storage import ledger
 from trainer.config import TUNABLE, TrainConfig
@@ -412,6 +413,8 @@ def open_study(
         attributes=dataset.attribute_table("val"),
         **changeable,
     )
+    if existing is None:
+        leave_note(study)
     if lead:
         ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
     entry = ledger.study_entry(engine, name)

@@ -17,6 +17,8 @@ from types import FrameType
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
+from dashboards.files import attach_curve
+from dashboards.status import TrialRow
 from search.exit_codes import ExitCode
 from search.study import StudyFile, score
 from storage.database import retrying
@@ -24,7 +26,7 @@ from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
 from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
-from trainer.config import TrainConfig
+from trainer.config import EpochResult, TrainConfig
 from trainer.loop import Interrupt, Workspace, train
 from trainer.stream import LoaderError
 
@@ -188,9 +190,9 @@ class Worker:
     def _train(self, claim: Claim, checkpoints: Checkpoints, interrupt: Interrupt) -> bool:
         """Returns whether the trial has ended; else it was released."""
         config = self._config(claim)
-        values: list[float] = []
+        results: list[EpochResult] = []
         for result in train(config, self.workspace, checkpoints, interrupt):
-            values.append(result.val_accuracy)
+            results.append(result)
             if result.epoch > claim.last_epoch:
                 self.ledger.record(claim, asdict(result))
                 self._epoch_seconds = result.seconds
@@ -198,20 +200,38 @@ class Worker:
                 continue  # decided before
             if not result.finite:
                 # Told as pruned, with the worst value: samplers do not see failed trials.
-                self.ledger.finish(claim, "pruned", 0.0, f"loss not finite, epoch {result.epoch}")
+                self._finish(claim, results, "pruned", 0.0, f"loss not finite, epoch {result.epoch}")
                 return True
             if result.epoch + 1 < config.epochs:
                 if self._should_prune(claim):
                     reason = f"pruned after epoch {result.epoch}"
-                    self.ledger.finish(claim, "pruned", result.val_accuracy, reason)
+                    self._finish(claim, results, "pruned", result.val_accuracy, reason)
                     return True
                 if not self._may_go_on():
                     break
-        if len(values) < config.epochs:
+        if len(results) < config.epochs:
             self.ledger.release(claim, reason=self.stop.reason or "")
             return False
-        self.ledger.finish(claim, "complete", score(values, self.file.study.score))
+        values = [result.val_accuracy for result in results]
+        self._finish(claim, results, "complete", score(values, self.file.study.score))
         return True
+
+    def _finish(
+        self,
+        claim: Claim,
+        results: list[EpochResult],
+        outcome: str,
+        value: float,
+        reason: str | None = None,
+    ) -> None:
+        """End the trial, with a picture of its curve. Raises LeaseLost."""
+        picture = None
+        try:
+            trial = TrialRow(claim.trial_number, outcome, value=value)
+            picture = attach_curve(self.runs.path.name, trial, [asdict(result) for result in results])
+        except OSError as error:  # the trial is worth more than its picture
+            log.warning("trial %d has no picture of its curve: %s", claim.trial_number, error)
+        self.ledger.finish(claim, outcome, value, reason, artifact=picture)
 
     @retrying
     def _config(self, claim: Claim) -> TrainConfig:

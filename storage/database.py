@@ -7,7 +7,9 @@ schema `public`, ours in the schema `atelier`.
 
 import os
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import optuna
 import sqlalchemy as sa
@@ -17,13 +19,16 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 SCHEMA = "atelier"
+VIEWER = "atelier_viewer"  # a role that may read only; see `read_only`
 PATIENCE = 600  # seconds that work goes on trying while the database is away
+# The same for this thread: somebody who waits for a page has less of it.
+patience: ContextVar[float] = ContextVar("patience", default=PATIENCE)
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
@@ -75,7 +80,7 @@ retrying = retry(
     before_sleep=_revive,
     retry=retry_if_exception(_is_transient),
     wait=wait_random_exponential(multiplier=0.2, max=10),
-    stop=stop_after_delay(PATIENCE),
+    stop=lambda state: (state.seconds_since_start or 0) >= patience.get(),
     reraise=True,
 )
 
@@ -123,13 +128,7 @@ def exists() -> bool:
 
 def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
     """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
-    engine = sa.create_engine(
-        url or database_url(),
-        pool_pre_ping=True,
-        pool_size=2,
-        max_overflow=3,
-        connect_args=CONNECT_ARGS,
-    )
+    engine = sa.create_engine(url or database_url(), **_pool(2, CONNECT_ARGS))
     try:
         for attempt in Retrying(
             retry=retry_if_exception(_is_transient),
@@ -146,6 +145,53 @@ def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
             f"cannot reach the database at {shown(engine.url)}: {reason}; "
             "is it up (atelier db start), and is ATELIER_DATABASE_URL right?"
         ) from error
+
+
+def _pool(size: int, connect_args: dict[str, object]) -> dict[str, Any]:
+    return {
+        "pool_pre_ping": True,
+        "pool_size": size,
+        "max_overflow": size + 1,
+        "connect_args": connect_args,
+    }
+
+
+class ReadOnly(NamedTuple):
+    """Ways into a database that cannot write."""
+
+    engine: sa.Engine
+    storage: optuna.storages.BaseStorage
+    has_role: bool  # a role sees to it; else only the connection's own setting
+
+
+def read_only(engine: sa.Engine) -> ReadOnly:
+    """Look at the same database as the role `atelier_viewer`, which may only SELECT.
+
+    The role is made, if this user may make roles. Without it, transactions are read-only because the
+    connection asks for it.
+    """
+    has_role = _let_viewers_read(engine)
+    options = f"{CONNECT_ARGS['options']} -c default_transaction_read_only=on"
+    if has_role:
+        options += f" -c role={VIEWER}"
+    arguments = CONNECT_ARGS | {"options": options}
+    looking = sa.create_engine(engine.url, **_pool(4, arguments))
+    return ReadOnly(looking, optuna_storage(engine, arguments), has_role)
+
+
+def _let_viewers_read(engine: sa.Engine) -> bool:
+    try:
+        with engine.begin() as connection:
+            run = connection.exec_driver_sql
+            if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{VIEWER}'").scalar():
+                run(f"CREATE ROLE {VIEWER} NOLOGIN")
+                run(f"GRANT {VIEWER} TO CURRENT_USER")
+            run(f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {VIEWER}")
+            run(f"GRANT SELECT ON ALL TABLES IN SCHEMA public, {SCHEMA} TO {VIEWER}")
+            run(f"SET LOCAL ROLE {VIEWER}")
+    except ProgrammingError:  # not allowed
+        return False
+    return True
 
 
 MINIMUM_SERVER = 14
@@ -244,7 +290,9 @@ def _alembic() -> Config:
     return config
 
 
-def optuna_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def optuna_storage(
+    engine: sa.Engine, connect_args: dict[str, object] | None = None
+) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, with its cache of finished trials.
 
     Raises DatabaseError if Optuna's tables were made by another version.
@@ -252,12 +300,8 @@ def optuna_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
     try:
         storage = optuna.storages.RDBStorage(
             engine.url.render_as_string(hide_password=False),
-            engine_kwargs={
-                "pool_pre_ping": True,
-                "pool_size": 1,
-                "max_overflow": 2,
-                "connect_args": CONNECT_ARGS,
-            },
+            engine_kwargs=_pool(1, connect_args or CONNECT_ARGS),
+            skip_table_creation=connect_args is not None,  # by somebody who may only read
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error

@@ -342,6 +342,9 @@ class EmbeddedPostgres:
         # Owned by a role that is no superuser, so that the network needs no superuser either.
         if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'", port, folder):
             self._ask(f"CREATE ROLE {ROLE} LOGIN", port, folder)
+        if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}_viewer'", port, folder):
+            # What the dashboard reads as: see storage.database.read_only.
+            self._ask(f"CREATE ROLE {ROLE}_viewer NOLOGIN ROLE {ROLE}", port, folder)
         if not self._ask(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'", port, folder):
             self._ask(f"CREATE DATABASE {DATABASE} OWNER {ROLE}", port, folder)
 

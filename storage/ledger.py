@@ -359,11 +359,18 @@ class Ledger:
         value: float | None = None,
         reason: str | None = None,
         violated: str | None = None,
+        artifact: Mapping[str, Any] | None = None,
     ) -> None:
         """End the trial for Optuna and the attempt, with `value` as its score. Raises LeaseLost.
 
         `violated` names a constraint that the trial does not satisfy; samplers learn from it.
+        `artifact` is a file that goes with the trial, in optuna.artifacts' form.
         """
+        attributes: dict[str, Any] = {}  # as Trial.set_constraint and upload_artifact would write them
+        if violated is not None:
+            attributes[f"constraints:{violated}"] = 1.0
+        if artifact is not None:
+            attributes[f"artifacts:{artifact['artifact_id']}"] = json.dumps(artifact)
         with Session(self.engine) as session, session.begin():
             attempt = session.get_one(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt.outcome == outcome:
@@ -374,7 +381,7 @@ class Ledger:
             if ended_elsewhere:
                 outcome, reason = "lost", f"the trial was set to {trial.state.name} by somebody else"
             else:
-                _end(session, trial, END_STATES[outcome], value, violated)
+                _end(session, trial, END_STATES[outcome], value, attributes)
             _close(attempt, outcome, reason)
         if ended_elsewhere:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
@@ -414,19 +421,17 @@ def _end(
     trial: TrialModel,
     state: TrialState,
     value: float | None,
-    violated: str | None,
+    attributes: Mapping[str, Any],
 ) -> None:
-    """What Study.tell writes, and Trial.set_constraint."""
+    """What Study.tell writes, and system attributes."""
     trial.state = state
     trial._datetime_complete_utc = _utc_now()
     if value is not None:
         stored, kind = TrialValueModel.value_to_stored_repr(value)
         session.add(TrialValueModel(trial_id=trial.trial_id, objective=0, value=stored, value_type=kind))
-    if violated is not None:
+    for key, content in attributes.items():
         session.add(
-            TrialSystemAttributeModel(
-                trial_id=trial.trial_id, key=f"constraints:{violated}", value_json=json.dumps(1.0)
-            )
+            TrialSystemAttributeModel(trial_id=trial.trial_id, key=key, value_json=json.dumps(content))
         )
 
 
@@ -493,23 +498,32 @@ class StudyEntry:
     name: str
     settings: dict[str, Any]
     dataset: str
+    attributes: list[dict[str, Any]]  # see storage.models.Study
     optuna_version: str
     created: datetime
 
 
 @retrying
-def study_entry(engine: sa.Engine, name: str) -> StudyEntry | None:
-    """Look a study up by its name."""
+def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
+    """Look a study up by its name, or by Optuna's id."""
+    key = StudyModel.study_name if isinstance(name_or_id, str) else StudyModel.study_id
     with Session(engine) as session:
-        study = session.scalar(
-            sa.select(Study)
+        row = session.execute(
+            sa.select(Study, StudyModel.study_name)
             .join(StudyModel, StudyModel.study_id == Study.study_id)
-            .where(StudyModel.study_name == name)
-        )
-    if study is None:
+            .where(key == name_or_id)
+        ).one_or_none()
+    if row is None:
         return None
+    study, name = row
     return StudyEntry(
-        study.study_id, name, study.settings, study.dataset, study.optuna_version, study.created
+        study.study_id,
+        name,
+        study.settings,
+        study.dataset,
+        study.attributes or [],
+        study.optuna_version,
+        study.created,
     )
 
 
@@ -564,6 +578,18 @@ def study_names(engine: sa.Engine) -> list[str]:
                 .order_by(Study.created)
             )
         )
+
+
+@retrying
+def has_live_lease(engine: sa.Engine, study_id: int | None = None, trial_id: int | None = None) -> bool:
+    """Whether a worker holds a trial of the study, or this very trial."""
+    query = sa.select(sa.literal(1)).where(Attempt.released.is_(None), Attempt.lease_until > _now())
+    if study_id is not None:
+        query = query.where(Attempt.study_id == study_id)
+    if trial_id is not None:
+        query = query.where(Attempt.trial_id == trial_id)
+    with engine.connect() as connection:
+        return connection.scalar(query.limit(1)) is not None
 
 
 @retrying

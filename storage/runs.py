@@ -28,6 +28,11 @@ class RunFolder:
         return self.path / "logs"
 
 
+def artifacts() -> Path:
+    """Where the pictures are that optuna-dashboard shows with a trial."""
+    return home() / "artifacts"
+
+
 def image_cache() -> Path:
     """Where prepared images are kept, for all studies."""
     return home() / "cache"

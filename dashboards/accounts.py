@@ -1,0 +1,167 @@
+"""Who may look at the dashboard, and who may change things: names, roles, password hashes in a file."""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argon2 import PasswordHasher
+from argon2.exceptions import Argon2Error, InvalidHashError
+
+from storage.database import home
+
+ROLES = ("viewer", "editor")
+MINIMUM_PASSWORD = 10  # characters
+_HASHER = PasswordHasher()  # argon2id, with the parameters that RFC 9106 recommends for little memory
+
+
+class AccountError(ValueError):
+    """An account cannot be made, changed or read; the message is one line and says what to do next."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Somebody who may log in."""
+
+    name: str
+    role: str  # viewer or editor
+    hash: str
+
+    @property
+    def stamp(self) -> str:
+        """Changes with the password and the role, so that older sessions end."""
+        return hashlib.sha256(f"{self.role}:{self.hash}".encode()).hexdigest()[:16]
+
+
+class Accounts:
+    """The accounts of a home, in `dashboard.json` (mode 600)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = (folder or home()) / "dashboard.json"
+
+    def all(self) -> dict[str, Account]:
+        """By name. Raises AccountError."""
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))
+            return {name: Account(name, row["role"], row["hash"]) for name, row in rows.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise AccountError(
+                f"{self.path} cannot be read ({error!r}); mend it, or delete it and add the users again"
+            ) from None
+
+    def put(self, name: str, role: str, password: str) -> None:
+        """Add somebody, or give a new role and password. Raises AccountError."""
+        if not name or not name.isprintable() or name != name.strip():
+            raise AccountError(f"name {name!r} is empty or has unprintable characters; choose another")
+        if role not in ROLES:
+            raise AccountError(f"role {role!r}; allowed are {' and '.join(ROLES)}")
+        if len(password) < MINIMUM_PASSWORD:
+            raise AccountError(f"the password is too short; take at least {MINIMUM_PASSWORD} characters")
+        self._write({**self.all(), name: Account(name, role, _HASHER.hash(password))})
+
+    def remove(self, name: str) -> None:
+        """Raises AccountError for an unknown name."""
+        accounts = self.all()
+        if name not in accounts:
+            raise AccountError(f"no user {name!r}; there are: {', '.join(accounts) or 'none'}")
+        self._write({key: account for key, account in accounts.items() if key != name})
+
+    def check(self, name: str, password: str) -> Account | None:
+        """The account, if the password is right. An unknown name takes as long as a known one."""
+        account = self.all().get(name)
+        try:
+            _HASHER.verify(account.hash if account else _NOBODY, password)
+        except (Argon2Error, InvalidHashError):
+            return None
+        return account
+
+    def _write(self, accounts: dict[str, Account]) -> None:
+        rows = {name: {"role": a.role, "hash": a.hash} for name, a in sorted(accounts.items())}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        number, new = tempfile.mkstemp(dir=self.path.parent, prefix="dashboard.")  # mode 600
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+        os.replace(new, self.path)
+
+
+_NOBODY = _HASHER.hash(secrets.token_urlsafe())
+
+
+def session_key(folder: Path | None = None) -> bytes:
+    """The key that signs sessions; made once per home, readable by its owner alone."""
+    path = (folder or home()) / "dashboard.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+    except FileExistsError:
+        pass
+    return path.read_bytes()
+
+
+class Throttle:
+    """Slows down guessing: after some failures a name or an address has to wait, longer each time."""
+
+    FREE, LONGEST, KEYS = 5, 900.0, 10_000  # failures; seconds; remembered keys
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures: dict[str, tuple[int, float]] = {}  # key: how many, the last one's time
+
+    def wait(self, *keys: str) -> int:
+        """Seconds until another attempt is heard; 0 for now."""
+        with self._lock:
+            return max(math.ceil(self._left(key)) for key in keys)
+
+    def _left(self, key: str) -> float:
+        count, last = self._failures.get(key, (0, 0.0))
+        if count < self.FREE:
+            return 0.0
+        return max(last + min(2.0 ** (count - self.FREE + 1), self.LONGEST) - self._clock(), 0.0)
+
+    def failed(self, *keys: str) -> None:
+        """Count a failure."""
+        with self._lock:
+            for key in keys:
+                count, _ = self._failures.pop(key, (0, 0.0))
+                self._failures[key] = (count + 1, self._clock())
+            while len(self._failures) > self.KEYS:  # the oldest go
+                self._failures.pop(next(iter(self._failures)))
+
+    def succeeded(self, *keys: str) -> None:
+        """Forget the failures."""
+        with self._lock:
+            for key in keys:
+                self._failures.pop(key, None)
+
+
+class OneTimeLink:
+    """Lets in whoever can read the terminal, as long as there are no accounts."""
+
+    def __init__(self, show: Callable[[str], Any]) -> None:
+        self._show = show  # called with each new token
+        self._lock = threading.Lock()
+        self._renew()
+
+    def _renew(self) -> None:
+        self._token = secrets.token_urlsafe(24)
+        self._show(self._token)
+
+    def use(self, token: str) -> bool:
+        """Whether it is the token, which is then replaced."""
+        with self._lock:
+            if not secrets.compare_digest(token.encode(), self._token.encode()):
+                return False
+            self._renew()
+            return True

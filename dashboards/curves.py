@@ -1,0 +1,112 @@
+"""Epochs and ends of many trials, read from the database as columns that can be drawn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.storages._rdb.models import TrialModel, TrialValueModel
+from sqlalchemy.orm import Session
+
+from dashboards.status import FINISHED, TrialRow
+from storage.database import retrying
+from storage.models import Attempt, Epoch
+
+METRICS = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_overall")
+
+
+@dataclass
+class Curve:
+    """A trial and its epochs, a list per metric. Values may be NaN or infinite: training can diverge."""
+
+    trial: TrialRow
+    epochs: list[int] = field(default_factory=list)  # from 0
+    metrics: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METRICS})
+    categories: list[Sequence[float]] = field(default_factory=list)  # accuracies, a list per epoch
+    hits: Sequence[int] | None = None  # right images of each attribute, in the last epoch
+
+    def add(self, epoch: Mapping[str, Any]) -> None:
+        """Append an epoch, given the columns of the table `epoch`."""
+        self.epochs.append(epoch["epoch"])
+        self.categories.append(epoch["val_category"])
+        self.hits = epoch["val_hits"]
+        for name in METRICS:
+            self.metrics[name].append(epoch[name])
+
+    @property
+    def gap(self) -> float | None:
+        """Training minus validation accuracy at the last epoch: what over-fitting costs."""
+        if not self.epochs:
+            return None
+        return self.metrics["train_accuracy"][-1] - self.metrics["val_accuracy"][-1]
+
+
+@retrying
+def read_curves(engine: sa.Engine, study_id: int, trials: list[TrialRow]) -> list[Curve]:
+    """The curves of these trials, in their order; one statement."""
+    curves = {row.number: Curve(row) for row in trials}
+    columns = [getattr(Epoch, name) for name in METRICS]
+    query = (
+        sa.select(TrialModel.number, Epoch.epoch, Epoch.val_category, Epoch.val_hits, *columns)
+        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
+        .where(TrialModel.study_id == study_id, TrialModel.number.in_(curves))
+        .order_by(TrialModel.number, Epoch.epoch)
+    )
+    with Session(engine) as session:
+        for row in session.execute(query):
+            curves[row.number].add(row._asdict())
+    return list(curves.values())
+
+
+@dataclass
+class EndPoint:
+    """The end of one trial: when it was, and what the study had cost until then."""
+
+    trial: int
+    outcome: str  # complete, pruned or failed
+    value: float | None
+    hours: float  # since the study's first claim
+    gpu_hours: float
+
+
+@retrying
+def read_ends(engine: sa.Engine, study_id: int) -> list[EndPoint]:
+    """The ends of a study's trials in their order; one statement."""
+    query = (
+        sa.select(
+            TrialModel.number,
+            Attempt.outcome,
+            TrialValueModel.value,
+            sa.extract("epoch", Attempt.released - sa.func.min(Attempt.claimed).over()) / 3600,
+            sa.extract("epoch", Attempt.released - Attempt.claimed) / 3600,
+        )
+        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
+        .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
+        .where(Attempt.study_id == study_id)
+        .order_by(Attempt.released)
+    )
+    ends, spent = [], 0.0
+    with Session(engine) as session:
+        for number, outcome, value, hours, held in session.execute(query):
+            spent += float(held or 0.0)  # None: it still lasts
+            if outcome in FINISHED:
+                ends.append(EndPoint(number, outcome, value, float(hours), spent))
+    return ends
+
+
+def category_names(attributes: list[dict[str, Any]], some: list[Curve]) -> list[str]:
+    """Of the categories whose accuracies are on record; numbers, for a study that has no names."""
+    names = list(dict.fromkeys(row["category"] for row in attributes))
+    width = max((len(row) for curve in some for row in curve.categories), default=0)
+    return names if len(names) == width else [f"category {number + 1}" for number in range(width)]
+
+
+def top(trials: list[TrialRow], count: int, states: set[str] | None = None) -> list[TrialRow]:
+    """The best trials that have epochs, of the given states; a finished one by its score."""
+    able = [row for row in trials if row.epochs and (not states or row.state in states)]
+    return sorted(able, key=lambda row: (-_worth(row), row.number))[:count]
+
+
+def _worth(row: TrialRow) -> float:
+    worth = row.value if row.value is not None else row.accuracy
+    return worth if worth is not None and worth == worth else 0.0  # NaN is the worst

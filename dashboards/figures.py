@@ -1,0 +1,242 @@
+"""What is drawn of a study, said once for our pages and for files: see dashboards/drawing.py.
+
+A figure is a list of panels, a panel a list of series. Nothing here reads the database.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dashboards.curves import Curve, EndPoint
+
+# Readable on white and on near-black; told apart with the common kinds of colour blindness.
+PALETTE = (
+    *("#3b82f6", "#ea7317", "#0f9d8a", "#d6498f", "#8b5cf6"),
+    *("#b58900", "#06a5c9", "#a0674b", "#6b9e28", "#e0483e"),
+)
+GREY = "#8a94a6"
+
+Style = Literal["line", "dashed", "points", "rings", "steps", "bars"]
+
+
+@dataclass
+class Series:
+    """One line, cloud of points or row of bars."""
+
+    label: str
+    x: list[Any]
+    y: list[float]
+    color: str
+    style: Style = "line"
+    faint: bool = False
+    notes: list[str] | None = None  # a word for each point, shown by the pointer
+    errors: tuple[list[float], list[float]] | None = None  # below and above each bar
+    colors: list[str] | None = None  # of each bar
+
+
+@dataclass
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series] = field(default_factory=list)
+    note: str = ""
+    range: tuple[float, float] | None = None  # of the y axis
+    percent: bool = False  # the y axis has fractions
+    tall: bool = False
+
+
+@dataclass
+class Figure:
+    """Panels, and what the colours and the strokes mean."""
+
+    panels: list[Panel]
+    legend: list[tuple[str, str]] = field(default_factory=list)  # (label, colour)
+    strokes: str = ""
+
+
+def history(ends: list[EndPoint]) -> Figure:
+    """The scores of the trials that ended and the best so far, over time and over GPU-hours."""
+    panels = []
+    axes: list[tuple[str, Callable[[EndPoint], float]]] = [
+        ("hours since the first claim", lambda end: end.hours),
+        ("GPU-hours used", lambda end: end.gpu_hours),
+    ]
+    for title, (axis, place) in zip(("Score over time", "Score over GPU-hours"), axes, strict=True):
+        series = []
+        for outcome, color, style in (("pruned", GREY, "rings"), ("complete", PALETTE[0], "points")):
+            some = [end for end in ends if end.outcome == outcome and end.value is not None]
+            notes = [f"trial {end.trial}" for end in some]
+            values = [end.value or 0.0 for end in some]
+            series.append(Series(outcome, [place(e) for e in some], values, color, style, notes=notes))  # type: ignore[arg-type]
+        done = [end for end in ends if end.outcome == "complete" and end.value is not None]
+        best, steps = -math.inf, []
+        for end in done:
+            best = max(best, end.value or 0.0)
+            steps.append(best)
+        series.append(Series("best so far", [place(end) for end in done], steps, PALETTE[1], "steps"))
+        panels.append(Panel(title, axis, "score", series, percent=True))
+    legend = [("complete", PALETTE[0]), ("pruned, at its last epoch", GREY), ("best so far", PALETTE[1])]
+    return Figure(panels, legend)
+
+
+def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> Figure:
+    """Loss, accuracy and learning rate of several trials, and the accuracy of each category.
+
+    `smooth` in [0, 1) is the weight of the past in an exponential mean; the raw curve stays, faintly.
+    """
+    panels = [
+        _training("Average per-class accuracy", "accuracy", curves, smooth, percent=True),
+        _training("Loss", "loss", curves, smooth),
+        Panel(
+            "Learning rate",
+            "epoch",
+            "lr",
+            [_line(c, c.metrics["lr"], number) for number, c in enumerate(curves)],
+        ),
+    ]
+    for index, name in enumerate(categories):
+        panel = Panel(f"{name.capitalize()}: accuracy", "epoch", "accuracy", percent=True)
+        for number, curve in enumerate(curves):
+            values = [row[index] for row in curve.categories]
+            panel.series += _smoothed(curve, values, number, smooth, "line")
+        panels.append(panel)
+    legend = [
+        (_name(curve) + (", pruned" if curve.trial.state == "pruned" else ""), _color(number))
+        for number, curve in enumerate(curves)
+    ]
+    return Figure(panels, legend, "solid: validation; dashed: training")
+
+
+def _training(title: str, kind: str, curves: list[Curve], smooth: float, percent: bool = False) -> Panel:
+    panel = Panel(title, "epoch", kind, percent=percent)
+    for number, curve in enumerate(curves):
+        panel.series += _smoothed(curve, curve.metrics[f"train_{kind}"], number, smooth, "dashed")
+        panel.series += _smoothed(curve, curve.metrics[f"val_{kind}"], number, smooth, "line")
+    return panel
+
+
+def _smoothed(
+    curve: Curve, values: list[float], number: int, smooth: float, style: Style
+) -> list[Series]:
+    raw = _line(curve, values, number, style)
+    if not smooth:
+        return [raw]
+    raw.faint = True
+    return [raw, _line(curve, _exponential_mean(values, smooth), number, style)]
+
+
+def _line(curve: Curve, values: list[float], number: int, style: Style = "line") -> Series:
+    # People count epochs from 1.
+    return Series(_name(curve), [e + 1 for e in curve.epochs], values, _color(number), style)
+
+
+def _exponential_mean(values: list[float], weight: float) -> list[float]:
+    """With the correction for its start that Adam's means have."""
+    means, mean = [], 0.0
+    for count, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        means.append(mean / (1 - weight**count))
+    return means
+
+
+def _name(curve: Curve) -> str:
+    return f"trial {curve.trial.number}"
+
+
+def _color(number: int) -> str:
+    return PALETTE[number % len(PALETTE)]
+
+
+def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
+    """Accuracy curves in one panel per value of a hyperparameter, all on the same scale.
+
+    A parameter with more values than `groups` is cut into ranges with as many trials each. A panel's
+    note has the mean gap between training and validation at the trials' last epochs.
+    """
+    able = [curve for curve in curves if by in curve.trial.params and curve.epochs]
+    panels = []
+    for label, members in _groups(able, by, groups):
+        panel = Panel(f"{_word(by)} {label}", "epoch", "accuracy", percent=True)
+        for kind, color, style in (
+            ("train_accuracy", PALETTE[1], "dashed"),
+            ("val_accuracy", PALETTE[0], "line"),
+        ):
+            for curve in members:
+                x, y = [e + 1 for e in curve.epochs], curve.metrics[kind]
+                panel.series.append(Series(_name(curve), x, y, color, style, faint=True))  # type: ignore[arg-type]
+            panel.series.append(_mean(members, kind, color, style))  # type: ignore[arg-type]
+        gaps = [curve.gap for curve in members if curve.gap is not None]
+        best = max(curve.metrics["val_accuracy"][-1] for curve in members)
+        panel.note = (
+            f"{len(members)} trial{'s' if len(members) > 1 else ''}, best {best:.1%}, "
+            f"mean gap {100 * sum(gaps) / len(gaps):+.1f} points"
+        )
+        panels.append(panel)
+    values = [y for panel in panels for series in panel.series for y in series.y if math.isfinite(y)]
+    for panel in panels:
+        panel.range = (min(values) - 0.02, max(values) + 0.02) if values else None
+    legend = [("validation", PALETTE[0]), ("training", PALETTE[1])]
+    return Figure(panels, legend, "thick: mean of the trials that reached the epoch")
+
+
+def _word(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _groups(curves: list[Curve], by: str, groups: int) -> list[tuple[str, list[Curve]]]:
+    ordered = sorted(curves, key=lambda curve: curve.trial.params[by])
+    values = sorted({curve.trial.params[by] for curve in ordered})
+    if len(values) <= groups:
+        return [(f"= {v:g}", [c for c in ordered if c.trial.params[by] == v]) for v in values]
+    cuts = [round(len(ordered) * part / groups) for part in range(groups + 1)]
+    parts = [ordered[start:end] for start, end in itertools.pairwise(cuts) if start < end]
+    return [
+        (f"{part[0].trial.params[by]:.2g} to {part[-1].trial.params[by]:.2g}", part) for part in parts
+    ]
+
+
+def _mean(curves: list[Curve], kind: str, color: str, style: Style) -> Series:
+    by_epoch: dict[int, list[float]] = {}
+    for curve in curves:
+        for epoch, value in zip(curve.epochs, curve.metrics[kind], strict=True):
+            if math.isfinite(value):
+                by_epoch.setdefault(epoch, []).append(value)
+    x = sorted(by_epoch)
+    means = [sum(by_epoch[e]) / len(by_epoch[e]) for e in x]
+    return Series("mean", [e + 1 for e in x], means, color, style)
+
+
+def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
+    """The accuracy of each attribute with its 95 % interval, which for few images is wide.
+
+    `table` has name, category and number of validation images of each (storage.models.Study).
+    """
+    kinds = list(dict.fromkeys(row["category"] for row in table))
+    names, values, below, above, colors = [], [], [], [], []
+    for hit, row in zip(hits, table, strict=True):
+        if not row["images"]:
+            continue  # its accuracy is not defined, and not in the score
+        low, high = wilson(hit, row["images"])
+        value = hit / row["images"]
+        names.append(f"{row['name'].replace('_', ' ')} ({row['images']})")
+        values.append(value)
+        below.append(value - low)
+        above.append(high - value)
+        colors.append(_color(kinds.index(row["category"])))
+    bars = Series("accuracy", names, values, GREY, "bars", errors=(below, above), colors=colors)
+    panel = Panel("Accuracy of each attribute (validation images)", "", "accuracy", [bars], tall=True)
+    panel.range, panel.percent = (0.0, 1.0), True
+    return Figure([panel], [(kind, _color(number)) for number, kind in enumerate(kinds)])
+
+
+def wilson(hits: int, images: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a proportion by Wilson's score method (JASA 22, 1927), 95 % for z = 1.96."""
+    p, n = hits / images, images
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)

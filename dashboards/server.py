@@ -1,0 +1,160 @@
+"""`atelier dashboard`: one process that serves optuna-dashboard and our pages."""
+
+import getpass
+import ipaddress
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from flask import Flask
+from gunicorn.app.base import BaseApplication
+
+from dashboards.accounts import Accounts, OneTimeLink, session_key
+from dashboards.web import Door, make_app
+from storage import database
+
+THREADS = 8
+
+
+class ServeError(ValueError):
+    """The dashboard must not or cannot be served so; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the dashboard listens, and how people reach it."""
+
+    host: str
+    port: int
+    certificate: Path | None = None  # PEM files
+    key: Path | None = None
+    behind_proxy: bool = False  # that does TLS and sets X-Forwarded-*
+    in_clear: bool = False  # other machines may send passwords unencrypted
+    prefix: str = ""
+
+    def check(self, accounts: Accounts) -> None:
+        """Raises ServeError unless it is safe to listen there."""
+        if self.prefix and (not self.prefix.startswith("/") or self.prefix.rstrip("/") != self.prefix):
+            raise ServeError(f"--prefix {self.prefix!r}: write it as in /atelier, no slash at the end")
+        if (self.certificate is None) != (self.key is None):
+            raise ServeError("--certificate and --key go together; give both files")
+        for path in (self.certificate, self.key):
+            if path is not None and not path.is_file():
+                raise ServeError(f"{path}: no such file; give the PEM file")
+        if self.is_local:
+            return
+        if not accounts.all():
+            raise ServeError(
+                f"--host {self.host} lets other machines in, and nobody has an account yet; add one "
+                "with: atelier user add NAME"
+            )
+        if not (self.certificate or self.behind_proxy or self.in_clear):
+            raise ServeError(
+                f"--host {self.host} would send passwords in clear; give --certificate and --key, or "
+                "say --behind-proxy if a proxy encrypts, or --no-tls if the network is your own"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def url(self, path: str = "/") -> str:
+        """For a browser on this machine, or on the network if it listens there."""
+        scheme = "https" if self.certificate else "http"
+        host = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.port}{self.prefix}{path}"
+
+
+def serve(address: Address) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises ServeError, AccountError, DatabaseError."""
+    accounts = Accounts()
+    accounts.all()  # the file can be read
+    address.check(accounts)
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host, address.port))
+        except OSError as error:
+            raise ServeError(
+                f"cannot listen at {address.host}:{address.port} ({error.strerror}); "
+                "choose another --port"
+            ) from None
+    database.prepare(database.connect())  # its errors belong to the terminal
+    _Server(address, accounts).run()
+
+
+def _say_where(address: Address, token: str | None) -> None:
+    typer.echo(f"dashboard: {address.url('/login?token=' + token if token else '/')}")
+    if address.is_local:
+        host = socket.gethostname()
+        typer.echo(
+            f"  from your own machine: ssh -N -L {address.port}:{address.host}:{address.port} "
+            f"{getpass.getuser()}@{host}   then open the link above"
+        )
+
+
+def open_doors() -> dict[str, Door]:
+    """Both roles' ways to the database. Raises DatabaseError."""
+    engine = database.connect()
+    storage = database.prepare(engine)
+    looking = database.read_only(engine)
+    if not looking.has_role:
+        typer.echo(
+            "note: this database user may make no roles, so only the connection's own setting keeps "
+            f"viewers from writing; let its owner run: CREATE ROLE {database.VIEWER} NOLOGIN; "
+            f"GRANT {database.VIEWER} TO {engine.url.username};",
+            err=True,
+        )
+    return {
+        "editor": Door.to(engine, storage),
+        "viewer": Door.to(looking.engine, looking.storage),
+    }
+
+
+class _Server(BaseApplication):  # type: ignore[misc]
+    """gunicorn with one worker process, whose threads share the caches."""
+
+    def __init__(self, address: Address, accounts: Accounts) -> None:
+        self._address, self._accounts = address, accounts
+        super().__init__()
+
+    def load_config(self) -> None:
+        host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host
+        settings: dict[str, Any] = {
+            "bind": f"{host}:{self._address.port}",
+            "workers": 1,
+            "worker_class": "gthread",
+            "threads": THREADS,
+            "loglevel": "warning",
+            "proc_name": "atelier-dashboard",
+            "control_socket_disable": True,
+        }
+        if self._address.certificate:
+            settings |= {"certfile": str(self._address.certificate), "keyfile": str(self._address.key)}
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """In the worker process, which connects for itself."""
+        address = self._address
+        link = None
+        if self._accounts.all():
+            _say_where(address, None)
+        else:
+            link = OneTimeLink(lambda token: _say_where(address, token))
+        return make_app(
+            open_doors(),
+            self._accounts,
+            session_key(),
+            link,
+            prefix=address.prefix,
+            https=address.certificate is not None or (address.behind_proxy and not address.in_clear),
+            behind_proxy=address.behind_proxy,
+        )

@@ -1,0 +1,298 @@
+"""The web application: one gate in front of optuna-dashboard and of our own pages.
+
+Every request passes `_gate` before anything else, whatever its path; only the login page, its style and
+the health check are open. A viewer's request is served from a connection that cannot write.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+import optuna_dashboard
+import sqlalchemy as sa
+from flask import (
+    Flask,
+    Response,
+    abort,
+    g,
+    jsonify,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+from optuna.artifacts import FileSystemArtifactStore
+from sqlalchemy.exc import DBAPIError, NoResultFound
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from dashboards import pages
+from dashboards.accounts import Accounts, OneTimeLink, Throttle
+from storage import database, ledger
+from storage.runs import artifacts
+
+SESSION = timedelta(hours=12)
+OPEN = {"login", "log_in", "static", "health"}  # endpoints that need no login
+PAGE_SECONDS = 3.0  # that a page waits for a database which is away
+CONTENT_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
+)
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+@dataclass
+class Door:
+    """One role's way to the data: a connection, and optuna-dashboard on top of one."""
+
+    engine: sa.Engine
+    optuna_app: Any = field(repr=False)
+
+    @classmethod
+    def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "Door":
+        artifacts().mkdir(parents=True, exist_ok=True)
+        app: Any = optuna_dashboard.wsgi(storage, FileSystemArtifactStore(artifacts()))
+        app.catchall = False  # its errors are ours to answer
+        return cls(engine, app)
+
+
+def make_app(
+    doors: dict[str, Door],
+    accounts: Accounts,
+    key: bytes,
+    link: OneTimeLink | None = None,
+    prefix: str = "",
+    https: bool = False,
+    behind_proxy: bool = False,
+) -> Flask:
+    """The application; `doors` are by role. `prefix` is the path that a proxy serves it under."""
+    app = Flask(__name__, static_url_path="/atelier/static")
+    # Cookies do not know ports: another dashboard on the same host needs another name.
+    app.config.update(
+        SECRET_KEY=key,
+        SESSION_COOKIE_NAME=f"atelier-{key.hex()[:8]}",
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_COOKIE_SECURE=https,
+        SESSION_COOKIE_PATH=f"{prefix}/",
+        SESSION_REFRESH_EACH_REQUEST=False,  # a page that is left open does not prolong it
+        PERMANENT_SESSION_LIFETIME=SESSION,
+        SEND_FILE_MAX_AGE_DEFAULT=timedelta(days=1),
+    )
+    app.wsgi_app = _under(prefix, app.wsgi_app)  # type: ignore[method-assign]
+    if behind_proxy:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
+    _add_login(app, accounts, link)
+    app.before_request(lambda: _gate(doors, accounts, link))
+    app.after_request(_harden)
+    app.register_error_handler(Exception, _explain)
+    app.register_blueprint(pages.blueprint)
+    app.add_url_rule("/", "root", lambda: redirect(url_for("pages.index")))
+    app.add_url_rule("/healthz", "health", lambda: "ok\n")
+    _mount_optuna(app, prefix)
+    return app
+
+
+def _under(prefix: str, app: Any) -> Callable[..., Any]:
+    """Serve under a path, whether the proxy leaves it in the request or not."""
+
+    def call(environ: dict[str, Any], start_response: Any) -> Any:
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # optuna-dashboard reads it unasked
+        path = environ.get("PATH_INFO", "")
+        if prefix and (path == prefix or path.startswith(f"{prefix}/")):
+            environ["PATH_INFO"] = path[len(prefix) :] or "/"
+        environ["SCRIPT_NAME"] = prefix
+        return app(environ, start_response)
+
+    return call
+
+
+def _gate(doors: dict[str, Door], accounts: Accounts, link: OneTimeLink | None) -> Any:
+    database.patience.set(PAGE_SECONDS)
+    g.role = None
+    if _is_cross_site():
+        return _refuse(403, "requests from other sites are refused")
+    if request.endpoint in OPEN:
+        return None
+    g.role, g.user = _who(accounts, link)
+    if g.role is None:
+        if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+            return redirect(url_for("login", next=request.full_path.rstrip("?")))
+        return _refuse(401, "log in first")
+    door = doors[g.role]
+    g.engine, g.optuna_app = door.engine, door.optuna_app
+    if request.method in ("GET", "HEAD") or request.endpoint == "logout":
+        return None
+    if g.role != "editor":
+        return _refuse(403, "a viewer may look, not change; ask for an account with the role editor")
+    reason = _forbidden_to_editors(g.engine, request.method, request.path)
+    return _refuse(409, reason) if reason else None
+
+
+def _is_cross_site() -> bool:
+    """Whether another site's page makes this request. A link that somebody follows is no such thing."""
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    reads = request.method in ("GET", "HEAD")
+    if site not in ("same-origin", "none"):
+        return not (reads and request.headers.get("Sec-Fetch-Mode") == "navigate")
+    origin = request.headers.get("Origin")
+    return not reads and origin is not None and urlsplit(origin).netloc != request.host
+
+
+def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str | None]:
+    """Role and name of the session; it ends when its account changes."""
+    known = accounts.all()
+    account = known.get(session.get("user", ""))
+    if account is not None and session.get("stamp") == account.stamp:
+        return account.role, account.name
+    if link is not None and not known and session.get("stamp") == "link":
+        return "editor", None
+    return None, None
+
+
+# What optuna-dashboard can do to a study or trial, as (method, path).
+_RENAME = re.compile(r"POST /api/studies/\d+/rename")
+_DELETE = re.compile(r"DELETE /api/studies/(\d+)")
+_OF_TRIAL = re.compile(r"(?:POST|PUT|DELETE) /api/trials/(\d+)/.*")
+
+
+def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | None:
+    """Why not even an editor may do this now: the workers' fence does not know optuna-dashboard."""
+    call = f"{method} {path.rstrip('/')}"
+    if _RENAME.fullmatch(call):
+        return (
+            "optuna-dashboard renames by copying, which loses epochs and checkpoints; start another "
+            "study instead, with another [study] name"
+        )
+    if (match := _DELETE.fullmatch(call)) and ledger.has_live_lease(engine, study_id=int(match[1])):
+        return "workers hold trials of this study; stop them first: atelier stop STUDY"
+    if (match := _OF_TRIAL.fullmatch(call)) and ledger.has_live_lease(engine, trial_id=int(match[1])):
+        return "a worker holds this trial; stop the workers first: atelier stop STUDY"
+    return None
+
+
+def _refuse(status: int, reason: str) -> Response:
+    """In optuna-dashboard's form, whose pages show the reason."""
+    response = jsonify(reason=reason)
+    response.status_code = status
+    return response
+
+
+def _harden(response: Response) -> Response:
+    response.headers.remove("Access-Control-Allow-Origin")
+    response.headers.setdefault("Content-Security-Policy", CONTENT_POLICY)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["X-Frame-Options"] = "DENY"
+    response.headers["Referrer-Policy"] = "same-origin"
+    if request.path.startswith("/artifacts/"):  # somebody's file, of any type
+        response.headers["Content-Security-Policy"] = (
+            "sandbox; default-src 'none'; style-src 'unsafe-inline'"
+        )
+    if request.endpoint != "static" and "Cache-Control" not in response.headers:
+        response.headers["Cache-Control"] = "no-cache"
+    return response
+
+
+def _explain(error: Exception) -> Any:
+    """A page for every error: what happened and what to do next."""
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        error = error.__cause__ or error  # type: ignore[assignment]
+    if isinstance(error, HTTPException):
+        status, words = error.code or 500, error.description or ""
+    elif isinstance(error, (NoResultFound, KeyError)):  # KeyError: Optuna's, of a study that is gone
+        status, words = 404, "There is no such study or trial, or not any more."
+    elif isinstance(error, DBAPIError):
+        status, words = 503, "The database does not answer. This page asks again by itself."
+    else:
+        raise error
+    if g.get("role") is None or request.path.startswith(("/api/", "/csv/", "/artifacts/")):
+        return _refuse(status, words)
+    return render_template("message.html", title=f"{status}", words=words), status
+
+
+def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
+    throttle = Throttle()
+
+    def enter(stamp: str, user: str = "") -> Any:
+        session.clear()
+        session.permanent = True
+        session.update(user=user, stamp=stamp)
+        target = request.values.get("next", "")
+        safe = re.fullmatch(r"/(?![/\\])[^\\\r\n]*", target)  # a path of ours, not another host
+        return redirect(request.script_root + target if safe else url_for("pages.index"))
+
+    def ask(problem: str = "", status: int = 200) -> Any:
+        target, by_link = request.values.get("next", ""), not accounts.all()
+        return render_template("login.html", problem=problem, by_link=by_link, next=target), status
+
+    @app.get("/login")
+    def login() -> Any:
+        token = request.args.get("token")
+        if token is None:
+            return ask()
+        if link is not None and not accounts.all() and link.use(token):
+            return enter("link")
+        return ask("This link has been used; the terminal shows the next one.", 401)
+
+    @app.post("/login")
+    def log_in() -> Any:
+        name, password = request.form.get("name", ""), request.form.get("password", "")
+        keys = (f"name {name[:200]}", f"address {request.remote_addr}")
+        if wait := throttle.wait(*keys):
+            return ask(f"Too many attempts. Try again in {wait} s.", 429)
+        account = accounts.check(name, password)
+        if account is None:
+            throttle.failed(*keys)
+            return ask("Wrong name or password.", 401)
+        throttle.succeeded(*keys)
+        return enter(account.stamp, account.name)
+
+    @app.post("/logout")
+    def logout() -> Any:
+        session.clear()
+        return redirect(url_for("login"))
+
+
+def _mount_optuna(app: Flask, prefix: str) -> None:
+    page_link = '<a href="{}" style="{}">Atelier’s pages</a></body>'
+    style = (
+        "position:fixed;right:16px;bottom:16px;z-index:2000;padding:8px 14px;border-radius:20px;"
+        "background:#3b82f6;color:#fff;font:500 14px system-ui,sans-serif;text-decoration:none"
+    )
+    script: list[bytes] = []  # optuna-dashboard's, for our prefix
+
+    @app.route("/<path:path>", methods=METHODS)
+    def optuna_pages(path: str) -> Response:
+        response: Response = Response.from_app(g.optuna_app, request.environ)  # type: ignore[assignment]
+        if response.mimetype == "text/html" and path.split("/")[0] == "dashboard":
+            text = Path(optuna_dashboard.__file__).with_name("index.html").read_text(encoding="utf-8")
+            text = text.replace('="/static/', f'="{prefix}/static/')
+            response.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
+        elif prefix and path == "static/bundle.js":
+            if not script:
+                script.append(_prefixed(prefix))
+            response = Response(script[0], mimetype="text/javascript")
+            response.add_etag()
+            response.make_conditional(request)
+        elif prefix and 300 <= response.status_code < 400:
+            abort(404)  # the only redirect is that of "/", which is ours
+        return response
+
+
+def _prefixed(prefix: str) -> bytes:
+    """optuna-dashboard's script with its absolute paths under the prefix."""
+    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
+    for old, new in (
+        ("`${this.baseURL}/api/", f"`{prefix}/api/"),
+        ("`/artifacts/", f"`{prefix}/artifacts/"),
+        ("(/artifacts/", f"({prefix}/artifacts/"),
+        ("`/csv/", f"`{prefix}/csv/"),
+        ('url_prefix:"/dashboard"', f'url_prefix:"{prefix}/dashboard"'),
+    ):
+        text = text.replace(old, new)
+    return text.encode()

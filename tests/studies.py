@@ -1,0 +1,189 @@
+"""Studies of any size, written straight into the database instead of trained for days."""
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.storages._rdb.models import (
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialValueModel,
+)
+from optuna.trial import TrialState
+
+from storage import database, ledger
+from storage.models import Attempt, Epoch, Worker
+
+SPACE = {
+    "lr": FloatDistribution(1e-4, 1e-2, log=True),
+    "batch_size": CategoricalDistribution([64, 128, 256]),
+    "weight_decay": FloatDistribution(1e-4, 1e-2, log=True),
+    "dropout": FloatDistribution(0.15, 0.6),
+    "epsilon": FloatDistribution(1e-4, 2e-2, log=True),
+}
+FINITE = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+CATEGORIES = {"texture": 7, "sleeve": 3, "length": 3, "neckline": 4, "fabric": 6, "fit": 3}
+ATTRIBUTES = [
+    {"name": f"{category}_{index}", "category": category, "images": 9 + 41 * index}
+    for category, size in CATEGORIES.items()
+    for index in range(size)
+]
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+    "waiting": TrialState.RUNNING,
+}
+
+
+def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
+    """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
+    storage = database.prepare(engine)
+    study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+    study_id = study._study_id
+    ledger.enter_study(
+        engine,
+        study_id,
+        max_trials=max_trials or len(states),
+        max_gpu_seconds=None,
+        settings={"train": {"epochs": epochs, "backbone": "resnet10t"}, "space": {}, "places": {}},
+        dataset="f" * 64,
+        attributes=ATTRIBUTES,
+    )
+    tables = {
+        model: []
+        for model in (TrialParamModel, TrialValueModel, TrialIntermediateValueModel, Attempt, Epoch)
+    }
+    now = datetime.now(UTC)
+    worker = f"worker of {name}"
+    random = np.random.default_rng(0)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.insert(Worker).values(
+                id=worker,
+                host="node-1",
+                pid=77,
+                process="elsewhere:1:1",
+                gpu="A100",
+                log=log,
+                slurm_job="12",
+                slurm_array_job="12",
+                slurm_array_task="3",
+            )
+        )
+        query = sa.insert(TrialModel).returning(TrialModel.trial_id, sort_by_parameter_order=True)
+        rows = [
+            {"number": number, "study_id": study_id, "state": STATES[state]}
+            for number, state in enumerate(states)
+        ]
+        ids = list(connection.scalars(query, rows)) if rows else []
+        for number, (trial, state) in enumerate(zip(ids, states, strict=True)):
+            quality = random.random()
+            length = {"complete": epochs, "pruned": max(epochs // 5, 1), "failed": 1}.get(
+                state, epochs // 3
+            )
+            begin = now - timedelta(hours=len(states) - number)
+            end = begin + timedelta(minutes=2 * length)
+            tables[TrialParamModel] += [_param(trial, key, d, random) for key, d in SPACE.items()]
+            accuracy = 0.0
+            for epoch in range(length):
+                row = _epoch(trial, epoch, quality, random)
+                accuracy = row["val_accuracy"]
+                tables[Epoch].append(row)
+                tables[TrialIntermediateValueModel].append(
+                    {
+                        "trial_id": trial,
+                        "step": epoch,
+                        "intermediate_value": accuracy,
+                        "intermediate_value_type": FINITE,
+                    }
+                )
+            if state in ("complete", "pruned"):
+                tables[TrialValueModel].append(
+                    {
+                        "trial_id": trial,
+                        "objective": 0,
+                        "value": accuracy,
+                        "value_type": TrialValueModel.TrialValueType.FINITE,
+                    }
+                )
+            tables[Attempt] += _attempts(trial, study_id, worker, state, begin, end, now)
+        for model, some in tables.items():
+            if some:
+                connection.execute(sa.insert(model), some)
+    return study_id
+
+
+def _param(trial, name, distribution, random):
+    if isinstance(distribution, CategoricalDistribution):
+        value = int(random.integers(len(distribution.choices)))
+    else:
+        low, high = distribution.low, distribution.high
+        value = float(np.exp(random.uniform(math.log(low), math.log(high))))
+    return {
+        "trial_id": trial,
+        "param_name": name,
+        "param_value": value,
+        "distribution_json": distribution_to_json(distribution),
+    }
+
+
+def _epoch(trial, epoch, quality, random):
+    value = 0.25 + (0.2 + 0.2 * quality) * (1 - math.exp(-epoch / 6)) + random.normal(0, 0.008)
+    train = value + 0.01 * epoch * (0.5 + quality) / 2
+    return {
+        "trial_id": trial,
+        "epoch": epoch,
+        "attempt": 1,
+        "lr": 0.005 * math.cos(epoch / 30 * math.pi / 2),
+        "train_loss": 1.6 - train,
+        "val_loss": 1.6 - value,
+        "train_accuracy": train,
+        "val_accuracy": value,
+        "val_overall": value + 0.05,
+        "val_category": [value + random.normal(0, 0.05) for _ in CATEGORIES],
+        "val_hits": [round(row["images"] * value) for row in ATTRIBUTES],
+        "seconds": 60.0,
+        "images": 5000,
+        "peak_memory": 4e9,
+    }
+
+
+def _attempts(trial, study_id, worker, state, begin, end, now):
+    row = {
+        "trial_id": trial,
+        "number": 1,
+        "study_id": study_id,
+        "worker_id": worker,
+        "claimed": begin,
+        "renewed": end,
+        "lease_until": end + timedelta(seconds=120),
+        "released": end,
+        "outcome": state,
+        "reason": None,
+    }
+    reasons = {
+        "pruned": "pruned after epoch 5",
+        "failed": "Traceback (most recent call last):\nValueError: x",
+    }
+    if state in reasons:
+        return [row | {"reason": reasons[state]}]
+    if state == "complete":
+        return [row]
+    given_back = row | {"outcome": "released", "reason": "SIGTERM"}
+    if state == "waiting":
+        return [given_back]
+    held = {
+        "number": 2,
+        "claimed": end,
+        "renewed": now,
+        "lease_until": now + timedelta(hours=1),
+        "released": None,
+        "outcome": None,
+    }
+    return [given_back, row | held]
