@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from flask import (
     Flask,
     Response,
-    abort,
     g,
     jsonify,
     redirect,
@@ -44,6 +43,8 @@ CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
 )
+# KeyError is Optuna's, of a study that was deleted.
+GONE = (NoResultFound, KeyError, optuna.artifacts.exceptions.ArtifactNotFound)
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -177,7 +178,7 @@ def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | No
 
 
 def _refuse(status: int, reason: str) -> Response:
-    """In optuna-dashboard's form, whose pages show the reason."""
+    """In optuna-dashboard's form of an error."""
     response = jsonify(reason=reason)
     response.status_code = status
     return response
@@ -204,7 +205,7 @@ def _explain(error: Exception) -> Any:
         error = error.__cause__ or error  # type: ignore[assignment]
     if isinstance(error, HTTPException):
         status, words = error.code or 500, error.description or ""
-    elif isinstance(error, (NoResultFound, KeyError)):  # KeyError: Optuna's, of a study that is gone
+    elif isinstance(error, GONE):
         status, words = 404, "There is no such study or trial, or not any more."
     elif isinstance(error, DBAPIError):
         status, words = 503, "The database does not answer. This page asks again by itself."
@@ -268,20 +269,21 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
 
     @app.route("/<path:path>", methods=METHODS)
     def optuna_pages(path: str) -> Response:
-        response: Response = Response.from_app(g.optuna_app, request.environ)  # type: ignore[assignment]
-        if response.mimetype == "text/html" and path.split("/")[0] == "dashboard":
-            text = Path(optuna_dashboard.__file__).with_name("index.html").read_text(encoding="utf-8")
-            text = text.replace('="/static/', f'="{prefix}/static/')
-            response.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
-        elif prefix and path == "static/bundle.js":
+        if prefix and path == "static/bundle.js":
             if not script:
                 script.append(_prefixed(prefix))
             response = Response(script[0], mimetype="text/javascript")
             response.add_etag()
-            response.make_conditional(request)
-        elif prefix and 300 <= response.status_code < 400:
-            abort(404)  # the only redirect is that of "/", which is ours
-        return response
+            return response.make_conditional(request)  # type: ignore[return-value]
+        is_page = path.split("/")[0] == "dashboard"
+        answer: Any = Response.from_app(g.optuna_app, request.environ, buffered=is_page)
+        if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
+            with g.engine.connect():
+                pass  # if the database is away, this raises, and `_explain` says so
+        if is_page and answer.mimetype == "text/html":
+            text = answer.get_data(as_text=True).replace('="/static/', f'="{prefix}/static/')
+            answer.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
+        return answer  # type: ignore[no-any-return]
 
 
 def _prefixed(prefix: str) -> bytes:

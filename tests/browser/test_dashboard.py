@@ -1,0 +1,240 @@
+"""What people see and do in the dashboard."""
+
+import re
+import ssl
+import subprocess
+import sys
+import time
+
+import pytest
+
+from storage import database, ledger
+from tests.browser.conftest import PASSWORD, SCREENSHOTS, log_in
+from tests.conftest import STUDY
+from tests.studies import fill
+
+MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "pruned"] * 12
+
+
+def wait_until(condition):
+    # Not Playwright's wait_for_function, whose eval our pages' policy forbids.
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def points(page, plot):
+    """How many points the last line of a plot has."""
+    return page.evaluate(f"document.getElementById('{plot}').data.at(-1).x.length")
+
+
+def drawn(page):
+    """Wait until every plot of the page is drawn; returns how many there are."""
+    every = "[...document.querySelectorAll('.plot')].every((place) => place.querySelector('.main-svg'))"
+    wait_until(lambda: page.evaluate(every))
+    return page.locator(".plot").count()
+
+
+def test_a_viewer_logs_in_and_cannot_delete(page, start, accounts, engine):
+    study = fill(engine, ["complete"])
+    server = start()
+    page.goto(f"{server.base}/dashboard/studies/{study}")
+    assert page.url.startswith(f"{server.base}/login")
+    log_in(page, server, "vera", "wrong password")
+    assert "Wrong name or password" in page.inner_text("[role=alert]")
+    log_in(page, server, "vera")
+    page.wait_for_url(f"{server.base}/atelier/")
+    status = page.evaluate(
+        f"fetch('/api/studies/{study}', {{method: 'DELETE', body: '{{}}'}}).then((r) => r.status)"
+    )
+    assert status == 403
+    assert ledger.study_entry(engine, "filled") is not None
+    page.click("text=filled")
+    drawn(page)
+    page.click("text=Log out")
+    page.wait_for_url(f"{server.base}/login")
+    page.goto(f"{server.base}/atelier/")
+    assert "/login" in page.url
+
+
+def test_optuna_dashboards_own_delete_button_is_refused(page, start, accounts, engine):
+    fill(engine, ["complete"], name="precious")
+    server = start()
+    log_in(page, server, "vera")
+    page.goto(f"{server.base}/dashboard")
+    page.locator("button:has([data-testid=DeleteIcon])").first.click()
+    page.get_by_role("button", name="Yes").click()
+    page.get_by_text("Failed to delete study").wait_for()
+    assert ledger.study_entry(engine, "precious") is not None
+
+
+def test_optuna_dashboards_study_page_opens_through_the_login(page, start, accounts, engine):
+    study = fill(engine, MIXED, name="linked")
+    optuna_study = database.optuna_storage(engine)
+    import optuna
+
+    from dashboards.note import leave_note
+
+    leave_note(optuna.load_study(study_name="linked", storage=optuna_study))
+    server = start()
+    log_in(page, server, "vera")
+    page.goto(f"{server.base}/dashboard/studies/{study}")
+    page.get_by_text("Hyperparameter Importance").first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "optuna-dashboard.png")
+    page.goto(f"{server.base}/dashboard/studies/{study}/note")
+    page.get_by_role("link", name="curves").click()
+    page.wait_for_url(f"{server.base}/atelier/studies/{study}/curves")
+    page.goto(f"{server.base}/dashboard")
+    page.get_by_role("link", name="Atelier’s pages").click()
+    page.wait_for_url(f"{server.base}/atelier/")
+
+
+PAGES = {
+    "studies": ("/atelier/", 0),
+    "study": ("/atelier/studies/{study}", 2),
+    "curves": ("/atelier/studies/{study}/curves?smooth=40", 9),
+    "compare": ("/atelier/studies/{study}/compare?by=dropout", 4),
+    "trial": ("/atelier/studies/{study}/trials/0", 10),
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_our_pages_are_drawn_and_fit(page, start, accounts, engine, home, width, scheme):
+    log = home / "slurm" / "12_3.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("2026-01-01 10:00:00 INFO trial 0: attempt 1\n" * 9)
+    study = fill(engine, MIXED, name="fashion", max_trials=60, log=str(log))
+    fill(engine, [], name="<b>empty</b> & more", max_trials=5)
+    server = start()
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    log_in(page, server, "vera")
+    for name, (path, plots) in PAGES.items():
+        page.goto(server.base + path.format(study=study))
+        assert drawn(page) == plots
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide"
+        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground)[:3]))
+    assert (brightness < 150) == (scheme == "dark")
+
+
+def test_filters_are_in_the_address(page, start, accounts, engine):
+    study = fill(engine, MIXED)
+    server = start()
+    log_in(page, server, "vera")
+    page.goto(f"{server.base}/atelier/studies/{study}")
+    page.check("label:has-text('failed') input")
+    page.click("button:has-text('Show')")
+    assert page.url.endswith("?state=failed")
+    assert page.locator("[data-live=trials] tbody tr").count() == 1
+    page.goto(f"{server.base}/atelier/studies/{study}/curves")
+    page.fill("input[name=trials]", "0, 1")
+    page.click("button:has-text('Show')")
+    assert drawn(page) == 9
+    assert page.locator("[data-live=chosen] a").count() == 2
+    assert "trials=0%2C+1" in page.url
+
+
+def test_a_page_follows_a_worker_without_a_reload(page, start, accounts, engine, demo, tmp_path, home):
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.format(name="live", trials=1, size=32, epochs=40, data=demo))
+    with (tmp_path / "worker.log").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "search", "worker", str(study)], stdout=output, stderr=output
+        )
+    try:
+        server = start()
+        log_in(page, server, "vera")
+        wait_until(lambda: ledger.curve(engine, 1, 0))
+        page.goto(f"{server.base}/atelier/studies/1/trials/0")
+        drawn(page)
+        page.evaluate("window.sameDocument = true")
+        before = points(page, "curve-1")
+        shown = page.inner_text("[data-live=head]")
+        wait_until(lambda: points(page, "curve-1") > before)
+        assert page.evaluate("window.sameDocument")
+        assert page.inner_text("[data-live=head]") != shown
+    finally:
+        worker.terminate()
+        assert worker.wait(60) == 3, (tmp_path / "worker.log").read_text()
+
+
+def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(page, start, accounts, engine):
+    study = fill(engine, ["complete"])
+    server = start()
+    log_in(page, server, "vera")
+    page.goto(f"{server.base}/atelier/studies/{study}")
+    drawn(page)
+    database.optuna_storage(engine).delete_study(study)
+    page.get_by_text("There is no such study, or not any more.").wait_for(timeout=15_000)
+    page.goto(f"{server.base}/atelier/")
+    server.process.kill()
+    server.process.wait()
+    server.stop = lambda: None
+    page.get_by_text("The dashboard does not answer").wait_for(timeout=15_000)
+
+
+def test_the_first_start_prints_a_link_and_how_to_reach_it_on_a_cluster(page, start, engine, home):
+    server = start()
+    [link] = server.links
+    assert re.search(r"ssh -N -L \d+:127\.0\.0\.1:\d+ \S+@\S+", server.log.read_text())
+    page.goto(link)
+    page.wait_for_url(f"{server.base}/atelier/")
+    assert "by link, editor" in page.inner_text("header")
+    page.context.clear_cookies()
+    page.goto(link)
+    assert "has been used" in page.inner_text("[role=alert]")
+    page.goto(server.links[-1])
+    page.wait_for_url(f"{server.base}/atelier/")
+
+
+def test_everything_works_under_a_proxys_prefix(page, start, accounts, engine):
+    """As Open OnDemand and JupyterHub serve it. Nothing may be asked for outside the prefix."""
+    study = fill(engine, MIXED)
+    server = start("--prefix", "/node/a-1/8080", prefix="/node/a-1/8080")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    log_in(page, server, "ed")
+    page.wait_for_url(f"{server.base}/atelier/")
+    page.goto(f"{server.base}/atelier/studies/{study}/trials/0")
+    assert drawn(page) == 10
+    page.get_by_role("link", name="optuna-dashboard").click()
+    page.get_by_text("Hyperparameter Importance").first.wait_for()
+    page.goto(f"{server.base}/dashboard/studies/{study}/trials")
+    page.get_by_text("Trial 0").first.wait_for()
+    page.goto(f"{server.base}/dashboard")
+    page.get_by_text("filled").first.click()
+    page.get_by_text("Hyperparameter Importance").first.wait_for()
+    page.click("text=Atelier’s pages")
+    page.click("text=Log out")
+    page.wait_for_url(f"{server.base}/login")
+    assert [url for url in asked if not url.startswith((server.base, "data:", "blob:"))] == []
+
+
+def test_tls_by_certificate_files(page, start, accounts, engine, tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+            *("-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    server = start(
+        "--certificate",
+        str(certificate),
+        "--key",
+        str(key),
+        context=ssl.create_default_context(cafile=str(certificate)),
+        scheme="https",
+    )
+    log_in(page, server, "vera")
+    page.wait_for_url(f"{server.base}/atelier/")
+    [cookie] = page.context.cookies()
+    assert cookie["secure"]
+    assert PASSWORD not in server.log.read_text()

@@ -1,0 +1,517 @@
+"""The dashboard's gate, roles and pages, through the real application on a real PostgreSQL."""
+
+import json
+import re
+import threading
+import time
+from html import unescape
+from pathlib import Path
+
+import optuna
+import optuna_dashboard
+import pytest
+import sqlalchemy as sa
+from flask.testing import FlaskClient
+from optuna.trial import TrialState
+from werkzeug.test import Client as WerkzeugClient
+
+from dashboards.accounts import Accounts, OneTimeLink, Throttle
+from dashboards.server import open_doors
+from dashboards.web import make_app
+from storage import database, ledger
+from storage.embedded import EmbeddedPostgres
+from tests.studies import fill
+
+PASSWORD = "correct horse battery"
+MIXED = ["complete", "pruned", "failed", "running", "waiting", "complete"]
+HTML = {"Accept": "text/html"}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def accounts(home):
+    accounts = Accounts()
+    accounts.put("vera", "viewer", PASSWORD)
+    accounts.put("ed", "editor", PASSWORD)
+    return accounts
+
+
+@pytest.fixture
+def doors(engine, home):
+    doors = open_doors()
+    yield doors
+    for door in doors.values():
+        door.engine.dispose()
+
+
+@pytest.fixture
+def app(doors, accounts):
+    app = make_app(doors, accounts, b"k" * 32)
+    app.test_client_class = Client
+    return app
+
+
+class Client(FlaskClient):
+    """Reads each answer to its end, as a browser does."""
+
+    def open(self, *args, **options):
+        return super().open(*args, buffered=True, **options)
+
+
+def log_in(app, name):
+    client = app.test_client()
+    response = client.post("/login", data={"name": name, "password": PASSWORD})
+    assert response.status_code == 302
+    return client
+
+
+def mutating_routes():
+    """(method, path) of everything in the installed optuna-dashboard that is not a GET."""
+    app = optuna_dashboard.wsgi(optuna.storages.InMemoryStorage())
+    filled = {"study_id": "1", "trial_id": "1", "artifact_id": "ab-cd", "history_id": "x"}
+    for route in app.routes:
+        if route.method not in ("GET", "HEAD"):
+            path = re.sub(r"<(\w+)[^>]*>", lambda match: filled[match[1]], route.rule)
+            yield route.method, path
+
+
+def test_there_are_mutating_routes_to_guard():
+    routes = list(mutating_routes())
+    assert len(routes) >= 15
+    assert ("DELETE", "/api/studies/1") in routes
+
+
+@pytest.mark.parametrize(("method", "path"), list(mutating_routes()))
+def test_no_mutating_route_is_open_to_strangers_or_viewers(app, engine, method, path):
+    fill(engine, ["complete"])
+    assert app.test_client().open(path, method=method, json={}).status_code == 401
+    viewer = log_in(app, "vera")
+    assert viewer.open(path, method=method, json={}).status_code == 403
+    assert database.prepare(engine).get_all_studies()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/dashboard", "/dashboard/studies/1", "/api/studies", "/api/studies/1", "/csv/1"),
+        *("/static/bundle.js", "/atelier/", "/atelier/studies/1", "/atelier/plotly.js", "/nowhere"),
+        *("/artifacts/1/1/ab", "//api/studies", "/api//studies", "/API/studies", "/api/studies/"),
+        *("/login/../api/studies", "/login;/api/studies", "/%2e%2e/api/studies"),
+    ],
+)
+def test_nothing_is_shown_without_a_login(app, engine, path):
+    fill(engine, ["complete"], name="secret name")
+    response = app.test_client().get(path)
+    assert response.status_code in (401, 308)  # 308: to the same path, cleaned up
+    assert b"secret name" not in response.data
+    page = app.test_client().get(path, headers=HTML)
+    assert page.status_code in (302, 308)
+
+
+def test_what_needs_no_login(app):
+    client = app.test_client()
+    assert client.get("/login").status_code == 200
+    assert client.get("/atelier/static/atelier.css").status_code == 200
+    assert client.get("/healthz").data == b"ok\n"
+    assert client.get("/atelier/static/../web.py").status_code == 404
+
+
+def test_wrong_passwords_are_refused_and_then_slowed_down(app):
+    client = app.test_client()
+    for name in ("vera", "nobody", "", "vera", "vera"):
+        response = client.post("/login", data={"name": name, "password": "wrong"})
+        assert response.status_code == 401
+        assert b"Wrong name or password" in response.data
+    response = client.post("/login", data={"name": "vera", "password": PASSWORD})
+    assert response.status_code == 429  # this address has failed five times
+    assert b"Try again in 2 s" in response.data
+
+
+def test_the_throttle_waits_longer_each_time_and_forgets_on_success():
+    now = [0.0]
+    throttle = Throttle(clock=lambda: now[0])
+    waits = []
+    for _ in range(20):
+        throttle.failed("name a", "address b")
+        waits.append(throttle.wait("name a"))
+    assert waits[:4] == [0, 0, 0, 0]
+    assert waits[4:8] == [2, 4, 8, 16]
+    assert max(waits) == 900
+    assert throttle.wait("name c", "address b") == 900  # the address alone is enough
+    now[0] += 900
+    assert throttle.wait("name a") == 0
+    throttle.succeeded("name a")
+    throttle.failed("name a")
+    assert throttle.wait("name a") == 0
+
+
+def test_a_session_ends_with_its_account_its_password_and_its_time(app, accounts, monkeypatch):
+    client = log_in(app, "vera")
+    assert client.get("/atelier/").status_code == 200
+    accounts.put("vera", "viewer", PASSWORD + " new")
+    assert client.get("/atelier/").status_code == 401
+    client = log_in(app, "ed")
+    accounts.remove("ed")
+    assert client.get("/atelier/").status_code == 401
+    accounts.put("ed", "editor", PASSWORD)
+    client = log_in(app, "ed")
+    client.post("/logout")
+    assert client.get("/atelier/").status_code == 401
+    client = log_in(app, "ed")
+    later = time.time() + 12 * 3600 + 60
+    monkeypatch.setattr("itsdangerous.timed.time.time", lambda: later)
+    assert client.get("/atelier/").status_code == 401
+
+
+def test_a_forged_or_foreign_cookie_opens_nothing(app, doors, accounts):
+    other = make_app(doors, accounts, b"x" * 32).test_client()
+    other.post("/login", data={"name": "ed", "password": PASSWORD})
+    [cookie] = other._cookies.values()
+    client = app.test_client()
+    client.set_cookie(app.config["SESSION_COOKIE_NAME"], cookie.value)
+    assert client.get("/atelier/").status_code == 401
+
+
+def test_the_cookie_is_for_this_site_only(app):
+    response = app.test_client().post("/login", data={"name": "ed", "password": PASSWORD})
+    cookie = response.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:alert(1)", "/a\r\nX: y"],
+)
+def test_a_login_leads_to_no_other_site(app, target):
+    response = app.test_client().post(
+        "/login", data={"name": "ed", "password": PASSWORD, "next": target}
+    )
+    assert response.headers["Location"] == "/atelier/"
+
+
+def test_a_login_leads_to_the_page_that_was_asked_for(app):
+    client = app.test_client()
+    asked = client.get("/atelier/studies/1/curves?trials=3&smooth=40", headers=HTML)
+    page = client.get(asked.headers["Location"])
+    target = unescape(re.search(r'name="next" value="([^"]*)"', page.text)[1])
+    response = client.post("/login", data={"name": "ed", "password": PASSWORD, "next": target})
+    assert response.headers["Location"] == "/atelier/studies/1/curves?trials=3&smooth=40"
+
+
+CROSS_SITE = [
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},  # another port of this host
+]
+
+
+@pytest.mark.parametrize("headers", CROSS_SITE)
+def test_other_sites_cannot_act_in_an_editors_name(app, engine, headers):
+    study = fill(engine, ["complete"])
+    client = log_in(app, "ed")
+    assert client.delete(f"/api/studies/{study}", json={}, headers=headers).status_code == 403
+    assert client.post("/logout", headers=headers).status_code == 403
+    assert app.test_client().post("/login", headers=headers).status_code == 403
+    if "Sec-Fetch-Site" in headers:
+        read = client.get("/api/studies", headers=headers | {"Sec-Fetch-Mode": "cors"})
+        assert read.status_code == 403
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert client.get("/atelier/", headers=link).status_code == 200  # somebody followed a link
+
+
+def test_an_editor_may_delete_but_not_under_the_workers(app, engine):
+    busy, idle = fill(engine, MIXED, name="busy"), fill(engine, ["complete"], name="idle")
+    client = log_in(app, "ed")
+    refused = client.delete(f"/api/studies/{busy}", json={})
+    assert refused.status_code == 409
+    assert "atelier stop" in refused.json["reason"]
+    assert client.delete(f"/api/studies/{busy}/", json={}).status_code == 409
+    assert client.delete(f"/api/studies/{idle}", json={}).status_code == 204
+    assert ledger.study_entry(engine, "idle") is None  # its rows went with it
+    assert ledger.study_entry(engine, "busy") is not None
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(DISTINCT study_id) FROM atelier.attempt")) == 1
+
+
+def test_an_editor_may_tell_a_trial_only_if_nobody_holds_it(app, engine):
+    study = fill(engine, MIXED)
+    storage = database.prepare(engine)
+    trials = {trial.number: trial for trial in storage.get_all_trials(study)}
+    client = log_in(app, "ed")
+    running, waiting = (trials[MIXED.index(state)]._trial_id for state in ("running", "waiting"))
+    tell = {"state": "Fail"}
+    assert client.post(f"/api/trials/{running}/tell", json=tell).status_code == 409
+    assert client.post(f"/api/trials/{waiting}/tell", json=tell).status_code == 204
+    assert storage.get_trial(waiting).state == TrialState.FAIL
+    assert storage.get_trial(running).state == TrialState.RUNNING
+
+
+def test_nobody_renames_by_copying(app, engine):
+    study = fill(engine, ["complete"])
+    response = log_in(app, "ed").post(f"/api/studies/{study}/rename", json={"study_name": "new"})
+    assert response.status_code == 409
+    assert "loses epochs" in response.json["reason"]
+    assert ledger.study_entry(engine, "filled") is not None
+
+
+def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
+    study = fill(engine, ["complete"])
+    with (
+        doors["viewer"].engine.begin() as connection,
+        pytest.raises(sa.exc.DBAPIError, match=r"read-only|denied"),
+    ):
+        connection.execute(sa.text("DELETE FROM studies"))
+    answer = WerkzeugClient(doors["viewer"].optuna_app).delete(f"/api/studies/{study}", json={})
+    assert answer.status_code == 500
+    assert ledger.study_entry(engine, "filled") is not None
+
+
+def test_headers_that_protect_are_everywhere(app, engine, home):
+    fill(engine, ["complete"])
+    client = log_in(app, "vera")
+    for path in ("/atelier/", "/dashboard", "/api/studies", "/nowhere", "/login"):
+        headers = client.get(path).headers
+        assert "Access-Control-Allow-Origin" not in headers
+        assert headers["X-Frame-Options"] == "DENY"
+        assert "default-src 'self'" in headers["Content-Security-Policy"]
+    assert "unsafe-eval" not in client.get("/atelier/").headers["Content-Security-Policy"]
+
+
+def test_the_one_time_link_lets_in_once_and_only_without_accounts(doors, home):
+    shown = []
+    accounts = Accounts()
+    app = make_app(doors, accounts, b"k" * 32, OneTimeLink(shown.append))
+    first = app.test_client()
+    assert first.get("/login?token=wrong").status_code == 401
+    assert first.get(f"/login?token={shown[0]}").status_code == 302
+    assert first.get("/atelier/").status_code == 200
+    assert len(shown) == 2
+    second = app.test_client()
+    assert second.get(f"/login?token={shown[0]}").status_code == 401
+    assert second.get("/atelier/").status_code == 401
+    assert second.get(f"/login?token={shown[1]}").status_code == 302
+    accounts.put("vera", "viewer", PASSWORD)
+    assert second.get("/atelier/").status_code == 401
+    assert app.test_client().get(f"/login?token={shown[2]}").status_code == 401
+
+
+PAGES = ["", "/curves", "/curves?smooth=60&top=3&state=pruned", "/compare?by=batch_size", "/trials/0"]
+PAGES += [
+    "/compare",
+    "/compare?by=nonsense",
+    "/curves?trials=0,2,999",
+    "/curves?trials=x&top=-1&smooth=z",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_of_a_study_with_every_kind_of_trial(app, engine, page):
+    study = fill(engine, MIXED)
+    response = log_in(app, "vera").get(f"/atelier/studies/{study}{page}")
+    assert response.status_code == 200
+    for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', response.text, re.S):
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_states_have_words_of_their_own(app, engine):
+    study = fill(engine, MIXED)
+    client = log_in(app, "vera")
+    words = {
+        "failed": "failed: ValueError: x",
+        "running": "running, resumed (attempt 2)",
+        "waiting": "waiting to go on, after: SIGTERM",
+        "pruned": "pruned after epoch 5",
+    }
+    page = client.get(f"/atelier/studies/{study}").text
+    for state, said in words.items():
+        assert f'title="{said}' in page or f'title="{state}: {said}' in page
+    assert "interrupted, given back" in client.get(f"/atelier/studies/{study}/trials/3").text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_study_without_trials_and_one_whose_trials_have_no_epochs(app, engine, page):
+    empty = fill(engine, [], name="empty", max_trials=3)
+    bare = fill(engine, ["waiting", "running"], epochs=0, name="bare")
+    client = log_in(app, "vera")
+    expected = 404 if "/trials/" in page else 200
+    assert client.get(f"/atelier/studies/{empty}{page}").status_code == expected
+    assert client.get(f"/atelier/studies/{bare}{page}").status_code == 200
+    assert client.get(f"/dashboard/studies/{empty}").status_code == 200
+    assert client.get(f"/api/studies/{empty}").status_code == 200
+
+
+def test_a_curve_that_diverged_is_drawn_as_far_as_it_goes(app, engine):
+    study = fill(engine, ["pruned"])
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE atelier.epoch SET val_loss = 'NaN', train_loss = 'Infinity'"))
+    client = log_in(app, "vera")
+    for page in ("", "/curves?smooth=50", "/compare", "/trials/0"):
+        text = client.get(f"/atelier/studies/{study}{page}").text
+        assert "NaN" not in text
+        assert "Infinity" not in text
+
+
+EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+
+
+def test_names_and_reasons_cannot_inject(app, engine, home):
+    log = home / "slurm" / "<b>.log"
+    log.parent.mkdir()
+    log.write_text(EVIL)
+    study = fill(engine, MIXED, name=EVIL, log=str(log))
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE atelier.attempt SET reason = :text"), {"text": EVIL})
+        connection.execute(
+            sa.text("UPDATE atelier.worker SET host = :text, gpu = :text"), {"text": EVIL}
+        )
+        named = sa.text("UPDATE atelier.study SET attributes = jsonb_set(attributes, '{0,name}', :text)")
+        connection.execute(named, {"text": json.dumps("</script>" + EVIL)})
+    client = log_in(app, "vera")
+    for page in ("/atelier/", *(f"/atelier/studies/{study}{page}" for page in PAGES)):
+        text = client.get(page).text
+        assert "<script>alert" not in text
+        assert "<img src=x" not in text
+        assert (
+            "onerror" not in re.sub(r"&#34;|&quot;|\\u0022", "", text)
+            or "&lt;img" in text
+            or "\\u003c" in text
+        )
+
+
+def test_a_log_outside_our_home_is_not_shown(app, engine, home, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.log"
+    secret.write_text("top secret")
+    (home / "link.log").symlink_to(secret)
+    client = log_in(app, "vera")
+    for number, log in enumerate([str(secret), str(home / "link.log"), str(home / "dashboard.json")]):
+        study = fill(engine, ["complete"], name=f"s{number}", log=log)
+        text = client.get(f"/atelier/studies/{study}/trials/0").text
+        assert "top secret" not in text
+        assert "argon2" not in text
+        assert "cannot be read from here" in text
+
+
+def test_a_study_that_is_deleted_while_its_pages_are_open(app, engine):
+    study = fill(engine, ["complete"])
+    client = log_in(app, "vera")
+    assert client.get(f"/api/studies/{study}").status_code == 200
+    assert log_in(app, "ed").delete(f"/api/studies/{study}", json={}).status_code == 204
+    for path in (*(f"/atelier/studies/{study}{page}" for page in PAGES), f"/csv/{study}"):
+        response = client.get(path)
+        assert response.status_code == 404, path
+        assert "no such study" in response.text.lower() or "not found" in response.text.lower()
+    time.sleep(2.1)  # optuna-dashboard's own cache
+    assert client.get(f"/api/studies/{study}").status_code == 404
+
+
+def test_what_has_not_changed_is_not_sent_again(app, engine):
+    study = fill(engine, ["complete"])
+    client = log_in(app, "vera")
+    first = client.get(f"/atelier/studies/{study}/curves")
+    again = client.get(
+        f"/atelier/studies/{study}/curves", headers={"If-None-Match": first.headers["ETag"]}
+    )
+    assert again.status_code == 304
+
+
+def test_a_restart_of_the_database_is_an_answer_not_an_error(home, monkeypatch):
+    monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
+    server = EmbeddedPostgres(home / "own")
+    monkeypatch.setenv("ATELIER_HOME", str(home / "own"))
+    server.start()
+    engine = database.connect()
+    study = fill(engine, MIXED)
+    Accounts().put("vera", "viewer", PASSWORD)
+    app = make_app(open_doors(), Accounts(), b"k" * 32)
+    app.test_client_class = Client
+    client = log_in(app, "vera")
+    paths = [f"/atelier/studies/{study}", "/api/studies", f"/api/studies/{study}", "/dashboard"]
+    before = [client.get(path).status_code for path in paths]
+    server.stop()
+    down = [client.get(path, headers=HTML) for path in paths[:3]]
+    server.start()
+    after = [client.get(path).status_code for path in paths]
+    server.stop()
+    assert before == after == [200] * 4
+    assert [response.status_code for response in down[:2]] == [503, 503]
+    assert down[2].status_code in (200, 503)  # from optuna-dashboard's cache
+    assert "asks again by itself" in down[0].text
+
+
+class Statements:
+    """Counts what an engine executes."""
+
+    def __init__(self, engine):
+        self.count = 0
+        sa.event.listen(engine, "before_cursor_execute", self._one)
+
+    def _one(self, *_):
+        self.count += 1
+
+
+@pytest.mark.parametrize("page", ["", "/curves", "/compare", "/trials/0"])
+def test_the_number_of_statements_does_not_grow_with_the_trials(app, doors, engine, page):
+    small = fill(engine, ["complete"] * 3, epochs=3, name="small")
+    large = fill(engine, ["complete"] * 200, epochs=3, name="large")
+    client = log_in(app, "vera")
+    counts = []
+    for study in (small, large):
+        statements = Statements(doors["viewer"].engine)
+        assert client.get(f"/atelier/studies/{study}{page}").status_code == 200
+        counts.append(statements.count)
+    # The second counter's engine has the first one's listener too; each counts for itself.
+    assert counts[0] == counts[1] <= 12
+
+
+def test_the_picture_of_a_curve_is_shown_by_optuna_dashboard(app, engine, home):
+    from dashboards.files import attach_curve
+    from dashboards.status import TrialRow
+
+    storage = database.prepare(engine)
+    study = fill(engine, ["waiting"])
+    [trial] = storage.get_all_trials(study)
+    worker = ledger.Ledger(engine, storage, study)
+    worker.register()
+    claim = worker.claim()
+    with engine.connect() as connection:
+        epochs = (
+            connection.execute(sa.text("SELECT * FROM atelier.epoch ORDER BY epoch")).mappings().all()
+        )
+    picture = attach_curve("filled", TrialRow(0, "complete"), list(epochs))
+    worker.finish(claim, "complete", 0.5, artifact=picture)
+    [meta] = optuna.artifacts.get_all_artifact_meta(storage.get_trial(trial._trial_id), storage=storage)
+    client = log_in(app, "vera")
+    file = client.get(f"/artifacts/{study}/{trial._trial_id}/{meta.artifact_id}")
+    assert (file.status_code, file.mimetype, file.data[:4]) == (200, "image/png", b"\x89PNG")
+    assert "Access-Control-Allow-Origin" not in file.headers
+    assert file.headers["Content-Security-Policy"].startswith("sandbox")
+    assert meta.artifact_id in client.get(f"/atelier/studies/{study}/trials/0").text
+    assert list(Path(home / "artifacts").iterdir()) == [home / "artifacts" / meta.artifact_id]
+    (home / "artifacts" / meta.artifact_id).unlink()
+    assert client.get(f"/artifacts/{study}/{trial._trial_id}/{meta.artifact_id}").status_code == 404
+
+
+def test_many_at_once(app, engine):
+    """Threads share the connections; nobody waits for ever or gets another's role."""
+    study = fill(engine, MIXED)
+    answers = []
+
+    def look(name):
+        client = log_in(app, name)
+        for _ in range(5):
+            answers.append(client.get(f"/atelier/studies/{study}").status_code)
+            answers.append(client.get("/api/studies").status_code)
+
+    threads = [threading.Thread(target=look, args=(name,)) for name in ["vera", "ed"] * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == [200] * 80
