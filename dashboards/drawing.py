@@ -45,7 +45,8 @@ def plotly(panel: Panel) -> dict[str, Any]:
 
 
 def _trace(series: Series, panel: Panel) -> dict[str, Any]:
-    y = [value if math.isfinite(value) else None for value in series.y]  # JSON has no NaN
+    # JSON has no NaN; more digits nobody sees.
+    y = [round(value, 6) if math.isfinite(value) else None for value in series.y]
     if series.style == "bars":
         assert series.errors is not None
         below, above = series.errors
@@ -75,7 +76,9 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
         trace["text"] = series.notes
         trace["hovertemplate"] = f"%{{text}}: {number}<extra></extra>"
     else:
-        trace["mode"] = "lines+markers" if len(y) == 1 else "lines"
+        trace["mode"] = "lines+markers" if len(y) == 1 or series.cut else "lines"
+        if series.cut:
+            trace["marker"] = {"symbol": "x", "size": [0] * (len(y) - 1) + [7], "color": series.color}
         trace["line"] = {
             "color": series.color,
             "width": 1.2 if series.faint else 2.2,
@@ -168,5 +171,6 @@ def _draw(axes: Any, series: Series) -> None:
             drawstyle="steps-post" if series.style == "steps" else "default",
             linewidth=0.8 if series.faint else 1.6,
             alpha=0.3 if series.faint else 1.0,
-            marker="o" if len(series.x) == 1 else None,
+            marker="x" if series.cut else "o" if len(series.x) == 1 else None,
+            markevery=[-1] if series.cut else None,
         )

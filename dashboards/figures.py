@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scipy.stats import binomtest
+
 from dashboards.curves import Curve, EndPoint
 
 # Readable on white and on near-black; told apart with the common kinds of colour blindness.
@@ -31,6 +33,7 @@ class Series:
     color: str
     style: Style = "line"
     faint: bool = False
+    cut: bool = False  # ends with a cross: pruned
     notes: list[str] | None = None  # a word for each point, shown by the pointer
     errors: tuple[list[float], list[float]] | None = None  # below and above each bar
     colors: list[str] | None = None  # of each bar
@@ -61,27 +64,29 @@ class Figure:
 
 def history(ends: list[EndPoint]) -> Figure:
     """The scores of the trials that ended and the best so far, over time and over GPU-hours."""
-    panels = []
-    axes: list[tuple[str, Callable[[EndPoint], float]]] = [
-        ("hours since the first claim", lambda end: end.hours),
-        ("GPU-hours used", lambda end: end.gpu_hours),
+    panels = [
+        _scores("Score over time", "hours since the first claim", ends, lambda end: end.hours),
+        _scores("Score over GPU-hours", "GPU-hours used", ends, lambda end: end.gpu_hours),
     ]
-    for title, (axis, place) in zip(("Score over time", "Score over GPU-hours"), axes, strict=True):
-        series = []
-        for outcome, color, style in (("pruned", GREY, "rings"), ("complete", PALETTE[0], "points")):
-            some = [end for end in ends if end.outcome == outcome and end.value is not None]
-            notes = [f"trial {end.trial}" for end in some]
-            values = [end.value or 0.0 for end in some]
-            series.append(Series(outcome, [place(e) for e in some], values, color, style, notes=notes))  # type: ignore[arg-type]
-        done = [end for end in ends if end.outcome == "complete" and end.value is not None]
-        best, steps = -math.inf, []
-        for end in done:
-            best = max(best, end.value or 0.0)
-            steps.append(best)
-        series.append(Series("best so far", [place(end) for end in done], steps, PALETTE[1], "steps"))
-        panels.append(Panel(title, axis, "score", series, percent=True))
     legend = [("complete", PALETTE[0]), ("pruned, at its last epoch", GREY), ("best so far", PALETTE[1])]
     return Figure(panels, legend)
+
+
+def _scores(title: str, axis: str, ends: list[EndPoint], place: Callable[[EndPoint], float]) -> Panel:
+    panel = Panel(title, axis, "score", percent=True)
+    values: list[float] = []
+    kinds: list[tuple[str, str, Style]] = [
+        ("pruned", GREY, "rings"),
+        ("complete", PALETTE[0], "points"),
+    ]
+    for outcome, color, style in kinds:
+        some = [end for end in ends if end.outcome == outcome and end.value is not None]
+        values = [end.value or 0.0 for end in some]
+        x, notes = [place(end) for end in some], [f"trial {end.trial}" for end in some]
+        panel.series.append(Series(outcome, x, values, color, style, notes=notes))
+    best = list(itertools.accumulate(values, max))  # of the complete ones, which came last
+    panel.series.append(Series("best so far", x, best, PALETTE[1], "steps"))
+    return panel
 
 
 def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> Figure:
@@ -109,7 +114,7 @@ def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> F
         (_name(curve) + (", pruned" if curve.trial.state == "pruned" else ""), _color(number))
         for number, curve in enumerate(curves)
     ]
-    return Figure(panels, legend, "solid: validation; dashed: training")
+    return Figure(panels, legend, "solid: validation; dashed: training; cross: pruned")
 
 
 def _training(title: str, kind: str, curves: list[Curve], smooth: float, percent: bool = False) -> Panel:
@@ -126,13 +131,15 @@ def _smoothed(
     raw = _line(curve, values, number, style)
     if not smooth:
         return [raw]
-    raw.faint = True
+    raw.faint, raw.cut = True, False
     return [raw, _line(curve, _exponential_mean(values, smooth), number, style)]
 
 
 def _line(curve: Curve, values: list[float], number: int, style: Style = "line") -> Series:
     # People count epochs from 1.
-    return Series(_name(curve), [e + 1 for e in curve.epochs], values, _color(number), style)
+    line = Series(_name(curve), [e + 1 for e in curve.epochs], values, _color(number), style)
+    line.cut = curve.trial.state == "pruned" and bool(values)
+    return line
 
 
 def _exponential_mean(values: list[float], weight: float) -> list[float]:
@@ -159,17 +166,18 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
     note has the mean gap between training and validation at the trials' last epochs.
     """
     able = [curve for curve in curves if by in curve.trial.params and curve.epochs]
+    lines: list[tuple[str, str, Style]] = [
+        ("train_accuracy", PALETTE[1], "dashed"),
+        ("val_accuracy", PALETTE[0], "line"),
+    ]
     panels = []
     for label, members in _groups(able, by, groups):
         panel = Panel(f"{_word(by)} {label}", "epoch", "accuracy", percent=True)
-        for kind, color, style in (
-            ("train_accuracy", PALETTE[1], "dashed"),
-            ("val_accuracy", PALETTE[0], "line"),
-        ):
+        for kind, color, style in lines:
             for curve in members:
                 x, y = [e + 1 for e in curve.epochs], curve.metrics[kind]
-                panel.series.append(Series(_name(curve), x, y, color, style, faint=True))  # type: ignore[arg-type]
-            panel.series.append(_mean(members, kind, color, style))  # type: ignore[arg-type]
+                panel.series.append(Series(_name(curve), x, y, color, style, faint=True))
+            panel.series.append(_mean(members, kind, color, style))
         gaps = [curve.gap for curve in members if curve.gap is not None]
         best = max(curve.metrics["val_accuracy"][-1] for curve in members)
         panel.note = (
@@ -221,8 +229,9 @@ def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
     for hit, row in zip(hits, table, strict=True):
         if not row["images"]:
             continue  # its accuracy is not defined, and not in the score
-        low, high = wilson(hit, row["images"])
         value = hit / row["images"]
+        # Wilson's score interval (JASA 22, 1927): good for few images and near 0 and 1 too.
+        low, high = binomtest(hit, row["images"]).proportion_ci(0.95, method="wilson")
         names.append(f"{row['name'].replace('_', ' ')} ({row['images']})")
         values.append(value)
         below.append(value - low)
@@ -232,11 +241,3 @@ def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
     panel = Panel("Accuracy of each attribute (validation images)", "", "accuracy", [bars], tall=True)
     panel.range, panel.percent = (0.0, 1.0), True
     return Figure([panel], [(kind, _color(number)) for number, kind in enumerate(kinds)])
-
-
-def wilson(hits: int, images: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a proportion by Wilson's score method (JASA 22, 1927), 95 % for z = 1.96."""
-    p, n = hits / images, images
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)

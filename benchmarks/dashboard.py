@@ -1,0 +1,113 @@
+"""How long the dashboard's pages take, and how much they send, with many trials of 30 epochs each.
+
+    python -m benchmarks.dashboard [--trials 1000] [--trials 10000]
+
+The server is a real `atelier dashboard` on an embedded PostgreSQL in a temporary folder. For every page:
+the median and the 95th percentile of 40 requests after 3 to warm up, the bytes sent, and the ratio to
+optuna-dashboard's own study data, which the same server is asked for in turn, at every fourth turn.
+"""
+
+import argparse
+import http.client
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlencode
+
+from dashboards.accounts import Accounts
+from storage import database
+from storage.embedded import EmbeddedPostgres
+from tests.studies import fill
+
+PAGES = ["", "/curves", "/curves?top=40&smooth=50", "/compare?by=dropout", "/trials/7"]
+WARM_UP, REQUESTS = 3, 40
+STATES = ["complete"] * 30 + ["pruned"] * 65 + ["failed"] * 3 + ["waiting", "running"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trials", type=int, action="append")
+    sizes = parser.parse_args().trials or [1000, 10000]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ATELIER_HOME"] = folder
+        os.environ.pop("ATELIER_DATABASE_URL", None)
+        embedded = EmbeddedPostgres(Path(folder))
+        embedded.start()
+        try:
+            measure(sizes)
+        finally:
+            embedded.stop()
+
+
+def measure(sizes: list[int]) -> None:
+    engine = database.connect()
+    studies = {}
+    for size in sizes:
+        states = random.Random(0).choices(STATES, k=size)
+        studies[size] = fill(engine, states, name=f"{size} trials")
+    engine.dispose()
+    Accounts().put("vera", "viewer", "correct horse battery")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "search", "dashboard", "--port", str(port)])
+    try:
+        cookie = log_in(port)
+        print(" trials page                         median      p95     bytes  of optuna-dashboard's")
+        for size, study in studies.items():
+            for page in PAGES:
+                ours, theirs = [], []
+                for turn in range(WARM_UP + REQUESTS):
+                    one = ask(port, cookie, f"/atelier/studies/{study}{page}")
+                    if turn >= WARM_UP:
+                        ours.append(one)
+                    if turn % 4 == 0:
+                        theirs.append(ask(port, cookie, f"/api/studies/{study}"))
+                times = sorted(seconds for seconds, _ in ours)
+                middle = statistics.median(times)
+                ratio = middle / statistics.median(seconds for seconds, _ in theirs)
+                print(
+                    f"{size:>7} {page or '(study)':<26} {middle * 1000:>5.0f} ms "
+                    f"{times[int(0.95 * len(times))] * 1000:>5.0f} ms {ours[0][1]:>9,} {ratio:>20.2f}"
+                )
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def log_in(port: int) -> str:
+    form = urlencode({"name": "vera", "password": "correct horse battery"})
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    for _ in range(300):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        try:
+            connection.request("POST", "/login", form, headers)
+            return str(connection.getresponse().getheader("Set-Cookie")).split(";")[0]
+        except OSError:
+            time.sleep(0.2)
+        finally:
+            connection.close()
+    raise SystemExit("the dashboard did not start")
+
+
+def ask(port: int, cookie: str, path: str) -> tuple[float, int]:
+    """Seconds and bytes of one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    start = time.perf_counter()
+    connection.request("GET", path, headers={"Cookie": cookie, "Accept-Encoding": "gzip"})
+    response = connection.getresponse()
+    size = len(response.read())
+    seconds = time.perf_counter() - start
+    connection.close()
+    assert response.status == 200, response.status
+    return seconds, size
+
+
+if __name__ == "__main__":
+    main()
