@@ -1,0 +1,162 @@
+"""docker-compose.yml against the specification's schema, and each service against the real programs.
+
+There is no Docker here: what a container would run is run as it stands, on the embedded PostgreSQL.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import yaml
+
+from dashboards.accounts import Accounts
+from storage.embedded import EmbeddedPostgres
+from tests.browser.conftest import free_port
+from tests.studies import fill
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "docker-compose.yml"
+SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+def test_the_specifications_schema_accepts_it_and_refuses_a_mistake(tmp_path):
+    def check(path):
+        command = [
+            sys.executable,
+            "-m",
+            "check_jsonschema",
+            "--builtin-schema",
+            "vendor.compose-spec",
+            path,
+        ]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    result = check(COMPOSE)
+    assert result.returncode == 0, result.stdout
+    broken = tmp_path / "docker-compose.yml"
+    broken.write_text(COMPOSE.read_text().replace("healthcheck:", "helthcheck:", 1))
+    assert check(broken).returncode != 0
+
+
+def test_no_password_stands_in_it_and_no_port_is_open_to_others():
+    assert set(SERVICES) == {"postgres", "dashboard", "backup"}
+    for service in SERVICES.values():
+        for name, value in service["environment"].items():
+            if "PASS" in name:
+                assert name.endswith("FILE")
+                assert value.startswith("/run/secrets/")
+            assert not re.search(r"//[^@/]*:[^@/]*@", value)  # user:password@
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert "image" not in service or re.search(r":\d+\.\d+$", service["image"])  # pinned
+
+
+def test_the_image_is_built_from_files_that_exist():
+    recipe = SERVICES["dashboard"]["build"]["dockerfile_inline"]
+    copied = [words[1:-1] for line in recipe.splitlines() if (words := line.split())[:1] == ["COPY"]]
+    sources = {name for names in copied for name in names}
+    assert all((ROOT / name).exists() for name in sources)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {
+        name.rstrip("*") for name in settings["tool"]["setuptools"]["packages"]["find"]["include"]
+    }
+    assert packages <= sources
+    assert "secrets" not in sources
+    assert recipe.rstrip().endswith('ENTRYPOINT ["atelier"]')
+    assert "atelier" in settings["project"]["scripts"]
+
+
+@pytest.fixture
+def environment(tmp_path, engine):
+    """A service's environment, with this test's places for the container's."""
+
+    def make(service):
+        host, port = engine.url.query["host"], engine.url.query.get("port", "5432")
+        here = {
+            "ATELIER_DATABASE_URL": engine.url.set(drivername="postgresql").render_as_string(),
+            "ATELIER_HOME": str(tmp_path / "home"),
+            "PGPASSFILE": str(tmp_path / "pgpass"),
+            "PGHOST": host,
+            "PGDATABASE": engine.url.database,
+            "FOLDER": str(tmp_path / "backup"),
+        }
+        kept = {name: here.get(name, value) for name, value in SERVICES[service]["environment"].items()}
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PGPORT": port} | kept
+
+    return make
+
+
+def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_path, monkeypatch):
+    fill(engine, ["complete"])
+    service, port = SERVICES["dashboard"], free_port()
+    variables = environment("dashboard")
+    words = [str(port) if word == "8080" else word for word in service["command"]]
+    command = [sys.executable, "-m", "search", *words]
+    # Without a user it must not start: the README's first step is to add one.
+    refused = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "atelier user add" in refused.stderr
+    monkeypatch.setenv("ATELIER_HOME", variables["ATELIER_HOME"])
+    Accounts().put("ed", "editor", "correct horse battery")
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
+    health = [word.replace("8080", str(port)) for word in service["healthcheck"]["test"]]
+    assert health[:2] == ["CMD", "python"]
+    deadline = time.monotonic() + 60
+    while subprocess.run([sys.executable, *health[2:]], capture_output=True).returncode != 0:
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+    server.terminate()
+    assert server.wait(30) == 0
+
+
+def test_the_backup_service_writes_a_dump_that_can_be_restored(environment, engine, tmp_path):
+    study = fill(engine, ["complete", "pruned"], epochs=5)
+    variables = environment("backup")
+    programs = EmbeddedPostgres(tmp_path)._binaries()
+    variables["PATH"] = f"{programs}:{variables['PATH']}"
+    folder = Path(variables["FOLDER"])
+    folder.mkdir()
+    old = folder / "atelier-20200101-000000.dump"
+    old.touch()
+    os.utime(old, (0, 0))
+    words = [word.replace("$$", "$") for word in SERVICES["backup"]["entrypoint"]]
+    process = subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True)
+    said = process.stdout.readline()
+    process.terminate()
+    process.wait()
+    process.stdout.close()
+    [dump] = folder.iterdir()  # the old one has gone, and nothing half-written is there
+    assert said == f"wrote {dump}\n"
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP SCHEMA atelier, public CASCADE; CREATE SCHEMA public"))
+    restore = ["pg_restore", "--dbname", engine.url.database, "--no-owner", "--no-privileges", str(dump)]
+    result = subprocess.run(restore, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with engine.connect() as connection:
+        query = sa.text(
+            "SELECT count(*) FROM atelier.epoch JOIN trials USING (trial_id) WHERE study_id = :i"
+        )
+        assert connection.scalar(query, {"i": study}) == 6
+
+
+def test_the_commands_in_its_head_work(environment, tmp_path):
+    head = COMPOSE.read_text().split("services:")[0]
+    [line] = [line for line in head.splitlines() if "user add" in line]
+    words = shlex.split(line.split("dashboard", 1)[1], comments=True)
+    assert words[:2] == ["user", "add"]
+    (tmp_path / "password").write_text("correct horse battery\n")
+    command = [sys.executable, "-m", "search", *words, "--password-file", str(tmp_path / "password")]
+    result = subprocess.run(command, env=environment("dashboard"), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "NAME may log in as editor\n")
+    secrets = [line.strip("# ") for line in head.splitlines() if "secrets/" in line]
+    subprocess.run(["bash", "-euc", "\n".join(secrets)], cwd=tmp_path, check=True)
+    entry = (tmp_path / "secrets" / "pgpass").read_text()
+    assert re.fullmatch(r"postgres:5432:atelier:atelier:[0-9a-f]{48}\n", entry)
