@@ -4,11 +4,12 @@ DATA ?= demo-data
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help venv search test test-cluster check format
+.PHONY: help venv search test test-browser test-cluster check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
-	@echo "make test-cluster   those on a real SLURM: a quarter of an hour, as root, with SLURM installed"
+	@echo "make test-browser   those in a real Chromium"
+	@echo "make test-cluster   those on a real SLURM: half an hour, as root, with SLURM installed"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make venv     install into .venv only"
@@ -30,6 +31,9 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 
 test: venv
 	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-browser: venv
+	$(BIN)/python -m pytest tests/browser
 
 test-cluster: venv
 	$(BIN)/python -m pytest tests/cluster

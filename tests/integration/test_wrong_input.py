@@ -1,6 +1,8 @@
 """Wrong input: one line, exit code 2, nothing left behind."""
 
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
+from tests.studies import fill
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
 
@@ -148,6 +151,16 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["db", "check"], "no database in"),
         (["stop", "nobody"], "no database in"),
         (["logs", "nobody"], "no database in"),
+        (["plot", "nobody", "-o", "a.png"], "no database in"),
+        (["dashboard", "--host", "0.0.0.0"], "atelier user add NAME"),
+        (["dashboard", "--host", "::"], "atelier user add NAME"),
+        (["dashboard", "--certificate", "{study}"], "go together"),
+        (["dashboard", "--certificate", "no.pem", "--key", "no.pem"], "no.pem: no such file"),
+        (["dashboard", "--prefix", "a/"], "write it as in /atelier"),
+        (["user", "remove", "nobody"], "no user 'nobody'; there are: none"),
+        (["user", "add", "vera", "--role", "king", "--password-file", "{study}"], "viewer and editor"),
+        (["user", "add", "vera", "--password-file", "no.txt"], "no.txt"),
+        (["user", "add", " ", "--password-file", "{study}"], "choose another"),
         (["submit", "{study}"], "[slurm.tuning]"),
         (["train", "{study}"], "is a study file"),
         (["data", "demo", "{data}"], "not empty"),
@@ -296,6 +309,48 @@ def test_a_study_with_other_weights(engine, demo, study_text, tmp_path, before, 
         open_study(
             load_study_file(path, [first, "study.score=best"]), engine, storage, read_dataset(demo)
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-o", "a.pdf"], "allowed are files that end in .png, .svg, .html"),
+        (["-o", "a.png", "--kind", "pie"], "allowed are curves, compare, history"),
+        (
+            ["-o", "a.png", "--kind", "compare", "--by", "size"],
+            "--by size: allowed are batch_size, dropout",
+        ),
+        (["-o", "a.png", "--trials", "3,x"], "write numbers"),
+        (["-o", "a.png", "--trials", "99"], "no epoch on record of trial 99"),
+        (["-o", "no/where.png"], "choose another path"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn(engine, folder, words, expected, monkeypatch):
+    fill(engine, ["complete"] * 3)
+    monkeypatch.setenv("ATELIER_DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    assert_one_line(runner.invoke(app, ["plot", "filled", *words]), expected)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_dashboard_that_cannot_be_served(database_url, folder, monkeypatch):
+    monkeypatch.setenv("ATELIER_HOME", str(folder / "home"))
+    short, good = folder / "short", folder / "good"
+    short.write_text("123456789\n")
+    good.write_text("correct horse battery\n")
+    add = ["user", "add", "vera", "--password-file"]
+    assert_one_line(runner.invoke(app, [*add, str(short)]), "at least 10 characters")
+    assert runner.invoke(app, [*add, str(good)]).exit_code == 0
+    assert stat.S_IMODE((folder / "home" / "dashboard.json").stat().st_mode) == 0o600
+    assert runner.invoke(app, ["user", "list"]).output == "vera: viewer\n"
+    open_to_all = ["dashboard", "--host", "0.0.0.0"]
+    assert_one_line(runner.invoke(app, open_to_all), "would send passwords in clear")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = ["dashboard", "--port", str(taken.getsockname()[1])]
+        assert_one_line(runner.invoke(app, words), "choose another --port")
+    (folder / "home" / "dashboard.json").write_text("{")
+    assert_one_line(runner.invoke(app, ["dashboard"]), "add the users again")
 
 
 @pytest.mark.usefixtures("nothing_written")
