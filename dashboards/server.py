@@ -86,7 +86,9 @@ def serve(address: Address) -> None:
                 f"cannot listen at {address.host}:{address.port} ({error.strerror}); "
                 "choose another --port"
             ) from None
-    database.prepare(database.connect())  # its errors belong to the terminal
+    engine = database.connect()
+    database.prepare(engine)  # its errors belong to the terminal
+    engine.dispose()
     _Server(address, accounts).run()
 
 

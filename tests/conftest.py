@@ -1,6 +1,7 @@
 """What the tests share: the real data where they are, a tiny drawn dataset, a real PostgreSQL."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +10,39 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
+from dashboards.accounts import Accounts
 from storage import database
 from storage.embedded import EmbeddedPostgres
 from trainer.config import TrainConfig
 from trainer.demo import write_demo
 
 SHARED = Path(os.environ.get("ATELIER_TEST_DATA", Path(__file__).parents[2] / "shared"))
+
+
+PASSWORD = "correct horse battery"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("ATELIER_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def accounts(home: Path) -> Accounts:
+    """One account for each role of the dashboard."""
+    accounts = Accounts()
+    accounts.put("vera", "viewer", PASSWORD)
+    accounts.put("ed", "editor", PASSWORD)
+    return accounts
 
 
 @pytest.fixture(scope="session")

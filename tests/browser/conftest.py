@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.accounts import Accounts
+from tests.conftest import PASSWORD, free_port
 
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
-PASSWORD = "correct horse battery"
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +40,9 @@ class Server:
         self.log, self.base = log, f"{scheme}://127.0.0.1:{port}{prefix}"
         command = [sys.executable, "-m", "search", "dashboard", "--port", str(port), *options]
         with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": os.getcwd()}
+            )
 
     def wait(self, context=None):
         deadline = time.monotonic() + 60
@@ -62,27 +62,6 @@ class Server:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0, self.log.read_text()
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def accounts(home):
-    accounts = Accounts()
-    accounts.put("vera", "viewer", PASSWORD)
-    accounts.put("ed", "editor", PASSWORD)
-    return accounts
 
 
 @pytest.fixture

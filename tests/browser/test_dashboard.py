@@ -9,8 +9,8 @@ import time
 import pytest
 
 from storage import database, ledger
-from tests.browser.conftest import PASSWORD, SCREENSHOTS, log_in
-from tests.conftest import STUDY
+from tests.browser.conftest import SCREENSHOTS, log_in
+from tests.conftest import PASSWORD, STUDY
 from tests.studies import fill
 
 MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "pruned"] * 12

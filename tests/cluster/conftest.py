@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import sqlalchemy as sa
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
 from storage.models import Attempt, Epoch
-from tests.conftest import STUDY
+from tests.conftest import STUDY, free_port
 
 SLURM = Path(__file__).with_name("slurm")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
@@ -45,11 +44,8 @@ def slurm(tmp_path_factory):
 def server(tmp_path_factory):
     """The embedded server of a home, on TCP as a cluster needs it. Returns the home."""
     home = tmp_path_factory.mktemp("cluster") / "home"
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
     server = EmbeddedPostgres(home)
-    server.listen("127.0.0.1", port, tls=False)
+    server.listen("127.0.0.1", free_port(), tls=False)
     yield server
     server.stop()
 

@@ -18,7 +18,7 @@ import yaml
 
 from dashboards.accounts import Accounts
 from storage.embedded import EmbeddedPostgres
-from tests.browser.conftest import free_port
+from tests.conftest import PASSWORD, free_port
 from tests.studies import fill
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     assert refused.returncode == 2
     assert "atelier user add" in refused.stderr
     monkeypatch.setenv("ATELIER_HOME", variables["ATELIER_HOME"])
-    Accounts().put("ed", "editor", "correct horse battery")
+    Accounts().put("ed", "editor", PASSWORD)
     log = tmp_path / "log"
     with log.open("w") as output:
         server = subprocess.Popen(command, env=variables, stdout=output, stderr=output)

@@ -20,25 +20,11 @@ from dashboards.server import open_doors
 from dashboards.web import make_app
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
+from tests.conftest import PASSWORD
 from tests.studies import fill
 
-PASSWORD = "correct horse battery"
 MIXED = ["complete", "pruned", "failed", "running", "waiting", "complete"]
 HTML = {"Accept": "text/html"}
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def accounts(home):
-    accounts = Accounts()
-    accounts.put("vera", "viewer", PASSWORD)
-    accounts.put("ed", "editor", PASSWORD)
-    return accounts
 
 
 @pytest.fixture

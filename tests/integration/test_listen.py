@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres
+from tests.conftest import free_port
 
 runner = CliRunner()
 SYSTEM = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian's; built with TLS
@@ -31,9 +32,7 @@ def home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    return free_port()
 
 
 def start(port, *options):

@@ -20,12 +20,6 @@ def atelier(*words):
     return result.output
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path))
-    return tmp_path
-
-
 def test_the_time_left_follows_from_what_a_trial_took_and_who_is_at_work(engine):
     study = make_study(engine, max_trials=5, settings=SETTINGS)
     first, second = make_worker(engine, study), make_worker(engine, study)
