@@ -8,7 +8,8 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,22 @@ class Accounts:
         """By name. Raises AccountError."""
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
-            return {name: Account(name, row["role"], row["hash"]) for name, row in rows.items()}
+            accounts = {name: Account(name, row["role"], row["hash"]) for name, row in rows.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise AccountError(
                 f"{self.path} cannot be read ({error!r}); mend it, or delete it and add the users again"
             ) from None
+        for account in accounts.values():
+            _check_role(account.role)
+        return accounts
 
     def put(self, name: str, role: str, password: str) -> None:
         """Add somebody, or give a new role and password. Raises AccountError."""
         if not name or not name.isprintable() or name != name.strip():
             raise AccountError(f"name {name!r} is empty or has unprintable characters; choose another")
-        if role not in ROLES:
-            raise AccountError(f"role {role!r}; allowed are {' and '.join(ROLES)}")
+        _check_role(role)
         if len(password) < MINIMUM_PASSWORD:
             raise AccountError(f"the password is too short; take at least {MINIMUM_PASSWORD} characters")
         self._write({**self.all(), name: Account(name, role, _HASHER.hash(password))})
@@ -87,11 +90,27 @@ class Accounts:
 
     def _write(self, accounts: dict[str, Account]) -> None:
         rows = {name: {"role": a.role, "hash": a.hash} for name, a in sorted(accounts.items())}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        number, new = tempfile.mkstemp(dir=self.path.parent, prefix="dashboard.")  # mode 600
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=2)
-        os.replace(new, self.path)
+        with _private_file(self.path.parent, json.dumps(rows, indent=2).encode()) as new:
+            os.replace(new, self.path)
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise AccountError(f"role {role!r}; allowed are {' and '.join(ROLES)}")
+
+
+@contextmanager
+def _private_file(folder: Path, data: bytes) -> Iterator[str]:
+    """A whole file of mode 600 that is gone afterwards, unless it was moved to its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number, path = tempfile.mkstemp(dir=folder, prefix="dashboard.")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+        yield path
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 _NOBODY = _HASHER.hash(secrets.token_urlsafe())
@@ -100,17 +119,16 @@ _NOBODY = _HASHER.hash(secrets.token_urlsafe())
 def session_key(folder: Path | None = None) -> bytes:
     """The key that signs sessions; made once per home, readable by its owner alone."""
     path = (folder or home()) / "dashboard.key"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass
+    with _private_file(path.parent, secrets.token_bytes(32)) as new, suppress(FileExistsError):
+        os.link(new, path)  # unlike a rename, it fails if somebody was first
     return path.read_bytes()
 
 
 class Throttle:
-    """Slows down guessing: after some failures a name or an address has to wait, longer each time."""
+    """Slows down guessing: after some failures a name or an address has to wait, longer each time.
+
+    Failures are forgotten after the longest wait.
+    """
 
     FREE, LONGEST, KEYS = 5, 900.0, 10_000  # failures; seconds; remembered keys
 
@@ -124,8 +142,12 @@ class Throttle:
         with self._lock:
             return max(math.ceil(self._left(key)) for key in keys)
 
+    def _count(self, key: str) -> tuple[int, float]:
+        count, last = self._failures.get(key, (0, -math.inf))
+        return (count, last) if self._clock() - last < self.LONGEST else (0, last)
+
     def _left(self, key: str) -> float:
-        count, last = self._failures.get(key, (0, 0.0))
+        count, last = self._count(key)
         if count < self.FREE:
             return 0.0
         return max(last + min(2.0 ** (count - self.FREE + 1), self.LONGEST) - self._clock(), 0.0)
@@ -134,7 +156,8 @@ class Throttle:
         """Count a failure."""
         with self._lock:
             for key in keys:
-                count, _ = self._failures.pop(key, (0, 0.0))
+                count, _ = self._count(key)
+                self._failures.pop(key, None)  # to the end, as the newest
                 self._failures[key] = (count + 1, self._clock())
             while len(self._failures) > self.KEYS:  # the oldest go
                 self._failures.pop(next(iter(self._failures)))
@@ -151,6 +174,7 @@ class OneTimeLink:
 
     def __init__(self, show: Callable[[str], Any]) -> None:
         self._show = show  # called with each new token
+        self.stamp = f"link {secrets.token_urlsafe(8)}"  # of the sessions that it opens
         self._lock = threading.Lock()
         self._renew()
 

@@ -12,6 +12,8 @@ from dashboards.status import FINISHED, TrialRow
 from storage.database import retrying
 from storage.models import Attempt, Epoch
 
+DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: unless somebody chooses; at most
+COMPARED = 60  # trials of a comparison
 METRICS = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_overall")
 
 
@@ -34,10 +36,8 @@ class Curve:
             self.metrics[name].append(epoch[name])
 
     @property
-    def gap(self) -> float | None:
+    def gap(self) -> float:
         """Training minus validation accuracy at the last epoch: what over-fitting costs."""
-        if not self.epochs:
-            return None
         return self.metrics["train_accuracy"][-1] - self.metrics["val_accuracy"][-1]
 
 
@@ -66,31 +66,39 @@ class EndPoint:
     outcome: str  # complete, pruned or failed
     value: float | None
     hours: float  # since the study's first claim
-    gpu_hours: float
+    gpu_hours: float  # also of the trials that were in work at that moment
 
 
 @retrying
 def read_ends(engine: sa.Engine, study_id: int) -> list[EndPoint]:
     """The ends of a study's trials in their order; one statement."""
+    start = sa.func.min(Attempt.claimed).over()
     query = (
         sa.select(
             TrialModel.number,
             Attempt.outcome,
             TrialValueModel.value,
-            sa.extract("epoch", Attempt.released - sa.func.min(Attempt.claimed).over()) / 3600,
-            sa.extract("epoch", Attempt.released - Attempt.claimed) / 3600,
+            sa.extract("epoch", Attempt.claimed - start) / 3600,
+            sa.extract("epoch", Attempt.released - start) / 3600,
         )
         .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
         .where(Attempt.study_id == study_id)
-        .order_by(Attempt.released)
     )
-    ends, spent = [], 0.0
+    moments: list[tuple[float, int, EndPoint | None]] = []  # (hours, workers more or less, end)
     with Session(engine) as session:
-        for number, outcome, value, hours, held in session.execute(query):
-            spent += float(held or 0.0)  # None: it still lasts
-            if outcome in FINISHED:
-                ends.append(EndPoint(number, outcome, value, float(hours), spent))
+        for number, outcome, value, claimed, released in session.execute(query):
+            moments.append((float(claimed), 1, None))
+            if released is not None:
+                end = EndPoint(number, outcome, value, float(released), 0.0)
+                moments.append((end.hours, -1, end if outcome in FINISHED else None))
+    ends, at_work, spent, last = [], 0, 0.0, 0.0
+    for hours, change, maybe in sorted(moments, key=lambda moment: moment[:2]):
+        spent += at_work * (hours - last)
+        at_work, last = at_work + change, hours
+        if maybe is not None:
+            maybe.gpu_hours = spent
+            ends.append(maybe)
     return ends
 
 
@@ -104,9 +112,4 @@ def category_names(attributes: list[dict[str, Any]], some: list[Curve]) -> list[
 def top(trials: list[TrialRow], count: int, states: set[str] | None = None) -> list[TrialRow]:
     """The best trials that have epochs, of the given states; a finished one by its score."""
     able = [row for row in trials if row.epochs and (not states or row.state in states)]
-    return sorted(able, key=lambda row: (-_worth(row), row.number))[:count]
-
-
-def _worth(row: TrialRow) -> float:
-    worth = row.value if row.value is not None else row.accuracy
-    return worth if worth is not None and worth == worth else 0.0  # NaN is the worst
+    return sorted(able, key=lambda row: (-row.worth, row.number))[:count]

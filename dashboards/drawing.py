@@ -91,11 +91,14 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
 def save(figure: Figure, title: str, path: Path) -> None:
     """Draw a figure into a file; its ending says how. The file is whole or not there. Raises OSError."""
     new = path.with_name(f".{path.name}.new{path.suffix}")
-    if path.suffix == ".html":
-        new.write_text(_page(figure, title), encoding="utf-8")
-    else:
-        _draw_file(figure, title, new)
-    os.replace(new, path)
+    try:
+        if path.suffix == ".html":
+            new.write_text(_page(figure, title), encoding="utf-8")
+        else:
+            _draw_file(figure, title, new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _page(figure: Figure, title: str) -> str:
@@ -118,7 +121,7 @@ def _draw_file(figure: Figure, title: str, path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
-    columns = min(3 if len(figure.panels) > 4 else 2, len(figure.panels))
+    columns = 2 if len(figure.panels) == 4 else min(len(figure.panels), 3)
     rows = math.ceil(len(figure.panels) / columns)
     tall = any(panel.tall for panel in figure.panels)
     canvas = Canvas(

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scipy.stats import binomtest
-
 from dashboards.curves import Curve, EndPoint
 
 # Readable on white and on near-black; told apart with the common kinds of colour blindness.
@@ -163,7 +161,7 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
     """Accuracy curves in one panel per value of a hyperparameter, all on the same scale.
 
     A parameter with more values than `groups` is cut into ranges with as many trials each. A panel's
-    note has the mean gap between training and validation at the trials' last epochs.
+    note has its best trial's score and gap: training minus validation accuracy at the last epoch.
     """
     able = [curve for curve in curves if by in curve.trial.params and curve.epochs]
     lines: list[tuple[str, str, Style]] = [
@@ -173,23 +171,21 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
     panels = []
     for label, members in _groups(able, by, groups):
         panel = Panel(f"{_word(by)} {label}", "epoch", "accuracy", percent=True)
+        best = max(members, key=lambda curve: curve.trial.worth)
         for kind, color, style in lines:
-            for curve in members:
+            for curve in [*(c for c in members if c is not best), best]:
                 x, y = [e + 1 for e in curve.epochs], curve.metrics[kind]
-                panel.series.append(Series(_name(curve), x, y, color, style, faint=True))
-            panel.series.append(_mean(members, kind, color, style))
-        gaps = [curve.gap for curve in members if curve.gap is not None]
-        best = max(curve.metrics["val_accuracy"][-1] for curve in members)
+                panel.series.append(Series(_name(curve), x, y, color, style, faint=curve is not best))
         panel.note = (
-            f"{len(members)} trial{'s' if len(members) > 1 else ''}, best {best:.1%}, "
-            f"mean gap {100 * sum(gaps) / len(gaps):+.1f} points"
+            f"{len(members)} trial{'s' if len(members) > 1 else ''}; best: trial {best.trial.number}, "
+            f"{best.trial.worth:.1%}, gap {100 * best.gap:+.1f} points"
         )
         panels.append(panel)
     values = [y for panel in panels for series in panel.series for y in series.y if math.isfinite(y)]
     for panel in panels:
         panel.range = (min(values) - 0.02, max(values) + 0.02) if values else None
     legend = [("validation", PALETTE[0]), ("training", PALETTE[1])]
-    return Figure(panels, legend, "thick: mean of the trials that reached the epoch")
+    return Figure(panels, legend, "thick: the best trial of each panel")
 
 
 def _word(name: str) -> str:
@@ -208,22 +204,13 @@ def _groups(curves: list[Curve], by: str, groups: int) -> list[tuple[str, list[C
     ]
 
 
-def _mean(curves: list[Curve], kind: str, color: str, style: Style) -> Series:
-    by_epoch: dict[int, list[float]] = {}
-    for curve in curves:
-        for epoch, value in zip(curve.epochs, curve.metrics[kind], strict=True):
-            if math.isfinite(value):
-                by_epoch.setdefault(epoch, []).append(value)
-    x = sorted(by_epoch)
-    means = [sum(by_epoch[e]) / len(by_epoch[e]) for e in x]
-    return Series("mean", [e + 1 for e in x], means, color, style)
-
-
 def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
     """The accuracy of each attribute with its 95 % interval, which for few images is wide.
 
     `table` has name, category and number of validation images of each (storage.models.Study).
     """
+    from scipy.stats import binomtest  # here: half a second that a worker need not wait
+
     kinds = list(dict.fromkeys(row["category"] for row in table))
     names, values, below, above, colors = [], [], [], [], []
     for hit, row in zip(hits, table, strict=True):

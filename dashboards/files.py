@@ -41,15 +41,15 @@ def plot_study(
             raise PlotError(f"study {entry.name!r} has no finished trial yet")
         drawing.save(figures.history(ends), entry.name, output)
         return
-    chosen = _choose(status, trials, top or (8 if kind == "curves" else 60))
+    chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
     some = curves.read_curves(engine, entry.study_id, chosen)
     if kind == "curves":
         drawn = figures.curves(some, curves.category_names(entry.attributes, some), smooth)
     else:
         names = sorted({name for row in chosen for name in row.params})
-        if by not in names:
+        if by is not None and by not in names:
             raise PlotError(f"--by {by}: allowed are {', '.join(names)}")
-        drawn = figures.compare(some, by or "")
+        drawn = figures.compare(some, by or next(iter(names), ""))
     drawing.save(drawn, entry.name, output)
 
 

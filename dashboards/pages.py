@@ -6,8 +6,11 @@ in the address.
 """
 
 import gzip
+import hashlib
 import json
 import shlex
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,6 @@ from storage.ledger import StudyEntry, study_entry
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
 
-CURVES, MOST_CURVES = 8, 40  # drawn unless the address says otherwise; at most
-COMPARED = 60
 ROWS = 25  # of the table of trials
 LOG_LINES = 40
 
@@ -48,6 +49,7 @@ def figure(name: str, drawn: figures.Figure) -> Markup:
 
 
 blueprint.add_app_template_filter(duration, "duration")
+blueprint.record(lambda setup: setup.app.jinja_env.globals.update(STATES=STATES))
 
 
 @blueprint.app_template_filter()
@@ -64,30 +66,47 @@ def percent(value: float | None) -> str:
 @blueprint.after_request
 def _revalidate(response: Response) -> Response:
     """A page that has not changed is not sent again."""
-    if response.status_code == 200 and not response.direct_passthrough:
+    if response.status_code == 200 and "ETag" not in response.headers:
         response.add_etag()
         response.make_conditional(request)
     return response
 
 
+class Script:
+    """A large script: read, compressed and digested once, at the first request."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._read = read
+
+    @cached_property
+    def _plain(self) -> bytes:
+        return self._read()
+
+    @cached_property
+    def _packed(self) -> bytes:
+        return gzip.compress(self._plain)
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._plain).hexdigest()[:16]
+
+    def response(self) -> Response:
+        packed = "gzip" in request.headers.get("Accept-Encoding", "")
+        response = Response(self._packed if packed else self._plain, mimetype="text/javascript")
+        if packed:
+            response.headers["Content-Encoding"] = "gzip"
+        response.headers.update({"Cache-Control": "max-age=86400", "Vary": "Accept-Encoding"})
+        response.set_etag(self._digest + ("-gzip" if packed else ""))
+        response.make_conditional(request)
+        return response
+
+
+_plotly = Script(lambda: (Path(plotly.__file__).parent / "package_data/plotly.min.js").read_bytes())
+
+
 @blueprint.get("/plotly.js")
 def script() -> Response:
-    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    return _compressed(path.read_bytes(), "text/javascript")
-
-
-_packed: dict[int, bytes] = {}
-
-
-def _compressed(data: bytes, mimetype: str) -> Response:
-    if "gzip" not in request.headers.get("Accept-Encoding", ""):
-        return Response(data, mimetype=mimetype)
-    key = hash(data)
-    if key not in _packed:
-        _packed[key] = gzip.compress(data)
-    response = Response(_packed[key], mimetype=mimetype)
-    response.headers.update({"Content-Encoding": "gzip", "Cache-Control": "max-age=86400"})
-    return response
+    return _plotly.response()
 
 
 @blueprint.get("/")
@@ -135,15 +154,17 @@ def _chosen(status: Status, count: int) -> list[TrialRow]:
     named = request.args.get("trials", "").replace(",", " ").split()
     numbers = {int(word) for word in named if word.isascii() and word.isdecimal() and len(word) < 9}
     if numbers:
-        return [row for row in status.trials if row.number in numbers][:MOST_CURVES]
+        return [row for row in status.trials if row.number in numbers][: curves.MOST_DRAWN]
     return curves.top(status.trials, count, _states())
 
 
 @blueprint.get("/studies/<int:study_id>/curves")
 def curves_page(study_id: int) -> str:
     entry, status = _open(study_id)
-    smooth = min(_count("smooth", 0, 95), 95)
-    chosen = curves.read_curves(g.engine, study_id, _chosen(status, _count("top", CURVES, MOST_CURVES)))
+    smooth = _count("smooth", 0, 95)
+    chosen = curves.read_curves(
+        g.engine, study_id, _chosen(status, _count("top", curves.DRAWN, curves.MOST_DRAWN))
+    )
     return render_template(
         "curves.html",
         study_id=study_id,
@@ -151,6 +172,8 @@ def curves_page(study_id: int) -> str:
         states=_states(),
         smooth=smooth,
         chosen=chosen,
+        default=curves.DRAWN,
+        most=curves.MOST_DRAWN,
         drawn=figures.curves(chosen, curves.category_names(entry.attributes, chosen), smooth / 100),
     )
 
@@ -161,7 +184,7 @@ def compare(study_id: int) -> str:
     names = sorted({name for row in status.trials for name in row.params})
     by = request.args.get("by", "")
     by = by if by in names else next(iter(names), "")
-    some = _chosen(status, _count("top", COMPARED, COMPARED))
+    some = _chosen(status, _count("top", curves.COMPARED, curves.COMPARED))
     return render_template(
         "compare.html",
         study_id=study_id,
@@ -169,7 +192,7 @@ def compare(study_id: int) -> str:
         states=_states(),
         names=names,
         by=by,
-        chosen=some,
+        default=curves.COMPARED,
         drawn=figures.compare(curves.read_curves(g.engine, study_id, some), by),
     )
 
@@ -228,6 +251,6 @@ def _artifacts(engine: sa.Engine, study_id: int, trial: int) -> list[dict[str, A
         .order_by(TrialSystemAttributeModel.key)
     )
     with Session(engine) as session:
-        # Optuna keeps JSON text as a JSON string.
+        # An artifact that was deleted is null. Optuna keeps JSON text as a JSON string.
         rows = [(trial_id, json.loads(json.loads(text))) for trial_id, text in session.execute(query)]
-    return [{**row, "trial_id": trial_id} for trial_id, row in rows]
+    return [{**row, "trial_id": trial_id} for trial_id, row in rows if row is not None]

@@ -2,11 +2,13 @@
 
 import getpass
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
@@ -14,8 +16,11 @@ from gunicorn.app.base import BaseApplication
 from dashboards.accounts import Accounts, OneTimeLink, session_key
 from dashboards.web import Door, make_app
 from storage import database
+from storage.network import VIEWER
 
 THREADS = 8
+# The first parts of the paths that are served here.
+OWN_PATHS = {"atelier", "login", "logout", "healthz", "dashboard", "api", "static", "csv", "artifacts"}
 
 
 class ServeError(ValueError):
@@ -36,8 +41,13 @@ class Address:
 
     def check(self, accounts: Accounts) -> None:
         """Raises ServeError unless it is safe to listen there."""
-        if self.prefix and (not self.prefix.startswith("/") or self.prefix.rstrip("/") != self.prefix):
-            raise ServeError(f"--prefix {self.prefix!r}: write it as in /atelier, no slash at the end")
+        if self.prefix and not re.fullmatch(r"(/[\w.~@:+-]+)+", self.prefix):
+            raise ServeError(f"--prefix {self.prefix!r}: write it as in /node/login1/8080")
+        if (first := self.prefix.split("/")[1:2]) and first[0] in OWN_PATHS:
+            # Where the proxy takes the prefix away, it could not be told from the path.
+            raise ServeError(
+                f"--prefix {self.prefix!r}: begins with a path of the dashboard's own; choose another"
+            )
         if (self.certificate is None) != (self.key is None):
             raise ServeError("--certificate and --key go together; give both files")
         for path in (self.certificate, self.key):
@@ -67,9 +77,13 @@ class Address:
     def url(self, path: str = "/") -> str:
         """For a browser on this machine, or on the network if it listens there."""
         scheme = "https" if self.certificate else "http"
-        host = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host
-        host = f"[{host}]" if ":" in host else host
+        host = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.bracketed
         return f"{scheme}://{host}:{self.port}{self.prefix}{path}"
+
+    @property
+    def bracketed(self) -> str:
+        """The host before a colon and a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 def serve(address: Address) -> None:
@@ -97,25 +111,27 @@ def _say_where(address: Address, token: str | None) -> None:
     if address.is_local:
         host = socket.gethostname()
         typer.echo(
-            f"  from your own machine: ssh -N -L {address.port}:{address.host}:{address.port} "
+            f"  from your own machine: ssh -N -L {address.port}:{address.bracketed}:{address.port} "
             f"{getpass.getuser()}@{host}   then open the link above"
         )
 
 
 def open_doors() -> dict[str, Door]:
     """Both roles' ways to the database. Raises DatabaseError."""
-    engine = database.connect()
-    storage = database.prepare(engine)
+    engine = database.connect(connect_args=database.PAGE_ARGS)
+    database.prepare(engine)
     looking = database.read_only(engine)
     if not looking.has_role:
+        with engine.connect() as connection:
+            user = connection.scalar(sa.select(sa.func.quote_ident(sa.func.current_user())))
         typer.echo(
-            "note: this database user may make no roles, so only the connection's own setting keeps "
-            f"viewers from writing; let its owner run: CREATE ROLE {database.VIEWER} NOLOGIN; "
-            f"GRANT {database.VIEWER} TO {engine.url.username};",
+            f"note: the database user {user} may not use the role {VIEWER}, so only the connection's "
+            "own setting keeps viewers from writing; let the database's owner run: "
+            f"CREATE ROLE {VIEWER} NOLOGIN; GRANT {VIEWER} TO {user};",
             err=True,
         )
     return {
-        "editor": Door.to(engine, storage),
+        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGE_ARGS)),
         "viewer": Door.to(looking.engine, looking.storage),
     }
 
@@ -128,9 +144,8 @@ class _Server(BaseApplication):  # type: ignore[misc]
         super().__init__()
 
     def load_config(self) -> None:
-        host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host
         settings: dict[str, Any] = {
-            "bind": f"{host}:{self._address.port}",
+            "bind": f"{self._address.bracketed}:{self._address.port}",
             "workers": 1,
             "worker_class": "gthread",
             "threads": THREADS,

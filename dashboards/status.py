@@ -1,5 +1,6 @@
 """What a study is doing now, read from the database and drawn for a terminal."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -16,7 +17,7 @@ from rich.text import Text
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import gpu_seconds
+from storage.ledger import HELD, gpu_seconds
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
-_HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > _NOW)
 
 STATES = ("running", "waiting", "complete", "pruned", "failed")
 FINISHED = STATES[2:]
@@ -51,6 +51,12 @@ class TrialRow:
     worker: str | None = None  # host:pid of the holder
     renewed: float | None = None  # seconds since the holder last renewed its lease
     reason: str | None = None  # of the last attempt's end
+
+    @property
+    def worth(self) -> float:
+        """The score of a trial that has one, else its last accuracy; 0 for NaN and for nothing."""
+        value = self.accuracy if self.value is None else self.value
+        return 0.0 if value is None or math.isnan(value) else value
 
     @property
     def words(self) -> str:
@@ -107,11 +113,7 @@ class Status:
 
     def ranked(self) -> list[TrialRow]:
         """The trials, those in work first, then the best."""
-
-        def rank(row: TrialRow) -> tuple[int, float]:
-            return STATES.index(row.state), -(row.value or row.accuracy or 0.0)
-
-        return sorted(self.trials, key=rank)
+        return sorted(self.trials, key=lambda row: (STATES.index(row.state), -row.worth, row.number))
 
     @property
     def gpu_hours_saved(self) -> float:
@@ -176,7 +178,7 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
     )
     workers = (
         sa.select(sa.func.count())
-        .where(Attempt.study_id == Study.study_id, _HELD)
+        .where(Attempt.study_id == Study.study_id, HELD)
         .scalar_subquery()
         .label("workers")
     )
@@ -242,7 +244,7 @@ def _workers(session: Session, study_id: int) -> list[WorkerRow]:
         sa.select(Worker, TrialModel.number, _age(Attempt.renewed), _age(Worker.started))
         .join(Attempt, Attempt.worker_id == Worker.id)
         .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id, _HELD)
+        .where(Attempt.study_id == study_id, HELD)
         .order_by(TrialModel.number)
     )
     return [
@@ -298,7 +300,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             epochs.c.seconds,
             Epoch.val_accuracy,
             Attempt.number.label("attempts"),
-            _HELD.label("held"),
+            HELD.label("held"),
             Attempt.reason,
             _age(Attempt.renewed).label("age"),
             Worker.host,

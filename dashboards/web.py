@@ -4,8 +4,10 @@ Every request passes `_gate` before anything else, whatever its path; only the l
 the health check are open. A viewer's request is served from a connection that cannot write.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ import sqlalchemy as sa
 from flask import (
     Flask,
     Response,
+    abort,
     g,
     jsonify,
     redirect,
@@ -27,7 +30,8 @@ from flask import (
     url_for,
 )
 from optuna.artifacts import FileSystemArtifactStore
-from sqlalchemy.exc import DBAPIError, NoResultFound
+from optuna.artifacts.exceptions import ArtifactNotFound
+from sqlalchemy.exc import NoResultFound
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -38,13 +42,11 @@ from storage.runs import artifacts
 
 SESSION = timedelta(hours=12)
 OPEN = {"login", "log_in", "static", "health"}  # endpoints that need no login
-PAGE_SECONDS = 3.0  # that a page waits for a database which is away
+PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
 )
-# KeyError is Optuna's, of a study that was deleted.
-GONE = (NoResultFound, KeyError, optuna.artifacts.exceptions.ArtifactNotFound)
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -58,9 +60,17 @@ class Door:
     @classmethod
     def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "Door":
         artifacts().mkdir(parents=True, exist_ok=True)
-        app: Any = optuna_dashboard.wsgi(storage, FileSystemArtifactStore(artifacts()))
+        app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
         app.catchall = False  # its errors are ours to answer
         return cls(engine, app)
+
+
+class _Artifacts(FileSystemArtifactStore):
+    """Files that may have gone already: else a study with a missing picture could not be deleted."""
+
+    def remove(self, artifact_id: str) -> None:
+        with suppress(ArtifactNotFound):
+            super().remove(artifact_id)
 
 
 def make_app(
@@ -77,7 +87,7 @@ def make_app(
     # Cookies do not know ports: another dashboard on the same host needs another name.
     app.config.update(
         SECRET_KEY=key,
-        SESSION_COOKIE_NAME=f"atelier-{key.hex()[:8]}",
+        SESSION_COOKIE_NAME=f"atelier-{hashlib.sha256(b'name' + key).hexdigest()[:8]}",
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=https,
         SESSION_COOKIE_PATH=f"{prefix}/",
@@ -114,7 +124,7 @@ def _under(prefix: str, app: Any) -> Callable[..., Any]:
 
 
 def _gate(doors: dict[str, Door], accounts: Accounts, link: OneTimeLink | None) -> Any:
-    database.patience.set(PAGE_SECONDS)
+    database.thread_patience.set(PAGE_SECONDS)
     g.role = None
     if _is_cross_site():
         return _refuse(403, "requests from other sites are refused")
@@ -151,7 +161,7 @@ def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str 
     account = known.get(session.get("user", ""))
     if account is not None and session.get("stamp") == account.stamp:
         return account.role, account.name
-    if link is not None and not known and session.get("stamp") == "link":
+    if link is not None and not known and session.get("stamp") == link.stamp:
         return "editor", None
     return None, None
 
@@ -170,9 +180,9 @@ def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | No
             "optuna-dashboard renames by copying, which loses epochs and checkpoints; start another "
             "study instead, with another [study] name"
         )
-    if (match := _DELETE.fullmatch(call)) and ledger.has_live_lease(engine, study_id=int(match[1])):
+    if (match := _DELETE.fullmatch(call)) and not ledger.stop_unless_held(engine, int(match[1])):
         return "workers hold trials of this study; stop them first: atelier stop STUDY"
-    if (match := _OF_TRIAL.fullmatch(call)) and ledger.has_live_lease(engine, trial_id=int(match[1])):
+    if (match := _OF_TRIAL.fullmatch(call)) and ledger.is_held(engine, int(match[1])):
         return "a worker holds this trial; stop the workers first: atelier stop STUDY"
     return None
 
@@ -201,19 +211,17 @@ def _harden(response: Response) -> Response:
 
 def _explain(error: Exception) -> Any:
     """A page for every error: what happened and what to do next."""
-    if isinstance(error, optuna.exceptions.StorageInternalError):
-        error = error.__cause__ or error  # type: ignore[assignment]
     if isinstance(error, HTTPException):
         status, words = error.code or 500, error.description or ""
-    elif isinstance(error, GONE):
-        status, words = 404, "There is no such study or trial, or not any more."
-    elif isinstance(error, DBAPIError):
+    elif isinstance(error, (NoResultFound, ArtifactNotFound)):
+        status, words = 404, "There is no such study or file, or not any more."
+    elif database.is_transient(error):
         status, words = 503, "The database does not answer. This page asks again by itself."
     else:
         raise error
     if g.get("role") is None or request.path.startswith(("/api/", "/csv/", "/artifacts/")):
         return _refuse(status, words)
-    return render_template("message.html", title=f"{status}", words=words), status
+    return render_template("message.html", status_code=status, words=words), status
 
 
 def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
@@ -224,7 +232,8 @@ def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None
         session.permanent = True
         session.update(user=user, stamp=stamp)
         target = request.values.get("next", "")
-        safe = re.fullmatch(r"/(?![/\\])[^\\\r\n]*", target)  # a path of ours, not another host
+        # A path of ours, not another host; a browser leaves out control characters.
+        safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
         return redirect(request.script_root + target if safe else url_for("pages.index"))
 
     def ask(problem: str = "", status: int = 200) -> Any:
@@ -237,7 +246,7 @@ def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None
         if token is None:
             return ask()
         if link is not None and not accounts.all() and link.use(token):
-            return enter("link")
+            return enter(link.stamp)
         return ask("This link has been used; the terminal shows the next one.", 401)
 
     @app.post("/login")
@@ -265,25 +274,32 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
         "position:fixed;right:16px;bottom:16px;z-index:2000;padding:8px 14px;border-radius:20px;"
         "background:#3b82f6;color:#fff;font:500 14px system-ui,sans-serif;text-decoration:none"
     )
-    script: list[bytes] = []  # optuna-dashboard's, for our prefix
+    bundle = pages.Script(lambda: _prefixed(prefix))
 
     @app.route("/<path:path>", methods=METHODS)
-    def optuna_pages(path: str) -> Response:
+    def optuna_pages(path: str) -> Any:
         if prefix and path == "static/bundle.js":
-            if not script:
-                script.append(_prefixed(prefix))
-            response = Response(script[0], mimetype="text/javascript")
-            response.add_etag()
-            return response.make_conditional(request)  # type: ignore[return-value]
+            return bundle.response()
+        # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
+        environ = {**request.environ, "PATH_INFO": request.path.encode().decode("latin-1")}
         is_page = path.split("/")[0] == "dashboard"
-        answer: Any = Response.from_app(g.optuna_app, request.environ, buffered=is_page)
+        answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
         if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
-            with g.engine.connect():
-                pass  # if the database is away, this raises, and `_explain` says so
+            _raise_the_reason(request.path)
         if is_page and answer.mimetype == "text/html":
             text = answer.get_data(as_text=True).replace('="/static/', f'="{prefix}/static/')
             answer.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
-        return answer  # type: ignore[no-any-return]
+        return answer
+
+
+def _raise_the_reason(path: str) -> None:
+    """Raises what `_explain` knows, if the database is away or the path's study has gone."""
+    with g.engine.connect():
+        pass
+    if (match := re.match(r"/api/studies/(\d+)", path)) and not ledger.study_entry(
+        g.engine, int(match[1])
+    ):
+        abort(404, "There is no such study, or not any more.")
 
 
 def _prefixed(prefix: str) -> bytes:

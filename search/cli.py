@@ -372,7 +372,9 @@ def dashboard(
     no_tls: Annotated[
         bool, typer.Option("--no-tls", help="Other machines may send passwords in clear.")
     ] = False,
-    prefix: Annotated[str, typer.Option(help="Path that a proxy serves it under, as in /atelier.")] = "",
+    prefix: Annotated[
+        str, typer.Option(help="Path that a proxy serves it under, as in /node/login1/8080.")
+    ] = "",
 ) -> None:
     """Serve optuna-dashboard and our own pages, behind a login."""
     with _errors_in_one_line():

@@ -230,7 +230,7 @@ class Job:
 
     number: str  # tasks that never started share their array's
     state: str
-    exit_code: int  # minus the signal's number, if one ended it
+    status: int  # as of wait(2): the exit code times 256
     restarts: int
     end: float | None  # seconds since 1970; None without a time limit
 
@@ -253,7 +253,7 @@ def jobs(ids: Iterable[str]) -> list[Job] | None:
         Job(
             number,
             state,
-            os.waitstatus_to_exitcode(int(status)),
+            int(status),
             int(restarts),
             float(end) if end.isdecimal() else None,
         )
@@ -313,8 +313,12 @@ def task_states(array_jobs: Iterable[str]) -> dict[str, int] | None:
     found = jobs(ids) if ids else []
     if found is None:
         return None
-    stopped = {job for job in found if job.state == "FAILED" and job.exit_code in RELEASED}
-    return dict(Counter("RELEASED" if job in stopped else job.state for job in found))
+    return dict(
+        Counter(
+            "RELEASED" if job.state == "FAILED" and job.status >> 8 in RELEASED else job.state
+            for job in found
+        )
+    )
 
 
 def newest_log(array_jobs: Iterable[str]) -> Path | None:

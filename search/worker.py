@@ -229,8 +229,8 @@ class Worker:
         try:
             trial = TrialRow(claim.trial_number, outcome, value=value)
             picture = attach_curve(self.runs.path.name, trial, [asdict(result) for result in results])
-        except OSError as error:  # the trial is worth more than its picture
-            log.warning("trial %d has no picture of its curve: %s", claim.trial_number, error)
+        except Exception:  # whatever it is: the trial is worth more than its picture
+            log.warning("trial %d has no picture of its curve", claim.trial_number, exc_info=True)
         self.ledger.finish(claim, outcome, value, reason, artifact=picture)
 
     @retrying

@@ -19,16 +19,17 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.network import VIEWER
 
 SCHEMA = "atelier"
-VIEWER = "atelier_viewer"  # a role that may read only; see `read_only`
 PATIENCE = 600  # seconds that work goes on trying while the database is away
-# The same for this thread: somebody who waits for a page has less of it.
-patience: ContextVar[float] = ContextVar("patience", default=PATIENCE)
+# The same for what this thread does: somebody who waits for a page has less of it.
+thread_patience: ContextVar[float] = ContextVar("thread_patience", default=PATIENCE)
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
@@ -60,10 +61,11 @@ def home() -> Path:
     return Path(os.environ.get("ATELIER_HOME") or ".atelier").absolute()
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
+    """Whether the database was away, so that the same may succeed later."""
     if isinstance(error, optuna.exceptions.StorageInternalError):
         error = error.__cause__ or error
-    return isinstance(error, OperationalError) or (
+    return isinstance(error, (OperationalError, PoolTimeoutError)) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
 
@@ -78,9 +80,9 @@ def _revive(_: object) -> None:
 # Every operation that uses it may be repeated after a lost reply: rows are keyed, not appended.
 retrying = retry(
     before_sleep=_revive,
-    retry=retry_if_exception(_is_transient),
+    retry=retry_if_exception(is_transient),
     wait=wait_random_exponential(multiplier=0.2, max=10),
-    stop=lambda state: (state.seconds_since_start or 0) >= patience.get(),
+    stop=lambda state: (state.seconds_since_start or 0) >= thread_patience.get(),
     reraise=True,
 )
 
@@ -126,12 +128,21 @@ def exists() -> bool:
     return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
 
 
-def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
+# For pages: nobody waits a minute for one.
+PAGE_ARGS = CONNECT_ARGS | {
+    "connect_timeout": 3,
+    "options": f"{CONNECT_ARGS['options']} -c statement_timeout=15000",
+}
+
+
+def connect(
+    url: URL | None = None, patience: float = 0, connect_args: dict[str, object] = CONNECT_ARGS
+) -> sa.Engine:
     """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
-    engine = sa.create_engine(url or database_url(), **_pool(2, CONNECT_ARGS))
+    engine = sa.create_engine(url or database_url(), **_pool(connect_args))
     try:
         for attempt in Retrying(
-            retry=retry_if_exception(_is_transient),
+            retry=retry_if_exception(is_transient),
             wait=wait_random_exponential(multiplier=1, max=10),
             stop=stop_after_delay(patience),
             reraise=True,
@@ -147,13 +158,9 @@ def connect(url: URL | None = None, patience: float = 0) -> sa.Engine:
         ) from error
 
 
-def _pool(size: int, connect_args: dict[str, object]) -> dict[str, Any]:
-    return {
-        "pool_pre_ping": True,
-        "pool_size": size,
-        "max_overflow": size + 1,
-        "connect_args": connect_args,
-    }
+def _pool(connect_args: dict[str, object]) -> dict[str, Any]:
+    # Two are kept; a page server's threads may need some more for a moment.
+    return {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 8, "connect_args": connect_args}
 
 
 class ReadOnly(NamedTuple):
@@ -171,26 +178,29 @@ def read_only(engine: sa.Engine) -> ReadOnly:
     connection asks for it.
     """
     has_role = _let_viewers_read(engine)
-    options = f"{CONNECT_ARGS['options']} -c default_transaction_read_only=on"
+    options = f"{PAGE_ARGS['options']} -c default_transaction_read_only=on"
     if has_role:
         options += f" -c role={VIEWER}"
-    arguments = CONNECT_ARGS | {"options": options}
-    looking = sa.create_engine(engine.url, **_pool(4, arguments))
-    return ReadOnly(looking, optuna_storage(engine, arguments), has_role)
+    arguments = PAGE_ARGS | {"options": options}
+    looking = sa.create_engine(engine.url, **_pool(arguments))
+    return ReadOnly(looking, optuna_storage(engine, arguments, make_tables=False), has_role)
 
 
 def _let_viewers_read(engine: sa.Engine) -> bool:
     try:
         with engine.begin() as connection:
             run = connection.exec_driver_sql
+            run(f"SELECT pg_advisory_xact_lock({_CREATE_LOCK})")
             if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{VIEWER}'").scalar():
                 run(f"CREATE ROLE {VIEWER} NOLOGIN")
                 run(f"GRANT {VIEWER} TO CURRENT_USER")
             run(f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {VIEWER}")
             run(f"GRANT SELECT ON ALL TABLES IN SCHEMA public, {SCHEMA} TO {VIEWER}")
             run(f"SET LOCAL ROLE {VIEWER}")
-    except ProgrammingError:  # not allowed
-        return False
+    except DBAPIError as error:
+        if is_transient(error):
+            raise
+        return False  # not allowed, or just done by another database's dashboard
     return True
 
 
@@ -291,7 +301,7 @@ def _alembic() -> Config:
 
 
 def optuna_storage(
-    engine: sa.Engine, connect_args: dict[str, object] | None = None
+    engine: sa.Engine, connect_args: dict[str, object] = CONNECT_ARGS, make_tables: bool = True
 ) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, with its cache of finished trials.
 
@@ -300,8 +310,8 @@ def optuna_storage(
     try:
         storage = optuna.storages.RDBStorage(
             engine.url.render_as_string(hide_password=False),
-            engine_kwargs=_pool(1, connect_args or CONNECT_ARGS),
-            skip_table_creation=connect_args is not None,  # by somebody who may only read
+            engine_kwargs=_pool(connect_args),
+            skip_table_creation=not make_tables,
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error

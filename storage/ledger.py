@@ -181,13 +181,15 @@ class Ledger:
     def claim(self) -> Claim | None:
         """Take a trial that waits for a worker, else a new one if the budget allows, else None.
 
+        None too if the study was stopped or deleted.
+
         Claims of a study follow one another (the study's row is locked), so that any number of
         workers neither overshoots the budget nor takes a trial twice.
         """
         verdicts = self._judge(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
-            study = session.get_one(Study, self.study_id, with_for_update=True)
-            if study.stop_requested is not None:
+            study = session.get(Study, self.study_id, with_for_update=True)
+            if study is None or study.stop_requested is not None:
                 return None
             for trial_id in self._unfinished(session):
                 claim = self._take(session, trial_id, verdicts)
@@ -372,10 +374,10 @@ class Ledger:
         if artifact is not None:
             attributes[f"artifacts:{artifact['artifact_id']}"] = json.dumps(artifact)
         with Session(self.engine) as session, session.begin():
-            attempt = session.get_one(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
-            if attempt.outcome == outcome:
+            attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
+            if attempt is not None and attempt.outcome == outcome:
                 return  # our own earlier call, whose reply was lost
-            self._fence(session, claim)
+            attempt = self._fence(session, claim)
             trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
             ended_elsewhere = trial.state.is_finished()
             if ended_elsewhere:
@@ -580,16 +582,31 @@ def study_names(engine: sa.Engine) -> list[str]:
         )
 
 
+# A trial whose holder has given a sign of life lately.
+HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
+
+
 @retrying
-def has_live_lease(engine: sa.Engine, study_id: int | None = None, trial_id: int | None = None) -> bool:
-    """Whether a worker holds a trial of the study, or this very trial."""
-    query = sa.select(sa.literal(1)).where(Attempt.released.is_(None), Attempt.lease_until > _now())
-    if study_id is not None:
-        query = query.where(Attempt.study_id == study_id)
-    if trial_id is not None:
-        query = query.where(Attempt.trial_id == trial_id)
+def is_held(engine: sa.Engine, trial_id: int) -> bool:
+    """Whether a worker holds the trial."""
     with engine.connect() as connection:
-        return connection.scalar(query.limit(1)) is not None
+        query = sa.select(sa.literal(1)).where(Attempt.trial_id == trial_id, HELD)
+        return connection.scalar(query) is not None
+
+
+@retrying
+def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
+    """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
+
+    What is to be deleted must be stopped first: a claim takes this lock before it takes Optuna's.
+    """
+    with Session(engine) as session, session.begin():
+        study = session.get(Study, study_id, with_for_update=True)
+        if session.scalar(sa.select(sa.literal(1)).where(Attempt.study_id == study_id, HELD).limit(1)):
+            return False
+        if study is not None:
+            study.stop_requested = _now()
+    return True
 
 
 @retrying

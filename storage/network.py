@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL, make_url
 
 ROLE = "atelier"
+VIEWER = "atelier_viewer"  # may read only; nobody logs in as it: see storage.database.read_only
 DATABASE = "atelier"
 # Who reaches the socket, in a folder of mode 0700, is trusted. From the network one role may log in.
 ACCESS = """\

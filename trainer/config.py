@@ -74,5 +74,6 @@ class EpochResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EpochResult":
-        tuples = {key: tuple(values[key]) for key in ("val_category", "val_hits")}
+        # A checkpoint of an earlier version has no hits.
+        tuples = {key: tuple(values.get(key, ())) for key in ("val_category", "val_hits")}
         return cls(**values | tuples)

@@ -22,18 +22,19 @@ function themed(layout) {
 
 const drawn = new Map(); // id of a place: the text of what is drawn there
 
-function draw(root, force) {
-  for (const script of root.querySelectorAll("script[data-plot]")) {
+function draw() {
+  for (const script of document.querySelectorAll("script[data-plot]")) {
     const place = document.getElementById(script.dataset.plot);
-    if (!place || (!force && drawn.get(place.id) === script.textContent)) continue;
+    if (drawn.get(place.id) === script.textContent) continue;
     const { data, layout } = JSON.parse(script.textContent);
     drawn.set(place.id, script.textContent);
     Plotly.react(place, data, themed(layout), { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
-function plots(root) {
-  return [...root.querySelectorAll(".plot")].map((place) => place.id).join();
+// What a page is made of: if that changes, it is loaded again instead of mended.
+function parts(page) {
+  return [...page.querySelectorAll("[data-live], .plot")].map((part) => part.dataset.live ?? part.id).join();
 }
 
 function trouble(text) {
@@ -55,21 +56,34 @@ async function refresh() {
   if (response.redirected) return trouble("The session has ended. Reload this page to log in again.");
   const text = await response.text();
   const page = new DOMParser().parseFromString(text, "text/html");
-  if (!response.ok) return trouble(page.querySelector("main p:not(#trouble)")?.textContent ?? response.statusText);
+  const shown = document.body.dataset.status;
+  if (!response.ok && shown === "200") return trouble(page.querySelector("main p:not(#trouble)")?.textContent ?? response.statusText);
+  if (page.body.dataset.status !== shown) return location.reload(); // an error page, and now there is another
   trouble("");
   if (text === last) return;
   last = text;
-  if (plots(page) !== plots(document)) return location.reload(); // other panels than before
+  if (parts(page) !== parts(document)) return location.reload();
   for (const fresh of page.querySelectorAll("[data-live]")) {
     const old = document.querySelector(`[data-live="${CSS.escape(fresh.dataset.live)}"]`);
-    if (!old || old.innerHTML === fresh.innerHTML) continue;
+    if (old.innerHTML === fresh.innerHTML) continue;
     const open = [...old.querySelectorAll("details")].map((details) => details.open);
     old.innerHTML = fresh.innerHTML;
     old.querySelectorAll("details").forEach((details, index) => (details.open = Boolean(open[index])));
   }
-  draw(page, false);
+  for (const fresh of page.querySelectorAll("script[data-plot]")) {
+    document.querySelector(`script[data-plot="${CSS.escape(fresh.dataset.plot)}"]`).textContent = fresh.textContent;
+  }
+  draw();
 }
 
-draw(document, true);
-dark.addEventListener("change", () => draw(document, true));
-if (document.querySelector("[data-live]")) setInterval(refresh, SECONDS * 1000);
+async function follow() {
+  await refresh();
+  setTimeout(follow, SECONDS * 1000);
+}
+
+draw();
+dark.addEventListener("change", () => {
+  drawn.clear();
+  draw();
+});
+setTimeout(follow, SECONDS * 1000);

@@ -6,6 +6,8 @@ There is no Docker here: what a container would run is run as it stands, on the 
 import os
 import re
 import shlex
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -98,7 +100,7 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     variables = environment("dashboard")
     words = [str(port) if word == "8080" else word for word in service["command"]]
     command = [sys.executable, "-m", "search", *words]
-    # Without a user it must not start: the README's first step is to add one.
+    # Without a user it must not start: the file's head says to add one first.
     refused = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "atelier user add" in refused.stderr
@@ -110,10 +112,12 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     health = [word.replace("8080", str(port)) for word in service["healthcheck"]["test"]]
     assert health[:2] == ["CMD", "python"]
     deadline = time.monotonic() + 60
-    while subprocess.run([sys.executable, *health[2:]], capture_output=True).returncode != 0:
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-    server.terminate()
+    try:
+        while subprocess.run([sys.executable, *health[2:]], capture_output=True).returncode != 0:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+    finally:
+        server.terminate()
     assert server.wait(30) == 0
 
 
@@ -128,9 +132,11 @@ def test_the_backup_service_writes_a_dump_that_can_be_restored(environment, engi
     old.touch()
     os.utime(old, (0, 0))
     words = [word.replace("$$", "$") for word in SERVICES["backup"]["entrypoint"]]
-    process = subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     said = process.stdout.readline()
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)  # bash, and the sleep that it waits for
     process.wait()
     process.stdout.close()
     [dump] = folder.iterdir()  # the old one has gone, and nothing half-written is there
@@ -158,5 +164,6 @@ def test_the_commands_in_its_head_work(environment, tmp_path):
     assert (result.returncode, result.stdout) == (0, "NAME may log in as editor\n")
     secrets = [line.strip("# ") for line in head.splitlines() if "secrets/" in line]
     subprocess.run(["bash", "-euc", "\n".join(secrets)], cwd=tmp_path, check=True)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets").iterdir()} == {0o600}
     entry = (tmp_path / "secrets" / "pgpass").read_text()
     assert re.fullmatch(r"postgres:5432:atelier:atelier:[0-9a-f]{48}\n", entry)

@@ -43,7 +43,7 @@ def test_a_pruned_curve_ends_with_a_cross_and_says_so():
 
 def test_groups_of_a_list_are_its_values_and_of_a_range_have_as_many_trials_each():
     some = [
-        curve(n, [0.3, 0.4], {"batch_size": 64 * 2 ** (n % 3), "lr": 0.001 * (n + 1)}) for n in range(9)
+        curve(n, [0.3, 0.4], {"batch_size": 64 * 2 ** (n % 3), "lr": 0.001 * (n + 1)}) for n in range(8)
     ]
     titles = [panel.title for panel in figures.compare(some, "batch_size").panels]
     assert titles == ["batch size = 64", "batch size = 128", "batch size = 256"]
@@ -58,13 +58,15 @@ def test_groups_of_a_list_are_its_values_and_of_a_range_have_as_many_trials_each
     assert figures.compare(some, "dropout").panels == []
 
 
-def test_the_gap_and_the_mean_are_numpys():
-    some = [curve(0, [0.2, 0.4], {"lr": 1.0}, gap=0.05), curve(1, [0.6], {"lr": 1.0}, gap=0.25)]
+def test_the_best_trial_of_a_group_stands_out_with_its_own_gap():
+    some = [curve(0, [0.2, 0.4], {"lr": 1.0}, gap=0.05), curve(1, [0.5, 0.6], {"lr": 1.0}, gap=0.25)]
+    some += [curve(2, [0.3], {"lr": 1.0})]
+    for each in some:
+        each.trial.value = each.metrics["val_accuracy"][-1]
     [panel] = figures.compare(some, "lr").panels
-    assert panel.note == f"2 trials, best 60.0%, mean gap +{100 * np.mean([0.05, 0.25]):.1f} points"
-    mean = panel.series[-1]
-    assert (mean.label, mean.x) == ("mean", [1, 2])
-    assert mean.y == pytest.approx([np.mean([0.2, 0.6]), 0.4])
+    assert panel.note == "3 trials; best: trial 1, 60.0%, gap +25.0 points"
+    assert [series.label for series in panel.series if not series.faint] == ["trial 1", "trial 1"]
+    assert not panel.series[-1].faint  # it is drawn last, above the others
 
 
 def test_best_so_far_counts_only_complete_trials():
