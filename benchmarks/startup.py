@@ -75,8 +75,7 @@ def enter_study(folder: Path) -> None:
 
     engine = database.connect()
     file = load_study_file(folder / "study.toml")
-    fingerprint = read_dataset(folder / "data").fingerprint
-    open_study(file, engine, database.prepare(engine), fingerprint)
+    open_study(file, engine, database.prepare(engine), read_dataset(folder / "data"))
     engine.dispose()
 
 

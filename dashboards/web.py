@@ -34,6 +34,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from sqlalchemy.exc import NoResultFound
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.routing import RequestRedirect
 
 from dashboards import pages
 from dashboards.accounts import Accounts, OneTimeLink, Throttle
@@ -211,6 +212,8 @@ def _harden(response: Response) -> Response:
 
 def _explain(error: Exception) -> Any:
     """A page for every error: what happened and what to do next."""
+    if isinstance(error, RequestRedirect):
+        return error  # to the same path, written better
     if isinstance(error, HTTPException):
         status, words = error.code or 500, error.description or ""
     elif isinstance(error, (NoResultFound, ArtifactNotFound)):

@@ -444,6 +444,11 @@ def test_a_study_that_is_deleted_while_its_pages_are_open(app, engine):
     assert client.get(f"/api/studies/{study}").status_code == 404
 
 
+def test_our_pages_are_found_without_the_last_slash(app):
+    answer = log_in(app, "vera").get("/atelier")
+    assert (answer.status_code, answer.headers["Location"]) == (308, "http://localhost/atelier/")
+
+
 def test_what_has_not_changed_is_not_sent_again(app, engine):
     study = fill(engine, ["complete"])
     client = log_in(app, "vera")
