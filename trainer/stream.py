@@ -9,7 +9,9 @@ import atexit
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -168,14 +170,31 @@ class Stream:
         """
         self._blocks.epoch, self._blocks.first = epoch, first
         try:
-            yield from self._loader
+            with _signals_held_back():
+                blocks = iter(self._loader)
+            yield from blocks
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise LoaderError(f"{error}; the node may be out of memory") from error
 
 
+# SLURM and Ctrl-C signal all processes of a job; it is the parent who decides what to do.
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started meanwhile begin with these signals blocked."""
+    resource_tracker.ensure_running()  # else it is started below, and unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_: int) -> None:
-    """SLURM and Ctrl-C signal all processes of a job; it is the parent who decides what to do."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)

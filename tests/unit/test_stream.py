@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -132,12 +133,14 @@ if __name__ == "__main__":
 """
 
 
-def test_loader_processes_survive_a_signal_to_the_whole_job_and_end_with_it(demo, tmp_path):
+@pytest.fixture
+def loading(demo, tmp_path):
+    """A process that loads with two others."""
     dataset = read_dataset(demo)
     path = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
     script = tmp_path / "loading.py"
     script.write_text(LOADING)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, str(script), str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -145,10 +148,26 @@ def test_loader_processes_survive_a_signal_to_the_whole_job_and_end_with_it(demo
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
-    assert process.stdout.readline() == "16\n"
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate("go\n", timeout=120)
-    assert (output, process.returncode) == ("284\n", 0)
+
+
+def test_loader_processes_survive_a_signal_to_the_whole_job_and_end_with_it(loading):
+    assert loading.stdout.readline() == "16\n"
+    os.killpg(loading.pid, signal.SIGTERM)
+    output, _ = loading.communicate("go\n", timeout=120)
+    assert (output, loading.returncode) == ("284\n", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_loader_processes_survive_a_signal_as_soon_as_they_exist(loading, number):
+    hit = set()
+    while len(hit) < 2:
+        assert loading.poll() is None
+        for child in psutil.Process(loading.pid).children():
+            if child.pid not in hit and any("spawn_main" in word for word in child.cmdline()):
+                child.send_signal(number)  # Python has not even started in it
+                hit.add(child.pid)
+    output, _ = loading.communicate("go\n", timeout=120)
+    assert (output, loading.returncode) == ("16\n284\n", 0)
 
 
 def test_random_transform_keeps_size_and_type():
