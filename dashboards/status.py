@@ -395,7 +395,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
     for row in status.ranked()[:rows]:
         table.add_row(
             str(row.number),
-            row.state,
+            "resumed" if row.state == "running" and row.attempts > 1 else row.state,
             f"{row.epochs}/{status.max_epochs}",
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             "" if row.value is None else f"{row.value:.4f}",

@@ -136,6 +136,8 @@ def _gate(doors: dict[str, Door], accounts: Accounts, link: OneTimeLink | None) 
         if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
             return redirect(url_for("login", next=request.full_path.rstrip("?")))
         return _refuse(401, "log in first")
+    if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
+        abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
     door = doors[g.role]
     g.engine, g.optuna_app = door.engine, door.optuna_app
     if request.method in ("GET", "HEAD") or request.endpoint == "logout":
@@ -286,7 +288,10 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
         # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
         environ = {**request.environ, "PATH_INFO": request.path.encode().decode("latin-1")}
         is_page = path.split("/")[0] == "dashboard"
-        answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
+        try:
+            answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
+        except KeyError:  # Optuna's word for a study or trial that there is not
+            abort(404, "There is no such study or trial, or not any more.")
         if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
             _raise_the_reason(request.path)
         if is_page and answer.mimetype == "text/html":

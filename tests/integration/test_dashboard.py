@@ -449,6 +449,19 @@ def test_our_pages_are_found_without_the_last_slash(app):
     assert (answer.status_code, answer.headers["Location"]) == (308, "http://localhost/atelier/")
 
 
+@pytest.mark.parametrize("number", ["7", "2147483648", "9" * 5000, "0" * 5000 + "7", "١" * 12])
+def test_numbers_of_nothing_are_not_found(app, engine, number):
+    fill(engine, ["complete"])
+    client = log_in(app, "ed")
+    for path in (
+        *(f"/atelier/studies/{number}{page}" for page in ("", "/curves", "/compare", "/trials/0")),
+        *(f"/atelier/studies/1/trials/{number}", f"/api/studies/{number}", f"/artifacts/1/{number}/ab"),
+    ):
+        assert client.get(path).status_code == 404, path
+    assert client.delete(f"/api/studies/{number}", json={}).status_code == 404
+    assert client.post(f"/api/trials/{number}/tell", json={"state": "Fail"}).status_code in (404, 500)
+
+
 def test_what_has_not_changed_is_not_sent_again(app, engine):
     study = fill(engine, ["complete"])
     client = log_in(app, "vera")

@@ -47,6 +47,9 @@ def test_a_released_trial_waits_and_is_not_failed(engine):
     status = json.loads(atelier("status", "s", "--json"))
     assert status["counts"] == {"waiting": 1, "running": 0, "complete": 0, "pruned": 0, "failed": 0}
     assert status["trials"][0]["reason"] == "wall time"
+    assert "waiting" in atelier("status", "s")
+    worker.claim()
+    assert "resumed" in atelier("status", "s")
 
 
 def test_slurm_that_does_not_answer_is_said_and_costs_nothing_else(engine, monkeypatch):
