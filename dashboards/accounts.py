@@ -1,6 +1,7 @@
 """Who may look at the dashboard, and who may change things: names, roles, password hashes in a file."""
 
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from argon2.exceptions import Argon2Error, InvalidHashError
 from storage.database import home
 
 ROLES = ("viewer", "editor")
-MINIMUM_PASSWORD = 10  # characters
+MINIMUM_PASSWORD, LONGEST_PASSWORD = 10, 1000  # characters
 _HASHER = PasswordHasher()  # argon2id, with the parameters that RFC 9106 recommends for little memory
 
 
@@ -70,6 +71,8 @@ class Accounts:
         _check_role(role)
         if len(password) < MINIMUM_PASSWORD:
             raise AccountError(f"the password is too short; take at least {MINIMUM_PASSWORD} characters")
+        if len(password) > LONGEST_PASSWORD:
+            raise AccountError(f"the password is too long; take at most {LONGEST_PASSWORD} characters")
         self._write({**self.all(), name: Account(name, role, _HASHER.hash(password))})
 
     def remove(self, name: str) -> None:
@@ -122,6 +125,14 @@ def session_key(folder: Path | None = None) -> bytes:
     with _private_file(path.parent, secrets.token_bytes(32)) as new, suppress(FileExistsError):
         os.link(new, path)  # unlike a rename, it fails if somebody was first
     return path.read_bytes()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Throttle:

@@ -17,17 +17,15 @@ def plotly(panel: Panel) -> dict[str, Any]:
     axis = {"automargin": True, "zeroline": False}
     value_axis: dict[str, Any] = {**axis, "title": {"text": panel.y}}
     if panel.percent:
-        value_axis["tickformat"] = ".0%"
+        value_axis["tickformat"] = ".1~%"
     if panel.range:
         value_axis["range"] = list(panel.range)
     x_axis: dict[str, Any] = {**axis, "title": {"text": panel.x}}
-    last = (
-        max((x for series in panel.series for x in series.x[-1:]), default=0)
-        if panel.x == "epoch"
-        else 0
-    )
-    if last > 1:
-        x_axis["range"] = [1, last]
+    if panel.epochs > 1:
+        step = {"dtick": 1} if panel.epochs <= 10 else {}
+        x_axis |= {"range": [1, panel.epochs], "tickformat": "d", **step}
+    elif not panel.epochs:
+        x_axis["rangemode"] = "tozero"
     if panel.tall:  # bars lie, so that their names can be read
         x_axis, value_axis = value_axis, {**axis, "autorange": "reversed"}
     return {
@@ -119,7 +117,7 @@ def _draw_file(figure: Figure, title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     columns = 2 if len(figure.panels) == 4 else min(len(figure.panels), 3)
     rows = math.ceil(len(figure.panels) / columns)
@@ -136,11 +134,16 @@ def _draw_file(figure: Figure, title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for series in panel.series:
             _draw(axes, series)
+        if panel.epochs:
+            axes.set_xlim(0.5, panel.epochs + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif not panel.tall:
+            axes.set_xlim(left=0)
         value_axis = axes.xaxis if panel.tall else axes.yaxis
         axes.set_xlabel(panel.y if panel.tall else panel.x)
         axes.set_ylabel("" if panel.tall else panel.y)
         if panel.percent:
-            value_axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            value_axis.set_major_formatter(PercentFormatter(1.0))
         if panel.range:
             (axes.set_xlim if panel.tall else axes.set_ylim)(*panel.range)
     handles = [Line2D([], [], color=color, lw=3, label=label) for label, color in figure.legend]

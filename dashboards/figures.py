@@ -47,6 +47,7 @@ class Panel:
     series: list[Series] = field(default_factory=list)
     note: str = ""
     range: tuple[float, float] | None = None  # of the y axis
+    epochs: int = 0  # the last one, where the x axis has epochs: from 1
     percent: bool = False  # the y axis has fractions
     tall: bool = False
 
@@ -108,11 +109,17 @@ def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> F
             values = [row[index] for row in curve.categories]
             panel.series += _smoothed(curve, values, number, smooth, "line")
         panels.append(panel)
+    for panel in panels:
+        panel.epochs = _last(curves)
     legend = [
         (_name(curve) + (", pruned" if curve.trial.state == "pruned" else ""), _color(number))
         for number, curve in enumerate(curves)
     ]
     return Figure(panels, legend, "solid: validation; dashed: training; cross: pruned")
+
+
+def _last(curves: list[Curve]) -> int:
+    return max((curve.epochs[-1] + 1 for curve in curves if curve.epochs), default=0)
 
 
 def _training(title: str, kind: str, curves: list[Curve], smooth: float, percent: bool = False) -> Panel:
@@ -178,12 +185,14 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
                 panel.series.append(Series(_name(curve), x, y, color, style, faint=curve is not best))
         panel.note = (
             f"{len(members)} trial{'s' if len(members) > 1 else ''}; best: trial {best.trial.number}, "
-            f"{best.trial.worth:.1%}, gap {100 * best.gap:+.1f} points"
+            f"{'so far' if best.trial.value is None else 'score'} {best.trial.worth:.1%}, "
+            f"gap {100 * best.gap:+.1f} points"
         )
         panels.append(panel)
     values = [y for panel in panels for series in panel.series for y in series.y if math.isfinite(y)]
     for panel in panels:
         panel.range = (min(values) - 0.02, max(values) + 0.02) if values else None
+        panel.epochs = _last(able)
     legend = [("validation", PALETTE[0]), ("training", PALETTE[1])]
     return Figure(panels, legend, "thick: the best trial of each panel")
 

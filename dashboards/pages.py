@@ -117,7 +117,7 @@ def index() -> str:
 def _open(study_id: int) -> tuple[StudyEntry, Status]:
     entry = study_entry(g.engine, study_id)
     if entry is None:
-        abort(404, "There is no such study, or not any more.")
+        abort(404, "There is no such study of Atelier's, or not any more.")
     return entry, read_status(g.engine, study_id, entry.name)
 
 
@@ -135,6 +135,7 @@ def _states() -> set[str]:
 def study(study_id: int) -> str:
     _, status = _open(study_id)
     chosen = _states()
+    ends = curves.read_ends(g.engine, study_id)
     rows = [row for row in status.ranked() if not chosen or row.state in chosen]
     shown = _count("rows", ROWS, 10_000)
     return render_template(
@@ -145,7 +146,7 @@ def study(study_id: int) -> str:
         rows=rows[:shown],
         hidden=max(len(rows) - shown, 0),
         parameters=sorted({name for row in rows[:shown] for name in row.params}),
-        history=figures.history(curves.read_ends(g.engine, study_id)),
+        history=figures.history(ends) if ends else None,
     )
 
 

@@ -1,9 +1,9 @@
 """`atelier dashboard`: one process that serves optuna-dashboard and our pages."""
 
 import getpass
-import ipaddress
 import re
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 
-from dashboards.accounts import Accounts, OneTimeLink, session_key
+from dashboards.accounts import Accounts, OneTimeLink, is_loopback, session_key
 from dashboards.web import Door, make_app
 from storage import database
 from storage.network import VIEWER
@@ -41,19 +41,15 @@ class Address:
 
     def check(self, accounts: Accounts) -> None:
         """Raises ServeError unless it is safe to listen there."""
-        if self.prefix and not re.fullmatch(r"(/[\w.~@:+-]+)+", self.prefix):
+        if self.prefix and not re.fullmatch(r"(/(?!\.)[\w.~@:+-]+)+", self.prefix):
             raise ServeError(f"--prefix {self.prefix!r}: write it as in /node/login1/8080")
         if (first := self.prefix.split("/")[1:2]) and first[0] in OWN_PATHS:
             # Where the proxy takes the prefix away, it could not be told from the path.
             raise ServeError(
                 f"--prefix {self.prefix!r}: begins with a path of the dashboard's own; choose another"
             )
-        if (self.certificate is None) != (self.key is None):
-            raise ServeError("--certificate and --key go together; give both files")
-        for path in (self.certificate, self.key):
-            if path is not None and not path.is_file():
-                raise ServeError(f"{path}: no such file; give the PEM file")
-        if self.is_local:
+        self._check_certificate()
+        if is_loopback(self.host):
             return
         if not accounts.all():
             raise ServeError(
@@ -66,18 +62,24 @@ class Address:
                 "say --behind-proxy if a proxy encrypts, or --no-tls if the network is your own"
             )
 
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine reaches it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+    def _check_certificate(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ServeError("--certificate and --key go together; give both files")
+        for path in (self.certificate, self.key):
+            if path is not None and not path.is_file():
+                raise ServeError(f"{path}: no such file; give the PEM file")
+        if self.certificate and self.key:
+            try:
+                ssl.create_default_context().load_cert_chain(self.certificate, self.key)
+            except (ssl.SSLError, OSError) as error:
+                raise ServeError(
+                    f"{self.certificate} and {self.key} are no PEM certificate and its key ({error})"
+                ) from None
 
     def url(self, path: str = "/") -> str:
         """For a browser on this machine, or on the network if it listens there."""
         scheme = "https" if self.certificate else "http"
-        host = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.bracketed
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.bracketed
         return f"{scheme}://{host}:{self.port}{self.prefix}{path}"
 
     @property
@@ -98,7 +100,7 @@ def serve(address: Address) -> None:
         except OSError as error:
             raise ServeError(
                 f"cannot listen at {address.host}:{address.port} ({error.strerror}); "
-                "choose another --port"
+                "choose another --port or --host"
             ) from None
     engine = database.connect()
     database.prepare(engine)  # its errors belong to the terminal
@@ -108,7 +110,7 @@ def serve(address: Address) -> None:
 
 def _say_where(address: Address, token: str | None) -> None:
     typer.echo(f"dashboard: {address.url('/login?token=' + token if token else '/')}")
-    if address.is_local:
+    if is_loopback(address.host):
         host = socket.gethostname()
         typer.echo(
             f"  from your own machine: ssh -N -L {address.port}:{address.bracketed}:{address.port} "

@@ -37,7 +37,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
 from dashboards import pages
-from dashboards.accounts import Accounts, OneTimeLink, Throttle
+from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
 from storage import database, ledger
 from storage.runs import artifacts
 
@@ -105,6 +105,7 @@ def make_app(
     app.register_error_handler(Exception, _explain)
     app.register_blueprint(pages.blueprint)
     app.add_url_rule("/", "root", lambda: redirect(url_for("pages.index")))
+    app.add_url_rule("/logout", "logout", _log_out, methods=["POST"])
     app.add_url_rule("/healthz", "health", lambda: "ok\n")
     _mount_optuna(app, prefix)
     return app
@@ -232,15 +233,6 @@ def _explain(error: Exception) -> Any:
 def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
     throttle = Throttle()
 
-    def enter(stamp: str, user: str = "") -> Any:
-        session.clear()
-        session.permanent = True
-        session.update(user=user, stamp=stamp)
-        target = request.values.get("next", "")
-        # A path of ours, not another host; a browser leaves out control characters.
-        safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
-        return redirect(request.script_root + target if safe else url_for("pages.index"))
-
     def ask(problem: str = "", status: int = 200) -> Any:
         target, by_link = request.values.get("next", ""), not accounts.all()
         return render_template("login.html", problem=problem, by_link=by_link, next=target), status
@@ -251,13 +243,15 @@ def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None
         if token is None:
             return ask()
         if link is not None and not accounts.all() and link.use(token):
-            return enter(link.stamp)
-        return ask("This link has been used; the terminal shows the next one.", 401)
+            return _enter(link.stamp)
+        if accounts.all():
+            return ask("Links end with the first account: log in.", 401)
+        return ask("This link is not valid any more; the terminal shows the next one.", 401)
 
     @app.post("/login")
     def log_in() -> Any:
         name, password = request.form.get("name", ""), request.form.get("password", "")
-        keys = (f"name {name[:200]}", f"address {request.remote_addr}")
+        keys = _throttled(name, request.remote_addr or "")
         if wait := throttle.wait(*keys):
             return ask(f"Too many attempts. Try again in {wait} s.", 429)
         account = accounts.check(name, password)
@@ -265,12 +259,32 @@ def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None
             throttle.failed(*keys)
             return ask("Wrong name or password.", 401)
         throttle.succeeded(*keys)
-        return enter(account.stamp, account.name)
+        return _enter(account.stamp, account.name)
 
-    @app.post("/logout")
-    def logout() -> Any:
-        session.clear()
-        return redirect(url_for("login"))
+
+def _enter(stamp: str, user: str = "") -> Any:
+    session.clear()
+    session.permanent = True
+    session.update(user=user, stamp=stamp)
+    return redirect(_wanted())
+
+
+def _log_out() -> Any:
+    session.clear()
+    return redirect(url_for("login"))
+
+
+def _wanted() -> str:
+    """The page that was asked for before the login."""
+    target = request.values.get("next", "")
+    # A path of ours, not another host; a browser leaves out control characters.
+    safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
+    return request.script_root + target if safe else url_for("pages.index")
+
+
+def _throttled(name: str, address: str) -> list[str]:
+    """What has to wait after failures. Through ssh -L all come from this machine's own address."""
+    return [f"name {name[:200]}", *([] if is_loopback(address) else [f"address {address}"])]
 
 
 def _mount_optuna(app: Flask, prefix: str) -> None:
@@ -283,6 +297,8 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
 
     @app.route("/<path:path>", methods=METHODS)
     def optuna_pages(path: str) -> Any:
+        if path.startswith("atelier/"):
+            abort(404, "There is no such page.")
         if prefix and path == "static/bundle.js":
             return bundle.response()
         # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
@@ -308,6 +324,10 @@ def _raise_the_reason(path: str) -> None:
         g.engine, int(match[1])
     ):
         abort(404, "There is no such study, or not any more.")
+    if (match := re.match(r"/api/trials/(\d+)", path)) and not ledger.trial_exists(
+        g.engine, int(match[1])
+    ):
+        abort(404, "There is no such trial, or not any more.")
 
 
 def _prefixed(prefix: str) -> bytes:

@@ -541,11 +541,15 @@ def user_add(
     """Add somebody, or give a new role and password; older sessions end."""
     with _errors_in_one_line():
         from dashboards.accounts import Accounts
+        from search.study import InputError
 
         if password_file is None:
             password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
         else:
-            password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
+            try:
+                password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
+            except UnicodeDecodeError:
+                raise InputError(f"{password_file} is no text in UTF-8; give another file") from None
         Accounts().put(name, role, password)
         typer.echo(f"{name} may log in as {role}")
 
@@ -566,8 +570,11 @@ def user_list() -> None:
     with _errors_in_one_line():
         from dashboards.accounts import Accounts
 
-        for account in Accounts().all().values():
+        accounts = Accounts().all()
+        for account in accounts.values():
             typer.echo(f"{account.name}: {account.role}")
+        if not accounts:
+            _say("nobody yet; add somebody with: atelier user add NAME")
 
 
 @db_app.command("start")

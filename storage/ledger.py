@@ -587,6 +587,14 @@ HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_t
 
 
 @retrying
+def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
+    """Whether there is a trial with Optuna's id."""
+    with engine.connect() as connection:
+        query = sa.select(sa.literal(1)).where(TrialModel.trial_id == trial_id)
+        return connection.scalar(query) is not None
+
+
+@retrying
 def is_held(engine: sa.Engine, trial_id: int) -> bool:
     """Whether a worker holds the trial."""
     with engine.connect() as connection:

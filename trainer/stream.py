@@ -173,10 +173,12 @@ class Stream:
             with _signals_held_back():
                 blocks = iter(self._loader)
             yield from blocks
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # One that dies while it hands over a block is seen as a broken connection.
+            broken = isinstance(error, (EOFError, ConnectionError, FileNotFoundError))
+            if not broken and "DataLoader worker" not in str(error):
                 raise
-            raise LoaderError(f"{error}; the node may be out of memory") from error
+            raise LoaderError(f"{error!r}; the node may be out of memory") from error
 
 
 # SLURM and Ctrl-C signal all processes of a job; it is the parent who decides what to do.

@@ -173,7 +173,7 @@ def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(page, start, 
     page.goto(f"{server.base}/atelier/studies/{study}")
     drawn(page)
     database.optuna_storage(engine).delete_study(study)
-    page.get_by_text("There is no such study, or not any more.").wait_for(timeout=15_000)
+    page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for(timeout=15_000)
     page.goto(f"{server.base}/atelier/")
     server.process.kill()
     server.process.wait()
@@ -210,7 +210,7 @@ def test_the_first_start_prints_a_link_and_how_to_reach_it_on_a_cluster(page, st
     assert "by link, editor" in page.inner_text("header")
     page.context.clear_cookies()
     page.goto(link)
-    assert "has been used" in page.inner_text("[role=alert]")
+    assert "not valid any more" in page.inner_text("[role=alert]")
     page.goto(server.links[-1])
     page.wait_for_url(f"{server.base}/atelier/")
 

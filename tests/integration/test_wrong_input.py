@@ -157,6 +157,8 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["dashboard", "--certificate", "{study}"], "go together"),
         (["dashboard", "--certificate", "no.pem", "--key", "no.pem"], "no.pem: no such file"),
         (["dashboard", "--prefix", "a/"], "write it as in /node/login1/8080"),
+        (["dashboard", "--prefix", "/../x"], "write it as in /node/login1/8080"),
+        (["dashboard", "--certificate", "{study}", "--key", "{study}"], "are no PEM certificate"),
         (["dashboard", "--prefix", "/atelier"], "a path of the dashboard's own"),
         (["user", "remove", "nobody"], "no user 'nobody'; there are: none"),
         (["user", "add", "vera", "--role", "king", "--password-file", "{study}"], "viewer and editor"),
@@ -340,6 +342,10 @@ def test_a_dashboard_that_cannot_be_served(database_url, folder, monkeypatch):
     good.write_text("correct horse battery\n")
     add = ["user", "add", "vera", "--password-file"]
     assert_one_line(runner.invoke(app, [*add, str(short)]), "at least 10 characters")
+    (folder / "bytes").write_bytes(b"\xff\xfe")
+    assert_one_line(runner.invoke(app, [*add, str(folder / "bytes")]), "is no text in UTF-8")
+    (folder / "long").write_text("x" * 2000)
+    assert_one_line(runner.invoke(app, [*add, str(folder / "long")]), "at most 1000 characters")
     assert runner.invoke(app, [*add, str(good)]).exit_code == 0
     assert stat.S_IMODE((folder / "home" / "dashboard.json").stat().st_mode) == 0o600
     assert runner.invoke(app, ["user", "list"]).output == "vera: viewer\n"
@@ -349,7 +355,7 @@ def test_a_dashboard_that_cannot_be_served(database_url, folder, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         words = ["dashboard", "--port", str(taken.getsockname()[1])]
-        assert_one_line(runner.invoke(app, words), "choose another --port")
+        assert_one_line(runner.invoke(app, words), "choose another --port or --host")
     (folder / "home" / "dashboard.json").write_text("{")
     assert_one_line(runner.invoke(app, ["dashboard"]), "add the users again")
 

@@ -64,8 +64,9 @@ def test_the_best_trial_of_a_group_stands_out_with_its_own_gap():
     for each in some:
         each.trial.value = each.metrics["val_accuracy"][-1]
     [panel] = figures.compare(some, "lr").panels
-    assert panel.note == "3 trials; best: trial 1, 60.0%, gap +25.0 points"
+    assert panel.note == "3 trials; best: trial 1, score 60.0%, gap +25.0 points"
     assert [series.label for series in panel.series if not series.faint] == ["trial 1", "trial 1"]
+    assert panel.epochs == 2  # all panels have the same axes
     assert not panel.series[-1].faint  # it is drawn last, above the others
 
 

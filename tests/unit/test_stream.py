@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -118,6 +119,7 @@ def test_loader_processes_are_sent_the_images_path_not_the_images(demo, tmp_path
 LOADING = """
 import os, signal, sys, time
 import numpy as np
+from contextlib import suppress
 from pathlib import Path
 from trainer.config import TrainConfig
 from trainer.stream import Stream
@@ -163,9 +165,10 @@ def test_loader_processes_survive_a_signal_as_soon_as_they_exist(loading, number
     while len(hit) < 2:
         assert loading.poll() is None
         for child in psutil.Process(loading.pid).children():
-            if child.pid not in hit and any("spawn_main" in word for word in child.cmdline()):
-                child.send_signal(number)  # Python has not even started in it
-                hit.add(child.pid)
+            with suppress(psutil.Error):  # other children come and go
+                if child.pid not in hit and any("spawn_main" in word for word in child.cmdline()):
+                    child.send_signal(number)  # Python has not even started in it
+                    hit.add(child.pid)
     output, _ = loading.communicate("go\n", timeout=120)
     assert (output, loading.returncode) == ("16\n284\n", 0)
 
