@@ -1,6 +1,7 @@
 """What people see and do in the dashboard."""
 
 import re
+import signal
 import ssl
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import psycopg2
 import pytest
 
+from dashboards.status import read_status
 from storage import database, ledger
 from tests.browser.conftest import SCREENSHOTS, log_in
 from tests.conftest import PASSWORD, STUDY
@@ -164,6 +166,62 @@ def test_a_page_follows_a_worker_without_a_reload(page, start, accounts, engine,
     finally:
         worker.terminate()
         assert worker.wait(60) == 3, (tmp_path / "worker.log").read_text()
+
+
+@pytest.fixture
+def work(tmp_path, demo):
+    """Starts a real worker on a study whose trials may be pruned after their second epoch."""
+    path = tmp_path / "study.toml"
+    text = STUDY.format(name="real", trials=12, size=32, epochs=4, data=demo)
+    path.write_text(text.replace('pruner = "none"', 'pruner = "asha"\nrungs = [1]'))
+
+    def begin():
+        with (tmp_path / "worker.log").open("a") as output:
+            command = [sys.executable, "-m", "search", "worker", str(path)]
+            return subprocess.Popen(command, stdout=output, stderr=output)
+
+    return begin
+
+
+def test_a_real_study_with_every_kind_of_trial(page, start, accounts, engine, work):
+    def counts():
+        entry = ledger.study_entry(engine, "real")
+        return read_status(engine, entry.study_id, "real").counts if entry else {}
+
+    first = work()
+    wait_until(lambda: counts().get("running"))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 3
+    assert counts()["waiting"] == 1
+    # Nobody holds it, so an editor may give it up, in optuna-dashboard's way.
+    server = start()
+    log_in(page, server, "ed")
+    page.wait_for_url(f"{server.base}/atelier/")
+    tell = (
+        "{method: 'POST', body: '{\"state\": \"Fail\"}', headers: {'Content-Type': 'application/json'}}"
+    )
+    assert page.evaluate(f"fetch('/api/trials/1/tell', {tell}).then((r) => r.status)") == 204
+    second = work()
+    wait_until(lambda: counts()["complete"] and counts()["pruned"] and counts()["running"])
+    second.send_signal(signal.SIGSTOP)  # it stays in work while we look
+    try:
+        assert counts()["failed"] == 1
+        page.goto(f"{server.base}/atelier/studies/1")
+        shown = set(page.locator("[data-live=trials] .state").all_inner_texts())
+        assert {"running", "complete", "pruned", "failed"} <= shown
+        for path, plots in (("", 2), ("/curves", 9), ("/compare?by=batch_size", None)):
+            page.goto(f"{server.base}/atelier/studies/1{path}")
+            assert drawn(page) == plots or plots is None
+        for number in range(sum(counts().values())):
+            page.goto(f"{server.base}/atelier/studies/1/trials/{number}")
+            drawn(page)
+            if number == 1:
+                assert page.locator(".plot").count() == 10  # with the bars of the attributes
+        page.screenshot(path=SCREENSHOTS / "real-trial.png", full_page=True)
+    finally:
+        second.send_signal(signal.SIGCONT)
+        second.terminate()
+        second.wait(60)
 
 
 def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(page, start, accounts, engine):
