@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dashboards import curves, drawing, figures
-from dashboards.status import Status, TrialRow, read_status
+from dashboards.status import Status, TrialRow, parameter_names, read_status
 from storage.ledger import StudyEntry
 from storage.runs import artifacts
 
@@ -46,7 +46,7 @@ def plot_study(
     if kind == "curves":
         drawn = figures.curves(some, curves.category_names(entry.attributes, some), smooth)
     else:
-        names = sorted({name for row in chosen for name in row.params})
+        names = parameter_names(chosen)
         if by is not None and by not in names:
             raise PlotError(f"--by {by}: allowed are {', '.join(names)}")
         drawn = figures.compare(some, by or next(iter(names), ""))

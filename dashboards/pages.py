@@ -27,6 +27,7 @@ from dashboards.status import (
     Status,
     TrialRow,
     duration,
+    parameter_names,
     read_attempts,
     read_status,
     read_studies,
@@ -145,7 +146,7 @@ def study(study_id: int) -> str:
         states=chosen,
         rows=rows[:shown],
         hidden=max(len(rows) - shown, 0),
-        parameters=sorted({name for row in rows[:shown] for name in row.params}),
+        parameters=parameter_names(rows[:shown]),
         history=figures.history(ends) if ends else None,
     )
 
@@ -182,7 +183,7 @@ def curves_page(study_id: int) -> str:
 @blueprint.get("/studies/<int:study_id>/compare")
 def compare(study_id: int) -> str:
     _, status = _open(study_id)
-    names = sorted({name for row in status.trials for name in row.params})
+    names = parameter_names(status.trials)
     by = request.args.get("by", "")
     by = by if by in names else next(iter(names), "")
     some = _chosen(status, _count("top", curves.COMPARED, curves.COMPARED))

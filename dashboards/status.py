@@ -53,6 +53,11 @@ class TrialRow:
     reason: str | None = None  # of the last attempt's end
 
     @property
+    def resumed(self) -> bool:
+        """Whether it runs again after an interruption."""
+        return self.state == "running" and self.attempts > 1
+
+    @property
     def worth(self) -> float:
         """The score of a trial that has one, else its last accuracy; 0 for NaN and for nothing."""
         value = self.accuracy if self.value is None else self.value
@@ -65,7 +70,7 @@ class TrialRow:
         if self.state == "waiting":
             return f"waiting to go on, after: {why[0]}" if why else "waiting for a worker"
         if self.state == "running":
-            return f"running, resumed (attempt {self.attempts})" if self.attempts > 1 else "running"
+            return f"running, resumed (attempt {self.attempts})" if self.resumed else "running"
         if self.state in ("failed", "pruned") and why:
             return f"{self.state}: {why[-1] if self.state == 'failed' else why[0]}"
         return self.state
@@ -361,6 +366,11 @@ def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
     return params
 
 
+def parameter_names(trials: list[TrialRow]) -> list[str]:
+    """The hyperparameters that some of these trials have."""
+    return sorted({name for row in trials for name in row.params})
+
+
 def trials_frame(status: Status) -> "pd.DataFrame":
     """The trials as a table, a column per parameter."""
     import pandas as pd  # here: a third of the time that `atelier status` takes to start
@@ -389,13 +399,13 @@ def render(status: Status, rows: int = 12) -> RenderableType:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for column in ("trial", "state", "epoch", "accuracy", "score"):
         table.add_column(column, justify="left" if column == "state" else "right", min_width=len(column))
-    names = sorted({name for row in status.trials for name in row.params})
+    names = parameter_names(status.trials)
     for name in names:
         table.add_column(name.replace("_", " "), justify="right", min_width=7)
     for row in status.ranked()[:rows]:
         table.add_row(
             str(row.number),
-            "resumed" if row.state == "running" and row.attempts > 1 else row.state,
+            "resumed" if row.resumed else row.state,
             f"{row.epochs}/{status.max_epochs}",
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             "" if row.value is None else f"{row.value:.4f}",
