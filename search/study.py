@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dashboards.note import leave_note
 from search.pruner import RungPruner
+from search.score import Kind
 from storage import ledger
 from trainer.config import TUNABLE, TrainConfig
 from trainer.dataset import Dataset
@@ -56,7 +57,7 @@ class StudySettings(_Table):
     """The [study] table."""
 
     name: str = Field(min_length=1)
-    score: Literal["mean-last-5", "best", "last"] = "mean-last-5"
+    score: Kind = "mean-last-5"
     max_trials: int = Field(ge=1, le=1_000_000)
     max_gpu_hours: float | None = Field(None, gt=0)
     max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
@@ -255,6 +256,11 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
     for override in overrides or []:
         _override(tables, override)
     file = validate(StudyFile, tables, path)
+    if file.train.get("train_on", "train") != "train":
+        raise InputError(
+            f"{path}: train.train_on = {file.train['train_on']!r}: a search needs the validation split; "
+            "allowed is 'train'; give --train-on to: atelier train"
+        )
     for params in file.corners():
         validate(TrainConfig, {**file.train, **params}, path, "train", dict.fromkeys(params, "space"))
     file.check_rungs()
@@ -434,23 +440,15 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
     for table, settings in identity.items():
         saved = existing.settings.get(table, {})
         for key in settings.keys() | saved.keys():
-            if settings.get(key) != saved.get(key):
+            # Settings that a study of an earlier version does not mention had the default.
+            default = TrainConfig.model_fields[key].default if table == "train" else None
+            if settings.get(key, default) != saved.get(key, default):
                 raise InputError(
-                    f"study {name!r} was made with {table}.{key} = {saved.get(key)}, the file says "
-                    f"{settings.get(key)}; {other}"
+                    f"study {name!r} was made with {table}.{key} = {saved.get(key, default)}, the file "
+                    f"says {settings.get(key, default)}; {other}"
                 )
     if existing.dataset != fingerprint:
         raise InputError(
             f"study {name!r} was made on another dataset ({existing.dataset[:12]}, here is "
             f"{fingerprint[:12]}); give the right one with --data, or {other}"
         )
-
-
-def score(values: list[float], kind: str) -> float:
-    """What a finished trial is worth, from its validation accuracies by epoch."""
-    if kind == "best":
-        return max(values)
-    if kind == "last":
-        return values[-1]
-    tail = values[-5:]
-    return sum(tail) / len(tail)

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import FrameType
 
 import optuna
@@ -20,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from dashboards.files import attach_curve
 from dashboards.status import TrialRow
 from search.exit_codes import ExitCode
-from search.study import StudyFile, score
+from search.score import epoch_value, score
+from search.study import StudyFile
 from storage.database import retrying
 from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
@@ -28,6 +28,7 @@ from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.loop import Interrupt, Workspace, train
+from trainer.predictions import Predictions
 from trainer.stream import LoaderError
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Worker:
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
         self.stop = Stop(wall_end)
+        self._attributes = workspace.dataset.attribute_table("val")
         self.made_progress = False  # at least one optimizer step
         self._epoch_seconds = 0.0  # as last measured in this process
 
@@ -194,7 +196,7 @@ class Worker:
         for result in train(config, self.workspace, checkpoints, interrupt):
             results.append(result)
             if result.epoch > claim.last_epoch:
-                self.ledger.record(claim, asdict(result))
+                self.ledger.record(claim, result.columns(), self._value(result))
                 self._epoch_seconds = result.seconds
             elif result.epoch < claim.last_epoch:
                 continue  # decided before
@@ -205,16 +207,22 @@ class Worker:
             if result.epoch + 1 < config.epochs:
                 if self._should_prune(claim):
                     reason = f"pruned after epoch {result.epoch}"
-                    self._finish(claim, results, "pruned", result.val_accuracy, reason)
+                    self._finish(claim, results, "pruned", self._value(result), reason)
                     return True
                 if not self._may_go_on():
                     break
         if len(results) < config.epochs:
             self.ledger.release(claim, reason=self.stop.reason or "")
             return False
-        values = [result.val_accuracy for result in results]
+        # Before the end: a complete trial has its predictions. The same trial writes the same again.
+        every = Predictions.join([one.predictions for one in results if one.predictions])
+        every.save(self.runs.predictions(claim.trial_number))
+        values = [self._value(result) for result in results]
         self._finish(claim, results, "complete", score(values, self.file.study.score))
         return True
+
+    def _value(self, result: EpochResult) -> float:
+        return epoch_value(result, self.file.study.score, self._attributes)
 
     def _finish(
         self,
@@ -228,7 +236,7 @@ class Worker:
         picture = None
         try:
             trial = TrialRow(claim.trial_number, outcome, value=value)
-            picture = attach_curve(self.runs.path.name, trial, [asdict(result) for result in results])
+            picture = attach_curve(self.runs.path.name, trial, [one.columns() for one in results])
         except Exception:  # whatever it is: the trial is worth more than its picture
             log.warning("trial %d has no picture of its curve", claim.trial_number, exc_info=True)
         self.ledger.finish(claim, outcome, value, reason, artifact=picture)

@@ -327,10 +327,10 @@ class Ledger:
         session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()))
 
     @retrying
-    def record(self, claim: Claim, result: Mapping[str, Any]) -> None:
-        """Enter one epoch, tell Optuna its value, prolong the lease. Raises LeaseLost.
+    def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> None:
+        """Enter one epoch, tell Optuna what it is worth, prolong the lease. Raises LeaseLost.
 
-        `result` has the columns of the table `epoch` (EpochResult as a dict).
+        `result` has the columns of the table `epoch`.
         """
         with Session(self.engine) as session, session.begin():
             self._prolong(session, claim)
@@ -339,15 +339,13 @@ class Ledger:
                 .values(trial_id=claim.trial_id, attempt=claim.attempt, **result)
                 .on_conflict_do_nothing()
             )
-            value, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(
-                result["val_accuracy"]
-            )
+            stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
             session.execute(
                 insert(TrialIntermediateValueModel)
                 .values(
                     trial_id=claim.trial_id,
                     step=result["epoch"],
-                    intermediate_value=value,
+                    intermediate_value=stored,
                     intermediate_value_type=kind,
                 )
                 .on_conflict_do_nothing()

@@ -106,7 +106,7 @@ class Attempt(Base):
 
 
 class Epoch(Base):
-    """One epoch of one trial: the same columns as trainer.config.EpochResult."""
+    """One epoch of one trial: what trainer.config.EpochResult.columns gives."""
 
     __tablename__ = "epoch"
     __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
@@ -123,6 +123,7 @@ class Epoch(Base):
     val_overall: Mapped[float]
     val_category: Mapped[list[float]]
     val_hits: Mapped[list[int] | None]
+    val_log_loss: Mapped[float | None]
     seconds: Mapped[float]
     images: Mapped[int]
     peak_memory: Mapped[float]  # bytes

@@ -22,6 +22,10 @@ class RunFolder:
         """The folder of a trial's checkpoints."""
         return self.path / f"trial-{trial_number:05d}"
 
+    def predictions(self, trial_number: int) -> Path:
+        """The file of a complete trial's predictions, of every epoch."""
+        return self.path / "predictions" / f"trial-{trial_number:05d}.npz"
+
     @property
     def logs(self) -> Path:
         """The folder of the workers' logs."""

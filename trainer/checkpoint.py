@@ -9,14 +9,14 @@ the older pair goes. A file without a matching digest is no checkpoint.
 import hashlib
 import io
 import logging
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainer.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -75,25 +75,6 @@ class Checkpoints:
         """Remove what a kill in the middle of a save has left."""
         for leftover in self.folder.glob(".epoch-*"):
             leftover.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing."""
-    # Not the pid: another host on a shared file system may have the same.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _digest_path(path: Path) -> Path:

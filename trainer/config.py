@@ -1,9 +1,12 @@
 """The settings of one training run, and what one epoch of it reports. Imports no torch."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.predictions import Predictions
 
 
 class TrainConfig(BaseModel):
@@ -22,6 +25,7 @@ class TrainConfig(BaseModel):
     image_size: int = Field(224, ge=32, le=1024)  # pixels, square
     augment: Literal["report", "none"] = "report"  # random part of the training transform
     train_images: int | None = Field(None, ge=1)  # use only so many training images
+    train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
 
     epochs: int = Field(30, ge=1)
     warmup_epochs: int = Field(5, ge=0)  # learning rate rises linearly from 0 in these
@@ -52,7 +56,10 @@ TUNABLE = ("lr", "batch_size", "weight_decay", "dropout", "epsilon")
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one finished epoch was like. Accuracies are fractions in [0, 1]."""
+    """What one finished epoch was like. Accuracies are fractions in [0, 1].
+
+    Of a run without validation (`train_on = "train+val"`) the val_ numbers are NaN or empty.
+    """
 
     epoch: int  # from 0
     lr: float  # of the epoch's last step
@@ -63,17 +70,23 @@ class EpochResult:
     val_overall: float  # mean over categories of the plain accuracy
     val_category: tuple[float, ...]  # plain accuracy of each category
     val_hits: tuple[int, ...]  # images of each attribute that were predicted right
+    val_log_loss: float  # mean over the attributes of their images' mean -ln p(true attribute)
     seconds: float
     images: int  # training images seen
     peak_memory: int  # bytes, of the device where it counts them, else of the process
+    predictions: Predictions | None = field(default=None, repr=False, compare=False)
 
     @property
     def finite(self) -> bool:
         """False when the loss overflowed or became NaN: the trial cannot recover."""
-        return abs(self.train_loss) < float("inf") and abs(self.val_loss) < float("inf")
+        return math.isfinite(self.train_loss) and (not self.validated or math.isfinite(self.val_loss))
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "EpochResult":
-        # A checkpoint of an earlier version has no hits.
-        tuples = {key: tuple(values.get(key, ())) for key in ("val_category", "val_hits")}
-        return cls(**values | tuples)
+    @property
+    def validated(self) -> bool:
+        """Whether there was a validation split to measure on."""
+        return bool(self.val_category)
+
+    def columns(self) -> dict[str, Any]:
+        """The numbers without the predictions: the columns of the table `epoch`."""
+        names = [one.name for one in fields(self) if one.name != "predictions"]
+        return {name: getattr(self, name) for name in names}

@@ -62,6 +62,24 @@ class Dataset:
                 digest.update(path.encode() + (self.folder / path).read_bytes())
         return digest.hexdigest()
 
+    def split(self, name: str) -> Split:
+        """One split, or several as one, as in "train+val". Raises DatasetError."""
+        parts = [self.splits.get(part) for part in name.split("+")]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            raise DatasetError(
+                f"{self.folder}: no split {name!r}; it has {', '.join(self.splits)}, each as "
+                "split/NAME.txt"
+            )
+        if len(found) == 1:
+            return found[0]
+        labels = [part.labels for part in found if part.labels is not None]
+        return Split(
+            name,
+            tuple(path for part in found for path in part.paths),
+            np.concatenate(labels) if len(labels) == len(found) else None,
+        )
+
     def attribute_table(self, split: str) -> list[dict[str, str | int]]:
         """Name, category and number of images of every attribute, in the order of the outputs."""
         labels = self.splits[split].labels

@@ -12,8 +12,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from torch import nn
 from trainer.allocation import cpu_count, memory_limit, peak_memory, pick_device
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
-from trainer.dataset import Dataset, DatasetError, read_dataset
-from trainer.loss import AttributeLoss, accuracy, class_weights
+from trainer.dataset import Dataset, DatasetError, Split, read_dataset
+from trainer.loss import AttributeLoss, accuracy, class_weights, predict
 from trainer.model import load_backbone, make_head
+from trainer.predictions import Predictions
 from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 FEATURE_CACHE_BYTES = 2 << 30
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights")
+# Settings in which the runs of one process may differ from its workspace.
+OWN = ("seed", *TUNABLE)
+FORMAT = 2  # of `Run.state`
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 Interrupt = Callable[[float], bool]  # see `train`
@@ -72,14 +77,15 @@ class Workspace:
         self.backbone = load_backbone(config)
         self.trunk, self.stages = self.backbone.split(config.trainable)
         self._place(self.trunk)
-        train, val = self.dataset.splits["train"], self.dataset.splits["val"]
-        assert train.labels is not None
-        assert val.labels is not None
+        train = self.dataset.split(config.train_on)
         self.indices = _subset(len(train), config.train_images)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
-        self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
-        self.train_targets = torch.from_numpy(train.labels).to(self.device)
-        self.val_targets = torch.from_numpy(val.labels).to(self.device)
+        self.train_targets = self._targets(train)
+        self._val_images: Path | None = None
+        if config.train_on == "train":  # else nothing is left to validate on
+            val = self.dataset.split("val")
+            self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
+            self.val_targets = self._targets(val)
         if processes is None:
             processes = max(cpu_count() - 1, 0) if self.device.type == "cuda" else 0
         self._processes = processes
@@ -87,35 +93,43 @@ class Workspace:
         self._constant: dict[str, torch.Tensor | None] = {}
         self._cache_bytes = min(FEATURE_CACHE_BYTES, (memory_limit() or math.inf) / 4)
 
-    def train_order(self, epoch: int) -> np.ndarray:
-        """Indices of the training images in the order in which an epoch visits them."""
-        return epoch_order(self.indices, self.config.seed, epoch)
+    def _targets(self, split: Split) -> torch.Tensor:
+        assert split.labels is not None  # only the test split may have none
+        return torch.from_numpy(split.labels).to(self.device)
 
-    def train_blocks(self, trunk: nn.Module, epoch: int, block: int, first: int = 0) -> Iterator[Block]:
+    def train_order(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of the training images in the order in which an epoch visits them."""
+        return epoch_order(self.indices, seed, epoch)
+
+    def train_blocks(
+        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
+    ) -> Iterator[Block]:
         """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
         constant = None
         if self.config.augment == "none":
             constant = self._constant_features("train", trunk, self._train_images, self.indices)
         if constant is not None:
-            order = self.train_order(epoch)
+            order = self.train_order(seed, epoch)
             rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.device)
             blocks = torch.split(rows, block), torch.split(torch.from_numpy(order), block)
             for part, indices in itertools.islice(zip(*blocks, strict=True), first, None):
                 yield constant[part], indices.to(self.device)
         else:
-            for images, indices in self.stream(block).epoch(epoch, first):
+            for images, indices in self.stream(block).epoch(seed, epoch, first):
                 yield self.features(trunk, images), indices.to(self.device)
 
     def stream(self, block: int) -> Stream:
         """The training images in blocks of this size; made once."""
         if block not in self._streams:
+            augment = self.config.augment == "report"
             self._streams[block] = Stream(
-                self._train_images, self.indices, self.config, block, self._processes
+                self._train_images, self.indices, augment, block, self._processes
             )
         return self._streams[block]
 
     def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
         """The validation images' trunk output, in file order, BLOCK images at a time."""
+        assert self._val_images is not None  # else there is nothing to evaluate
         every = np.arange(len(self.val_targets))
         constant = self._constant_features("val", trunk, self._val_images, every)
         if constant is not None:
@@ -194,14 +208,16 @@ def train(
     config: TrainConfig,
     workspace: Workspace,
     checkpoints: Checkpoints | None = None,
-    interrupt: Interrupt | None = None,
+    interrupt: Interrupt = lambda _: False,
+    keep: "Callable[[Run, EpochResult], None]" = lambda _, __: None,
 ) -> Iterator[EpochResult]:
     """Train and yield every epoch's result; with `checkpoints`, go on from the latest.
 
     A resumed run first yields the epochs that its checkpoint remembers, so the consumer sees the whole
     curve either way, and the curve is the same, bit for bit (on one machine, with as many threads).
     `interrupt` is asked after every step, with an estimate of the seconds until the epoch's result;
-    once it returns True the iteration ends early, with a checkpoint in the middle of the epoch.
+    once it returns True the iteration ends early, with a checkpoint in the middle of the epoch. `keep`
+    is called with every new result before its checkpoint is written, so what it keeps is never older.
     Raises CheckpointError if the checkpoint belongs to another configuration.
     """
     run = Run(config, workspace)
@@ -211,7 +227,9 @@ def train(
         log.info("goes on in epoch %d, after step %d", len(run.history), run.step)
         yield from list(run.history)
     while len(run.history) < config.epochs:
-        result = run.train_epoch(interrupt or _never)
+        result = run.train_epoch(interrupt)
+        if result is not None:
+            keep(run, result)
         if checkpoints:
             checkpoints.save(len(run.history), run.step, run.state())
         if result is None:
@@ -219,15 +237,11 @@ def train(
         yield result
 
 
-def _never(_: float) -> bool:
-    return False
-
-
 class Run:
     """One run's own parts: tail, optimizer, generator, position, history."""
 
     def __init__(self, config: TrainConfig, workspace: Workspace) -> None:
-        shared = set(TrainConfig.model_fields) - set(TUNABLE)
+        shared = set(TrainConfig.model_fields) - set(OWN)
         assert all(getattr(config, k) == getattr(workspace.config, k) for k in shared)
         self.config, self.workspace = config, workspace
         self.device = workspace.device
@@ -270,7 +284,7 @@ class Run:
         tail.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return tail.requires_grad_(True)
 
-    def train_epoch(self, interrupt: Interrupt = _never) -> EpochResult | None:
+    def train_epoch(self, interrupt: Interrupt = lambda _: False) -> EpochResult | None:
         """Train to the end of the running epoch and evaluate; None if it was interrupted."""
         epoch = len(self.history)
         done = self.step - epoch * self.steps_per_epoch  # more than 0 after an interruption
@@ -278,7 +292,8 @@ class Run:
         first, skip = divmod(done, self.block // self.config.batch_size)
         pace = _Pace(self.steps_per_epoch - done, self._evaluation_steps())
         self.tail.train()
-        for features, indices in self.workspace.train_blocks(self.trunk, epoch, self.block, first):
+        seed = self.config.seed
+        for features, indices in self.workspace.train_blocks(self.trunk, seed, epoch, self.block, first):
             steps = zip(
                 torch.split(features, self.config.batch_size),
                 torch.split(self.workspace.train_targets[indices], self.config.batch_size),
@@ -297,28 +312,43 @@ class Run:
 
     def _result(self, epoch: int, pace: "_Pace") -> EpochResult:
         workspace, partial = self.workspace, self.partial
-        targets = workspace.train_targets[torch.from_numpy(workspace.train_order(epoch)).to(self.device)]
+        order = torch.from_numpy(workspace.train_order(self.config.seed, epoch)).to(self.device)
+        targets = workspace.train_targets[order]
         trained = accuracy(torch.cat(partial.logits), targets, workspace.sizes)
-        val_logits = self.evaluate()
-        valued = accuracy(val_logits, workspace.val_targets, workspace.sizes)
+        validated = self._validated() if self.validates else NOT_VALIDATED
         return EpochResult(
             epoch=epoch,
             lr=self._rate(self.step - 1),
             train_loss=float(torch.cat(partial.losses).sum()) / len(targets),
-            val_loss=float(self.loss(val_logits, workspace.val_targets)),
             train_accuracy=trained.per_class,
-            val_accuracy=valued.per_class,
-            val_overall=valued.overall,
-            val_category=valued.category,
-            val_hits=valued.hits,
             seconds=partial.seconds + pace.seconds,
             images=len(targets),
             peak_memory=peak_memory(self.device),
+            **validated,
         )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split that the run does not train on."""
+        return self.config.train_on == "train"
+
+    def _validated(self) -> dict[str, Any]:
+        logits, targets, sizes = self.evaluate(), self.workspace.val_targets, self.workspace.sizes
+        valued = accuracy(logits, targets, sizes)
+        return {
+            "val_loss": float(self.loss(logits, targets)),
+            "val_accuracy": valued.per_class,
+            "val_overall": valued.overall,
+            "val_category": valued.category,
+            "val_hits": valued.hits,
+            "val_log_loss": valued.log_loss,
+            "predictions": predict(logits, targets, sizes),
+        }
 
     def _evaluation_steps(self) -> int:
         """How many training steps take as long as the evaluation, at most: it is forward only."""
-        return math.ceil(len(self.workspace.val_targets) / self.config.batch_size)
+        images = len(self.workspace.val_targets) if self.validates else 0
+        return math.ceil(images / self.config.batch_size)
 
     def train_step(
         self, features: torch.Tensor, target: torch.Tensor
@@ -358,6 +388,7 @@ class Run:
     def state(self) -> State:
         """All that the next epoch depends on, as plain tensors, numbers and strings."""
         return {
+            "format": FORMAT,
             "config": self.config.model_dump(),
             "tail": self.tail.state_dict(),
             "trunk": self.trunk.state_dict() if self.owns_trunk else {},
@@ -365,11 +396,17 @@ class Run:
             "generator": self.generator.get_state(),
             "step": self.step,
             "partial": vars(self.partial),
-            "history": [asdict(result) for result in self.history],
+            "history": [result.columns() for result in self.history],
+            "predictions": [_tensors(result.predictions) for result in self.history],
         }
 
     def load(self, state: State) -> None:
-        """Raises CheckpointError if the state was made by another configuration."""
+        """Raises CheckpointError if another configuration, or another version, made the state."""
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
+                "with the version that made it, or use another run folder"
+            )
         self._compare(state["config"])
         self.tail.load_state_dict(state["tail"])
         if self.owns_trunk:
@@ -382,7 +419,8 @@ class Run:
             logits=[part.to(self.device) for part in state["partial"]["logits"]],
             seconds=state["partial"]["seconds"],
         )
-        self.history = [EpochResult.from_dict(values) for values in state["history"]]
+        kept = zip(state["history"], state["predictions"], strict=True)
+        self.history = [EpochResult(**values, predictions=_arrays(part)) for values, part in kept]
 
     def _compare(self, saved: dict[str, object]) -> None:
         mine = self.config.model_dump()
@@ -392,6 +430,27 @@ class Run:
                     f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
                     f"{mine[key]!r}; use the same configuration, or another run folder"
                 )
+
+
+NOT_VALIDATED: dict[str, Any] = {
+    "val_loss": math.nan,
+    "val_accuracy": math.nan,
+    "val_overall": math.nan,
+    "val_category": (),
+    "val_hits": (),
+    "val_log_loss": math.nan,
+}
+
+
+def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:
+    """As a checkpoint holds them: loading with `weights_only` knows no NumPy."""
+    every = vars(predictions) if predictions else {}
+    return {name: torch.from_numpy(array) for name, array in every.items()}
+
+
+def _arrays(tensors: dict[str, torch.Tensor]) -> Predictions | None:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Predictions(**arrays) if arrays else None
 
 
 @dataclass

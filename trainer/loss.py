@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from trainer.predictions import Predictions
+
 # w_i = N / (220 N_i): the report's class weights (section II); 220 is its own constant.
 WEIGHT_SCALE = 220
 
@@ -67,22 +69,52 @@ class Accuracy:
     overall: float  # mean over the categories
     category: tuple[float, ...]
     hits: tuple[int, ...]  # right images of each attribute
+    log_loss: float  # mean over the attributes that occur of their images' mean -ln p(true)
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Accuracy:
     """The challenge's metric. Attributes without images are left out of the mean."""
-    predicted = torch.stack([part.argmax(1) for part in torch.split(logits, [*sizes], 1)], 1)
-    right = predicted == targets
-    hits = torch.cat(
-        [
-            torch.bincount(target[hit], minlength=size)
-            for target, hit, size in zip(targets.T, right.T, sizes, strict=True)
-        ]
-    )
+    predicted, log_probs = _judged(logits, targets, sizes)
+    right = (predicted == targets).double()
     counts = class_counts(targets, sizes)
+    hits = _sums(right, targets, sizes)
     present = counts > 0
-    per_class = (hits[present].double() / counts[present]).mean()
-    category = right.double().mean(0)
+    category = right.mean(0)
     return Accuracy(
-        float(per_class), float(category.mean()), tuple(category.tolist()), tuple(hits.tolist())
+        per_class=float((hits[present] / counts[present]).mean()),
+        overall=float(category.mean()),
+        category=tuple(category.tolist()),
+        hits=tuple(hits.long().tolist()),
+        log_loss=float(-(_sums(log_probs, targets, sizes)[present] / counts[present]).mean()),
+    )
+
+
+def predict(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Predictions:
+    """One epoch's predictions."""
+    classes, log_probs = _judged(logits, targets, sizes)
+    return Predictions(
+        targets.byte().cpu().numpy(),
+        classes.byte().unsqueeze(0).cpu().numpy(),
+        log_probs.half().unsqueeze(0).cpu().numpy(),
+    )
+
+
+def _judged(
+    logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes, int64, and ln of the true ones' probability; both [images, categories]."""
+    parts = torch.split(logits.float(), [*sizes], 1)
+    picked = [
+        F.log_softmax(part, 1).gather(1, target.unsqueeze(1))
+        for part, target in zip(parts, targets.T, strict=True)
+    ]
+    return torch.stack([part.argmax(1) for part in parts], 1), torch.cat(picked, 1)
+
+
+def _sums(values: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """The values [images, categories] added up by true attribute: float64 [attributes]."""
+    columns = zip(targets.T, values.double().T, sizes, strict=True)
+    # Not bincount, whose sums on CUDA depend on the order of the threads.
+    return torch.cat(
+        [(F.one_hot(target, size) * value.unsqueeze(1)).sum(0) for target, value, size in columns]
     )

@@ -102,9 +102,10 @@ def load_backbone(config: TrainConfig) -> Backbone:
 
 def _create(config: TrainConfig) -> nn.Module:
     check_backbone(config.backbone)
-    # Weights that are drawn must not depend on what the process drew before.
+    # Drawn weights stand in for a file: they depend neither on the run's seed nor on what the process
+    # drew before.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+        torch.default_generator.manual_seed(0)
         if config.weights != "timm":
             model: nn.Module = timm.create_model(config.backbone, pretrained=False)
         else:

@@ -22,7 +22,6 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from trainer.config import TrainConfig
 from trainer.dataset import Dataset, Split, load_image
 
 BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
@@ -99,10 +98,10 @@ def epoch_order(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 class AugmentedImages(TorchDataset[tuple[torch.Tensor, int]]):
-    """Item (epoch, index) is the augmented uint8 image [3, size, size] and its index."""
+    """Item (seed, epoch, index) is the augmented uint8 image [3, size, size] and its index."""
 
-    def __init__(self, path: Path, seed: int, augment: bool) -> None:
-        self.path, self.seed = path, seed
+    def __init__(self, path: Path, augment: bool) -> None:
+        self.path = path
         self.transform = random_transform() if augment else None
 
     @cached_property
@@ -111,43 +110,43 @@ class AugmentedImages(TorchDataset[tuple[torch.Tensor, int]]):
         images: np.ndarray = np.load(self.path, mmap_mode="r")
         return images
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        *_, index = key
         if self.transform is None:
             return torch.from_numpy(self.images[index].copy()), index
         image = functional.to_pil_image(torch.from_numpy(self.images[index].copy()))
         # torchvision draws from the global generator: lend it one that only this image sees.
-        seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return functional.pil_to_tensor(self.transform(image)), index
 
 
-class _Blocks(Sampler[list[tuple[int, int]]]):
-    """Yields the (epoch, index) keys of one epoch, a block at a time.
+class _Blocks(Sampler[list[tuple[int, int, int]]]):
+    """Yields the (seed, epoch, index) keys of one epoch, a block at a time.
 
-    `epoch` and `first`, the block to begin with, are set from outside.
+    `seed`, `epoch` and `first`, the block to begin with, are set from outside.
     """
 
-    def __init__(self, indices: np.ndarray, seed: int, block: int) -> None:
-        self.indices, self.seed, self.block = indices, seed, block
-        self.epoch, self.first = 0, 0
+    def __init__(self, indices: np.ndarray, block: int) -> None:
+        self.indices, self.block = indices, block
+        self.seed, self.epoch, self.first = 0, 0, 0
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = epoch_order(self.indices, self.seed, self.epoch)
         for start in range(self.first * self.block, len(order), self.block):
-            yield [(self.epoch, int(index)) for index in order[start : start + self.block]]
+            yield [(self.seed, self.epoch, int(index)) for index in order[start : start + self.block]]
 
 
 class Stream:
-    """Blocks of augmented training images, the same for every trial with this seed."""
+    """Blocks of augmented training images, the same for every trial with the same seed."""
 
     def __init__(
-        self, path: Path, indices: np.ndarray, config: TrainConfig, block: int, processes: int
+        self, path: Path, indices: np.ndarray, augment: bool, block: int, processes: int
     ) -> None:
-        self._blocks = _Blocks(indices, config.seed, block)
+        self._blocks = _Blocks(indices, block)
         self._loader = DataLoader(
-            AugmentedImages(path, config.seed, config.augment == "report"),
+            AugmentedImages(path, augment),
             batch_sampler=self._blocks,
             num_workers=processes,
             persistent_workers=processes > 0,
@@ -163,12 +162,14 @@ class Stream:
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(
+        self, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split.
 
         `first` is the block to begin with. Raises LoaderError.
         """
-        self._blocks.epoch, self._blocks.first = epoch, first
+        self._blocks.seed, self._blocks.epoch, self._blocks.first = seed, epoch, first
         try:
             with _signals_held_back():
                 blocks = iter(self._loader)

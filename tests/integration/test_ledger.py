@@ -24,6 +24,7 @@ RESULT = {
     "val_overall": 0.6,
     "val_category": [0.5, 0.7],
     "val_hits": [3, 4, 5],
+    "val_log_loss": 1.2,
     "seconds": 1.0,
     "images": 10,
     "peak_memory": 1.0,
@@ -55,14 +56,14 @@ def test_an_epoch_reaches_optuna_in_the_same_transaction(engine):
     worker = make_worker(engine, study)
     claim = worker.claim()
     for epoch in (0, 1, 1):  # the repetition changes nothing
-        worker.record(claim, RESULT | {"epoch": epoch, "val_accuracy": 0.5 + epoch / 10})
+        worker.record(claim, RESULT | {"epoch": epoch, "val_accuracy": epoch / 10}, 0.5 + epoch / 10)
     assert study.trials[0].intermediate_values == {0: 0.5, 1: 0.6}
     worker.finish(claim, "complete", 0.55)
     worker.finish(claim, "complete", 0.55)
     [trial] = study.trials
     assert (trial.state, trial.value) == (optuna.trial.TrialState.COMPLETE, 0.55)
     assert abs((trial.datetime_complete - trial.datetime_start).total_seconds()) < 60
-    assert ledger.curve(engine, study._study_id, 0) == [0.5, 0.6]
+    assert ledger.curve(engine, study._study_id, 0) == [0.0, 0.1]
 
 
 def test_what_the_ledger_writes_is_what_optuna_would_write(engine):
@@ -70,7 +71,7 @@ def test_what_the_ledger_writes_is_what_optuna_would_write(engine):
     study = make_study(engine)
     worker = make_worker(engine, study)
     claim = worker.claim()
-    worker.record(claim, RESULT | {"epoch": 0})
+    worker.record(claim, RESULT | {"epoch": 0}, 0.5)
     worker.finish(claim, "pruned", 0.25)
     trial = study.ask()
     trial.report(0.5, 0)
@@ -96,7 +97,7 @@ def test_a_released_trial_is_claimed_again_before_a_new_one(engine):
     study = make_study(engine)
     first, second = make_worker(engine, study), make_worker(engine, study)
     claim = first.claim()
-    first.record(claim, RESULT | {"epoch": 0})
+    first.record(claim, RESULT | {"epoch": 0}, 0.5)
     first.release(claim)
     again = second.claim()
     assert (again.trial_number, again.attempt, again.last_epoch) == (0, 2, 0)
@@ -111,7 +112,7 @@ def test_a_worker_that_was_replaced_can_write_nothing(engine):
     time.sleep(0.05)
     assert successor.claim().attempt == 2
     for write in (
-        lambda: zombie.record(claim, RESULT | {"epoch": 0}),
+        lambda: zombie.record(claim, RESULT | {"epoch": 0}, 0.5),
         lambda: zombie.finish(claim, "complete", 0.9),
         lambda: zombie.finish(claim, "failed"),
         lambda: zombie.renew(claim),
@@ -306,7 +307,7 @@ def work(barrier) -> None:
     barrier.wait()
     while (claim := worker.claim()) is not None:
         for epoch in range(claim.last_epoch + 1, 3):
-            worker.record(claim, RESULT | {"epoch": epoch})
+            worker.record(claim, RESULT | {"epoch": epoch}, 0.5)
             if claim.trial_number % 10 == 3 and claim.attempt == 1 and epoch == 1:
                 os.kill(os.getpid(), 9)
         worker.finish(claim, "complete", 0.5)

@@ -25,7 +25,7 @@ def test_the_time_left_follows_from_what_a_trial_took_and_who_is_at_work(engine)
     first, second = make_worker(engine, study), make_worker(engine, study)
     assert json.loads(atelier("status", "s", "--json"))["seconds_left"] is None
     claim = first.claim()
-    first.record(claim, RESULT | {"epoch": 0})
+    first.record(claim, RESULT | {"epoch": 0}, 0.5)
     first.finish(claim, "pruned", 0.5)
     assert json.loads(atelier("status", "s", "--json"))["seconds_left"] is None  # nobody at work
     first.claim()

@@ -4,7 +4,8 @@ import optuna
 import pytest
 
 from search.pruner import RungPruner
-from search.study import load_study_file, score
+from search.score import score
+from search.study import load_study_file
 
 
 def study_of(curves):

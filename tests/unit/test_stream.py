@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from trainer.config import TrainConfig
 from trainer.dataset import load_image, read_dataset
 from trainer.loop import Workspace
 from trainer.stream import (
@@ -47,11 +46,11 @@ def test_training_images_equal_the_reports_transform(demo, tiny, tmp_path):
     dataset = read_dataset(demo)
     train = dataset.splits["train"]
     images = prepared_images(dataset, train, 224, tmp_path)
-    augmented = AugmentedImages(images, seed=5, augment=True)
+    augmented = AugmentedImages(images, augment=True)
     workspace = Workspace(tiny, tmp_path)  # resnet10t is normalised as ImageNet is
     for index in range(6):
         seed = int(np.random.SeedSequence([5, 2, index]).generate_state(1)[0])
-        ours, _ = augmented[(2, index)]
+        ours, _ = augmented[(5, 2, index)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             theirs = REPORT(load_image(demo / train.paths[index]))
@@ -62,7 +61,7 @@ def test_augmentation_leaves_the_global_generator_alone(demo, tmp_path):
     dataset = read_dataset(demo)
     images = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
     before = torch.random.get_rng_state()
-    AugmentedImages(images, 0, True)[(0, 0)]
+    AugmentedImages(images, True)[(0, 0, 0)]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -71,9 +70,8 @@ def test_an_epoch_is_the_same_again_and_other_epochs_differ(demo, tmp_path):
     images = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
 
     def epoch(number, processes=0, seed=0, stream=None):
-        config = TrainConfig(data=str(demo), seed=seed)
-        stream = stream or Stream(images, np.arange(100), config, 64, processes)
-        blocks = list(stream.epoch(number))
+        stream = stream or Stream(images, np.arange(100), True, 64, processes)
+        blocks = list(stream.epoch(seed, number))
         assert [len(block) for block, _ in blocks] == [64, 36]
         return torch.cat([b for b, _ in blocks]), torch.cat([i for _, i in blocks])
 
@@ -81,11 +79,11 @@ def test_an_epoch_is_the_same_again_and_other_epochs_differ(demo, tmp_path):
     for same in (epoch(3), epoch(3, processes=2)):
         assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     # Loader processes live on from epoch to epoch; an epoch may also begin in its middle.
-    lasting = Stream(images, np.arange(100), TrainConfig(data=str(demo)), 64, 2)
+    lasting = Stream(images, np.arange(100), True, 64, 2)
     for number in (3, 4, 3):
         pairs = zip(epoch(number, stream=lasting), epoch(number), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    [(images_left, indices_left)] = lasting.epoch(3, first=1)
+    [(images_left, indices_left)] = lasting.epoch(0, 3, first=1)
     assert torch.equal(images_left, first[0][64:])
     assert torch.equal(indices_left, first[1][64:])
     assert sorted(first[1].tolist()) == list(range(100))
@@ -113,7 +111,7 @@ def test_loader_processes_are_sent_the_images_path_not_the_images(demo, tmp_path
     dataset = read_dataset(demo)
     path = prepared_images(dataset, dataset.splits["train"], 64, tmp_path)
     assert path.stat().st_size > 3_000_000
-    assert len(pickle.dumps(AugmentedImages(path, 0, True))) < 10_000
+    assert len(pickle.dumps(AugmentedImages(path, True))) < 10_000
 
 
 LOADING = """
@@ -126,12 +124,12 @@ from trainer.stream import Stream
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
-    stream = Stream(Path(sys.argv[1]), np.arange(300), TrainConfig(data="."), 16, 2)
-    blocks = iter(stream.epoch(0))
+    stream = Stream(Path(sys.argv[1]), np.arange(300), True, 16, 2)
+    blocks = iter(stream.epoch(0, 0))
     print(len(next(blocks)[1]), flush=True)
     sys.stdin.readline()  # SIGTERM has reached all processes
     print(sum(len(indices) for _, indices in blocks), flush=True)
-    next(iter(stream.epoch(1)))  # and exit in the middle of an epoch
+    next(iter(stream.epoch(0, 1)))  # and exit in the middle of an epoch
 """
 
 
@@ -181,9 +179,9 @@ def test_random_transform_keeps_size_and_type():
 def test_a_loader_process_that_was_killed_is_no_fault_of_the_run(demo, tmp_path):
     dataset = read_dataset(demo)
     path = prepared_images(dataset, dataset.splits["train"], 32, tmp_path)
-    stream = Stream(path, np.arange(300), TrainConfig(data=str(demo)), 16, 1)
+    stream = Stream(path, np.arange(300), True, 16, 1)
     before = set(multiprocessing.active_children())
-    blocks = iter(stream.epoch(0))
+    blocks = iter(stream.epoch(0, 0))
     next(blocks)
     [loader] = set(multiprocessing.active_children()) - before
     loader.kill()
