@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from dashboards.status import Status, TrialRow
+    from search.launch import LocalSearch
     from search.study import StudyFile
     from storage.ledger import StudyEntry
 
@@ -114,14 +115,10 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with _errors_in_one_line():
-        from rich.console import Console
-
-        from dashboards.status import read_status
         from search.export import export_trial, pick
-        from search.launch import LocalSearch, WorkersFailedError
         from search.study import InputError, open_study
         from storage import database
-        from storage.runs import RunFolder, image_cache
+        from storage.runs import image_cache
         from trainer.loop import rehearse
 
         file = _load(study, data, weights, set_)
@@ -133,20 +130,8 @@ def search(
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
-        runs = RunFolder(entry.name, entry.created)
-        _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
-        local = LocalSearch(
-            [str(study), *_repeat(data, weights, set_)],
-            workers,
-            runs,
-            lambda: read_status(engine, entry.study_id, entry.name),
-            Console(),
-        )
-        try:
-            status = local.run()
-        except WorkersFailedError as error:
-            _say(f"error: {error}")
-            raise typer.Exit(ExitCode.FAILED) from None
+        local = _run_here([str(study), *_repeat(data, weights, set_)], workers, engine, entry)
+        status = local.status()
         if status.best is not None:
             row = pick(status, None)
             export_trial(engine, entry, row, output)
@@ -163,19 +148,50 @@ def search(
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
+def _run_here(
+    arguments: list[str], workers: int, engine: "sa.Engine", entry: "StudyEntry"
+) -> "LocalSearch":
+    """Let workers with these arguments work at a study, on this machine, until they end."""
+    from rich.console import Console
+
+    from dashboards.status import read_status
+    from search.launch import LocalSearch, WorkersFailedError
+    from storage.runs import RunFolder
+
+    runs = RunFolder(entry.name, entry.created)
+    _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
+
+    def status() -> "Status":
+        return read_status(engine, entry.study_id, entry.name)
+
+    local = LocalSearch(arguments, workers, runs, status, Console())
+    try:
+        local.run()
+    except WorkersFailedError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(ExitCode.FAILED) from None
+    return local
+
+
 def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) -> list[str]:
     options = [("--data", data), ("--weights", weights), *(("--set", o) for o in overrides or [])]
     return [word for name, value in options if value is not None for word in (name, value)]
 
 
 @app.command("worker")
-def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+def worker_(
+    study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
     """Run one worker: what a SLURM array task runs.
 
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
     """
     with _errors_in_one_line():
         from search import slurm
+        from search.confirmation import ConfirmationFile, cannot_win
         from search.study import open_study
         from search.worker import PARENT_VARIABLE, Worker
         from storage import database
@@ -184,7 +200,7 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
         from trainer.allocation import prepare_process
         from trainer.loop import Workspace
 
-        file = _load(study, data, weights, set_)
+        file = _worker_file(study, data, weights, set_)
         wall_end = slurm.wall_end()
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
@@ -194,6 +210,8 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created)
         worker = Worker(file, opened, ledger, workspace, runs, wall_end)
+        if isinstance(file, ConfirmationFile):
+            worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
         if PARENT_VARIABLE not in os.environ:  # else the task is the search's, not ours
             worker.requeue = slurm.requeue_own_task
         end = worker.run()
@@ -202,6 +220,76 @@ def worker_(study: StudyPath, data: Data = None, weights: Weights = None, set_: 
             _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
             raise typer.Exit(ExitCode.FAILED)
         raise typer.Exit(end)
+
+
+def _worker_file(
+    study: str, data: str | None, weights: str | None, overrides: list[str] | None
+) -> "StudyFile":
+    from search.confirmation import recorded
+    from search.study import InputError, StudyFile
+
+    if study.endswith(".toml"):
+        return _load(Path(study), data, weights, overrides)
+    if overrides:
+        raise InputError("--set goes with a study file; a study on record has its settings")
+    _, entry = _study(study)
+    return (recorded(entry) or StudyFile.from_record(entry)).moved(data, weights)
+
+
+@app.command()
+def confirm(
+    study: StudyName,
+    top: Annotated[int | None, typer.Option(min=1, help="How many of the best trials; 5.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Fresh seeds for each; 5.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 2,
+    show: Annotated[bool, typer.Option("--show", help="Train nothing; show what is known.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Train in a SLURM array instead.")] = False,
+    array: Annotated[str, typer.Option(help="With --submit: array tasks.")] = "0-7%4",
+    profile: Annotated[str, typer.Option(help="With --submit: a [slurm.*] table.")] = "tuning",
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Rerun the best trials on fresh seeds, and say which of them can be believed."""
+    with _errors_in_one_line():
+        import json
+
+        from rich.console import Console
+
+        from search import slurm
+        from search.confirmation import plan, read_confirmation, render
+        from search.study import InputError, open_study
+        from storage import database
+        from storage.runs import image_cache
+
+        engine, entry = _study(study)
+        if not (show or as_json):
+            file = plan(engine, entry, top, seeds).moved(data, weights)
+            arguments = [file.study.name, *_repeat(data, weights, None)]
+            if submit:
+                typer.echo(f"job {slurm.submit_study(file, profile, array, arguments)}")
+                typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
+                typer.echo(f"  {shlex.join(['atelier', 'confirm', '--show', entry.name])}")
+                return
+            from trainer.loop import rehearse
+
+            dataset = rehearse(file.shared, image_cache())
+            _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
+            local = _run_here(arguments, workers, engine, linked)
+        confirmation = read_confirmation(engine, entry)
+        if confirmation is None:
+            raise InputError(
+                f"nothing of study {entry.name!r} is confirmed yet; start with: "
+                f"{shlex.join(['atelier', 'confirm', entry.name])}"
+            )
+        if as_json:
+            typer.echo(json.dumps(confirmation.as_dict(), indent=2))
+            return
+        Console().print(render(confirmation), soft_wrap=True)
+        if not confirmation.finished:
+            _say("not finished; the same command without --show goes on")
+            if not show:
+                raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
 @app.command()

@@ -51,7 +51,7 @@ class LocalSearch:
         console: Console,
     ) -> None:
         self._arguments, self._n_workers, self._runs = arguments, workers, runs
-        self._status, self._console = status, console
+        self.status, self._console = status, console
         self._interrupts = 0
         self._slots: list[_Slot] = []
         self._failures: list[_Slot] = []
@@ -63,12 +63,12 @@ class LocalSearch:
         """Whether somebody typed Ctrl-C."""
         return self._interrupts > 0
 
-    def run(self) -> Status:
-        """Returns the last status. Raises WorkersFailedError if no worker could go on."""
+    def run(self) -> None:
+        """Raises WorkersFailedError if no worker could go on."""
         old = signal.signal(signal.SIGINT, self._interrupt)
         old_term = signal.signal(signal.SIGTERM, self._interrupt)
         try:
-            status = self._status()
+            status = self.status()
             # No more than there is work for.
             self._n_workers = min(self._n_workers, max(status.max_trials - status.finished, 1))
             for number in range(1, self._n_workers + 1):
@@ -81,11 +81,10 @@ class LocalSearch:
                     slot.process.wait()
             signal.signal(signal.SIGINT, old)
             signal.signal(signal.SIGTERM, old_term)
-        status = self._status()
+        status = self.status()
         if self._failures and status.finished < status.max_trials and not self.interrupted:
             slot = self._failures[0]
             raise WorkersFailedError(f"{_why(slot)}; the whole log is {slot.log}")
-        return status
 
     def _start(self, number: int) -> _Slot:
         log = self._runs.logs / f"worker-{number}.log"
@@ -125,19 +124,19 @@ class LocalSearch:
             self._watch_plainly()
             return
         with Live(console=self._console, refresh_per_second=4) as live:
-            while self._tend(status := self._status()):
+            while self._tend(status := self.status()):
                 live.update(render(status))
                 time.sleep(POLL_SECONDS)
-            live.update(render(self._status()))
+            live.update(render(self.status()))
 
     def _watch_plainly(self) -> None:
         shown, finished = time.monotonic(), 0
-        while self._tend(status := self._status()):
+        while self._tend(status := self.status()):
             if status.finished != finished or time.monotonic() - shown > PLAIN_SECONDS:
                 self._console.print(progress_line(status), soft_wrap=True)
                 shown, finished = time.monotonic(), status.finished
             time.sleep(POLL_SECONDS)
-        self._console.print(progress_line(self._status()), soft_wrap=True)
+        self._console.print(progress_line(self.status()), soft_wrap=True)
 
     def _tend(self, status: Status) -> bool:
         """Replace killed workers; False once there is nothing left to do or to wait for."""

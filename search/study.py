@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import optuna
@@ -50,6 +50,7 @@ class Range(_Table):
 
 Choices = Annotated[list[float | int], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
+PLACES = {"places", "slurm"}  # of a study's settings: what may change from one command to the next
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 
 
@@ -223,6 +224,42 @@ class StudyFile(_Table):
             "train": train | {"weights": _weights_identity(self.shared.weights)},
         }
 
+    def moved(self, data: str | None, weights: str | None) -> Self:
+        """The same file with other places of the dataset and the weights; None for no change."""
+        given = {"data": data, "weights": weights}
+        places = {key: value for key, value in given.items() if value is not None}
+        return self.model_copy(update={"train": self.train | places})
+
+    @classmethod
+    def from_record(cls, entry: ledger.StudyEntry) -> "StudyFile":
+        """The file that a study on record was last opened with."""
+        settings = entry.settings
+        return cls(
+            study=StudySettings(name=entry.name, max_trials=entry.max_trials, **settings["study"]),
+            space=settings["space"],
+            train=settings["train"] | settings["places"],
+            slurm=settings.get("slurm", {}),
+        )
+
+    def make_sampler(self) -> optuna.samplers.BaseSampler:
+        """Unseeded on purpose: workers that share a seed would try the same start-up trials."""
+        makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+            "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
+            "random": optuna.samplers.RandomSampler,
+            "gp": optuna.samplers.GPSampler,
+            "qmc": optuna.samplers.QMCSampler,
+        }
+        return makers[self.study.sampler]()
+
+    def make_pruner(self) -> optuna.pruners.BasePruner:
+        """The pruner by name; every one starts at the first rung."""
+        rungs = self.rungs_of()
+        if self.study.pruner == "none" or not rungs:
+            return optuna.pruners.NopPruner()
+        if self.study.pruner == "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
+        return RungPruner(rungs)
+
     def places(self) -> dict[str, str]:
         """Where the files are, for whoever starts from another folder."""
         data, weights = self.shared.data, self.shared.weights
@@ -359,27 +396,6 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     return list(model.model_fields)
 
 
-def make_sampler(name: str) -> optuna.samplers.BaseSampler:
-    """Unseeded on purpose: workers that share a seed would try the same start-up trials."""
-    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
-        "random": optuna.samplers.RandomSampler,
-        "gp": optuna.samplers.GPSampler,
-        "qmc": optuna.samplers.QMCSampler,
-    }
-    return makers[name]()
-
-
-def make_pruner(file: StudyFile) -> optuna.pruners.BasePruner:
-    """The pruner by name; every one starts at the first rung."""
-    rungs = file.rungs_of()
-    if file.study.pruner == "none" or not rungs:
-        return optuna.pruners.NopPruner()
-    if file.study.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
-    return RungPruner(rungs)
-
-
 def open_study(
     file: StudyFile,
     engine: sa.Engine,
@@ -403,14 +419,14 @@ def open_study(
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        sampler=make_sampler(file.study.sampler),
-        pruner=make_pruner(file),
+        sampler=file.make_sampler(),
+        pruner=file.make_pruner(),
     )
     hours = file.study.max_gpu_hours
     changeable = {
         "max_trials": file.study.max_trials,
         "max_gpu_seconds": None if hours is None else hours * 3600,
-        "settings": identity | {"places": file.places()},
+        "settings": identity | {"places": file.places(), "slurm": file.model_dump()["slurm"]},
     }
     ledger.enter_study(
         engine,
@@ -437,8 +453,8 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
             f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
             f"{optuna.__version__}; install the same version on every machine"
         )
-    for table, settings in identity.items():
-        saved = existing.settings.get(table, {})
+    for table in identity.keys() | (existing.settings.keys() - PLACES):
+        settings, saved = identity.get(table, {}), existing.settings.get(table, {})
         for key in settings.keys() | saved.keys():
             # Settings that a study of an earlier version does not mention had the default.
             default = TrainConfig.model_fields[key].default if table == "train" else None

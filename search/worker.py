@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,7 +27,7 @@ from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
 from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
-from trainer.config import EpochResult, TrainConfig
+from trainer.config import EpochResult
 from trainer.loop import Interrupt, Workspace, train
 from trainer.predictions import Predictions
 from trainer.stream import LoaderError
@@ -119,6 +120,8 @@ class Worker:
         self.runs = runs
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
+        # Called before a trial's first epoch with its parameters; returns whether it is not worth one.
+        self.rules_out: Callable[[dict[str, Any]], bool] = lambda _: False
         self.stop = Stop(wall_end)
         self._attributes = workspace.dataset.attribute_table("val")
         self.made_progress = False  # at least one optimizer step
@@ -191,7 +194,11 @@ class Worker:
 
     def _train(self, claim: Claim, checkpoints: Checkpoints, interrupt: Interrupt) -> bool:
         """Returns whether the trial has ended; else it was released."""
-        config = self._config(claim)
+        params = self._params(claim)
+        config = self.file.config(params)
+        if claim.last_epoch < 0 and self.rules_out(params):
+            self.ledger.finish(claim, "pruned", reason="cannot win any more")
+            return True
         results: list[EpochResult] = []
         for result in train(config, self.workspace, checkpoints, interrupt):
             results.append(result)
@@ -242,7 +249,7 @@ class Worker:
         self.ledger.finish(claim, outcome, value, reason, artifact=picture)
 
     @retrying
-    def _config(self, claim: Claim) -> TrainConfig:
+    def _params(self, claim: Claim) -> dict[str, Any]:
         """Sample what the trial lacks, then read back what is on record.
 
         A parameter is written once and never again, so a worker that was replaced while it sampled
@@ -256,8 +263,7 @@ class Worker:
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
             trial._suggest(name, distribution)
-        stored = self.ledger.storage.get_trial(claim.trial_id).params
-        return self.file.config(stored)
+        return self.ledger.storage.get_trial(claim.trial_id).params
 
     @retrying
     def _should_prune(self, claim: Claim) -> bool:

@@ -496,6 +496,7 @@ class StudyEntry:
 
     study_id: int
     name: str
+    max_trials: int
     settings: dict[str, Any]
     dataset: str
     attributes: list[dict[str, Any]]  # see storage.models.Study
@@ -519,6 +520,7 @@ def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
     return StudyEntry(
         study.study_id,
         name,
+        study.max_trials,
         study.settings,
         study.dataset,
         study.attributes or [],

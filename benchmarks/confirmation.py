@@ -1,0 +1,133 @@
+"""How far the intervals and the winner of `atelier confirm` can be trusted: studies with known truth.
+
+    python -m benchmarks.confirmation [--studies 400]
+
+Each simulated study has TRIALS configurations whose true scores are known, a validation set with the
+class counts of FashionDataset, and noise of the size measured on real runs (docs/confirm.md): images
+that are hard for every network or for one, seeds that shift a network's accuracies, and images that
+change sides from seed to seed. The search sees each configuration once; the five that look best are
+confirmed on five fresh seeds by the code that `atelier confirm` runs.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import norm
+
+from search.bootstrap import compare, per_class_accuracy
+from search.confirmation import DROPPED, WINS
+
+SIZES = (7, 3, 3, 4, 6, 3)
+# Validation images of each attribute in FashionDataset.
+COUNTS = (
+    *(192, 175, 65, 77, 13, 458, 20),
+    *(301, 168, 531),
+    *(100, 173, 727),
+    *(387, 173, 2, 438),
+    *(56, 146, 680, 16, 10, 92),
+    *(129, 70, 801),
+)
+IMAGES = 1000
+TRIALS, TOP, SEEDS = 40, 5, 5
+# On the scale of a probit: what is right has a positive sum.
+SPREAD, ATTRIBUTE_SPREAD = 0.12, 0.10  # of configurations, in all attributes and in each
+HARD_FOR_ALL, HARD_FOR_ONE, CHURN = 0.75, 0.25, 0.6  # images; their squares count in proportion
+SEED, ATTRIBUTE_SEED = 0.06, 0.12  # what a seed does to all attributes and to each
+
+
+class SimulatedStudy:
+    """Configurations with known true scores, and runs of them with noise."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self._random = random
+        self.labels = _labels(random)
+        self._attributes = self.labels + np.cumsum([0, *SIZES[:-1]])
+        base = norm.ppf(np.clip(random.normal(0.6, 0.15, len(COUNTS)), 0.2, 0.9))
+        spread = random.normal(0, SPREAD, (TRIALS, 1))
+        self._levels = base + spread + random.normal(0, ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
+        # The images' noise has variance 1, so a level's true accuracy has a closed form.
+        self.truth = norm.cdf(self._levels / math.sqrt(1 + SEED**2 + ATTRIBUTE_SEED**2)).mean(1)
+        whole = math.hypot(HARD_FOR_ALL, HARD_FOR_ONE, CHURN)
+        shape = self.labels.shape
+        self._hard = random.normal(0, HARD_FOR_ALL / whole, shape)
+        self._hard_for = random.normal(0, HARD_FOR_ONE / whole, (TRIALS, *shape))
+        self._churn = CHURN / whole
+
+    def run(self, trial: int) -> np.ndarray:
+        """Hits [images, categories] of one more seed."""
+        random = self._random
+        shift = random.normal(0, SEED) + random.normal(0, ATTRIBUTE_SEED, len(COUNTS))
+        levels = (self._levels[trial] + shift)[self._attributes]
+        churn = random.normal(0, self._churn, self.labels.shape)
+        return (levels + self._hard + self._hard_for[trial] + churn > 0).astype(float)
+
+
+def _labels(random: np.random.Generator) -> np.ndarray:
+    columns, start = [], 0
+    for size in SIZES:
+        columns.append(random.permutation(np.repeat(np.arange(size), COUNTS[start : start + size])))
+        start += size
+    return np.stack(columns, 1)
+
+
+def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, float | list[bool]]:
+    """One search and its confirmation, compared with the truth."""
+    seen = np.array([_score(study, study.run(trial)) for trial in range(TRIALS)])
+    top = np.argsort(-seen)[:TOP]
+    truth = study.truth[top]
+    runs = [[study.run(trial)] for trial in top]
+    for seed in range(1, SEEDS):
+        if seed >= 2:
+            best = compare(runs, study.labels, SIZES).best
+        for index, trial in enumerate(top):
+            if seed < 2 or best[index] >= DROPPED:
+                runs[index].append(study.run(trial))
+    estimates = compare(runs, study.labels, SIZES)
+    leader = estimates.leader
+    others = [i for i in range(TOP) if i != leader]
+    winner = leader if estimates.best[leader] >= WINS else None
+    means = [score.value for score in estimates.scores]
+    return {
+        "score covered": [s.low <= t <= s.high for s, t in zip(estimates.scores, truth, strict=True)],
+        "difference covered": [
+            estimates.behind[i].low <= truth[leader] - truth[i] <= estimates.behind[i].high
+            for i in others
+        ],
+        "winner declared": winner is not None,
+        "winner at least as good as the naive one": truth[winner or 0] >= truth[0],
+        "leader's gain": truth[leader] - truth[0],
+        "optimism": seen[top[0]] - truth[0],
+        "reported optimism": seen[top[0]] - means[0],
+        "seeds spent": sum(map(len, runs)) / (TOP * SEEDS),
+    }
+
+
+def _score(study: SimulatedStudy, hits: np.ndarray) -> float:
+    return per_class_accuracy(hits, study.labels, SIZES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--studies", type=int, default=400)
+    options = parser.parse_args()
+    random = np.random.default_rng(0)
+    results = [confirm(SimulatedStudy(random), random) for _ in range(options.studies)]
+    means = {key: _mean([result[key] for result in results]) for key in results[0]}
+    for name, (mean, error) in means.items():
+        print(f"{name:<42}{mean:8.4f} +- {error:.4f}")
+    ratio = means["reported optimism"][0] / means["optimism"][0]
+    print(f"{'reported / true optimism':<42}{ratio:8.4f}")
+    print(json.dumps({name: mean for name, (mean, _) in means.items()} | {"optimism ratio": ratio}))
+
+
+def _mean(values: Sequence[float | list[bool]]) -> tuple[float, float]:
+    """Mean and standard error over studies."""
+    each = np.array([np.mean(value) for value in values])
+    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
+
+
+if __name__ == "__main__":
+    main()

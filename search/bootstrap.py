@@ -1,0 +1,171 @@
+"""How sure one can be of scores: a bootstrap over images, crossed with seeds.
+
+A score has two kinds of noise. Another validation set would have other images; it is the same for all
+seeds and partly for all candidates, so images are resampled in pairs: each replicate draws the same ones
+for everybody. And another seed would have trained another network. docs/confirm.md has the simulation
+with known truth that these intervals were measured on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.score import LAST, PRIOR_IMAGES
+from trainer.predictions import Predictions
+
+REPLICATES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its standard error and 95 % interval."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What is known of some candidates' true scores; lists are in the candidates' order."""
+
+    scores: list[Interval]
+    leader: int  # the highest mean over seeds
+    behind: list[Interval]  # how far each is behind the leader; the leader itself 0
+    best: list[float]  # the probability of being the best of them
+
+
+def hits(predictions: Predictions) -> np.ndarray:
+    """The share of the last five epochs that is right: float [images, categories]."""
+    right = predictions.classes[-LAST:] == predictions.labels
+    return np.asarray(right.mean(0))
+
+
+def attribute_index(labels: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The labels [images, categories] as indices into all attributes."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.asarray(labels + starts)
+
+
+def class_means(values: np.ndarray, attributes: np.ndarray, n_attributes: int) -> np.ndarray:
+    """The mean of values [images, categories] over the images of each attribute; NaN without any."""
+    counts = np.bincount(attributes.ravel(), minlength=n_attributes)
+    sums = np.bincount(attributes.ravel(), values.ravel(), n_attributes)
+    return np.divide(sums, counts, out=np.full(n_attributes, np.nan), where=counts > 0)
+
+
+def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> float:
+    """The challenge's metric of hits [images, categories]; attributes without images do not count."""
+    means = class_means(values, attribute_index(labels, sizes), sum(sizes))
+    return float(np.nanmean(means))
+
+
+def compare(
+    runs: Sequence[Sequence[np.ndarray]],
+    labels: np.ndarray,
+    sizes: Sequence[int],
+    replicates: int = REPLICATES,
+) -> Estimates:
+    """Estimate the true scores of candidates from their runs.
+
+    `runs[i][s]` are the hits [images, categories] of candidate i with seed s, the same seeds for all; a
+    candidate may have fewer of them, but two at least. `labels` [images, categories] are the truth.
+    """
+    random = np.random.default_rng(0)  # the same evidence gives the same answer
+    scores = [[per_class_accuracy(run, labels, sizes) for run in some] for some in runs]
+    means = np.array([np.mean(some) for some in scores])
+    attributes = attribute_index(labels, sizes)
+    average = np.stack([np.mean(some, 0) for some in runs])  # over seeds
+    churn = float(np.mean([_churn(some, attributes, sum(sizes)) for some in runs]))
+    covariance = _image_covariance(average, attributes, sizes)
+    deviations = random.multivariate_normal(np.zeros(len(means)), covariance, replicates)
+    deviations += _seeds(scores, churn, replicates, random)
+    draws = means + deviations
+    leader = int(means.argmax())
+    wins = np.bincount(draws.argmax(1), minlength=len(runs)) / replicates
+    return Estimates(
+        scores=[_interval(mean, part) for mean, part in zip(means, deviations.T, strict=True)],
+        leader=leader,
+        behind=[
+            _interval(means[leader] - mean, deviations[:, leader] - part)
+            for mean, part in zip(means, deviations.T, strict=True)
+        ],
+        best=wins.tolist(),
+    )
+
+
+def _interval(value: float, deviations: np.ndarray) -> Interval:
+    # The basic bootstrap interval: where the truth lies, if the estimate errs as the replicates do.
+    low, high = np.quantile(value - deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(deviations.std()), float(low), float(high))
+
+
+def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """How the scores move together with other images: covariance [candidates, candidates].
+
+    It is what a bootstrap has that draws images class by class, the same for all candidates, each
+    attribute as often as it occurs; the score is linear in the images, so no draw is needed. Two images
+    say nothing about how their attribute varies, so its variance is mixed with its category's, as if
+    that had been seen on k = PRIOR_IMAGES images before.
+    """
+    total = np.zeros((len(average), len(average)))
+    present = len(np.unique(attributes))
+    for category in range(len(sizes)):
+        column = attributes[:, category]
+        # Sums of squared deviations from each attribute's mean, by attribute.
+        squares = {}
+        for attribute in np.unique(column):
+            values = average[:, column == attribute, category]
+            deviations = values - values.mean(1, keepdims=True)
+            squares[values.shape[1], int(attribute)] = deviations @ deviations.T
+        freedom = max(len(column) - len(squares), 1)
+        pooled = sum(squares.values()) / freedom
+        for (n, _), own in squares.items():
+            variance = (own + PRIOR_IMAGES * pooled) / (n - 1 + PRIOR_IMAGES)
+            total += variance / (n * present**2)
+    return total
+
+
+def _churn(runs: Sequence[np.ndarray], attributes: np.ndarray, n_attributes: int) -> float:
+    """The part of a score's variance over seeds that is images changing sides one by one.
+
+    The mean over seeds carries it into the images' part, so it must not be counted again.
+    """
+    counts = np.bincount(attributes.ravel(), minlength=n_attributes)
+    weights = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # of an image in the score
+    variances = np.stack(runs).var(0, ddof=1)
+    return float((variances * weights[attributes] ** 2).sum())
+
+
+def _seeds(
+    scores: Sequence[Sequence[float]], churn: float, replicates: int, random: np.random.Generator
+) -> np.ndarray:
+    """How the mean scores move with other seeds: [replicates, candidates].
+
+    What a seed does to all candidates and what it does to one are kept apart; the variance of the latter
+    is taken as the same for all candidates, since a few seeds of one say little.
+    """
+    seeds = max(map(len, scores))
+    has = np.array([[s < len(some) for s in range(seeds)] for some in scores])
+    residuals = np.zeros(has.shape)
+    residuals[has] = np.concatenate([np.array(some) - np.mean(some) for some in scores])
+    shared = residuals.sum(0) / has.sum(0)
+    own = np.where(has, residuals - shared, 0)
+    freedom = int(has.sum()) - len(scores) - (seeds - 1)
+    own_variance = (own**2).sum() / freedom if freedom > 0 else 0.0
+    shared_variance = (shared**2).sum() / (seeds - 1) - own_variance / len(scores)
+    if freedom > 0:
+        own_variance -= churn
+    else:  # one candidate: all of it is shared
+        shared_variance -= churn
+
+    def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
+        """Student's t, since the variance is estimated: one scale for all draws of a replicate."""
+        scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, replicates))
+        return random.standard_normal((replicates, *shape)) * scale.reshape(-1, *[1] * len(shape))
+
+    moves = draw((1, seeds), shared_variance, seeds - 1) + draw(has.shape, own_variance, max(freedom, 1))
+    return np.asarray((moves * has).sum(2) / has.sum(1))

@@ -1,0 +1,327 @@
+"""`atelier confirm`: the leaders of a study on fresh seeds, and who of them can be believed.
+
+The reruns are ordinary trials of a linked study, so the same workers and arrays train them. Its trial
+n is candidate n mod K with seed n div K: all candidates get a seed before the next one begins, and the
+same seeds. A candidate that cannot win any more is passed over.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dashboards.status import Status, TrialRow, read_status
+from search.bootstrap import Interval, compare, hits
+from search.study import InputError, StudyFile
+from storage.ledger import StudyEntry, study_entry
+from storage.runs import RunFolder
+from trainer.config import TrainConfig
+from trainer.predictions import Predictions
+
+SUFFIX = "-confirm"  # of the linked study's name
+TOP, SEEDS = 5, 5  # with three seeds, no paired test can reach significance
+WINS = 0.95  # the probability of being best from which on a candidate has won
+DROPPED = 0.01  # the one below which it gets no further seeds
+TIED = 0.05  # the one from which on a candidate is named in a tie
+LEAST_SEEDS = 2  # before anything is said of a candidate
+ESTIMATES = ("score", "behind", "best")
+MOST_TRIALS = 10**6
+
+
+class Plan(BaseSampler):
+    """An Optuna sampler that samples nothing: each trial's parameters follow from its number."""
+
+    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self._candidates, self._seed = candidates, seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        turn, index = divmod(trial.number, len(self._candidates))
+        candidate = self._candidates[index]
+        # The search's own seed has had its luck.
+        own = {"candidate": candidate["number"], "seed": (self._seed + 1 + turn) % 2**32}
+        return (own | candidate["params"])[param_name]
+
+
+class ConfirmationFile(StudyFile):
+    """What a study file is to a search; made from what is on record of the search."""
+
+    confirms: str  # the search's name
+    candidates: list[dict[str, Any]]  # {"number", "params"} of its trials
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """The full configuration of a trial with these parameters."""
+        return super().config({key: value for key, value in params.items() if key != "candidate"})
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The search's space, and which of its trials is run again with which seed."""
+        own = {"candidate": IntDistribution(0, MOST_TRIALS), "seed": IntDistribution(0, 2**32 - 1)}
+        return own | super().distributions()
+
+    def identity(self) -> dict[str, Any]:
+        """As of the search, and the candidates, which must not change."""
+        return super().identity() | {"confirms": {"study": self.confirms, "candidates": self.candidates}}
+
+    def make_sampler(self) -> BaseSampler:
+        return Plan(self.candidates, self.shared.seed)
+
+
+def confirmation_of(search: StudyFile, candidates: Sequence[TrialRow], seeds: int) -> ConfirmationFile:
+    """The confirmation of these trials with so many seeds each."""
+    some = [{"number": row.number, "params": row.params} for row in candidates]
+    return _file(search.model_dump(), search.study.name, some, seeds)
+
+
+def recorded(entry: StudyEntry) -> ConfirmationFile | None:
+    """The confirmation that a study on record is; None if it is a search."""
+    if "confirms" not in entry.settings:
+        return None
+    plan = entry.settings["confirms"]
+    tables = StudyFile.from_record(entry).model_dump()
+    seeds = tables["study"]["max_trials"] // len(plan["candidates"])
+    return _file(tables, plan["study"], plan["candidates"], seeds)
+
+
+def _file(
+    tables: dict[str, Any], name: str, candidates: list[dict[str, Any]], seeds: int
+) -> ConfirmationFile:
+    own = {
+        "name": name + SUFFIX,
+        "score": "mean-last-5",
+        "max_trials": len(candidates) * seeds,
+        "max_gpu_hours": None,
+        "pruner": "none",
+    }
+    tables = tables | {"study": tables["study"] | own, "confirms": name, "candidates": candidates}
+    return ConfirmationFile(**tables)
+
+
+def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None) -> ConfirmationFile:
+    """The confirmation that is on record, with more seeds if asked for; else a new one.
+
+    Raises InputError if there is nothing to confirm, or if it was begun otherwise.
+    """
+    name = search.name + SUFFIX
+    if (plan := recorded(search)) is not None:
+        raise InputError(f"{search.name!r} is a confirmation itself; name the study: {plan.confirms}")
+    linked = study_entry(engine, name)
+    if linked is None:
+        chosen = leaders(read_status(engine, search.study_id, search.name), top or TOP)
+        return confirmation_of(StudyFile.from_record(search), chosen, seeds or SEEDS)
+    plan = recorded(linked)
+    if plan is None:
+        raise InputError(f"{name!r} is the name of a search; a confirmation cannot have it too")
+    begun, given = len(plan.candidates), plan.study.max_trials // len(plan.candidates)
+    if top not in (None, begun):
+        raise InputError(
+            f"--top {top}: the confirmation was begun with {begun}; to begin anew, first delete "
+            f"{name!r} in the dashboard"
+        )
+    if seeds is not None and seeds < given:
+        raise InputError(f"--seeds {seeds}: each candidate has {given} already; allowed are more")
+    more = {"max_trials": begun * (seeds or given)}
+    return plan.model_copy(update={"study": plan.study.model_copy(update=more)})
+
+
+def leaders(status: Status, top: int) -> list[TrialRow]:
+    """The complete trials with the highest scores. Raises InputError without any."""
+    complete = [row for row in status.ranked() if row.state == "complete"]
+    if not complete:
+        raise InputError(
+            f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
+        )
+    return complete[:top]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial of the search, and what its reruns say. Scores are average per-class accuracies."""
+
+    number: int  # in the search
+    params: dict[str, Any]
+    searched: float | None  # what the search saw
+    seeds: int  # reruns that are complete
+    passed_over: bool  # it could not win any more
+    score: Interval | None = None  # None while there are too few seeds
+    behind: Interval | None = None
+    best: float | None = None  # the probability of being the best candidate
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """A confirmation as it stands. `candidates` are ranked, the leader first."""
+
+    study: str  # the search
+    linked: str  # the name of the study that the reruns are trials of
+    finished: bool
+    seeds: int  # wanted of each candidate
+    candidates: list[Candidate]
+    optimism: float | None  # by how much the search's own maximum flattered its trial
+    overtaken: list[int]  # trials of the search that were not among the candidates and now would be
+
+    @property
+    def winner(self) -> Candidate | None:
+        """The candidate that is the best with a probability of 95 %, if there is one."""
+        return next((one for one in self.candidates if (one.best or 0) >= WINS), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: the form of `--json`, which stays stable."""
+        winner = self.winner
+        return asdict(self) | {"winner": None if winner is None else winner.number}
+
+
+def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
+    """What is known of a search's leaders by now; None if nobody asked for a confirmation.
+
+    Raises InputError if a complete trial's predictions are not at hand.
+    """
+    linked = study_entry(engine, search.name + SUFFIX)
+    if linked is None or (plan := recorded(linked)) is None:
+        return None
+    status = read_status(engine, linked.study_id, linked.name)
+    searched = read_status(engine, search.study_id, search.name)
+    values = {row.number: row.value for row in searched.trials}
+    numbers = [one["number"] for one in plan.candidates]
+    evidence = _Evidence(linked, status.trials)
+    given_up = {row.params.get("candidate") for row in status.trials if row.state == "pruned"}
+    candidates = [
+        Candidate(
+            one["number"],
+            one["params"],
+            values.get(one["number"]),
+            seeds=len(evidence.runs.get(one["number"], [])),
+            passed_over=one["number"] in given_up,
+            **evidence.estimates.get(one["number"], {}),
+        )
+        for one in plan.candidates
+    ]
+    naive = max(candidates, key=lambda one: one.searched or 0.0)
+    return Confirmation(
+        study=search.name,
+        linked=linked.name,
+        finished=status.finished >= status.max_trials,
+        seeds=status.max_trials // len(candidates),
+        candidates=sorted(candidates, key=lambda one: -one.score.value if one.score else 0.0),
+        optimism=naive.searched - naive.score.value if naive.searched and naive.score else None,
+        overtaken=[row.number for row in leaders(searched, len(numbers)) if row.number not in numbers],
+    )
+
+
+class _Evidence:
+    """The predictions of a confirmation's complete trials, and what follows from them."""
+
+    def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
+        folder = RunFolder(linked.name, linked.created)
+        self.runs: dict[int, list[Predictions]] = {}  # by candidate
+        for row in trials:  # by number, so that every candidate's come in the seeds' order
+            if row.state == "complete":
+                path = folder.predictions(row.number)
+                try:
+                    self.runs.setdefault(row.params["candidate"], []).append(Predictions.load(path))
+                except (OSError, ValueError):
+                    raise InputError(
+                        f"{path} cannot be read; use the ATELIER_HOME that the workers used"
+                    ) from None
+        kinds = [row["category"] for row in linked.attributes]
+        self._sizes = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+
+    @cached_property
+    def estimates(self) -> dict[int, dict[str, Any]]:
+        """score, behind and best of each candidate with enough seeds."""
+        judged = [number for number, runs in self.runs.items() if len(runs) >= LEAST_SEEDS]
+        if not judged:
+            return {}
+        right = [[hits(run) for run in self.runs[number]] for number in judged]
+        known = compare(right, self.runs[judged[0]][0].labels, self._sizes)
+        rows = zip(known.scores, known.behind, known.best, strict=True)
+        return dict(zip(judged, (dict(zip(ESTIMATES, row, strict=True)) for row in rows), strict=True))
+
+
+def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> bool:
+    """Whether a candidate is worth no further seed."""
+    trials = read_status(engine, linked.study_id, linked.name).trials
+    estimate = _Evidence(linked, trials).estimates.get(candidate)
+    return estimate is not None and estimate["best"] < DROPPED
+
+
+def render(confirmation: Confirmation) -> RenderableType:
+    """The confirmation as a table, and its verdict in words."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for one in confirmation.candidates:
+        table.add_row(*cells(one))
+    return Group(table, *(Text(line, style="bold") for line in verdict(confirmation)))
+
+
+COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
+
+
+def cells(one: Candidate) -> list[str]:
+    """A row of the table; percent, and points of it."""
+    score, behind = one.score, one.behind
+    return [
+        str(one.number),
+        f"{one.seeds}{' (out)' if one.passed_over else ''}",
+        "" if one.searched is None else f"{100 * one.searched:.2f}",
+        "" if score is None else f"{100 * score.value:.2f} ± {100 * score.error:.2f}",
+        "" if score is None else f"{100 * score.low:.2f} to {100 * score.high:.2f}",
+        "" if behind is None else f"{100 * behind.value:.2f}",
+        ""
+        if behind is None or not behind.error
+        else f"{100 * behind.low:.2f} to {100 * behind.high:.2f}",
+        "" if one.best is None else f"{100 * one.best:.0f} %",
+    ]
+
+
+def verdict(confirmation: Confirmation) -> list[str]:
+    """What follows, in sentences."""
+    lines = []
+    leader, winner = confirmation.candidates[0], confirmation.winner
+    if winner is not None:
+        lines.append(f"trial {winner.number} is the best of them with {100 * (winner.best or 0):.0f} %")
+    elif leader.best is None:
+        lines.append(f"no verdict yet: each candidate needs {LEAST_SEEDS} seeds at least")
+    else:
+        tied = [str(one.number) for one in confirmation.candidates if (one.best or 0) >= TIED]
+        lines.append(
+            f"no winner yet: trials {', '.join(tied)} tie; more seeds may tell them apart, or choose by "
+            "other reasons"
+        )
+    if confirmation.optimism is not None:
+        lines.append(
+            f"the search's maximum flattered its trial by {100 * confirmation.optimism:.2f} points"
+        )
+    if confirmation.overtaken:
+        numbers = ", ".join(map(str, confirmation.overtaken))
+        lines.append(
+            f"trials {numbers} of the search have come in front since; to confirm them, first delete "
+            f"{confirmation.linked!r} in the dashboard"
+        )
+    return lines
