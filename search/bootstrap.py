@@ -6,6 +6,8 @@ for everybody. And another seed would have trained another network. docs/confirm
 with known truth that these intervals were measured on.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +18,12 @@ from trainer.predictions import Predictions
 
 REPLICATES = 10_000
 LEVEL = 0.95
+ONE_SIGMA = statistics.NormalDist().cdf(-1)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its standard error and 95 % interval."""
+    """An estimate with its 95 % interval; `error` is half the width of the 68 % one."""
 
     value: float
     error: float
@@ -54,7 +57,7 @@ def class_means(values: np.ndarray, attributes: np.ndarray, n_attributes: int) -
     """The mean of values [images, categories] over the images of each attribute; NaN without any."""
     counts = np.bincount(attributes.ravel(), minlength=n_attributes)
     sums = np.bincount(attributes.ravel(), values.ravel(), n_attributes)
-    return np.divide(sums, counts, out=np.full(n_attributes, np.nan), where=counts > 0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> float:
@@ -97,10 +100,35 @@ def compare(
     )
 
 
+def of_images(predictions: Predictions, sizes: Sequence[int]) -> Interval:
+    """The average per-class accuracy of one run, with the noise of its images only."""
+    return of_hits(hits(predictions), predictions.labels, sizes)
+
+
+def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Interval:
+    """The same of hits [images, categories], true or false, or shares of epochs."""
+    value = per_class_accuracy(right, labels, sizes)
+    every = np.asarray(right, dtype=float)[np.newaxis]
+    variance = _image_covariance(every, attribute_index(labels, sizes), sizes)[0, 0]
+    return _normal(value, math.sqrt(variance))
+
+
+def of_mean(values: np.ndarray) -> Interval:
+    """The mean of independent values, one for each image."""
+    return _normal(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
+
+
+def _normal(value: float, error: float) -> Interval:
+    half = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    return Interval(value, error, value - half, value + half)
+
+
 def _interval(value: float, deviations: np.ndarray) -> Interval:
     # The basic bootstrap interval: where the truth lies, if the estimate errs as the replicates do.
     low, high = np.quantile(value - deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(deviations.std()), float(low), float(high))
+    # Not the standard deviation: Student's t with one degree of freedom has none.
+    inner, outer = np.quantile(deviations, [ONE_SIGMA, 1 - ONE_SIGMA])
+    return Interval(float(value), float(outer - inner) / 2, float(low), float(high))
 
 
 def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -18,10 +18,11 @@ from search.exit_codes import ExitCode
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from dashboards.status import Status, TrialRow
+    from dashboards.status import Status
     from search.launch import LocalSearch
     from search.study import StudyFile
     from storage.ledger import StudyEntry
+    from trainer.config import TrainConfig
 
 app = typer.Typer(
     help="Hyperparameter search for a fashion-attribute model.",
@@ -115,7 +116,6 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with _errors_in_one_line():
-        from search.export import export_trial, pick
         from search.study import InputError, open_study
         from storage import database
         from storage.runs import image_cache
@@ -133,9 +133,7 @@ def search(
         local = _run_here([str(study), *_repeat(data, weights, set_)], workers, engine, entry)
         status = local.status()
         if status.best is not None:
-            row = pick(status, None)
-            export_trial(engine, entry, row, output)
-            _say_exported(row, output)
+            _export(engine, entry, None, output)
         if status.finished >= status.max_trials:
             if status.best is None:
                 _say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
@@ -192,8 +190,9 @@ def worker_(
     with _errors_in_one_line():
         from search import slurm
         from search.confirmation import ConfirmationFile, cannot_win
+        from search.stopping import PARENT_VARIABLE
         from search.study import open_study
-        from search.worker import PARENT_VARIABLE, Worker
+        from search.worker import Worker
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
@@ -213,7 +212,7 @@ def worker_(
         if isinstance(file, ConfirmationFile):
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
         if PARENT_VARIABLE not in os.environ:  # else the task is the search's, not ours
-            worker.requeue = slurm.requeue_own_task
+            worker.requeue = slurm.requeue_own_job
         end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
         if end == ExitCode.WALL_TIME and not worker.made_progress:
@@ -477,21 +476,25 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
     trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
 ) -> None:
-    """Write the best trial's configuration, ready for `atelier train`."""
+    """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
     with _errors_in_one_line():
-        from dashboards.status import read_status
-        from search.export import export_trial, pick
-
         engine, entry = _study(study)
-        row = pick(read_status(engine, entry.study_id, entry.name), trial)
-        export_trial(engine, entry, row, output)
-        _say_exported(row, output)
+        _export(engine, entry, trial, output)
 
 
-def _say_exported(row: "TrialRow", output: Path) -> None:
+def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output: Path) -> None:
+    from dashboards.status import read_status
+    from search.confirmation import read_confirmation
+    from search.export import choose, export_trial
+
+    confirmation = read_confirmation(engine, entry)
+    choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
+    export_trial(engine, entry, choice, confirmation, output)
+    row = choice.row
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
-    command = shlex.join(["atelier", "train", str(output)])
-    _say(f"trial {row.number} ({value}) is in {output}; train it with: {command}")
+    warning = "warning: " if choice.standing == "unconfirmed" else ""
+    _say(f"{warning}trial {row.number} ({value}) is {choice.words}")
+    _say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
 
 
 def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
@@ -522,36 +525,127 @@ def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
-    epochs: Annotated[int | None, typer.Option(min=1, help="Another length.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Another length; the schedule is stretched to it.")
+    ] = None,
+    warmup_epochs: Annotated[
+        int | None, typer.Option(min=0, help="Another warm-up than the stretched one.")
+    ] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="train, or train+val for the last run: not validated.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Train in a SLURM job.")] = False,
+    profile: Annotated[str, typer.Option(help="With --submit: a [slurm.*] table.")] = "final",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --submit: print the script.")] = False,
     data: Data = None,
     weights: Weights = None,
 ) -> None:
     """Train one configuration to its end; the same command resumes an interrupted run."""
     with _errors_in_one_line():
-        from search.study import change_config, load_config
+        from search import slurm
+        from search.export import change_config, load_bundle, stretched
+
+        bundle = load_bundle(config)
+        settings = bundle.config
+        if epochs is not None and warmup_epochs is None and epochs != settings.epochs:
+            warmup_epochs = stretched(settings, epochs)
+            _say(
+                f"note: the schedule is stretched from {settings.epochs} to {epochs} epochs, its "
+                f"warm-up from {settings.warmup_epochs} to {warmup_epochs} epochs; --warmup-epochs "
+                "gives another"
+            )
+        changes = {
+            "epochs": epochs,
+            "warmup_epochs": warmup_epochs,
+            "train_on": train_on,
+            "data": data,
+            "weights": weights,
+        }
+        settings = change_config(settings, changes, config)
+        if settings.train_on != "train":
+            _say("note: it trains on the validation images too, so nothing is validated")
+        folder = run or config.with_suffix(".run")
+        if submit:
+            options = {
+                "--epochs": epochs,
+                "--warmup-epochs": warmup_epochs,
+                "--train-on": train_on,
+                "--run": str(folder.absolute()),
+                "--data": data,
+                "--weights": weights,
+            }
+            given = {key: str(value) for key, value in options.items() if value is not None}
+            words = [word for pair in given.items() for word in pair]
+            arguments = [str(config.absolute()), *words]
+            if dry_run:
+                script = slurm.run_script(settings, bundle.slurm, profile, arguments)
+                typer.echo(script, nl=False)
+                return
+            job = slurm.submit_run(settings, bundle.slurm, profile, arguments)
+            typer.echo(f"job {job}; its log is {slurm.log_folder() / f'train-{job}.log'}")
+            return
+        end = _train_here(settings, folder, bundle.origin)
+        if end != ExitCode.DONE:
+            _say("not finished; the same command goes on where it stopped")
+            raise typer.Exit(end)
+        _say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
+
+
+def _train_here(settings: "TrainConfig", folder: Path, origin: dict[str, Any]) -> ExitCode:
+    from search.final import run_to_end
+    from search.study import InputError
+    from storage.runs import image_cache
+    from trainer.allocation import prepare_process
+    from trainer.config import EpochResult
+    from trainer.loop import Workspace
+
+    def show(result: EpochResult) -> None:
+        validated = (
+            f"val loss {result.val_loss:.4f} acc {result.val_accuracy:.4f} "
+            f"(overall {result.val_overall:.4f})  "
+        )
+        typer.echo(
+            f"epoch {result.epoch + 1}/{settings.epochs}  lr {result.lr:.2e}  "
+            f"train loss {result.train_loss:.4f} acc {result.train_accuracy:.4f}  "
+            f"{validated if result.validated else ''}{result.seconds:.1f} s"
+        )
+
+    prepare_process()
+    workspace = Workspace(settings, image_cache())
+    if origin.get("dataset", workspace.dataset.fingerprint) != workspace.dataset.fingerprint:
+        raise InputError(
+            f"{settings.data} is another dataset than the search's; give that one with --data, or "
+            "delete the line origin.dataset to train on this one"
+        )
+    return run_to_end(settings, workspace, folder, show)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")],
+    split: Annotated[str, typer.Option(help="Which images: test, val or train.")] = "test",
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("prediction.zip"),
+    scores: Annotated[Path | None, typer.Option(help="The true labels, to print accuracies.")] = None,
+    tta: Annotated[str, typer.Option(help="none, or flip: the mean with the mirror image.")] = "none",
+    data: Data = None,
+) -> None:
+    """Predict a split's attributes in the challenge's form, with the run's best model."""
+    with _errors_in_one_line():
+        from search import final
+        from search.study import InputError
         from storage.runs import image_cache
         from trainer.allocation import prepare_process
-        from trainer.checkpoint import Checkpoints
-        from trainer.loop import Workspace
-        from trainer.loop import train as run_epochs
 
-        settings, origin = load_config(config)
-        changes = {"epochs": epochs, "data": data, "weights": weights}
-        settings = change_config(settings, changes, config)
+        if tta not in ("none", "flip"):
+            raise InputError(f"--tta {tta!r}: allowed are none and flip")
         prepare_process()
-        workspace = Workspace(settings, image_cache())
-        if origin and origin.get("dataset") != workspace.dataset.fingerprint:
-            _say("note: this is another dataset than the one of the search")
-        folder = run or config.with_suffix(".run")
-        for result in run_epochs(settings, workspace, Checkpoints(folder)):
-            typer.echo(
-                f"epoch {result.epoch + 1}/{settings.epochs}  lr {result.lr:.2e}  "
-                f"train loss {result.train_loss:.4f} acc {result.train_accuracy:.4f}  "
-                f"val loss {result.val_loss:.4f} acc {result.val_accuracy:.4f} "
-                f"(overall {result.val_overall:.4f})  {result.seconds:.1f} s"
-            )
-        _say(f"the run is in {folder}")
+        classes, model = final.predict(run, split, data, image_cache(), tta == "flip")
+        rows = final.scores(classes, scores, model) if scores else {}
+        final.write_submission(classes, output)
+        _say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
+        for name, known in rows.items():
+            typer.echo(f"{name:<27}{known.value:.4f}  95 %: {known.low:.4f} to {known.high:.4f}")
 
 
 @app.command()

@@ -233,6 +233,12 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
     )
 
 
+def attribute_sizes(entry: StudyEntry) -> list[int]:
+    """How many attributes each category of the study's dataset has."""
+    kinds = [row["category"] for row in entry.attributes]
+    return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+
+
 class _Evidence:
     """The predictions of a confirmation's complete trials, and what follows from them."""
 
@@ -248,8 +254,7 @@ class _Evidence:
                     raise InputError(
                         f"{path} cannot be read; use the ATELIER_HOME that the workers used"
                     ) from None
-        kinds = [row["category"] for row in linked.attributes]
-        self._sizes = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+        self._sizes = attribute_sizes(linked)
 
     @cached_property
     def estimates(self) -> dict[int, dict[str, Any]]:

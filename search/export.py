@@ -1,8 +1,10 @@
-"""The winner as a file that `atelier train` runs unchanged."""
+"""The winner as a file that `atelier train` runs unchanged: written and read here."""
 
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,69 +13,120 @@ import sqlalchemy as sa
 import tomli_w
 
 from dashboards.status import Status, TrialRow
-from search.study import InputError
+from search.bootstrap import of_images
+from search.confirmation import Confirmation, attribute_sizes
+from search.study import InputError, SlurmProfile, read_toml, validate
 from storage.ledger import StudyEntry, curve
+from storage.runs import RunFolder
 from trainer.config import TrainConfig
+from trainer.predictions import Predictions
 
+FORMAT = 1
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
 
 
-def pick(status: Status, number: int | None) -> TrialRow:
-    """The trial to export: the best one, or the given one. Raises InputError."""
-    if number is None:
-        if status.best is None:
-            raise InputError(
-                f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
-            )
-        return status.best
-    for row in status.trials:
-        if row.number == number:
-            return row
-    raise InputError(
-        f"study {status.study!r} has no trial {number}; it has {len(status.trials)}, from 0"
-    )
+@dataclass(frozen=True)
+class Choice:
+    """The trial to export, and why it is that one."""
+
+    row: TrialRow
+    standing: str  # "confirmed", "unconfirmed", or "chosen by hand"
+    words: str
+
+
+def choose(status: Status, confirmation: Confirmation | None, number: int | None) -> Choice:
+    """The given trial; else the confirmed winner; else the best, with a warning. Raises InputError."""
+    rows = {row.number: row for row in status.trials}
+    if number is not None:
+        if number not in rows:
+            raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
+        return Choice(rows[number], "chosen by hand", "chosen by hand")
+    if confirmation is not None and (winner := confirmation.winner) is not None:
+        sure = f"{100 * (winner.best or 0):.0f} %"
+        words = f"confirmed: the best of {len(confirmation.candidates)} candidates with {sure}"
+        return Choice(rows[winner.number], "confirmed", words)
+    if status.best is None:
+        raise InputError(
+            f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
+        )
+    if confirmation is None:
+        words = f"unconfirmed, so partly luck; compare the leaders with: atelier confirm {status.study}"
+    else:
+        leader = confirmation.candidates[0].number
+        words = (
+            f"unconfirmed: no candidate has won yet, trial {leader} leads (export it with "
+            f"--trial {leader}); see: atelier confirm --show {status.study}"
+        )
+    return Choice(status.best, "unconfirmed", words)
 
 
 def export_trial(
     engine: sa.Engine,
     entry: StudyEntry,
-    row: TrialRow,
+    choice: Choice,
+    confirmation: Confirmation | None,
     output: Path,
 ) -> None:
     """Write a trial's configuration.
 
-    Raises InputError if it has not all its parameters yet, OSError if the file cannot be written.
+    [train] holds every resolved setting, [origin] says where they come from and what is known of the
+    score, [slurm.*] are the search's profiles. Raises InputError if the trial has not all its parameters
+    yet, OSError if the file cannot be written.
     """
+    row = choice.row
     missing = entry.settings["space"].keys() - row.params.keys()
     if missing:
         raise InputError(
             f"trial {row.number} has no {', '.join(sorted(missing))} yet; choose another with --trial"
         )
-    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | row.params)
-    text = bundle(config, entry, row, curve(engine, entry.study_id, row.number))
-    output.write_text(text, encoding="utf-8")
-
-
-def bundle(config: TrainConfig, entry: StudyEntry, row: TrialRow, curve: list[float]) -> str:
-    """TOML text: [train] holds every resolved setting, [origin] says where they come from."""
-    origin: dict[str, Any] = {
+    params = {key: value for key, value in row.params.items() if key in TrainConfig.model_fields}
+    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | params)
+    origin = {
         "study": entry.name,
         "trial": row.number,
         "state": row.state,
+        "standing": choice.standing,
         "score": row.value,
-        "curve": curve,
+        "curve": curve(engine, entry.study_id, row.number),
         "seed": config.seed,
         "dataset": entry.dataset,
         "git_commit": git_commit(),
         "exported": datetime.now(UTC).replace(microsecond=0),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "accuracy": _accuracy(entry, row, confirmation),
     }
-    return tomli_w.dumps({"train": _present(config.model_dump()), "origin": _present(origin)})
+    tables = {"format": FORMAT, "train": config.model_dump(), "origin": origin}
+    slurm = entry.settings.get("slurm", {})
+    text = tomli_w.dumps(_present(tables | ({"slurm": slurm} if slurm else {})))
+    output.write_text(text, encoding="utf-8")
 
 
-def _present(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}  # TOML has no null
+def _accuracy(entry: StudyEntry, row: TrialRow, confirmation: Confirmation | None) -> dict[str, Any]:
+    """What is known of the average per-class accuracy: by the reruns, else by the one run's images."""
+    for one in confirmation.candidates if confirmation else []:
+        if one.number == row.number and one.score is not None:
+            return asdict(one.score) | {
+                "noise": "images and seeds",
+                "seeds": one.seeds,
+                "probability_best": one.best,
+                "optimism": confirmation.optimism if confirmation else None,
+            }
+    try:
+        predictions = Predictions.load(RunFolder(entry.name, entry.created).predictions(row.number))
+    except (OSError, ValueError):
+        return {}  # not complete, or the run folder is on another machine
+    known = of_images(predictions, attribute_sizes(entry))
+    return asdict(known) | {"noise": "images only", "seeds": 1}
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, which TOML does not know."""
+    return {
+        key: _present(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def git_commit() -> str | None:
@@ -86,3 +139,43 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported file that has been read."""
+
+    config: TrainConfig
+    origin: dict[str, Any]
+    slurm: dict[str, SlurmProfile]
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read an exported configuration. Raises InputError."""
+    tables = read_toml(path)
+    if "train" not in tables:
+        raise InputError(f"{path}: no [train] table; write one with: atelier export STUDY -o FILE")
+    if "space" in tables:
+        raise InputError(f"{path} is a study file with a [space]; run it with: atelier search {path}")
+    if tables.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"{path}: has format {tables['format']}, this version reads {FORMAT}; export it again with "
+            "this version, or install the one that wrote it"
+        )
+    slurm = {
+        name: validate(SlurmProfile, table, path, f"slurm.{name}")
+        for name, table in tables.get("slurm", {}).items()
+    }
+    config = validate(TrainConfig, tables["train"], path, "train")
+    return Bundle(config, tables.get("origin", {}), slurm)
+
+
+def change_config(config: TrainConfig, changes: Mapping[str, Any], path: Path) -> TrainConfig:
+    """The configuration with other values, None for no change. Raises InputError."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return validate(TrainConfig, config.model_dump() | given, path, "train")
+
+
+def stretched(config: TrainConfig, epochs: int) -> int:
+    """The warm-up's epochs in a run of another length: the same part of it."""
+    return min(round(config.warmup_epochs * epochs / config.epochs), max(epochs - 1, 0))

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from dashboards.status import Status, progress_line, render
 from search.exit_codes import ExitCode
-from search.worker import PARENT_VARIABLE
+from search.stopping import PARENT_VARIABLE
 from storage.runs import RunFolder
 from trainer.allocation import cpu_count
 

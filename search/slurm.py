@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import huggingface_hub
 
 from dashboards.status import read_status
 from search.exit_codes import ExitCode
-from search.study import InputError, SlurmProfile, StudyFile, open_study
+from search.study import InputError, SlurmProfile, StudyFile, open_study, weights_identity
 from storage.database import configured_url, connect, database_url, home, prepare
-from storage.ledger import Holder, enter_array_job, gone_here
+from storage.ledger import Holder, enter_array_job, gone_here, is_slurm_job
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 
@@ -32,22 +32,23 @@ PATIENCE = 20  # seconds that SLURM's commands may take
 ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 # For SLURM a job has failed if its exit code is not 0. These workers have given back their trial.
 RELEASED = {ExitCode.STOPPED, ExitCode.WALL_TIME}
+TASK_LOG = "%A_%a.log"  # array and task
 
 
 def render_array_script(
     profile: SlurmProfile,
-    array: str,
-    worker: list[str],
+    array: str | None,
+    command: list[str],
     folder: Path,
     environment: dict[str, str],
     log: str,
 ) -> str:
     """The batch script as text; nothing is run or written. Raises InputError for a bad `array`.
 
-    `worker` is the command of one array task, run in `folder`. It replaces the shell, so that it is
-    the process that SLURM signals. `log` is the path of a task's log, with SLURM's %A and %a.
+    `command` is what one array task, or the one job, runs in `folder`. It replaces the shell, so that it
+    is the process that SLURM signals. `log` is the path of the log, with SLURM's %A and %a, or %j.
     """
-    if not ARRAY.fullmatch(array):
+    if array is not None and not ARRAY.fullmatch(array):
         raise InputError(f"--array {array!r}: allowed is SLURM's form, as in 0-7%4")
     options = {
         "job-name": "atelier",
@@ -74,7 +75,7 @@ def render_array_script(
             *exports,
             *profile.setup,
             f"cd {shlex.quote(str(folder))} || exit 1",
-            f"exec {shlex.join(worker)}",
+            f"exec {shlex.join(command)}",
             "",
         ]
     )
@@ -95,25 +96,39 @@ def array_script(file: StudyFile, profile: str, array: str, options: list[str]) 
 
     `options` are the worker's arguments, the study's path first. Raises InputError.
     """
-    if profile not in file.slurm:
-        known = ", ".join(file.slurm) or "none"
-        raise InputError(f"--profile {profile!r}: the study file has {known}; add [slurm.{profile}]")
+    environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared)
+    return _script(file.slurm, profile, array, ["worker", *options], environment, TASK_LOG)
+
+
+def run_script(
+    config: TrainConfig, slurm: Mapping[str, SlurmProfile], profile: str, options: list[str]
+) -> str:
+    """The batch script of `atelier train` with these arguments. Raises InputError."""
+    return _script(slurm, profile, None, ["train", *options], _environment(config), "train-%j.log")
+
+
+def _script(
+    slurm: Mapping[str, SlurmProfile],
+    profile: str,
+    array: str | None,
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+) -> str:
+    if profile not in slurm:
+        known = ", ".join(slurm) or "none"
+        raise InputError(f"--profile {profile!r}: the file has {known}; add [slurm.{profile}]")
     # -P: a folder named search, where the user stands, is not this package.
-    command = [sys.executable, "-P", "-m", "search", "worker", *options]
-    environment = _environment(file.shared)
-    return render_array_script(
-        file.slurm[profile], array, command, Path.cwd(), environment, log_pattern(log_folder())
-    )
+    command = [sys.executable, "-P", "-m", "search", *arguments]
+    path = log_pattern(log_folder(), log)
+    return render_array_script(slurm[profile], array, command, Path.cwd(), environment, path)
 
 
-def log_pattern(folder: Path) -> str:
-    """The path of a task's log in this folder, with SLURM's %A and %a for array and task.
-
-    Raises InputError.
-    """
+def log_pattern(folder: Path, name: str) -> str:
+    """The path of a log in this folder, its name with SLURM's %A and the like. Raises InputError."""
     if "\\" in str(folder):
         raise InputError(f"{folder}: SLURM writes no log to a path with a backslash; set ATELIER_HOME")
-    return f"{str(folder).replace('%', '%%')}/%A_%a.log"
+    return f"{str(folder).replace('%', '%%')}/{name}"
 
 
 def log_folder() -> Path:
@@ -122,8 +137,8 @@ def log_folder() -> Path:
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
-    """What a task needs to find the same study: with no secret, for anybody may read the script."""
-    given = {"ATELIER_DATABASE_URL": _node_url(), "ATELIER_HOME": str(home())}
+    """What a job needs to find the same files: with no secret, for anybody may read the script."""
+    given = {"ATELIER_HOME": str(home())}
     for name in ("PGPASSFILE", "HF_HOME", "HF_HUB_CACHE"):
         if value := os.environ.get(name):
             given[name] = value
@@ -171,14 +186,8 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     _check_weights(file.shared)
     dataset = read_dataset(file.shared.data)
     engine = connect()
-    try:
-        log_folder().mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=log_folder()).close()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {log_folder()} ({error.strerror}); set ATELIER_HOME"
-        ) from None
-    submit_array(script, test_only=True)
+    _make_log_folder()
+    submit_script(script, test_only=True)
     _, entry = open_study(file, engine, prepare(engine), dataset, lead=True)
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
@@ -186,9 +195,34 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
             f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials, or see: "
             f"atelier export {shlex.quote(entry.name)}"
         )
-    job = submit_array(script)
+    job = submit_script(script)
     enter_array_job(engine, entry.study_id, job, array)
     return job
+
+
+def submit_run(
+    config: TrainConfig, slurm: Mapping[str, SlurmProfile], profile: str, options: list[str]
+) -> str:
+    """Check what would fail in the queue and submit `atelier train`. Returns the job id.
+
+    Raises InputError, DatasetError; then nothing was submitted.
+    """
+    script = run_script(config, slurm, profile, options)
+    weights_identity(config.weights)
+    _check_weights(config)
+    read_dataset(config.data)
+    _make_log_folder()
+    return submit_script(script)
+
+
+def _make_log_folder() -> None:
+    try:
+        log_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=log_folder()).close()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {log_folder()} ({error.strerror}); set ATELIER_HOME"
+        ) from None
 
 
 def _check_weights(config: TrainConfig) -> None:
@@ -207,7 +241,7 @@ def _check_weights(config: TrainConfig) -> None:
         )
 
 
-def submit_array(script: str, test_only: bool = False) -> str:
+def submit_script(script: str, test_only: bool = False) -> str:
     """Submit the script. Returns the job id. Raises InputError without SLURM or if it refuses."""
     command = ["sbatch", "--parsable", *(["--test-only"] if test_only else [])]
     try:
@@ -339,8 +373,11 @@ def wall_end() -> float | None:
     return float(end) if end.isdecimal() else None
 
 
-def requeue_own_task() -> bool:
-    """Put this array task back into the queue. Returns whether SLURM accepted; it then ends us."""
+def requeue_own_job() -> bool:
+    """Put this job or task back into the queue. Returns whether SLURM accepted; it then ends us."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    # Not SLURM_JOB_ID: one task of an array has the array's own id, which means all of them.
-    return array is not None and _ask("scontrol", "requeue", f"{array}_{task}") is not None
+    if array is not None:
+        # Not SLURM_JOB_ID: one task of an array has the array's own id, which means all of them.
+        return _ask("scontrol", "requeue", f"{array}_{task}") is not None
+    job = os.environ.get("SLURM_JOB_ID") if is_slurm_job() else None
+    return job is not None and _ask("scontrol", "requeue", job) is not None

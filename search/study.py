@@ -221,7 +221,7 @@ class StudyFile(_Table):
         return {
             "study": {"score": self.study.score},
             "space": self.model_dump(mode="json")["space"],
-            "train": train | {"weights": _weights_identity(self.shared.weights)},
+            "train": train | {"weights": weights_identity(self.shared.weights)},
         }
 
     def moved(self, data: str | None, weights: str | None) -> Self:
@@ -269,7 +269,8 @@ class StudyFile(_Table):
         }
 
 
-def _weights_identity(weights: str) -> str:
+def weights_identity(weights: str) -> str:
+    """What is in a weights file, whatever its name. Raises InputError if it cannot be read."""
     if weights in NO_FILE:
         return weights
     try:
@@ -302,22 +303,6 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
         validate(TrainConfig, {**file.train, **params}, path, "train", dict.fromkeys(params, "space"))
     file.check_rungs()
     return file
-
-
-def load_config(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """Read an exported configuration: its settings, and where it comes from. Raises InputError."""
-    tables = read_toml(path)
-    if "train" not in tables:
-        raise InputError(f"{path}: no [train] table; write one with: atelier export STUDY -o FILE")
-    if "space" in tables:
-        raise InputError(f"{path} is a study file with a [space]; run it with: atelier search {path}")
-    return validate(TrainConfig, tables["train"], path, "train"), tables.get("origin", {})
-
-
-def change_config(config: TrainConfig, changes: Mapping[str, Any], path: Path) -> TrainConfig:
-    """The configuration with other values, None for no change. Raises InputError."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    return validate(TrainConfig, config.model_dump() | given, path, "train")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

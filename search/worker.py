@@ -4,14 +4,9 @@ The laptop and the cluster run the same worker; SLURM only starts it more often.
 """
 
 import logging
-import math
 import os
-import signal
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -21,6 +16,7 @@ from dashboards.files import attach_curve
 from dashboards.status import TrialRow
 from search.exit_codes import ExitCode
 from search.score import epoch_value, score
+from search.stopping import Stop, on_signals
 from search.study import StudyFile
 from storage.database import retrying
 from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
@@ -34,74 +30,10 @@ from trainer.stream import LoaderError
 
 log = logging.getLogger(__name__)
 
-# Set by `atelier search` for its workers: they stop when it is gone.
-PARENT_VARIABLE = "ATELIER_SEARCH_PID"
-SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
-KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
-
 # Errors that say nothing about the trial: of this machine and its files, and of the database. They end
 # the worker.
 MACHINE_ERRORS = (CheckpointError, LoaderError, OSError)
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-
-
-class Stop:
-    """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
-
-    `wall_end` is when the job's time is over, in seconds since 1970.
-    """
-
-    def __init__(self, wall_end: float | None = None) -> None:
-        self.reason: str | None = None
-        self.end = ExitCode.DONE
-        self._deadline = math.inf if wall_end is None else wall_end
-        self._parent = int(os.environ.get(PARENT_VARIABLE, 0))
-
-    def __call__(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            raise KeyboardInterrupt  # typed twice: at once
-        if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
-            self._deadline = min(self._deadline, time.time() + KILL_SECONDS)
-        name = signal.Signals(number).name
-        self.ask(name, ExitCode.WALL_TIME if number == signal.SIGUSR2 else ExitCode.STOPPED)
-        log.info("%s: finishing the epoch if there is time, then releasing the trial", name)
-
-    def ask(self, reason: str, end: ExitCode) -> None:
-        """Stop after the epoch. The first reason counts."""
-        if self.reason is None:
-            self.reason, self.end = reason, end
-
-    @property
-    def requested(self) -> bool:
-        if self._parent and os.getppid() != self._parent:
-            self.ask("the search that started this worker has ended", ExitCode.STOPPED)
-        return self.reason is not None
-
-    def leaves_time_for(self, seconds: float) -> bool:
-        """Whether something that takes so long can end before the deadline."""
-        return time.time() + seconds + SAVE_SECONDS < self._deadline
-
-    def cuts_epoch(self, seconds_left: float) -> bool:
-        """Whether an epoch that needs so many seconds more has to be interrupted now."""
-        if self.leaves_time_for(seconds_left):
-            return False
-        if not self.requested and self.leaves_time_for(0):
-            return False  # no signal yet: use the time there is
-        self.ask("wall time", ExitCode.WALL_TIME)
-        return True
-
-
-@contextmanager
-def on_signals(stop: Stop) -> Iterator[None]:
-    """Turn SIGTERM, SIGINT and SIGUSR2 into a request; restore the old handlers at the end."""
-    # SIGUSR2 is SLURM's warning here: NCCL uses SIGUSR1.
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    old = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 class Worker:

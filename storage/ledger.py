@@ -102,6 +102,12 @@ def is_gone(process: str) -> bool:
         return True
 
 
+def is_slurm_job() -> bool:
+    """Whether this process is its SLURM job: not a step of it, and not one of several processes."""
+    own = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
+    return own and not os.environ.get("SLURM_STEP_ID")
+
+
 @dataclass(frozen=True)
 class Holder:
     """The worker that holds a trial, told apart from later processes of the same job."""
@@ -145,11 +151,8 @@ class Ledger:
     def register(self, gpu: str | None = None, log: str | None = None) -> str:
         """Enter this process as a worker. Returns its id, which is new for every process."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
-        # Only where this process is the job may SLURM's word on the job be taken for it: not in a step,
-        # and not for one of several processes.
-        is_job = os.environ.get("SLURM_TASK_PID") == str(os.getpid()) and not os.environ.get(
-            "SLURM_STEP_ID"
-        )
+        # Only of a process that is the job may SLURM's word on the job be taken.
+        is_job = is_slurm_job()
         values = {
             "id": self.worker_id,
             "host": socket.gethostname(),

@@ -158,6 +158,23 @@ def _read_attributes(path: Path) -> tuple[list[str], list[str]]:
     return names, types
 
 
+def read_labels(path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """The labels of so many images, int64 [images, categories]. Raises DatasetError."""
+    labels, findings = _checked_labels(path, _lines(path), images, sizes)
+    if findings:
+        raise DatasetError(findings[0])
+    return labels
+
+
+def _checked_labels(
+    path: Path, rows: list[str], images: int, sizes: tuple[int, ...]
+) -> tuple[np.ndarray, list[str]]:
+    wrong = len(rows) != images
+    findings = [f"{path}:{len(rows)}: {len(rows)} rows for {images} images"] if wrong else []
+    labels, problems = _parse_labels(path, rows, sizes)
+    return labels, findings + problems
+
+
 def _read_split(folder: Path, name: str, sizes: tuple[int, ...]) -> tuple[Split | None, list[str]]:
     listing, labelling = folder / "split" / f"{name}.txt", folder / "split" / f"{name}_attr.txt"
     try:
@@ -171,9 +188,7 @@ def _read_split(folder: Path, name: str, sizes: tuple[int, ...]) -> tuple[Split 
             findings.append(f"{listing}:{number}: no such image: {path or '(empty line)'}")
     if rows is None:
         return Split(name, tuple(paths), None), findings
-    if len(rows) != len(paths):
-        findings.append(f"{labelling}:{len(rows)}: {len(rows)} rows for {len(paths)} images")
-    labels, problems = _parse_labels(labelling, rows, sizes)
+    labels, problems = _checked_labels(labelling, rows, len(paths), sizes)
     return Split(name, tuple(paths), labels), findings + problems
 
 

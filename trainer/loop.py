@@ -8,10 +8,8 @@ import copy
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.allocation import cpu_count, memory_limit, peak_memory, pick_device
+from trainer.allocation import cpu_count, memory_limit, peak_memory
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
 from trainer.dataset import Dataset, DatasetError, Split, read_dataset
 from trainer.loss import AttributeLoss, accuracy, class_weights, predict
-from trainer.model import load_backbone, make_head
+from trainer.model import make_head
 from trainer.predictions import Predictions
+from trainer.runtime import Runtime
 from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def learning_rate(position: float, config: TrainConfig) -> float:
     return config.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-class Workspace:
+class Workspace(Runtime):
     """What the trials of a study share in one process: data, trunk and validation features.
 
     Raises DatasetError, ModelError. `cache` is the folder for prepared images; `processes` is the
@@ -69,14 +68,11 @@ class Workspace:
         device: torch.device | None = None,
         processes: int | None = None,
     ) -> None:
-        self.config = config
-        self.device = device or pick_device()
-        _set_precision(config, self.device)
-        self.dataset = read_dataset(config.data)
+        self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
+        super().__init__(config, device)
         self.sizes = self.dataset.sizes
-        self.backbone = load_backbone(config)
         self.trunk, self.stages = self.backbone.split(config.trainable)
-        self._place(self.trunk)
+        self.place(self.trunk).requires_grad_(False).train(config.frozen_batchnorm == "train")
         train = self.dataset.split(config.train_on)
         self.indices = _subset(len(train), config.train_images)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
@@ -165,35 +161,10 @@ class Workspace:
         for start in range(0, len(indices), BLOCK):
             yield self.features(trunk, torch.from_numpy(images[indices[start : start + BLOCK]]))
 
-    def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """The trunk's output for uint8 images [n, 3, size, size]."""
-        with torch.no_grad(), self.autocast():
-            features: torch.Tensor = trunk(self.normalise(images))
-        return features
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
-        images = images.to(self.device, non_blocking=True)
-        mean = torch.tensor(self.backbone.mean, device=self.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std, device=self.device).view(1, 3, 1, 1)
-        scaled = (images.float() / 255 - mean) / std
-        return scaled.contiguous(memory_format=torch.channels_last)
-
     @property
     def device_name(self) -> str | None:
         """The GPU's name; None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-
-    def autocast(self) -> AbstractContextManager[object]:
-        wanted = self.config.precision
-        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-    def _place(self, module: nn.Module) -> None:
-        module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        module.requires_grad_(False)
-        module.train(self.config.frozen_batchnorm == "train")
 
 
 def rehearse(config: TrainConfig, cache: Path) -> Dataset:
@@ -281,8 +252,8 @@ class Run:
                 self.generator,
             )
         tail = nn.Sequential(copy.deepcopy(self.workspace.stages), head)
-        tail.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return tail.requires_grad_(True)
+        self.workspace.place(tail).requires_grad_(True)
+        return tail
 
     def train_epoch(self, interrupt: Interrupt = lambda _: False) -> EpochResult | None:
         """Train to the end of the running epoch and evaluate; None if it was interrupted."""
@@ -356,21 +327,13 @@ class Run:
         """One optimizer step on trunk output. Returns detached logits and loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        output = self._logits(features)
+        output = self.workspace.logits(self.tail, features)
         loss = self.loss(output, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
         return output.detach(), loss.detach()
-
-    def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        """The tail on trunk output. The small head runs in fp32, so that no rounding picks the class."""
-        stages, head = self.tail
-        with self.workspace.autocast():
-            features = stages(features)
-        logits: torch.Tensor = head(features.float())
-        return logits
 
     def _rate(self, step: int) -> float:
         return learning_rate(step / self.steps_per_epoch, self.config)
@@ -380,7 +343,8 @@ class Run:
         self.tail.eval()
         trunk = self.trunk.eval() if self.owns_trunk else self.trunk
         with torch.no_grad():
-            logits = torch.cat([self._logits(part) for part in self.workspace.val_features(trunk)])
+            parts = self.workspace.val_features(trunk)
+            logits = torch.cat([self.workspace.logits(self.tail, part) for part in parts])
         if self.owns_trunk:
             self.trunk.train()
         return logits
@@ -496,13 +460,3 @@ def _subset(images: int, wanted: int | None) -> np.ndarray:
     if wanted > images:
         raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
     return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
-
-
-def _set_precision(config: TrainConfig, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        # The same config gives the same curve; where CUDA has no such kernel, it warns.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False

@@ -75,7 +75,7 @@ def test_the_log_lies_where_it_was_wanted(slurm, name, tmp_path):
     """SLURM has its own rules for names of log files: quotes, % and backslashes."""
     from pathlib import Path
 
-    from search.slurm import log_pattern, render_array_script, submit_array
+    from search.slurm import TASK_LOG, log_pattern, render_array_script, submit_script
     from search.study import SlurmProfile
 
     folder = tmp_path / name
@@ -86,9 +86,9 @@ def test_the_log_lies_where_it_was_wanted(slurm, name, tmp_path):
         ["echo", "said"],
         folder,
         {},
-        log_pattern(folder),
+        log_pattern(folder, TASK_LOG),
     )
-    job = submit_array(script)
+    job = submit_script(script)
     log = Path(folder) / f"{job}_0.log"
     deadline = time.monotonic() + 60
     while not log.exists() or not log.read_text():

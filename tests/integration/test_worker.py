@@ -14,8 +14,9 @@ from sqlalchemy.exc import OperationalError
 
 import search.worker
 from search.exit_codes import ExitCode
+from search.stopping import KILL_SECONDS, SAVE_SECONDS, Stop
 from search.study import load_study_file, open_study
-from search.worker import KILL_SECONDS, SAVE_SECONDS, Stop, Worker
+from search.worker import Worker
 from storage import database, ledger
 from storage.models import Attempt, Epoch
 from storage.runs import RunFolder

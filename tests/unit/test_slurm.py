@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.slurm import judge, render_array_script, requeue_own_task, task_states, wall_end
+from search.slurm import judge, render_array_script, requeue_own_job, task_states, wall_end
 from search.study import InputError, SlurmProfile
 from storage.ledger import Holder
 
@@ -246,7 +246,7 @@ def test_when_the_own_job_ends(squeue, answer, end):
 def test_outside_slurm_there_is_no_end(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert wall_end() is None
-    assert not requeue_own_task()
+    assert not requeue_own_job()
 
 
 def test_tasks_are_counted_by_state(squeue):

@@ -1,0 +1,131 @@
+"""A trained network as one .safetensors file: weights of trunk and tail, configuration, attributes."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from trainer.config import EpochResult, TrainConfig
+from trainer.dataset import Dataset, Split
+from trainer.files import write_atomically
+from trainer.loop import Run
+from trainer.model import ModelError, make_head
+from trainer.runtime import Runtime
+from trainer.stream import BLOCK, prepared_images
+
+KEY = "atelier"  # of the file's metadata, which are strings: JSON
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of its network."""
+
+    config: dict[str, Any]  # TrainConfig
+    epoch: int  # from 0: after which the weights were taken
+    val_accuracy: float | None  # then; None without validation
+    attributes: list[str]
+    categories: list[str]
+    sizes: list[int]  # attributes of each category
+    format: int = FORMAT
+
+
+class ModelFiles:
+    """best.safetensors and last.safetensors of a run, in its folder.
+
+    `keep` goes with trainer.loop.train, which calls it before the epoch's checkpoint is written. Best is
+    the highest average per-class accuracy; a run without validation has only the last.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset) -> None:
+        self._folder, self._dataset = folder, dataset
+
+    def keep(self, run: Run, result: EpochResult) -> None:
+        """Write what this epoch changes."""
+        earlier = [one.val_accuracy for one in run.history if one.epoch < result.epoch]
+        is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
+        names = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
+        for name in (name for name, wanted in names.items() if wanted):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            data = self._bytes(run, result)
+            write_atomically(self._folder / f"{name}.safetensors", data)
+
+    def _bytes(self, run: Run, result: EpochResult) -> bytes:
+        description = Description(
+            config=run.config.model_dump(),
+            epoch=result.epoch,
+            val_accuracy=result.val_accuracy if result.validated else None,
+            attributes=list(self._dataset.attributes),
+            categories=list(self._dataset.categories),
+            sizes=list(self._dataset.sizes),
+        )
+        state = {
+            f"{part}.{name}": tensor.detach().cpu().contiguous()
+            for part, module in (("trunk", run.trunk), ("tail", run.tail))
+            for name, tensor in module.state_dict().items()
+        }
+        return safetensors.torch.save(state, {KEY: json.dumps(asdict(description))})
+
+
+class SavedModel:
+    """A network from a file of `ModelFiles`, ready to predict. Raises ModelError."""
+
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(KEY)
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read ({error}); give a run of: atelier train") from None
+        if text is None:
+            raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise ModelError(
+                f"{path}: has format {values.get('format')}, this version reads {FORMAT}; use the "
+                "version that wrote it"
+            )
+        self.description = Description(**values)
+        self.config = TrainConfig(**self.description.config)
+        self._runtime = Runtime(self.config.model_copy(update={"weights": "none"}), device)
+        backbone = self._runtime.backbone
+        self._trunk, stages = backbone.split(self.config.trainable)
+        outputs = sum(self.description.sizes)
+        head = make_head(backbone.features, outputs, self.config.dropout, torch.Generator())
+        self._tail = nn.Sequential(stages, head)
+        for name, module in (("trunk", self._trunk), ("tail", self._tail)):
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+            module.load_state_dict(own)
+            self._runtime.place(module).eval()
+
+    def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
+        """The attributes of a split's images in file order, int64 [images, categories].
+
+        With `flip` from the mean logits of an image and its mirror image. Raises DatasetError,
+        ModelError.
+        """
+        if dataset.attributes != tuple(self.description.attributes):
+            raise ModelError(
+                f"{dataset.folder} has other attributes than the run was trained on; give its dataset "
+                "with --data"
+            )
+        images = np.load(prepared_images(dataset, split, self.config.image_size, cache), mmap_mode="r")
+        parts = []
+        for start in range(0, len(images), BLOCK):
+            block = torch.from_numpy(images[start : start + BLOCK].copy())
+            logits = self._logits(block)
+            parts.append((logits + self._logits(block.flip(3))) / 2 if flip else logits)
+        slices = torch.split(torch.cat(parts), [*dataset.sizes], 1)
+        return torch.stack([part.argmax(1) for part in slices], 1).numpy()
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = self._runtime.features(self._trunk, images)
+            return self._runtime.logits(self._tail, features).cpu()

@@ -1,0 +1,67 @@
+"""How a network runs on its device: placed, in which precision, on images of which scale."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from trainer.allocation import pick_device
+from trainer.config import TrainConfig
+from trainer.model import Backbone, load_backbone
+
+
+class Runtime:
+    """Runs trunks and tails of one configuration, in training and in prediction. Raises ModelError."""
+
+    def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
+        self.config = config
+        self.device = device or pick_device()
+        _set_precision(config, self.device)
+        self.backbone: Backbone = load_backbone(config)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, in the layout that is fastest there."""
+        module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module
+
+    def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The trunk's output for uint8 images [n, 3, size, size]."""
+        with torch.no_grad(), self._autocast():
+            features: torch.Tensor = trunk(self.normalise(images))
+        return features
+
+    def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
+        """A tail on trunk output, float [n, attributes].
+
+        The small head runs in fp32, so that no rounding picks the class.
+        """
+        stages, head = tail
+        with self._autocast():
+            features = stages(features)
+        logits: torch.Tensor = head(features.float())
+        return logits
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
+        images = images.to(self.device, non_blocking=True)
+        mean = torch.tensor(self.backbone.mean, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.backbone.std, device=self.device).view(1, 3, 1, 1)
+        scaled = (images.float() / 255 - mean) / std
+        return scaled.contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        wanted = self.config.precision
+        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def _set_precision(config: TrainConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        # The same config gives the same curve; where CUDA has no such kernel, it warns.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
