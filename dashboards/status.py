@@ -91,6 +91,16 @@ class WorkerRow:
 
 
 @dataclass
+class Machine:
+    """Where trials of a study have run."""
+
+    host: str
+    gpu: str | None
+    workers: int  # processes
+    slurm: bool
+
+
+@dataclass
 class Status:
     """A whole study. Counts are of trials; `gpu_hours` is what workers have held trials for."""
 
@@ -207,6 +217,22 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
             )
             for row in session.execute(query)
         ]
+
+
+@retrying
+def read_machines(engine: sa.Engine, study_id: int) -> list[Machine]:
+    """The machines that have worked at a study, those with most workers first."""
+    slurm = Worker.slurm_job.is_not(None)
+    count = sa.func.count(Worker.id.distinct())
+    query = (
+        sa.select(Worker.host, Worker.gpu, count, slurm)
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.study_id == study_id)
+        .group_by(Worker.host, Worker.gpu, slurm)
+        .order_by(count.desc(), Worker.host)
+    )
+    with engine.connect() as connection:
+        return [Machine(*row) for row in connection.execute(query)]
 
 
 @retrying

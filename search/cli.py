@@ -447,6 +447,21 @@ def plot(
 
 
 @app.command()
+def report(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the pages.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Write what a study found as one page, in Markdown and in HTML, with its figures."""
+    with _errors_in_one_line():
+        from search.report import write_report
+
+        engine, entry = _study(study)
+        _say(f"the report is {write_report(engine, entry, output)}, and report.md beside it")
+
+
+@app.command()
 def dashboard(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,

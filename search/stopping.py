@@ -38,7 +38,7 @@ class Stop:
             self._deadline = min(self._deadline, time.time() + KILL_SECONDS)
         name = signal.Signals(number).name
         self.ask(name, ExitCode.WALL_TIME if number == signal.SIGUSR2 else ExitCode.STOPPED)
-        log.info("%s: finishing the epoch if there is time, then releasing the trial", name)
+        log.info("%s: stopping, with the work saved", name)
 
     def ask(self, reason: str, end: ExitCode) -> None:
         """Stop after the epoch. The first reason counts."""

@@ -1,0 +1,83 @@
+"""`atelier report`: a study as one page to hand in, in Markdown and in HTML, with its figures beside."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import sqlalchemy as sa
+from markdown_it import MarkdownIt
+
+from dashboards.files import plot_study
+from dashboards.status import parameter_names, read_machines, read_status
+from search.confirmation import COLUMNS, cells, read_confirmation, verdict
+from search.export import Choice, choose
+from search.study import InputError, StudyFile
+from storage.ledger import StudyEntry
+from trainer.config import TrainConfig
+from trainer.model import HEAD, stage_table
+
+COMPARED = ("batch_size", "weight_decay", "dropout")  # what the seed report compares
+NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
+
+
+def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
+    """Write report.md, report.html and figures into a folder, which is made. Returns the HTML page.
+
+    Raises InputError if no trial is complete, OSError.
+    """
+    status = read_status(engine, entry.study_id, entry.name)
+    confirmation = read_confirmation(engine, entry)
+    choice = choose(status, confirmation, None)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = StudyFile.from_record(entry)
+    train = file.shared
+    stages = stage_table(train, len(entry.attributes))
+    compared = [name for name in COMPARED if name in parameter_names(status.trials)]
+    plot_study(engine, entry, "history", folder / "history.png")
+    plot_study(engine, entry, "curves", folder / "curves.png", top=5)
+    for name in compared:
+        plot_study(engine, entry, "compare", folder / f"compare-{name}.png", by=name)
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("search"))
+    text = templates.get_template("report.md").render(
+        study=entry.name,
+        verdict=f"Trial {choice.row.number}, score {choice.row.value:.4f}, is {choice.words}.",
+        winner=_winning(choice, train),
+        confirmation=confirmation,
+        columns=COLUMNS,
+        rows=[cells(one) for one in confirmation.candidates] if confirmation else [],
+        verdicts=verdict(confirmation) if confirmation else [],
+        counts=", ".join(f"{n} {state}" for state, n in status.counts.items() if n),
+        gpu_hours=status.gpu_hours,
+        score=file.study.score,
+        compared=compared,
+        train=train,
+        head=f"{HEAD[0]}-{HEAD[1]}-{len(entry.attributes)}",
+        trained=sum(row.parameters for row in stages if row.trained),
+        stages=stages,
+        categories=list(dict.fromkeys(row["category"] for row in entry.attributes)),
+        machines=read_machines(engine, entry.study_id),
+        slurm=file.slurm,
+    )
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    page = templates.get_template("report.html").render(title=f"Study {entry.name}", body=body)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def _winning(choice: Choice, train: TrainConfig) -> list[tuple[str, Any]]:
+    """The table of winning parameters, as the seed report has it."""
+    tuned = [(NAMES.get(k, k.replace("_", " ")), _short(v)) for k, v in choice.row.params.items()]
+    return [
+        ("epochs", train.epochs),
+        ("cosine annealing", True),
+        ("learning rate warm-up", f"{train.warmup_epochs} epochs"),
+        *tuned,
+        ("data augmentation", train.augment != "none"),
+    ]
+
+
+def _short(value: object) -> object:
+    return f"{value:.3g}" if isinstance(value, float) else value
