@@ -82,10 +82,9 @@ def compare(
     means = np.array([np.mean(some) for some in scores])
     attributes = attribute_index(labels, sizes)
     average = np.stack([np.mean(some, 0) for some in runs])  # over seeds
-    churn = float(np.mean([_churn(some, attributes, sum(sizes)) for some in runs]))
     covariance = _image_covariance(average, attributes, sizes)
     deviations = random.multivariate_normal(np.zeros(len(means)), covariance, replicates)
-    deviations += _seeds(scores, churn, replicates, random)
+    deviations += _seeds(scores, churn(runs, labels, sizes), replicates, random)
     draws = means + deviations
     leader = int(means.argmax())
     wins = np.bincount(draws.argmax(1), minlength=len(runs)) / replicates
@@ -98,6 +97,34 @@ def compare(
         ],
         best=wins.tolist(),
     )
+
+
+def flattery(
+    scores: Sequence[float],
+    runs: Sequence[np.ndarray],
+    labels: np.ndarray,
+    sizes: Sequence[int],
+    churn: float,
+) -> list[float]:
+    """How much of each score is expected to be the luck of having these images.
+
+    `runs[i]` are the hits [images, categories] behind score i, of one run each; `churn` is what `churn`
+    says of reruns, for what another seed would change is not the images' doing. It is the expectation of
+    the images' deviation given all scores, if true scores are normal around a mean: the best linear
+    unbiased prediction (Robinson, Statistical Science 6, 1991). Luck that all runs share cannot be seen
+    and counts as none.
+    """
+    values = np.array(scores)
+    attributes = attribute_index(labels, sizes)
+    images = _image_covariance(np.stack(runs).astype(float), attributes, sizes)
+    n = len(values)
+    images -= churn * np.eye(n)
+    # What remains of the spread between runs: configurations and seeds.
+    centre = np.eye(n) - 1 / n
+    images = centre @ images @ centre
+    rest = max((values.var() * n - np.trace(images)) / max(n - 1, 1), 0.0)
+    whole = images + rest * np.eye(n)
+    return list(map(float, images @ np.linalg.pinv(whole) @ (values - values.mean())))
 
 
 def of_images(predictions: Predictions, sizes: Sequence[int]) -> Interval:
@@ -157,19 +184,21 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     return total
 
 
-def _churn(runs: Sequence[np.ndarray], attributes: np.ndarray, n_attributes: int) -> float:
+def churn(runs: Sequence[Sequence[np.ndarray]], labels: np.ndarray, sizes: Sequence[int]) -> float:
     """The part of a score's variance over seeds that is images changing sides one by one.
 
-    The mean over seeds carries it into the images' part, so it must not be counted again.
+    `runs` as of `compare`. The mean over seeds carries it into the images' part, so it must not be
+    counted again.
     """
-    counts = np.bincount(attributes.ravel(), minlength=n_attributes)
+    attributes = attribute_index(labels, sizes)
+    counts = np.bincount(attributes.ravel(), minlength=sum(sizes))
     weights = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # of an image in the score
-    variances = np.stack(runs).var(0, ddof=1)
+    variances = np.mean([np.stack(some).var(0, ddof=1) for some in runs], 0)
     return float((variances * weights[attributes] ** 2).sum())
 
 
 def _seeds(
-    scores: Sequence[Sequence[float]], churn: float, replicates: int, random: np.random.Generator
+    scores: Sequence[Sequence[float]], churned: float, replicates: int, random: np.random.Generator
 ) -> np.ndarray:
     """How the mean scores move with other seeds: [replicates, candidates].
 
@@ -186,9 +215,9 @@ def _seeds(
     own_variance = (own**2).sum() / freedom if freedom > 0 else 0.0
     shared_variance = (shared**2).sum() / (seeds - 1) - own_variance / len(scores)
     if freedom > 0:
-        own_variance -= churn
+        own_variance -= churned
     else:  # one candidate: all of it is shared
-        shared_variance -= churn
+        shared_variance -= churned
 
     def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
         """Student's t, since the variance is estimated: one scale for all draws of a replicate."""

@@ -5,11 +5,12 @@ n is candidate n mod K with seed n div K: all candidates get a seed before the n
 same seeds. A candidate that cannot win any more is passed over.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.status import Status, TrialRow, read_status
-from search.bootstrap import Interval, compare, hits
+from search.bootstrap import Interval, churn, compare, flattery, hits, per_class_accuracy
 from search.study import InputError, StudyFile
 from storage.ledger import StudyEntry, study_entry
 from storage.runs import RunFolder
@@ -175,14 +176,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """A confirmation as it stands. `candidates` are ranked, the leader first."""
+    """A confirmation as it stands. `candidates` are ranked, the leader first.
+
+    `optimism` is by how much the search's maximum is expected to flatter its trial: what fresh seeds do
+    not repeat, and the luck with the images that they do (search.bootstrap.flattery).
+    """
 
     study: str  # the search
     linked: str  # the name of the study that the reruns are trials of
     finished: bool
     seeds: int  # wanted of each candidate
     candidates: list[Candidate]
-    optimism: float | None  # by how much the search's own maximum flattered its trial
+    optimism: float | None
     overtaken: list[int]  # trials of the search that were not among the candidates and now would be
 
     @property
@@ -228,7 +233,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
         finished=status.finished >= status.max_trials,
         seeds=status.max_trials // len(candidates),
         candidates=sorted(candidates, key=lambda one: -one.score.value if one.score else 0.0),
-        optimism=naive.searched - naive.score.value if naive.searched and naive.score else None,
+        optimism=_optimism(search, searched, naive, evidence),
         overtaken=[row.number for row in leaders(searched, len(numbers)) if row.number not in numbers],
     )
 
@@ -239,33 +244,65 @@ def attribute_sizes(entry: StudyEntry) -> list[int]:
     return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
 
 
+def _predictions(
+    entry: StudyEntry, trials: Sequence[TrialRow]
+) -> Iterator[tuple[TrialRow, Predictions]]:
+    """The complete trials with their predictions, by number. Raises InputError."""
+    folder = RunFolder(entry.name, entry.created)
+    for row in trials:
+        if row.state == "complete":
+            path = folder.predictions(row.number)
+            try:
+                yield row, Predictions.load(path)
+            except (OSError, ValueError):
+                raise InputError(
+                    f"{path} cannot be read; use the ATELIER_HOME that the workers used"
+                ) from None
+
+
+def _optimism(
+    search: StudyEntry, status: Status, naive: Candidate, evidence: "_Evidence"
+) -> float | None:
+    if naive.searched is None or naive.score is None:
+        return None
+    found = list(_predictions(search, status.trials))
+    numbers = [row.number for row, _ in found]
+    runs = [hits(predictions) for _, predictions in found]
+    labels, sizes = found[0][1].labels, attribute_sizes(search)
+    accuracies = [per_class_accuracy(run, labels, sizes) for run in runs]
+    luck = flattery(accuracies, runs, labels, sizes, evidence.churn)
+    index = numbers.index(naive.number)
+    return accuracies[index] - naive.score.value + luck[index]
+
+
 class _Evidence:
     """The predictions of a confirmation's complete trials, and what follows from them."""
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
-        folder = RunFolder(linked.name, linked.created)
-        self.runs: dict[int, list[Predictions]] = {}  # by candidate
-        for row in trials:  # by number, so that every candidate's come in the seeds' order
-            if row.state == "complete":
-                path = folder.predictions(row.number)
-                try:
-                    self.runs.setdefault(row.params["candidate"], []).append(Predictions.load(path))
-                except (OSError, ValueError):
-                    raise InputError(
-                        f"{path} cannot be read; use the ATELIER_HOME that the workers used"
-                    ) from None
+        self.runs: dict[int, list[Predictions]] = {}  # by candidate, in the seeds' order
+        for row, predictions in _predictions(linked, trials):
+            self.runs.setdefault(row.params["candidate"], []).append(predictions)
         self._sizes = attribute_sizes(linked)
+        self._judged = [number for number, runs in self.runs.items() if len(runs) >= LEAST_SEEDS]
+        self._hits = [[hits(run) for run in self.runs[number]] for number in self._judged]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return next(iter(self.runs.values()))[0].labels
+
+    @property
+    def churn(self) -> float:
+        return churn(self._hits, self.labels, self._sizes)
 
     @cached_property
     def estimates(self) -> dict[int, dict[str, Any]]:
         """score, behind and best of each candidate with enough seeds."""
-        judged = [number for number, runs in self.runs.items() if len(runs) >= LEAST_SEEDS]
-        if not judged:
+        if not self._judged:
             return {}
-        right = [[hits(run) for run in self.runs[number]] for number in judged]
-        known = compare(right, self.runs[judged[0]][0].labels, self._sizes)
+        known = compare(self._hits, self.labels, self._sizes)
         rows = zip(known.scores, known.behind, known.best, strict=True)
-        return dict(zip(judged, (dict(zip(ESTIMATES, row, strict=True)) for row in rows), strict=True))
+        named = (dict(zip(ESTIMATES, row, strict=True)) for row in rows)
+        return dict(zip(self._judged, named, strict=True))
 
 
 def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> bool:
@@ -321,7 +358,8 @@ def verdict(confirmation: Confirmation) -> list[str]:
         )
     if confirmation.optimism is not None:
         lines.append(
-            f"the search's maximum flattered its trial by {100 * confirmation.optimism:.2f} points"
+            "the search's maximum is expected to flatter its trial by "
+            f"{100 * confirmation.optimism:.2f} points"
         )
     if confirmation.overtaken:
         numbers = ", ".join(map(str, confirmation.overtaken))

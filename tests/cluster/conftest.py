@@ -178,9 +178,9 @@ class Campaign:
         self.atelier("export", self.name, "--trial", str(trial), "-o", f"{trial}.toml")
         code = (
             "import sys, json; from pathlib import Path\n"
-            "from search.study import load_config\n"
+            "from search.export import load_bundle\n"
             "from trainer.loop import Workspace, train\n"
-            "config, _ = load_config(Path(sys.argv[1]))\n"
+            "config = load_bundle(Path(sys.argv[1])).config\n"
             "results = train(config, Workspace(config, Path(sys.argv[2])))\n"
             "print(json.dumps([result.val_accuracy for result in results]))"
         )

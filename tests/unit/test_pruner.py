@@ -4,7 +4,6 @@ import optuna
 import pytest
 
 from search.pruner import RungPruner
-from search.score import score
 from search.study import load_study_file
 
 
@@ -72,12 +71,3 @@ def test_rungs_begin_where_the_warmup_ends(settings, rungs, study_text, tmp_path
     path = tmp_path / "study.toml"
     path.write_text(study_text)
     assert load_study_file(path, settings).rungs_of() == rungs
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("best", 0.9), ("last", 0.5), ("mean-last-5", (0.9 + 0.1 + 0.2 + 0.3 + 0.5) / 5)],
-)
-def test_scores(kind, expected):
-    assert score([0.8, 0.9, 0.1, 0.2, 0.3, 0.5], kind) == pytest.approx(expected)
-    assert score([0.5], kind) == 0.5

@@ -1,15 +1,22 @@
 """The loop: what learns, what does not, and that a resumed run equals an unbroken one."""
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from sklearn.metrics import recall_score
 
 from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.dataset import read_dataset
 from trainer.loop import Run, Workspace, train
 from trainer.model import ModelError, load_backbone, stage_table
+from trainer.model_file import ModelFiles, SavedModel
+from trainer.predictions import Predictions
 
 
 @pytest.fixture
@@ -265,3 +272,93 @@ def test_real_weights_learn_on_the_real_data(real_data, real_weights, tiny, tmp_
     results = list(train(config, Workspace(config, tmp_path)))
     assert results[-1].val_accuracy > 0.36  # chance is 0.231
     assert results[-1].images == 1500
+
+
+def test_predictions_are_those_of_every_epoch_also_after_a_resume(tiny, workspace, tmp_path):
+    sizes = workspace.sizes
+    whole = [result.predictions for result in train(tiny, workspace)]
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert len(list(itertools.islice(train(tiny, workspace, checkpoints), 2))) == 2
+    results = list(train(tiny, workspace, checkpoints))
+    joined = Predictions.join([result.predictions for result in results])
+    for epoch, (result, expected) in enumerate(zip(results, whole, strict=True)):
+        part = joined.epoch(epoch)
+        assert np.array_equal(part.classes, expected.classes)
+        assert np.array_equal(part.log_probs, expected.log_probs)
+        # The epoch's numbers follow from them.
+        recalls = [
+            recall_score(joined.labels[:, k], part.classes[0, :, k], average=None, zero_division=np.nan)
+            for k in range(len(sizes))
+        ]
+        assert np.nanmean(np.concatenate(recalls)) == pytest.approx(result.val_accuracy)
+        losses = [
+            -part.log_probs[0, joined.labels[:, k] == value, k].astype(float).mean()
+            for k, size in enumerate(sizes)
+            for value in range(size)
+            if (joined.labels[:, k] == value).any()
+        ]
+        assert np.mean(losses) == pytest.approx(result.val_log_loss, abs=2e-3)  # kept as float16
+    joined.save(tmp_path / "kept" / "p.npz")
+    loaded = Predictions.load(tmp_path / "kept" / "p.npz")
+    assert all(np.array_equal(vars(loaded)[name], vars(joined)[name]) for name in vars(joined))
+
+
+def test_two_seeds_in_one_workspace_are_as_each_in_its_own(tiny, workspace, tmp_path):
+    other = tiny.model_copy(update={"seed": 7})
+    alone = curve(train(other, Workspace(other, tmp_path / "cache")))
+    assert curve(train(other, workspace)) == alone
+    assert curve(train(tiny, workspace)) != alone
+
+
+def test_training_on_both_splits_validates_nothing(tiny, demo, tmp_path):
+    config = tiny.model_copy(update={"train_on": "train+val", "epochs": 2})
+    workspace = Workspace(config, tmp_path / "cache")
+    checkpoints = Checkpoints(tmp_path / "run")
+    results = list(train(config, workspace, checkpoints))
+    assert [result.images for result in results] == [380, 380]  # 300 and 80
+    assert not any(result.validated for result in results)
+    assert all(result.finite and math.isnan(result.val_accuracy) for result in results)
+    train_part, val_part = (read_dataset(demo).splits[name].labels for name in ("train", "val"))
+    assert np.array_equal(workspace.train_targets.numpy(), np.concatenate([train_part, val_part]))
+    # From the checkpoint, the same again.
+    again = list(train(config, workspace, checkpoints))
+    assert [r.train_loss for r in again] == [r.train_loss for r in results]
+
+
+@pytest.mark.parametrize(
+    ("flip", "frozen_batchnorm"), [(False, "eval"), (True, "eval"), (False, "train")]
+)
+def test_a_model_file_predicts_what_the_run_predicted(tiny, tmp_path, flip, frozen_batchnorm):
+    config = tiny.model_copy(update={"frozen_batchnorm": frozen_batchnorm})
+    workspace = Workspace(config, tmp_path / "cache")
+    files = ModelFiles(tmp_path / "run", workspace.dataset)
+    results = list(train(config, workspace, keep=files.keep))
+    accuracies = [result.val_accuracy for result in results]
+    for name, epoch in (("last", len(results) - 1), ("best", accuracies.index(max(accuracies)))):
+        model = SavedModel(tmp_path / "run" / f"{name}.safetensors")
+        assert model.config == config
+        assert (model.description.epoch, model.description.val_accuracy) == (epoch, accuracies[epoch])
+        dataset = workspace.dataset
+        classes = model.predict(dataset, dataset.split("val"), tmp_path / "cache", flip)
+        same = np.array_equal(classes, results[epoch].predictions.classes[0])
+        assert same is not flip  # the mirror images change some
+
+
+def test_a_file_that_is_no_model(tmp_path, demo):
+    path = tmp_path / "x.safetensors"
+    for content, expected in ((b"", "cannot be read"), (b"\x00" * 90, "cannot be read")):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=expected):
+            SavedModel(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match="no configuration inside"):
+        SavedModel(path)
+    save_file({"a": torch.zeros(1)}, path, {"atelier": '{"format": 99}'})
+    with pytest.raises(ModelError, match="has format 99, this version reads 1"):
+        SavedModel(path)
+
+
+def test_a_checkpoint_of_another_version(tiny, workspace):
+    run = Run(tiny, workspace)
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        run.load(run.state() | {"format": 1})

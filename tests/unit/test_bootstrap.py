@@ -1,0 +1,137 @@
+"""What is said of scores, against references that are computed in another way."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import recall_score
+
+from search import bootstrap
+from search.bootstrap import churn, compare, flattery, hits, of_images, of_mean, per_class_accuracy
+from trainer.predictions import Predictions
+
+SIZES = (3, 2)
+
+
+@pytest.fixture
+def labels():
+    random = np.random.default_rng(1)
+    return np.stack([random.integers(0, size, 600) for size in SIZES], 1)
+
+
+def guesses(labels, accuracy, seed):
+    """Predicted classes that are right about so often."""
+    random = np.random.default_rng(seed)
+    wrong = np.stack([random.integers(0, size, len(labels)) for size in SIZES], 1)
+    return np.where(random.random(labels.shape) < accuracy, labels, wrong)
+
+
+def runs_of(labels, accuracy, seeds, first=0):
+    return [(guesses(labels, accuracy, first + seed) == labels).astype(float) for seed in range(seeds)]
+
+
+def test_the_score_is_the_mean_recall(labels):
+    classes = guesses(labels, 0.6, 0)
+    expected = np.concatenate(
+        [recall_score(labels[:, k], classes[:, k], average=None) for k in range(len(SIZES))]
+    ).mean()
+    assert per_class_accuracy(classes == labels, labels, SIZES) == pytest.approx(expected)
+    few = np.where(labels == 2, 0, labels)  # an attribute without images does not count
+    assert per_class_accuracy(few == few, few, SIZES) == 1.0
+
+
+def test_hits_are_of_the_last_five_epochs():
+    labels = np.array([[0], [1]], dtype=np.uint8)
+    classes = np.array([[[1], [0]]] * 3 + [[[0], [0]]] * 2 + [[[0], [1]]] * 2, dtype=np.uint8)
+    predictions = Predictions(labels, classes, np.zeros(classes.shape, dtype=np.float16))
+    assert hits(predictions).tolist() == [[4 / 5], [2 / 5]]
+
+
+def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
+    """Images drawn with replacement within each attribute, the same for both candidates."""
+    monkeypatch.setattr(bootstrap, "PRIOR_IMAGES", 0)
+    pair = np.stack([runs_of(labels, 0.7, 1)[0], runs_of(labels, 0.5, 1, 9)[0]])
+    pair[1] = np.where(np.random.default_rng(3).random(labels.shape) < 0.6, pair[0], pair[1])
+    random = np.random.default_rng(0)
+    replicates = np.zeros((4000, 2))
+    for k, size in enumerate(SIZES):
+        for value in range(size):
+            members = np.flatnonzero(labels[:, k] == value)
+            drawn = random.choice(members, (4000, len(members)))
+            replicates += pair[:, drawn, k].mean(2).T / sum(SIZES)
+    attributes = bootstrap.attribute_index(labels, SIZES)
+    ours = bootstrap._image_covariance(pair, attributes, SIZES)
+    assert ours == pytest.approx(np.cov(replicates.T), rel=0.12)
+    assert abs(np.cov(replicates.T)[0, 1]) > 1e-5  # so the pairing is part of it
+
+
+def test_two_images_that_are_right_are_no_proof():
+    """An attribute with two images has the variance of its category, not none."""
+    labels = np.array([[0]] * 100 + [[1]] * 2)
+    right = np.array([[1.0], [0.0]] * 50 + [[1.0]] * 2)
+    interval = bootstrap.of_hits(right, labels, (2,))
+    # Half of the first are right: a variance of 1/4 for each of the 2 images, and half the weight.
+    assert interval.error == pytest.approx(np.sqrt(0.25 / 2) / 2, rel=0.1)
+
+
+def test_candidates_that_do_not_differ_tie_and_a_better_one_wins(labels):
+    same = compare([runs_of(labels, 0.7, 5, 10 * n) for n in range(3)], labels, SIZES)
+    assert max(same.best) < 0.9
+    assert all(one.low < 0 < one.high for n, one in enumerate(same.behind) if n != same.leader)
+    better = compare(
+        [runs_of(labels, 0.6, 5), runs_of(labels, 0.75, 5, 10), runs_of(labels, 0.6, 5, 20)],
+        labels,
+        SIZES,
+    )
+    assert better.leader == 1
+    assert better.best[1] > 0.99
+    assert better.behind[1].value == better.behind[1].error == 0
+    assert better.behind[0].low > 0
+
+
+def test_the_same_evidence_gives_the_same_answer_and_seeds_may_be_missing(labels):
+    runs = [runs_of(labels, 0.7, 5), runs_of(labels, 0.6, 2, 10)]
+    assert compare(runs, labels, SIZES) == compare(runs, labels, SIZES)
+    alone = compare(runs[:1], labels, SIZES)
+    assert alone.best == [1.0]
+    assert alone.scores[0].low < alone.scores[0].value < alone.scores[0].high
+
+
+def test_seeds_that_shift_all_of_a_candidate_widen_its_interval(labels):
+    steady = [runs_of(labels, 0.7, 5, 10 * n) for n in range(3)]
+    shaky = [
+        [
+            runs_of(labels, accuracy, 1, 10 * n + s)[0]
+            for s, accuracy in enumerate((0.5, 0.8, 0.6, 0.9, 0.7))
+        ]
+        for n in range(3)
+    ]
+    shaky[1] = shaky[1][::-1]  # so that the seeds do not do the same to all
+    narrow, wide = (compare(runs, labels, SIZES).scores[0].error for runs in (steady, shaky))
+    assert wide > 2 * narrow
+    assert churn(steady, labels, SIZES) > 0
+
+
+def test_flattery_is_what_the_best_of_many_equals_has_too_much(labels):
+    """All configurations are equal, so whatever is above the mean is luck."""
+    runs = runs_of(labels, 0.7, 60)
+    scores = [per_class_accuracy(run, labels, SIZES) for run in runs]
+    luck = flattery(scores, runs, labels, SIZES, 0.0)
+    assert np.corrcoef(luck, scores)[0, 1] > 0.95
+    best = int(np.argmax(scores))
+    assert luck[best] == pytest.approx(scores[best] - np.mean(scores), rel=0.35)
+    # Of configurations that differ much, the best is not the best by luck.
+    spread = [runs_of(labels, accuracy, 1, n)[0] for n, accuracy in enumerate(np.linspace(0, 1, 60))]
+    scores = [per_class_accuracy(run, labels, SIZES) for run in spread]
+    assert abs(flattery(scores, spread, labels, SIZES, 0.0)[int(np.argmax(scores))]) < 0.01
+
+
+def test_intervals_of_one_run_cover_the_truth(labels):
+    """95 % of the runs' intervals hold the accuracy that they were drawn with."""
+    truth = 0.6 + 0.4 * np.mean([1 / size for size in SIZES for _ in range(size)])
+    covered = []
+    for seed in range(400):
+        classes = guesses(labels, 0.6, 100 + seed)
+        predictions = Predictions(labels, classes[np.newaxis], np.zeros((1, *labels.shape)))
+        known = of_images(predictions, SIZES)
+        covered.append(known.low < truth < known.high)
+    assert 0.92 < np.mean(covered) < 0.98
+    assert of_mean(np.array([0.0, 1.0] * 50)).error == pytest.approx(0.05, rel=0.01)
