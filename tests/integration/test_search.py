@@ -3,30 +3,9 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 import tomllib
 
 import pytest
-
-
-@pytest.fixture
-def atelier(tmp_path, study_text, database_url):
-    (tmp_path / "study.toml").write_text(study_text)
-
-    def run(*words, code=0):
-        result = subprocess.run(
-            [sys.executable, "-m", "search", *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == code, result.stderr + result.stdout
-        return result
-
-    return run
 
 
 def test_from_search_to_a_trained_winner(atelier, tmp_path):

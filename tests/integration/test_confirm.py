@@ -1,0 +1,138 @@
+"""Leaders on fresh seeds, as a user confirms them: real trials, workers and predictions."""
+
+import csv
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.ledger import study_entry
+from storage.runs import RunFolder
+from trainer.predictions import Predictions
+
+
+@pytest.fixture
+def searched(atelier, study_text, tmp_path):
+    """A study with three complete trials."""
+    (tmp_path / "study.toml").write_text(study_text.replace("max_trials = 2", "max_trials = 3"))
+    atelier("search", "study.toml")
+    return atelier
+
+
+def confirmation(atelier):
+    return json.loads(atelier("confirm", "tiny", "--json").stdout)
+
+
+def trials(atelier, tmp_path, name):
+    atelier("trials", name, "--csv", tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_leaders_run_again_with_the_same_fresh_seeds(searched, tmp_path, monkeypatch):
+    atelier = searched
+    ranked = sorted(trials(atelier, tmp_path, "tiny"), key=lambda row: -float(row["value"]))
+    leaders = [int(row["number"]) for row in ranked[:2]]
+    error = atelier("confirm", "tiny", "--show", code=2).stderr
+    assert "nothing of study 'tiny' is confirmed yet" in error
+    shown = atelier("confirm", "study.toml", "--top", "2", "--seeds", "2").stdout
+    assert "the search's maximum is expected to flatter its trial" in shown
+
+    reruns = trials(atelier, tmp_path, "tiny-confirm")
+    assert [row["state"] for row in reruns] == ["complete"] * 4
+    pairs = [(int(row["candidate"]), int(row["seed"])) for row in reruns]
+    assert pairs == [(leaders[0], 1), (leaders[1], 1), (leaders[0], 2), (leaders[1], 2)]
+    for rerun in reruns:
+        [original] = [row for row in ranked if row["number"] == rerun["candidate"]]
+        assert [rerun[name] for name in ("lr", "batch_size")] == [
+            original[name] for name in ("lr", "batch_size")
+        ]
+    known = confirmation(atelier)
+    assert (known["finished"], known["seeds"], known["overtaken"]) == (True, 2, [])
+    assert {one["number"] for one in known["candidates"]} == set(leaders)
+    for one in known["candidates"]:
+        values = [float(row["value"]) for row in reruns if int(row["candidate"]) == one["number"]]
+        assert one["score"]["value"] == pytest.approx(np.mean(values))
+        assert one["score"]["low"] < one["score"]["value"] < one["score"]["high"]
+        assert one["best"] > 0
+    assert sum(one["best"] for one in known["candidates"]) == pytest.approx(1)
+
+    # A rerun is what `train` makes of the candidate with that seed.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    atelier("export", "tiny", "--trial", leaders[0], "-o", "one.toml")
+    text = (tmp_path / "one.toml").read_text()
+    (tmp_path / "one.toml").write_text(text.replace("\nseed = 0", "\nseed = 2", 1))
+    trained = atelier("train", "one.toml").stdout.splitlines()
+    last = [float(line.split("val loss")[1].split()[2]) for line in trained]
+    assert np.mean(last) == pytest.approx(float(reruns[2]["value"]), abs=1e-4)
+
+    # More seeds are only the missing ones; other candidates would be another confirmation.
+    atelier("confirm", "tiny", "--seeds", "3", "--workers", "1")
+    assert len(trials(atelier, tmp_path, "tiny-confirm")) == 6
+    assert "was begun with 2" in atelier("confirm", "tiny", "--top", "3", code=2).stderr
+    assert "allowed are more" in atelier("confirm", "tiny", "--seeds", "2", code=2).stderr
+    assert "name the study: tiny" in atelier("confirm", "tiny-confirm", code=2).stderr
+    other = (tmp_path / "study.toml").read_text().replace('"tiny"', '"tiny-confirm"')
+    (tmp_path / "other.toml").write_text(other)
+    assert "confirms." in atelier("search", "other.toml", code=2).stderr
+
+
+def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searched, engine, tmp_path):
+    atelier = searched
+    atelier("confirm", "tiny", "--top", "2", "--seeds", "2")
+    entry = study_entry(engine, "tiny-confirm")
+    folder = RunFolder(entry.name, entry.created)
+    [loser, winner] = (one["number"] for one in entry.settings["confirms"]["candidates"])
+    for trial in (0, 2):  # the reruns of the one that led the search
+        predictions = Predictions.load(folder.predictions(trial))
+        wrong = np.where(predictions.labels == 0, 1, 0).astype(np.uint8)
+        classes = np.broadcast_to(wrong, predictions.classes.shape)
+        Predictions(predictions.labels, classes, predictions.log_probs).save(folder.predictions(trial))
+    shown = atelier("confirm", "tiny", "--seeds", "3").stdout
+    assert f"trial {winner} is the best of them" in shown
+    rows = trials(atelier, tmp_path, "tiny-confirm")
+    assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"]
+    assert rows[4]["reason"] == "cannot win any more"
+    assert rows[4]["epochs"] == "0"
+    known = confirmation(atelier)
+    assert known["winner"] == winner
+    assert known["finished"]
+    [out] = [one for one in known["candidates"] if one["passed_over"]]
+    assert (out["number"], out["seeds"]) == (loser, 2)
+
+    said = atelier("export", "tiny", "-o", "best.toml").stderr
+    assert f"trial {winner}" in said
+    assert "is confirmed: the best of 2 candidates" in said
+    best = tomllib.loads((tmp_path / "best.toml").read_text())
+    assert best["origin"]["trial"] == winner
+    assert best["origin"]["standing"] == "confirmed"
+    accuracy = best["origin"]["accuracy"]
+    assert accuracy["low"] < accuracy["value"] < accuracy["high"]
+    assert (accuracy["seeds"], accuracy["noise"]) == (3, "images and seeds")
+
+    report = atelier("report", "tiny", "-o", "pages").stderr
+    assert "report.html" in report
+    text = (tmp_path / "pages" / "report.md").read_text()
+    for word in (f"Trial {winner}", "Confirmation", "| 3 |", "2 (out)", "class weights", "resnet10t"):
+        assert word in text
+    for image in ("history", "curves", "compare-batch_size"):
+        assert (tmp_path / "pages" / f"{image}.png").stat().st_size > 10_000
+        assert f"{image}.png" in text
+
+    # Without the run folder there is nothing to compare, and that is said.
+    folder.predictions(0).unlink()
+    for command in (["confirm", "tiny", "--show"], ["export", "tiny"]):
+        assert "use the ATELIER_HOME that the workers used" in atelier(*command, code=2).stderr
+
+
+def test_an_unconfirmed_export_says_so(searched, tmp_path):
+    said = searched("export", "tiny").stderr
+    assert said.startswith("warning: ")
+    assert "unconfirmed" in said
+    best = tomllib.loads(Path(tmp_path / "best.toml").read_text())["origin"]
+    assert best["standing"] == "unconfirmed"
+    assert best["accuracy"]["noise"] == "images only"
+    assert best["accuracy"]["value"] == pytest.approx(best["score"], abs=1e-6)
+    assert best["accuracy"]["error"] > 0.001

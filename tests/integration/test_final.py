@@ -1,0 +1,147 @@
+"""The long run and the submission: real processes, signals and SIGKILL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import tomli_w
+
+from trainer.dataset import read_dataset
+from trainer.demo import write_demo
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
+    values = tiny.model_dump(exclude_none=True) | {"epochs": 4, "image_size": 96, "batch_size": 32}
+    (tmp_path / "c.toml").write_text(tomli_w.dumps({"format": 1, "train": values}))
+    return tmp_path / "c.toml"
+
+
+@pytest.fixture
+def start(tmp_path, home):
+    """Starts `atelier train` in a process of its own; kills what is left at the end."""
+    processes = []
+
+    def start_run(*words):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "search", "train", *map(str, words)],
+            env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start_run
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for_epoch(process, number):
+    """Read what it prints until an epoch is finished, and go into the next one."""
+    for line in process.stdout:
+        if line.startswith(f"epoch {number}/"):
+            time.sleep(0.3)
+            return
+    raise AssertionError(f"ended with {process.wait()} before epoch {number}")
+
+
+def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start, tmp_path):
+    whole = start(config, "--run", "whole")
+    assert whole.wait(300) == 0, whole.stdout.read()
+    interruptions = [(1, signal.SIGINT, 3), (2, signal.SIGKILL, -9), (3, signal.SIGTERM, 3)]
+    for epoch, number, code in interruptions:
+        run = start(config, "--run", "broken")
+        wait_for_epoch(run, epoch)
+        run.send_signal(number)
+        assert run.wait(60) == code, run.stdout.read()
+        assert not (tmp_path / "broken" / "last.safetensors").exists()
+    last = start(config, "--run", "broken")
+    assert last.wait(300) == 0, last.stdout.read()
+    for name in ("best.safetensors", "last.safetensors"):
+        broken, unbroken = ((tmp_path / run / name).read_bytes() for run in ("broken", "whole"))
+        assert broken == unbroken, name
+    curves = [(tmp_path / run / "curve.csv").read_text().splitlines() for run in ("broken", "whole")]
+    columns = [[line.split(",")[:8] for line in lines] for lines in curves]
+    assert columns[0] == columns[1]
+    assert (tmp_path / "whole" / "curve.png").stat().st_size > 10_000
+
+
+def test_the_schedule_is_stretched_and_that_is_said(config, atelier, tmp_path):
+    text = config.read_text().replace("image_size = 96", "image_size = 32")
+    config.write_text(text)  # 4 epochs, 1 of them warm-up
+    result = atelier("train", "c.toml", "--epochs", "8", "--run", "long")
+    [note] = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert "stretched from 4 to 8 epochs, its warm-up from 1 to 2 epochs" in note
+    rates = [float(line.split("lr ")[1].split()[0]) for line in result.stdout.splitlines()]
+    assert len(rates) == 8
+    assert max(rates) == rates[1]
+    assert rates[1] == pytest.approx(0.001 * (20 - 1) / 20, rel=0.01)
+    kept = atelier("train", "c.toml", "--epochs", "8", "--warmup-epochs", "1", "--run", "short")
+    assert "note:" not in kept.stderr
+
+
+def checked(archive, dataset, split):
+    """An independent reading of a submission: classes by image."""
+    with zipfile.ZipFile(archive) as file:
+        assert file.namelist() == ["prediction.txt"]
+        lines = file.read("prediction.txt").decode("ascii").split("\n")
+    listing = (dataset / "split" / f"{split}.txt").read_text().split()
+    assert lines.pop() == ""  # the last line ends too
+    assert len(lines) == len(listing)
+    rows = [[int(word) for word in line.split(" ")] for line in lines]
+    assert all(len(row) == 6 for row in rows)
+    assert all(0 <= v < size for row in rows for v, size in zip(row, (7, 3, 3, 4, 6, 3), strict=True))
+    return dict(zip(listing, map(tuple, rows), strict=True))
+
+
+def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study_text, tmp_path):
+    """1,000 test images; the file follows the order of test.txt, whatever that is."""
+    data = tmp_path / "many"
+    write_demo(data, train=200, val=60, test=1000)
+    truth = data / "split" / "test_attr.txt"
+    labels = truth.read_text().splitlines() if truth.exists() else None
+    old = next(line for line in study_text.splitlines() if line.startswith("data"))
+    (tmp_path / "study.toml").write_text(study_text.replace(old, f'data = "{data}"'))
+    atelier("search", "study.toml")
+    atelier("export", "tiny", "-o", "best.toml")
+    atelier("train", "best.toml", "--epochs", "4")
+    said = atelier("predict", "best.run", "--split", "test", "-o", "prediction.zip").stderr
+    assert "1000 images of test" in said
+    first = checked(tmp_path / "prediction.zip", data, "test")
+    assert len(set(first.values())) > 1  # so the order matters
+
+    listing = data / "split" / "test.txt"
+    turned = listing.read_text().splitlines()[::-1]
+    listing.write_text("\n".join(turned) + "\n")
+    if labels:
+        truth.write_text("\n".join(labels[::-1]) + "\n")
+    atelier("predict", "best.run", "-o", "turned.zip")
+    assert checked(tmp_path / "turned.zip", data, "test") == first
+
+    # The validation images' accuracies are those of the run's best epoch.
+    val = data / "split" / "val_attr.txt"
+    scored = atelier("predict", "best.run", "--split", "val", "--scores", val, "-o", "val.zip").stdout
+    rows = {line[:27].strip(): line[27:].split() for line in scored.splitlines()}
+    classes = np.array(list(checked(tmp_path / "val.zip", data, "val").values()))
+    right = classes == read_dataset(data).splits["val"].labels
+    assert float(rows["overall accuracy"][0]) == pytest.approx(right.mean(), abs=1e-4)
+    assert float(rows["sleeve"][0]) == pytest.approx(right[:, 1].mean(), abs=1e-4)
+    curve = (tmp_path / "best.run" / "curve.csv").read_text().splitlines()
+    column = curve[0].split(",").index("val_accuracy")
+    best = max(float(line.split(",")[column]) for line in curve[1:])
+    value, low, high = (float(rows["average per-class accuracy"][i]) for i in (0, 3, 5))
+    assert value == pytest.approx(best, abs=1e-4)
+    assert low < value < high
+    flipped = atelier("predict", "best.run", "--tta", "flip", "-o", "flip.zip")
+    assert "1000 images" in flipped.stderr
+    assert checked(tmp_path / "flip.zip", data, "test") != first
