@@ -562,10 +562,10 @@ def train(
         from search.export import change_config, load_bundle, stretched
 
         bundle = load_bundle(config)
-        settings = bundle.config
+        settings, notes = bundle.config, []
         if epochs is not None and warmup_epochs is None and epochs != settings.epochs:
             warmup_epochs = stretched(settings, epochs)
-            _say(
+            notes.append(
                 f"note: the schedule is stretched from {settings.epochs} to {epochs} epochs, its "
                 f"warm-up from {settings.warmup_epochs} to {warmup_epochs} epochs; --warmup-epochs "
                 "gives another"
@@ -579,7 +579,7 @@ def train(
         }
         settings = change_config(settings, changes, config)
         if settings.train_on != "train":
-            _say("note: it trains on the validation images too, so nothing is validated")
+            notes.append("note: it trains on the validation images too, so nothing is validated")
         folder = run or config.with_suffix(".run")
         if submit:
             options = {
@@ -598,16 +598,20 @@ def train(
                 typer.echo(script, nl=False)
                 return
             job = slurm.submit_run(settings, bundle.slurm, profile, arguments)
+            for note in notes:
+                _say(note)
             typer.echo(f"job {job}; its log is {slurm.log_folder() / f'train-{job}.log'}")
             return
-        end = _train_here(settings, folder, bundle.origin)
+        end = _train_here(settings, folder, bundle.origin, notes)
         if end != ExitCode.DONE:
             _say("not finished; the same command goes on where it stopped")
             raise typer.Exit(end)
         _say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
 
 
-def _train_here(settings: "TrainConfig", folder: Path, origin: dict[str, Any]) -> ExitCode:
+def _train_here(
+    settings: "TrainConfig", folder: Path, origin: dict[str, Any], notes: list[str]
+) -> ExitCode:
     from search.final import run_to_end
     from search.study import InputError
     from storage.runs import image_cache
@@ -633,6 +637,8 @@ def _train_here(settings: "TrainConfig", folder: Path, origin: dict[str, Any]) -
             f"{settings.data} is another dataset than the search's; give that one with --data, or "
             "delete the line origin.dataset to train on this one"
         )
+    for note in notes:
+        _say(note)
     return run_to_end(settings, workspace, folder, show)
 
 

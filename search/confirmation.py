@@ -75,6 +75,11 @@ class ConfirmationFile(StudyFile):
 
     confirms: str  # the search's name
     candidates: list[dict[str, Any]]  # {"number", "params"} of its trials
+    dataset: str  # the fingerprint of the search's
+
+    @property
+    def made_on(self) -> str:
+        return self.dataset
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The full configuration of a trial with these parameters."""
@@ -93,34 +98,27 @@ class ConfirmationFile(StudyFile):
         return Plan(self.candidates, self.shared.seed)
 
 
-def confirmation_of(search: StudyFile, candidates: Sequence[TrialRow], seeds: int) -> ConfirmationFile:
-    """The confirmation of these trials with so many seeds each."""
-    some = [{"number": row.number, "params": row.params} for row in candidates]
-    return _file(search.model_dump(), search.study.name, some, seeds)
-
-
 def recorded(entry: StudyEntry) -> ConfirmationFile | None:
     """The confirmation that a study on record is; None if it is a search."""
     if "confirms" not in entry.settings:
         return None
-    plan = entry.settings["confirms"]
-    tables = StudyFile.from_record(entry).model_dump()
-    seeds = tables["study"]["max_trials"] // len(plan["candidates"])
-    return _file(tables, plan["study"], plan["candidates"], seeds)
+    confirms = entry.settings["confirms"]
+    seeds = entry.max_trials // len(confirms["candidates"])
+    return _file(entry, confirms["study"], confirms["candidates"], seeds)
 
 
 def _file(
-    tables: dict[str, Any], name: str, candidates: list[dict[str, Any]], seeds: int
+    entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
 ) -> ConfirmationFile:
-    own = {
-        "name": name + SUFFIX,
+    """The confirmation of a search's trials, with the settings of a study that is on record."""
+    tables = StudyFile.from_record(entry).model_dump()
+    tables["study"] |= {
+        "name": search + SUFFIX,
         "score": "mean-last-5",
         "max_trials": len(candidates) * seeds,
-        "max_gpu_hours": None,
         "pruner": "none",
     }
-    tables = tables | {"study": tables["study"] | own, "confirms": name, "candidates": candidates}
-    return ConfirmationFile(**tables)
+    return ConfirmationFile(**tables, confirms=search, candidates=candidates, dataset=entry.dataset)
 
 
 def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None) -> ConfirmationFile:
@@ -134,7 +132,8 @@ def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | No
     linked = study_entry(engine, name)
     if linked is None:
         chosen = leaders(read_status(engine, search.study_id, search.name), top or TOP)
-        return confirmation_of(StudyFile.from_record(search), chosen, seeds or SEEDS)
+        candidates = [{"number": row.number, "params": row.params} for row in chosen]
+        return _file(search, search.name, candidates, seeds or SEEDS)
     plan = recorded(linked)
     if plan is None:
         raise InputError(f"{name!r} is the name of a search; a confirmation cannot have it too")

@@ -35,7 +35,7 @@ RELEASED = {ExitCode.STOPPED, ExitCode.WALL_TIME}
 TASK_LOG = "%A_%a.log"  # array and task
 
 
-def render_array_script(
+def render_script(
     profile: SlurmProfile,
     array: str | None,
     command: list[str],
@@ -96,32 +96,37 @@ def array_script(file: StudyFile, profile: str, array: str, options: list[str]) 
 
     `options` are the worker's arguments, the study's path first. Raises InputError.
     """
+    chosen = _profile(file.slurm, profile)
     environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared)
-    return _script(file.slurm, profile, array, ["worker", *options], environment, TASK_LOG)
+    return _script(chosen, array, ["worker", *options], environment, TASK_LOG)
 
 
 def run_script(
     config: TrainConfig, slurm: Mapping[str, SlurmProfile], profile: str, options: list[str]
 ) -> str:
     """The batch script of `atelier train` with these arguments. Raises InputError."""
-    return _script(slurm, profile, None, ["train", *options], _environment(config), "train-%j.log")
+    chosen = _profile(slurm, profile)
+    return _script(chosen, None, ["train", *options], _environment(config), "train-%j.log")
+
+
+def _profile(slurm: Mapping[str, SlurmProfile], name: str) -> SlurmProfile:
+    if name not in slurm:
+        known = ", ".join(slurm) or "none"
+        raise InputError(f"--profile {name!r}: the file has {known}; add [slurm.{name}]")
+    return slurm[name]
 
 
 def _script(
-    slurm: Mapping[str, SlurmProfile],
-    profile: str,
+    profile: SlurmProfile,
     array: str | None,
     arguments: list[str],
     environment: dict[str, str],
     log: str,
 ) -> str:
-    if profile not in slurm:
-        known = ", ".join(slurm) or "none"
-        raise InputError(f"--profile {profile!r}: the file has {known}; add [slurm.{profile}]")
     # -P: a folder named search, where the user stands, is not this package.
     command = [sys.executable, "-P", "-m", "search", *arguments]
     path = log_pattern(log_folder(), log)
-    return render_array_script(slurm[profile], array, command, Path.cwd(), environment, path)
+    return render_script(profile, array, command, Path.cwd(), environment, path)
 
 
 def log_pattern(folder: Path, name: str) -> str:

@@ -260,6 +260,11 @@ class StudyFile(_Table):
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
         return RungPruner(rungs)
 
+    @property
+    def made_on(self) -> str | None:
+        """The fingerprint of the dataset that it belongs to; None for any."""
+        return None
+
     def places(self) -> dict[str, str]:
         """Where the files are, for whoever starts from another folder."""
         data, weights = self.shared.data, self.shared.weights
@@ -399,6 +404,8 @@ def open_study(
     existing = ledger.study_entry(engine, name)
     if existing is not None:
         _same(identity, existing, dataset.fingerprint)
+    if file.made_on not in (None, dataset.fingerprint):
+        raise _other_dataset(name, str(file.made_on), dataset.fingerprint)
     study = optuna.create_study(
         storage=storage,
         study_name=name,
@@ -449,7 +456,11 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
                     f"says {settings.get(key, default)}; {other}"
                 )
     if existing.dataset != fingerprint:
-        raise InputError(
-            f"study {name!r} was made on another dataset ({existing.dataset[:12]}, here is "
-            f"{fingerprint[:12]}); give the right one with --data, or {other}"
-        )
+        raise _other_dataset(name, existing.dataset, fingerprint)
+
+
+def _other_dataset(name: str, expected: str, found: str) -> InputError:
+    return InputError(
+        f"study {name!r} was made on another dataset ({expected[:12]}, here is {found[:12]}); give the "
+        "right one with --data, or another name in [study]"
+    )

@@ -75,12 +75,12 @@ def test_the_log_lies_where_it_was_wanted(slurm, name, tmp_path):
     """SLURM has its own rules for names of log files: quotes, % and backslashes."""
     from pathlib import Path
 
-    from search.slurm import TASK_LOG, log_pattern, render_array_script, submit_script
+    from search.slurm import TASK_LOG, log_pattern, render_script, submit_script
     from search.study import SlurmProfile
 
     folder = tmp_path / name
     folder.mkdir()
-    script = render_array_script(
+    script = render_script(
         SlurmProfile(gpus=0, memory="100M", time="1", warning=0),
         "0",
         ["echo", "said"],

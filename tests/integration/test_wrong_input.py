@@ -1,19 +1,27 @@
 """Wrong input: one line, exit code 2, nothing left behind."""
 
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
 
+import optuna
 import pytest
 import sqlalchemy as sa
+import tomli_w
 import torch
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.study import InputError, load_study_file, open_study
+from storage import database, ledger
 from tests.studies import fill
+from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
+from trainer.loop import Workspace, train
+from trainer.model_file import ModelFiles
 
 TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
 
@@ -89,6 +97,7 @@ STUDY_FILES = {
     "missing weights": (put('weights = "none"', 'weights = "w.pth"'), "no such file"),
     "weights of another kind": (put('weights = "none"', 'weights = "w.txt"'), "allowed is"),
     "missing dataset": (put('data = "', 'data = "/nowhere'), "does not exist"),
+    "a search without validation": (add(TRAIN_KEY, 'train_on = "train+val"'), "needs the validation"),
     "too many training images": (add(TRAIN_KEY, "train_images = 999"), "300 training images"),
 }
 
@@ -277,9 +286,6 @@ def test_a_study_that_does_not_exist(engine):
 
 
 def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp_path, monkeypatch):
-    from search.study import InputError, load_study_file, open_study
-    from storage import database
-
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.toml"
     path.write_text(study_text)
@@ -297,9 +303,6 @@ def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp
 
 @pytest.mark.parametrize(("before", "after"), [("none", "{file}"), ("{file}", "none")])
 def test_a_study_with_other_weights(engine, demo, study_text, tmp_path, before, after):
-    from search.study import InputError, load_study_file, open_study
-    from storage import database
-
     (tmp_path / "w.pth").write_bytes(b"weights")
     path = tmp_path / "study.toml"
     path.write_text(study_text)
@@ -381,16 +384,13 @@ def test_a_home_that_cannot_be_used(folder, study_text, tmp_path, monkeypatch):
 
 
 def test_a_longer_warmup_than_the_run(folder, tiny):
-    import tomli_w
-
     config = tiny.model_copy(update={"warmup_epochs": 2})
     Path("c.toml").write_text(tomli_w.dumps({"train": config.model_dump(exclude_none=True)}))
-    assert_one_line(runner.invoke(app, ["train", "c.toml", "--epochs", "2"]), "warmup_epochs = 2")
+    words = ["train", "c.toml", "--epochs", "2", "--warmup-epochs", "2"]
+    assert_one_line(runner.invoke(app, words), "warmup_epochs = 2")
 
 
 def test_a_checkpoint_that_does_not_fit(tiny, folder, monkeypatch):
-    import tomli_w
-
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     values = {k: v for k, v in tiny.model_dump().items() if v is not None}
     Path("c.toml").write_text(tomli_w.dumps({"train": values | {"epochs": 2}}))
@@ -399,3 +399,143 @@ def test_a_checkpoint_that_does_not_fit(tiny, folder, monkeypatch):
     Path("c.toml").write_text(tomli_w.dumps({"train": values | {"epochs": 2, "lr": 0.5}}))
     assert_one_line(runner.invoke(app, ["train", "c.toml"]), "made with lr = 0.001")
     assert sorted(os.listdir("c.run")) == before
+
+
+def change_of(key, value):
+    """A bundle with another value somewhere: `table.key`."""
+
+    def changed(tables):
+        *parents, name = key.split(".")
+        table = tables
+        for parent in parents:
+            table = table[parent]
+        table[name] = value
+        return tables
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "expected"),
+    [
+        (change_of("format", 99), [], "has format 99, this version reads 1"),
+        (change_of("train.from_the_future", 1), [], "unknown key 'from_the_future'"),
+        (change_of("slurm.final.cpu", 1), [], "did you mean cpus"),
+        (change_of("origin.dataset", "0" * 64), [], "another dataset than the search's"),
+        (dict, ["--train-on", "val"], "train_on"),
+        (dict, ["--train-on", "train+val", "--data", "{no_val}"], "val.txt: no such file"),
+        (dict, ["--warmup-epochs", "9"], "warmup_epochs = 9"),
+        (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),
+        (dict, ["--submit", "--profile", "none"], "the file has final"),
+        (dict, ["--submit", "--data", "nowhere"], "does not exist"),
+    ],
+)
+def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, words, expected):
+    no_val = tmp_path / "no_val"
+    shutil.copytree(demo, no_val)
+    (no_val / "split" / "val.txt").unlink()
+    tables = {
+        "format": 1,
+        "train": tiny.model_dump(exclude_none=True),
+        "slurm": {"final": {}},
+        "origin": {},
+    }
+    Path("c.toml").write_text(tomli_w.dumps(change(tables)))
+    words = [word.format(no_val=no_val) for word in words]
+    assert_one_line(runner.invoke(app, ["train", "c.toml", *words]), expected)
+    assert not Path("c.run").exists()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, demo):
+    """The run folder of a network that was trained for one epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainConfig(
+        data=str(demo),
+        backbone="resnet10t",
+        weights="none",
+        trainable="head",
+        image_size=32,
+        epochs=1,
+        warmup_epochs=0,
+    )
+    workspace = Workspace(config, folder / "cache")
+    files = ModelFiles(folder / "run", workspace.dataset)
+    assert len(list(train(config, workspace, keep=files.keep))) == 1
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere"], "nowhere: no model in it"),
+        (["{junk}"], "cannot be read"),
+        (["{run}", "--data", "{no_test}"], "no split 'test'; it has train, val"),
+        (["{run}", "--split", "tset"], "no split 'tset'; it has train, val, test"),
+        (["{run}", "--data", "nowhere"], "does not exist"),
+        (["{run}", "--data", "{other}"], "has other attributes than the run was trained on"),
+        (["{run}", "--tta", "rotate"], "allowed are none and flip"),
+        (["{run}", "--split", "val", "--scores", "{short}"], "short.txt:79: 79 rows for 80 images"),
+        (["{run}", "--split", "val", "--scores", "{high}"], "high.txt:1: label 9 in column 1"),
+        (["{run}", "--split", "val", "--scores", "nowhere"], "nowhere: no such file"),
+        (["{run}", "-o", "nowhere/p.zip"], "cannot use"),
+    ],
+)
+def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, words, expected):
+    rows = (demo / "split" / "val_attr.txt").read_text().splitlines()
+    names = ("no_test", "other", "short.txt", "high.txt", "junk.safetensors")
+    places = {name.partition(".")[0]: tmp_path / name for name in names} | {"run": finished_run}
+    places["junk"].write_bytes(b"junk")
+    places["short"].write_text("\n".join(rows[:-1]) + "\n")
+    places["high"].write_text("\n".join(["9 0 0 0 0 0", *rows[1:]]) + "\n")
+    for name in ("no_test", "other"):
+        shutil.copytree(demo, places[name])
+    (places["no_test"] / "split" / "test.txt").unlink()
+    names = places["other"] / "split" / "list_attr_cloth.txt"
+    names.write_text(names.read_text().replace("floral", "flowery"))
+    words = [word.format(**places) for word in words]
+    assert_one_line(runner.invoke(app, ["predict", *words]), expected)
+    assert not Path("prediction.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["export", "tiny"], "has no complete trial yet"),
+        (["export", "tiny", "--trial", "7"], "has no trial 7; it has 1, from 0"),
+        (["confirm", "tiny"], "has no complete trial yet"),
+        (["confirm", "tiny", "--show"], "nothing of study 'tiny' is confirmed yet"),
+        (["confirm", "tiny", "--json"], "nothing of study 'tiny' is confirmed yet"),
+        (["confirm", "nobody"], "no study 'nobody' in the database; it has: tiny"),
+        (["report", "tiny"], "has no complete trial yet"),
+        (["worker", "nobody"], "no study 'nobody'"),
+        (["worker", "tiny", "--set", "train.epochs=1"], "--set goes with a study file"),
+    ],
+)
+def test_a_study_with_nothing_to_export(
+    engine, demo, study_text, folder, tmp_path, monkeypatch, words, expected
+):
+    (tmp_path / "s.toml").write_text(study_text)
+    file = load_study_file(tmp_path / "s.toml")
+    study, _ = open_study(file, engine, database.optuna_storage(engine), read_dataset(demo))
+    study.ask()
+    url = engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("ATELIER_DATABASE_URL", url)
+    assert_one_line(runner.invoke(app, words), expected)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_confirmation_on_another_dataset(engine, demo, study_text, folder, tmp_path, monkeypatch):
+    (tmp_path / "s.toml").write_text(study_text)
+    file = load_study_file(tmp_path / "s.toml")
+    study, _ = open_study(file, engine, database.optuna_storage(engine), read_dataset(demo))
+    params = {"lr": 1e-3, "batch_size": 32}
+    trial = optuna.trial.create_trial(params=params, distributions=file.distributions(), value=0.5)
+    study.add_trial(trial)
+    write_demo(tmp_path / "other", train=20, val=10, test=5, seed=3)
+    url = engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("ATELIER_DATABASE_URL", url)
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    result = runner.invoke(app, ["confirm", "tiny", "--data", str(tmp_path / "other")])
+    assert_one_line(result, "was made on another dataset")
+    assert ledger.study_names(engine) == ["tiny"]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.slurm import judge, render_array_script, requeue_own_job, task_states, wall_end
+from search.slurm import judge, render_script, requeue_own_job, task_states, wall_end
 from search.study import InputError, SlurmProfile
 from storage.ledger import Holder
 
@@ -56,7 +56,7 @@ def test_a_warning_has_to_come_before_the_end(time, seconds):
 
 def test_the_script_of_the_reports_profile():
     command = ["atelier", "worker", "study.toml"]
-    script = render_array_script(PROFILE, "0-7%4", command, Path("/work"), {"A": "b"}, "/home/%A_%a.log")
+    script = render_script(PROFILE, "0-7%4", command, Path("/work"), {"A": "b"}, "/home/%A_%a.log")
     assert script == GOLDEN
 
 
@@ -71,7 +71,7 @@ def test_a_profile_can_say_how_to_set_up_and_what_else_to_ask_for():
         setup=["module load cuda", "source env/bin/activate"],
         options=["--constraint=a100", "--nice=100"],
     )
-    script = render_array_script(profile, "3", ["run"], Path("/w"), {}, "log")
+    script = render_script(profile, "3", ["run"], Path("/w"), {}, "log")
     assert script.splitlines()[1:] == [
         "#SBATCH --job-name=atelier",
         "#SBATCH --array=3",
@@ -119,7 +119,7 @@ def test_any_name_reaches_the_worker_as_it_is(name, tmp_path):
         "import os, sys; print([os.getcwd(), os.environ['A'], sys.argv[1]])",
         name,
     ]
-    script = render_array_script(PROFILE, "0", show, folder, {"A": name}, "log")
+    script = render_script(PROFILE, "0", show, folder, {"A": name}, "log")
     result = subprocess.run(
         ["bash"], input=script, capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -130,7 +130,7 @@ def test_any_name_reaches_the_worker_as_it_is(name, tmp_path):
 @pytest.mark.parametrize("array", ["", "x", "0-7 --wrap=x", "0-7%", "0-7%4\n#SBATCH --x"])
 def test_a_wrong_array_is_refused(array):
     with pytest.raises(InputError, match="allowed is SLURM's form"):
-        render_array_script(PROFILE, array, [], Path(), {}, "log")
+        render_script(PROFILE, array, [], Path(), {}, "log")
 
 
 @pytest.mark.parametrize(
