@@ -1,4 +1,4 @@
-"""From the search to the long run on the cluster: an array of reruns, then a job beyond its wall time."""
+"""From the search to the long run on the cluster: reruns in an array, then a job past its wall time."""
 
 import json
 import math
