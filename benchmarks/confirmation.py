@@ -1,6 +1,6 @@
 """How far the intervals and the winner of `atelier confirm` can be trusted: studies with known truth.
 
-    python -m benchmarks.confirmation [--studies 400]
+    python -m benchmarks.confirmation [--studies 400] [--spread 1]
 
 Each simulated study has TRIALS configurations whose true scores are known, a validation set with the
 class counts of FashionDataset, and noise of the size measured on real runs (docs/confirm.md): images
@@ -42,13 +42,14 @@ SHARED_SEED = 0.012  # what it does to all configurations
 class SimulatedStudy:
     """Configurations with known true scores, and runs of them with noise."""
 
-    def __init__(self, random: np.random.Generator) -> None:
+    def __init__(self, random: np.random.Generator, spread: float) -> None:
         self._random = random
         self.labels = _labels(random)
         self._attributes = self.labels + np.cumsum([0, *SIZES[:-1]])
         base = norm.ppf(np.clip(random.normal(0.6, 0.15, len(COUNTS)), 0.2, 0.9))
-        spread = -random.exponential(SPREAD, (TRIALS, 1))  # a few are bad, many are close to the best
-        self._levels = base + spread + random.normal(0, ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
+        # A few are bad, many are close to the best.
+        whole = -random.exponential(spread * SPREAD, (TRIALS, 1))
+        self._levels = base + whole + random.normal(0, spread * ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
         # The images' noise has variance 1, so a level's true accuracy has a closed form.
         seeds = SEED**2 + ATTRIBUTE_SEED**2 + SHARED_SEED**2
         self.truth = norm.cdf(self._levels / math.sqrt(1 + seeds)).mean(1)
@@ -92,7 +93,11 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     leader = estimates.leader
     others = [i for i in range(TOP) if i != leader]
     winner = leader if estimates.best[leader] >= WINS else None
-    means = [score.value for score in estimates.scores]
+    means = np.array([score.value for score in estimates.scores])
+    errors = means - truth
+    spreads = [
+        np.std([per_class_accuracy(run, study.labels, SIZES) for run in some], ddof=1) for some in runs
+    ]
     flips = churn(runs, study.labels, SIZES)
     luck = flattery(list(seen), searched, study.labels, SIZES, flips)[top[0]]
     return {
@@ -103,10 +108,14 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
         ],
         "winner declared": winner is not None,
         "winner at least as good as the naive one": truth[winner or 0] >= truth[0],
+        "leader at least as good as the naive one": truth[leader] >= truth[0],
         "leader's gain": truth[leader] - truth[0],
         "optimism": seen[top[0]] - truth[0],
         "reported optimism": seen[top[0]] - means[0] + luck,
         "of it by the images": luck,
+        "error of a score": float(abs(errors).mean()),
+        "error of a difference": float(abs(errors[leader] - np.delete(errors, leader)).mean()),
+        "spread over seeds": float(np.mean(spreads)),
         "seeds spent": sum(map(len, runs)) / (TOP * SEEDS),
     }
 
@@ -114,9 +123,12 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--studies", type=int, default=400)
+    parser.add_argument(
+        "--spread", type=float, default=1.0, help="of the configurations, times the real"
+    )
     options = parser.parse_args()
     random = np.random.default_rng(0)
-    results = [confirm(SimulatedStudy(random), random) for _ in range(options.studies)]
+    results = [confirm(SimulatedStudy(random, options.spread), random) for _ in range(options.studies)]
     means = {key: _mean([result[key] for result in results]) for key in results[0]}
     for name, (mean, error) in means.items():
         print(f"{name:<42}{mean:8.4f} +- {error:.4f}")

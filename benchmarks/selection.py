@@ -1,44 +1,58 @@
 """Which score picks the configuration that does best, and what confirmation adds, on unseen images.
 
-    python -m benchmarks.selection STUDY [--halves 200]
+    python -m benchmarks.selection STUDY... [--draws 400]
 
-STUDY is a search by random sampling without a pruner, all of whose trials were rerun on fresh seeds:
+Each STUDY is a search by random sampling without a pruner, whose trials were rerun on fresh seeds:
 
     atelier search STUDY.toml
     atelier confirm STUDY --top TRIALS --seeds 2
 
 So no decision has seen a validation image, and the images can be cut into halves, by image and alike in
-their attributes, as often as one likes. One half plays the validation set: scores are taken, leaders
-confirmed on it. The other half, with the fresh seeds, is the truth.
+their attributes, as often as one likes. One half plays the validation set: some trials are searched and
+the leaders confirmed on it. The other half, with the fresh seeds, is the truth.
 """
 
 import argparse
 from collections import defaultdict
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 from scipy.stats import spearmanr
 
 from dashboards.status import read_status
 from search.bootstrap import attribute_index, class_means, compare, hits, per_class_accuracy
-from search.confirmation import SUFFIX, TOP, attribute_sizes
+from search.confirmation import SUFFIX, TOP, attribute_sizes, predictions_of
 from search.score import KINDS, epoch_value, score
 from storage import database
 from storage.ledger import StudyEntry, study_entry
-from storage.runs import RunFolder
 from trainer.predictions import Predictions
 
 
-def complete(engine: Any, name: str) -> tuple[StudyEntry, dict[int, Any], dict[int, Predictions]]:
-    """A study's entry, complete trials and their predictions, by number."""
-    entry = study_entry(engine, name)
-    if entry is None:
-        raise SystemExit(f"no study {name!r} in the database")
-    rows = read_status(engine, entry.study_id, name).trials
-    folder = RunFolder(entry.name, entry.created)
-    trials = {row.number: row for row in rows if row.state == "complete"}
-    return entry, trials, {n: Predictions.load(folder.predictions(n)) for n in trials}
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a search, and its reruns on fresh seeds."""
+
+    searched: Predictions
+    reruns: list[Predictions]
+
+
+def read_trials(engine: sa.Engine, name: str) -> tuple[StudyEntry, list[Trial]]:
+    """A search's record, and its complete trials that were rerun."""
+    found = []
+    for study in (name, name + SUFFIX):
+        entry = study_entry(engine, study)
+        if entry is None:
+            raise SystemExit(f"no study {study!r} in the database")
+        trials = read_status(engine, entry.study_id, study).trials
+        found.append((entry, {row.number: (row, p) for row, p in predictions_of(entry, trials)}))
+    (entry, searched), (_, again) = found
+    reruns = defaultdict(list)
+    for row, predictions in again.values():
+        reruns[row.params["candidate"]].append(predictions)
+    return entry, [Trial(searched[number][1], some) for number, some in reruns.items()]
 
 
 def half(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -90,49 +104,66 @@ class Half:
         )
 
 
+def measure(
+    trials: list[Trial], entry: StudyEntry, mask: np.ndarray
+) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
+    """One search on the images of the mask, judged by the others.
+
+    Returns by kind of score its pick's true score, how far that is behind the best one, and the rank
+    correlation of score and truth; and by kind of estimate what it says of its trial and the truth.
+    """
+    labels = trials[0].searched.labels
+    seen, unseen = Half(entry, labels, mask), Half(entry, labels, ~mask)
+    truth = np.array([np.mean([unseen.metric(run) for run in trial.reruns]) for trial in trials])
+    scores = [seen.scores(trial.searched) for trial in trials]
+    picks = {}
+    for kind in KINDS:
+        values = np.array([row[kind] for row in scores])
+        pick = truth[values.argmax()]
+        picks[kind] = (pick, truth.max() - pick, float(spearmanr(values, truth).statistic))
+    values = np.array([row["mean-last-5"] for row in scores])
+    top = np.argsort(-values)[:TOP]
+    known = compare(
+        [[hits(run)[mask] for run in trials[i].reruns] for i in top], seen.labels, seen.sizes
+    )
+    return picks, {
+        "naive: the search's maximum": (values[top[0]], truth[top[0]]),
+        "the same trial, confirmed": (known.scores[0].value, truth[top[0]]),
+        "the leader, confirmed": (known.scores[known.leader].value, truth[top[known.leader]]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--halves", type=int, default=200)
+    parser.add_argument("study", nargs="+")
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--trials", type=int, default=40, help="of each draw's search")
     options = parser.parse_args()
     engine = database.connect()
-    entry, trials, searched = complete(engine, options.study)
-    _, again, rerun = complete(engine, options.study + SUFFIX)
-    seeds = defaultdict(list)
-    for number, row in again.items():
-        seeds[row.params["candidate"]].append(rerun[number])
-    numbers = [number for number in trials if number in seeds]
-    labels = searched[numbers[0]].labels
+    entries, trials = [], []
+    for name in options.study:
+        entry, some = read_trials(engine, name)
+        entries.append(entry)
+        trials += some
+    if len({entry.dataset for entry in entries}) > 1:
+        raise SystemExit("the studies are of different datasets")
     random = np.random.default_rng(0)
-    found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    estimates: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for _ in range(options.halves):
-        mask = half(labels, random)
-        seen, unseen = Half(entry, labels, mask), Half(entry, labels, ~mask)
-        truth = np.array([np.mean([unseen.metric(run) for run in seeds[n]]) for n in numbers])
-        scores = [seen.scores(searched[n]) for n in numbers]
-        for kind in KINDS:
-            values = np.array([row[kind] for row in scores])
-            pick = truth[values.argmax()]
-            found[kind].append((pick, truth.max() - pick, float(spearmanr(values, truth).statistic)))
-        values = np.array([row["mean-last-5"] for row in scores])
-        top = np.argsort(-values)[:TOP]
-        runs = [[hits(run)[mask] for run in seeds[numbers[i]]] for i in top]
-        known = compare(runs, seen.labels, seen.sizes)
-        leader = top[known.leader]
-        estimates["naive"].append((values[top[0]], truth[top[0]]))
-        estimates["confirmed"].append((known.scores[known.leader].value, truth[leader]))
-        estimates["confirmed, the naive winner"].append((known.scores[0].value, truth[top[0]]))
-    print(f"{len(numbers)} configurations, {options.halves} halves; percent")
-    print(f"{'score':<28}{'its pick':>9}{'behind':>9}{'+-':>6}{'rank correlation':>18}")
-    for kind, rows in found.items():
-        pick, behind, correlation = np.mean(rows, 0)
-        error = np.std([row[1] for row in rows]) / np.sqrt(options.halves)
-        print(f"{kind:<28}{100 * pick:9.2f}{100 * behind:9.2f}{100 * error:6.2f}{correlation:18.3f}")
-    print(f"{'estimate':<28}{'said':>9}{'true':>9}{'too high by':>13}")
-    for name, pairs in estimates.items():
-        said, true = np.mean(pairs, 0)
-        print(f"{name:<28}{100 * said:9.2f}{100 * true:9.2f}{100 * (said - true):13.2f}")
+    results = []
+    for _ in range(options.draws):
+        chosen = random.choice(len(trials), min(options.trials, len(trials)), replace=False)
+        mask = half(trials[0].searched.labels, random)
+        results.append(measure([trials[i] for i in chosen], entries[0], mask))
+    print(
+        f"{len(trials)} trials; {options.draws} draws of {options.trials} and half the images; percent"
+    )
+    print(f"{'score':<28}{'its pick':>9}{'behind':>9}{'rank correlation':>18}")
+    for kind in KINDS:
+        pick, behind, correlation = np.mean([picks[kind] for picks, _ in results], 0)
+        print(f"{kind:<28}{100 * pick:9.2f}{100 * behind:9.2f}{correlation:18.3f}")
+    print(f"{'estimate':<28}{'said':>9}{'true':>9}{'too high by':>18}")
+    for name in results[0][1]:
+        said, true = np.mean([estimates[name] for _, estimates in results], 0)
+        print(f"{name:<28}{100 * said:9.2f}{100 * true:9.2f}{100 * (said - true):18.2f}")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def attribute_sizes(entry: StudyEntry) -> list[int]:
     return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
 
 
-def _predictions(
+def predictions_of(
     entry: StudyEntry, trials: Sequence[TrialRow]
 ) -> Iterator[tuple[TrialRow, Predictions]]:
     """The complete trials with their predictions, by number. Raises InputError."""
@@ -264,7 +264,7 @@ def _optimism(
 ) -> float | None:
     if naive.searched is None or naive.score is None:
         return None
-    found = list(_predictions(search, status.trials))
+    found = list(predictions_of(search, status.trials))
     numbers = [row.number for row, _ in found]
     runs = [hits(predictions) for _, predictions in found]
     labels, sizes = found[0][1].labels, attribute_sizes(search)
@@ -279,7 +279,7 @@ class _Evidence:
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
         self.runs: dict[int, list[Predictions]] = {}  # by candidate, in the seeds' order
-        for row, predictions in _predictions(linked, trials):
+        for row, predictions in predictions_of(linked, trials):
             self.runs.setdefault(row.params["candidate"], []).append(predictions)
         self._sizes = attribute_sizes(linked)
         self._judged = [number for number, runs in self.runs.items() if len(runs) >= LEAST_SEEDS]
