@@ -82,13 +82,13 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     seen = np.array([per_class_accuracy(run, study.labels, SIZES) for run in searched])
     top = np.argsort(-seen)[:TOP]
     truth = study.truth[top]
-    runs: list[list[np.ndarray]] = [[] for _ in top]
+    runs: list[dict[int, np.ndarray]] = [{} for _ in top]
     for seed in range(1, SEEDS + 1):
         if seed > LEAST_SEEDS:
             best = compare(runs, study.labels, SIZES).best
         for index, trial in enumerate(top):
             if seed <= LEAST_SEEDS or best[index] >= DROPPED:
-                runs[index].append(study.run(trial, seed))
+                runs[index][seed] = study.run(trial, seed)
     estimates = compare(runs, study.labels, SIZES)
     leader = estimates.leader
     others = [i for i in range(TOP) if i != leader]
@@ -96,10 +96,11 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     means = np.array([score.value for score in estimates.scores])
     errors = means - truth
     spreads = [
-        np.std([per_class_accuracy(run, study.labels, SIZES) for run in some], ddof=1) for some in runs
+        np.std([per_class_accuracy(run, study.labels, SIZES) for run in some.values()], ddof=1)
+        for some in runs
     ]
     flips = churn(runs, study.labels, SIZES)
-    luck = flattery(list(seen), searched, study.labels, SIZES, flips)[top[0]]
+    luck = flattery(searched, study.labels, SIZES, flips)
     return {
         "score covered": [s.low <= t <= s.high for s, t in zip(estimates.scores, truth, strict=True)],
         "difference covered": [

@@ -124,7 +124,9 @@ def measure(
     values = np.array([row["mean-last-5"] for row in scores])
     top = np.argsort(-values)[:TOP]
     known = compare(
-        [[hits(run)[mask] for run in trials[i].reruns] for i in top], seen.labels, seen.sizes
+        [dict(enumerate(hits(run)[mask] for run in trials[i].reruns)) for i in top],
+        seen.labels,
+        seen.sizes,
     )
     return picks, {
         "naive: the search's maximum": (values[top[0]], truth[top[0]]),

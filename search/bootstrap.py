@@ -8,7 +8,7 @@ with known truth that these intervals were measured on.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,22 +66,29 @@ def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[i
     return float(np.nanmean(means))
 
 
+Runs = Sequence[Mapping[int, np.ndarray]]  # of each candidate by seed: hits [images, categories]
+
+
 def compare(
-    runs: Sequence[Sequence[np.ndarray]],
+    runs: Runs,
     labels: np.ndarray,
     sizes: Sequence[int],
     replicates: int = REPLICATES,
 ) -> Estimates:
     """Estimate the true scores of candidates from their runs.
 
-    `runs[i][s]` are the hits [images, categories] of candidate i with seed s, the same seeds for all; a
-    candidate may have fewer of them, but two at least. `labels` [images, categories] are the truth.
+    The seeds are the same for all, but a candidate may lack some; it has two at least. `labels`
+    [images, categories] are the truth.
     """
     random = np.random.default_rng(0)  # the same evidence gives the same answer
-    scores = [[per_class_accuracy(run, labels, sizes) for run in some] for some in runs]
-    means = np.array([np.mean(some) for some in scores])
+    seeds = sorted({seed for some in runs for seed in some})
+    scores = np.full((len(runs), len(seeds)), np.nan)
+    for index, some in enumerate(runs):
+        for seed, run in some.items():
+            scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
+    means = np.nanmean(scores, 1)
     attributes = attribute_index(labels, sizes)
-    average = np.stack([np.mean(some, 0) for some in runs])  # over seeds
+    average = np.stack([np.mean([*some.values()], 0) for some in runs])  # over seeds
     covariance = _image_covariance(average, attributes, sizes)
     deviations = random.multivariate_normal(np.zeros(len(means)), covariance, replicates)
     deviations += _seeds(scores, churn(runs, labels, sizes), replicates, random)
@@ -100,31 +107,27 @@ def compare(
 
 
 def flattery(
-    scores: Sequence[float],
-    runs: Sequence[np.ndarray],
-    labels: np.ndarray,
-    sizes: Sequence[int],
-    churn: float,
-) -> list[float]:
-    """How much of each score is expected to be the luck of having these images.
+    runs: Sequence[np.ndarray], labels: np.ndarray, sizes: Sequence[int], churned: float
+) -> float:
+    """How much of the highest score of many runs is expected to be the luck of having these images.
 
-    `runs[i]` are the hits [images, categories] behind score i, of one run each; `churn` is what `churn`
-    says of reruns, for what another seed would change is not the images' doing. It is the expectation of
-    the images' deviation given all scores, if true scores are normal around a mean: the best linear
-    unbiased prediction (Robinson, Statistical Science 6, 1991). Luck that all runs share cannot be seen
-    and counts as none.
+    `runs` are hits [images, categories], one run of each configuration; `churned` is what `churn` says
+    of reruns, for what another seed would change is not the images' doing. The bootstrap of a maximum:
+    with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
+    runs share has no part in who is first, and counts as none.
     """
-    values = np.array(scores)
-    attributes = attribute_index(labels, sizes)
-    images = _image_covariance(np.stack(runs).astype(float), attributes, sizes)
-    n = len(values)
-    images -= churn * np.eye(n)
-    # What remains of the spread between runs: configurations and seeds.
-    centre = np.eye(n) - 1 / n
-    images = centre @ images @ centre
-    rest = max((values.var() * n - np.trace(images)) / max(n - 1, 1), 0.0)
-    whole = images + rest * np.eye(n)
-    return list(map(float, images @ np.linalg.pinv(whole) @ (values - values.mean())))
+    scores = np.array([per_class_accuracy(run, labels, sizes) for run in runs])
+    covariance = _image_covariance(np.stack(runs).astype(float), attribute_index(labels, sizes), sizes)
+    centre = np.eye(len(runs)) - 1 / len(runs)
+    covariance = centre @ covariance @ centre
+    variance = np.trace(covariance) / max(len(runs) - 1, 1)
+    if variance <= churned:
+        return 0.0
+    random = np.random.default_rng(0)
+    moves = random.multivariate_normal(np.zeros(len(runs)), covariance, REPLICATES)
+    first = (scores + moves).argmax(1)
+    luck = moves[np.arange(REPLICATES), first].mean()
+    return float(luck * (1 - churned / variance))
 
 
 def of_images(predictions: Predictions, sizes: Sequence[int]) -> Interval:
@@ -184,36 +187,34 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     return total
 
 
-def churn(runs: Sequence[Sequence[np.ndarray]], labels: np.ndarray, sizes: Sequence[int]) -> float:
+def churn(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     """The part of a score's variance over seeds that is images changing sides one by one.
 
-    `runs` as of `compare`. The mean over seeds carries it into the images' part, so it must not be
-    counted again.
+    The mean over seeds carries it into the images' part, so it must not be counted again.
     """
     attributes = attribute_index(labels, sizes)
     counts = np.bincount(attributes.ravel(), minlength=sum(sizes))
     weights = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # of an image in the score
-    variances = np.mean([np.stack(some).var(0, ddof=1) for some in runs], 0)
+    variances = np.mean([np.stack([*some.values()]).var(0, ddof=1) for some in runs], 0)
     return float((variances * weights[attributes] ** 2).sum())
 
 
 def _seeds(
-    scores: Sequence[Sequence[float]], churned: float, replicates: int, random: np.random.Generator
+    scores: np.ndarray, churned: float, replicates: int, random: np.random.Generator
 ) -> np.ndarray:
     """How the mean scores move with other seeds: [replicates, candidates].
 
     What a seed does to all candidates and what it does to one are kept apart; the variance of the latter
     is taken as the same for all candidates, since a few seeds of one say little.
     """
-    seeds = max(map(len, scores))
-    has = np.array([[s < len(some) for s in range(seeds)] for some in scores])
-    residuals = np.zeros(has.shape)
-    residuals[has] = np.concatenate([np.array(some) - np.mean(some) for some in scores])
-    shared = residuals.sum(0) / has.sum(0)
+    candidates, seeds = scores.shape
+    has = ~np.isnan(scores)
+    residuals = scores - np.nanmean(scores, 1, keepdims=True)
+    shared = np.nanmean(residuals, 0)
     own = np.where(has, residuals - shared, 0)
-    freedom = int(has.sum()) - len(scores) - (seeds - 1)
+    freedom = int(has.sum()) - candidates - (seeds - 1)
     own_variance = (own**2).sum() / freedom if freedom > 0 else 0.0
-    shared_variance = (shared**2).sum() / (seeds - 1) - own_variance / len(scores)
+    shared_variance = (shared**2).sum() / (seeds - 1) - own_variance / candidates
     if freedom > 0:
         own_variance -= churned
     else:  # one candidate: all of it is shared

@@ -31,6 +31,7 @@ SUFFIX = "-confirm"  # of the linked study's name
 TOP, SEEDS = 5, 5  # with three seeds, no paired test can reach significance
 WINS = 0.95  # the probability of being best from which on a candidate has won
 DROPPED = 0.01  # the one below which it gets no further seeds
+CANNOT_WIN = "cannot win any more"  # then the reason why a rerun is pruned before its first epoch
 TIED = 0.05  # the one from which on a candidate is named in a tie
 LEAST_SEEDS = 2  # before anything is said of a candidate
 ESTIMATES = ("score", "behind", "best")
@@ -191,8 +192,10 @@ class Confirmation:
 
     @property
     def winner(self) -> Candidate | None:
-        """The candidate that is the best with a probability of 95 %, if there is one."""
-        return next((one for one in self.candidates if (one.best or 0) >= WINS), None)
+        """The candidate that is the best with a probability of 95 %, if there is one in the end."""
+        # Not before: who looks often enough sees any candidate win for a while.
+        best = self.candidates[0] if self.finished else None
+        return best if best and (best.best or 0) >= WINS else None
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
@@ -213,7 +216,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
     values = {row.number: row.value for row in searched.trials}
     numbers = [one["number"] for one in plan.candidates]
     evidence = _Evidence(linked, status.trials)
-    given_up = {row.params.get("candidate") for row in status.trials if row.state == "pruned"}
+    given_up = {row.params.get("candidate") for row in status.trials if row.reason == CANNOT_WIN}
     candidates = [
         Candidate(
             one["number"],
@@ -264,51 +267,48 @@ def _optimism(
 ) -> float | None:
     if naive.searched is None or naive.score is None:
         return None
-    found = list(predictions_of(search, status.trials))
-    numbers = [row.number for row, _ in found]
-    runs = [hits(predictions) for _, predictions in found]
+    try:
+        found = list(predictions_of(search, status.trials))
+    except InputError:
+        return None  # the search is older than its predictions, or was on another machine
+    runs = {row.number: hits(predictions) for row, predictions in found}
     labels, sizes = found[0][1].labels, attribute_sizes(search)
-    accuracies = [per_class_accuracy(run, labels, sizes) for run in runs]
-    luck = flattery(accuracies, runs, labels, sizes, evidence.churn)
-    index = numbers.index(naive.number)
-    return accuracies[index] - naive.score.value + luck[index]
+    seen = per_class_accuracy(runs[naive.number], labels, sizes)
+    return seen - naive.score.value + flattery([*runs.values()], labels, sizes, evidence.churn)
 
 
 class _Evidence:
     """The predictions of a confirmation's complete trials, and what follows from them."""
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
-        self.runs: dict[int, list[Predictions]] = {}  # by candidate, in the seeds' order
-        for row, predictions in predictions_of(linked, trials):
-            self.runs.setdefault(row.params["candidate"], []).append(predictions)
+        self.runs: dict[int, dict[int, np.ndarray]] = {}  # hits by candidate and seed
         self._sizes = attribute_sizes(linked)
-        self._judged = [number for number, runs in self.runs.items() if len(runs) >= LEAST_SEEDS]
-        self._hits = [[hits(run) for run in self.runs[number]] for number in self._judged]
-
-    @property
-    def labels(self) -> np.ndarray:
-        return next(iter(self.runs.values()))[0].labels
+        for row, predictions in predictions_of(linked, trials):
+            self.runs.setdefault(row.params["candidate"], {})[row.params["seed"]] = hits(predictions)
+            self._labels = predictions.labels
+        self._judged = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
 
     @property
     def churn(self) -> float:
-        return churn(self._hits, self.labels, self._sizes)
+        """See search.bootstrap.churn."""
+        return churn([*self._judged.values()], self._labels, self._sizes)
 
     @cached_property
     def estimates(self) -> dict[int, dict[str, Any]]:
         """score, behind and best of each candidate with enough seeds."""
         if not self._judged:
             return {}
-        known = compare(self._hits, self.labels, self._sizes)
+        known = compare([*self._judged.values()], self._labels, self._sizes)
         rows = zip(known.scores, known.behind, known.best, strict=True)
         named = (dict(zip(ESTIMATES, row, strict=True)) for row in rows)
         return dict(zip(self._judged, named, strict=True))
 
 
-def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> bool:
-    """Whether a candidate is worth no further seed."""
+def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
+    """The reason, if a candidate is worth no further seed."""
     trials = read_status(engine, linked.study_id, linked.name).trials
     estimate = _Evidence(linked, trials).estimates.get(candidate)
-    return estimate is not None and estimate["best"] < DROPPED
+    return CANNOT_WIN if estimate is not None and estimate["best"] < DROPPED else None
 
 
 def render(confirmation: Confirmation) -> RenderableType:

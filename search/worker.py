@@ -52,8 +52,8 @@ class Worker:
         self.runs = runs
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
-        # Called before a trial's first epoch with its parameters; returns whether it is not worth one.
-        self.rules_out: Callable[[dict[str, Any]], bool] = lambda _: False
+        # Called before a trial's first epoch with its parameters; returns why it is not worth one.
+        self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self.stop = Stop(wall_end)
         self._attributes = workspace.dataset.attribute_table("val")
         self.made_progress = False  # at least one optimizer step
@@ -128,8 +128,8 @@ class Worker:
         """Returns whether the trial has ended; else it was released."""
         params = self._params(claim)
         config = self.file.config(params)
-        if claim.last_epoch < 0 and self.rules_out(params):
-            self.ledger.finish(claim, "pruned", reason="cannot win any more")
+        if claim.last_epoch < 0 and (reason := self.rules_out(params)):
+            self.ledger.finish(claim, "pruned", reason=reason)
             return True
         results: list[EpochResult] = []
         for result in train(config, self.workspace, checkpoints, interrupt):
