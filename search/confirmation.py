@@ -184,11 +184,17 @@ class Confirmation:
 
     study: str  # the search
     linked: str  # the name of the study that the reruns are trials of
-    finished: bool
+    reruns: int  # trials of the linked study that have ended
+    max_reruns: int
     seeds: int  # wanted of each candidate
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials of the search that were not among the candidates and now would be
+
+    @property
+    def finished(self) -> bool:
+        """Whether every candidate has its seeds, or was given up."""
+        return self.reruns >= self.max_reruns
 
     @property
     def winner(self) -> Candidate | None:
@@ -200,7 +206,10 @@ class Confirmation:
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
         winner = self.winner
-        return asdict(self) | {"winner": None if winner is None else winner.number}
+        return asdict(self) | {
+            "finished": self.finished,
+            "winner": None if winner is None else winner.number,
+        }
 
 
 def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
@@ -232,7 +241,8 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
     return Confirmation(
         study=search.name,
         linked=linked.name,
-        finished=status.finished >= status.max_trials,
+        reruns=status.finished,
+        max_reruns=status.max_trials,
         seeds=status.max_trials // len(candidates),
         candidates=sorted(candidates, key=lambda one: -one.score.value if one.score else 0.0),
         optimism=_optimism(search, searched, naive, evidence),
@@ -349,6 +359,10 @@ def verdict(confirmation: Confirmation) -> list[str]:
         lines.append(f"trial {winner.number} is the best of them with {100 * (winner.best or 0):.0f} %")
     elif leader.best is None:
         lines.append(f"no verdict yet: each candidate needs {LEAST_SEEDS} seeds at least")
+    elif not confirmation.finished:
+        lines.append(
+            f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
+        )
     else:
         tied = [str(one.number) for one in confirmation.candidates if (one.best or 0) >= TIED]
         lines.append(

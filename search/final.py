@@ -72,7 +72,9 @@ def _write_curve(folder: Path, results: list[EpochResult]) -> None:
     curve = Curve(TrialRow(0, "complete"))
     for result in results:
         curve.add(result.columns())
-    drawing.save(figures.curves([curve], []), folder.name, folder / "curve.png")
+    drawn = figures.curves([curve], [])
+    drawn.legend = []  # there is one line
+    drawing.save(drawn, folder.name, folder / "curve.png")
 
 
 def model_path(run: Path) -> Path:

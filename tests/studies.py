@@ -51,7 +51,17 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
         study_id,
         max_trials=max_trials or len(states),
         max_gpu_seconds=None,
-        settings={"train": {"epochs": epochs, "backbone": "resnet10t"}, "space": {}, "places": {}},
+        settings={
+            "study": {"score": "mean-last-5"},
+            "train": {"epochs": epochs, "warmup_epochs": 0, "backbone": "resnet10t"},
+            "space": {
+                name: list(one.choices)
+                if isinstance(one, CategoricalDistribution)
+                else {"low": one.low, "high": one.high, "log": one.log}
+                for name, one in SPACE.items()
+            },
+            "places": {"data": "nowhere", "weights": "none"},
+        },
         dataset="f" * 64,
         attributes=ATTRIBUTES,
     )
