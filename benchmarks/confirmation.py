@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from search.bootstrap import churn, compare, flattery, per_class_accuracy
+from search.bootstrap import Interval, churn, compare, flattery, per_class_accuracy
 from search.confirmation import DROPPED, LEAST_SEEDS, WINS
 
 SIZES = (7, 3, 3, 4, 6, 3)
@@ -85,15 +85,15 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     runs: list[dict[int, np.ndarray]] = [{} for _ in top]
     for seed in range(1, SEEDS + 1):
         if seed > LEAST_SEEDS:
-            best = compare(runs, study.labels, SIZES).best
+            best = [one.best for one in compare(runs, study.labels, SIZES)]
         for index, trial in enumerate(top):
             if seed <= LEAST_SEEDS or best[index] >= DROPPED:
                 runs[index][seed] = study.run(trial, seed)
     estimates = compare(runs, study.labels, SIZES)
-    leader = estimates.leader
+    means = np.array([one.score.value for one in estimates])
+    leader = int(means.argmax())
     others = [i for i in range(TOP) if i != leader]
-    winner = leader if estimates.best[leader] >= WINS else None
-    means = np.array([score.value for score in estimates.scores])
+    won = estimates[leader].best >= WINS
     errors = means - truth
     spreads = [
         np.std([per_class_accuracy(run, study.labels, SIZES) for run in some.values()], ddof=1)
@@ -102,14 +102,12 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     flips = churn(runs, study.labels, SIZES)
     luck = flattery(searched, study.labels, SIZES, flips)
     return {
-        "score covered": [s.low <= t <= s.high for s, t in zip(estimates.scores, truth, strict=True)],
-        "difference covered": [
-            estimates.behind[i].low <= truth[leader] - truth[i] <= estimates.behind[i].high
-            for i in others
-        ],
-        "winner declared": winner is not None,
-        "winner at least as good as the naive one": truth[winner or 0] >= truth[0],
-        "leader at least as good as the naive one": truth[leader] >= truth[0],
+        "score covered": [_holds(one.score, t) for one, t in zip(estimates, truth, strict=True)],
+        "difference covered": [_holds(estimates[i].behind, truth[leader] - truth[i]) for i in others],
+        "winner declared": won,
+        "exported at least as good as the naive one": truth[leader if won else 0] >= truth[0],
+        "declared winner at least as good": truth[leader] >= truth[0] if won else math.nan,
+        "leader at least as good": truth[leader] >= truth[0],
         "leader's gain": truth[leader] - truth[0],
         "optimism": seen[top[0]] - truth[0],
         "reported optimism": seen[top[0]] - means[0] + luck,
@@ -119,6 +117,10 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
         "spread over seeds": float(np.mean(spreads)),
         "seeds spent": sum(map(len, runs)) / (TOP * SEEDS),
     }
+
+
+def _holds(interval: Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
 
 
 def main() -> None:
@@ -141,6 +143,9 @@ def main() -> None:
 def _mean(values: Sequence[float | list[bool]]) -> tuple[float, float]:
     """Mean and standard error over studies."""
     each = np.array([np.mean(value) for value in values])
+    each = each[~np.isnan(each)]  # what has no value in a study
+    if not len(each):
+        return math.nan, math.nan
     return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
 
 

@@ -41,18 +41,18 @@ class Trial:
 
 def read_trials(engine: sa.Engine, name: str) -> tuple[StudyEntry, list[Trial]]:
     """A search's record, and its complete trials that were rerun."""
-    found = []
+    reruns: dict[int, list[Predictions]] = defaultdict(list)
+    found = {}
     for study in (name, name + SUFFIX):
         entry = study_entry(engine, study)
         if entry is None:
             raise SystemExit(f"no study {study!r} in the database")
-        trials = read_status(engine, entry.study_id, study).trials
-        found.append((entry, {row.number: (row, p) for row, p in predictions_of(entry, trials)}))
-    (entry, searched), (_, again) = found
-    reruns = defaultdict(list)
-    for row, predictions in again.values():
-        reruns[row.params["candidate"]].append(predictions)
-    return entry, [Trial(searched[number][1], some) for number, some in reruns.items()]
+        found[study] = entry
+    again = found[name + SUFFIX]
+    for row in read_status(engine, again.study_id, again.name).completed():
+        reruns[row.params["candidate"]].append(predictions_of(again, row.number))
+    search = found[name]
+    return search, [Trial(predictions_of(search, n), some) for n, some in reruns.items()]
 
 
 def half(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -128,10 +128,11 @@ def measure(
         seen.labels,
         seen.sizes,
     )
+    leader = max(range(len(known)), key=lambda i: known[i].score.value)
     return picks, {
         "naive: the search's maximum": (values[top[0]], truth[top[0]]),
-        "the same trial, confirmed": (known.scores[0].value, truth[top[0]]),
-        "the leader, confirmed": (known.scores[known.leader].value, truth[top[known.leader]]),
+        "the same trial, confirmed": (known[0].score.value, truth[top[0]]),
+        "the leader, confirmed": (known[leader].score.value, truth[top[leader]]),
     }
 
 

@@ -123,8 +123,11 @@ class Status:
 
     @property
     def best(self) -> TrialRow | None:
-        done = [row for row in self.trials if row.state == "complete" and row.value is not None]
-        return max(done, key=lambda row: row.value or 0.0, default=None)
+        return next(iter(self.completed()), None)
+
+    def completed(self) -> list[TrialRow]:
+        """The complete trials, the best first."""
+        return [row for row in self.ranked() if row.state == "complete" and row.value is not None]
 
     def ranked(self) -> list[TrialRow]:
         """The trials, those in work first, then the best."""

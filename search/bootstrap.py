@@ -32,13 +32,12 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Estimates:
-    """What is known of some candidates' true scores; lists are in the candidates' order."""
+class Estimate:
+    """What is known of one candidate's true score."""
 
-    scores: list[Interval]
-    leader: int  # the highest mean over seeds
-    behind: list[Interval]  # how far each is behind the leader; the leader itself 0
-    best: list[float]  # the probability of being the best of them
+    score: Interval
+    behind: Interval  # how far it is behind the highest score; of that itself 0
+    best: float  # the probability of being the best candidate
 
 
 def hits(predictions: Predictions) -> np.ndarray:
@@ -69,12 +68,7 @@ def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[i
 Runs = Sequence[Mapping[int, np.ndarray]]  # of each candidate by seed: hits [images, categories]
 
 
-def compare(
-    runs: Runs,
-    labels: np.ndarray,
-    sizes: Sequence[int],
-    replicates: int = REPLICATES,
-) -> Estimates:
+def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estimate]:
     """Estimate the true scores of candidates from their runs.
 
     The seeds are the same for all, but a candidate may lack some; it has two at least. `labels`
@@ -87,23 +81,20 @@ def compare(
         for seed, run in some.items():
             scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
     means = np.nanmean(scores, 1)
-    attributes = attribute_index(labels, sizes)
     average = np.stack([np.mean([*some.values()], 0) for some in runs])  # over seeds
-    covariance = _image_covariance(average, attributes, sizes)
-    deviations = random.multivariate_normal(np.zeros(len(means)), covariance, replicates)
-    deviations += _seeds(scores, churn(runs, labels, sizes), replicates, random)
-    draws = means + deviations
+    covariance = _image_covariance(average, attribute_index(labels, sizes), sizes)
+    moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
+    moves += _seeds(scores, churn(runs, labels, sizes), random)
     leader = int(means.argmax())
-    wins = np.bincount(draws.argmax(1), minlength=len(runs)) / replicates
-    return Estimates(
-        scores=[_interval(mean, part) for mean, part in zip(means, deviations.T, strict=True)],
-        leader=leader,
-        behind=[
-            _interval(means[leader] - mean, deviations[:, leader] - part)
-            for mean, part in zip(means, deviations.T, strict=True)
-        ],
-        best=wins.tolist(),
-    )
+    best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
+    return [
+        Estimate(
+            _interval(mean, moves[:, index]),
+            _interval(means[leader] - mean, moves[:, leader] - moves[:, index]),
+            float(best[index]),
+        )
+        for index, mean in enumerate(means)
+    ]
 
 
 def flattery(
@@ -130,13 +121,8 @@ def flattery(
     return float(luck * (1 - churned / variance))
 
 
-def of_images(predictions: Predictions, sizes: Sequence[int]) -> Interval:
-    """The average per-class accuracy of one run, with the noise of its images only."""
-    return of_hits(hits(predictions), predictions.labels, sizes)
-
-
 def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Interval:
-    """The same of hits [images, categories], true or false, or shares of epochs."""
+    """The average per-class accuracy of one run's hits, with the noise of its images only."""
     value = per_class_accuracy(right, labels, sizes)
     every = np.asarray(right, dtype=float)[np.newaxis]
     variance = _image_covariance(every, attribute_index(labels, sizes), sizes)[0, 0]
@@ -174,14 +160,13 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     for category in range(len(sizes)):
         column = attributes[:, category]
         # Sums of squared deviations from each attribute's mean, by attribute.
-        squares = {}
+        squares = []
         for attribute in np.unique(column):
             values = average[:, column == attribute, category]
             deviations = values - values.mean(1, keepdims=True)
-            squares[values.shape[1], int(attribute)] = deviations @ deviations.T
-        freedom = max(len(column) - len(squares), 1)
-        pooled = sum(squares.values()) / freedom
-        for (n, _), own in squares.items():
+            squares.append((values.shape[1], deviations @ deviations.T))
+        pooled = sum(own for _, own in squares) / max(len(column) - len(squares), 1)
+        for n, own in squares:
             variance = (own + PRIOR_IMAGES * pooled) / (n - 1 + PRIOR_IMAGES)
             total += variance / (n * present**2)
     return total
@@ -199,31 +184,32 @@ def churn(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     return float((variances * weights[attributes] ** 2).sum())
 
 
-def _seeds(
-    scores: np.ndarray, churned: float, replicates: int, random: np.random.Generator
-) -> np.ndarray:
+def _seeds(scores: np.ndarray, churned: float, random: np.random.Generator) -> np.ndarray:
     """How the mean scores move with other seeds: [replicates, candidates].
 
-    What a seed does to all candidates and what it does to one are kept apart; the variance of the latter
-    is taken as the same for all candidates, since a few seeds of one say little.
+    `scores` are [candidates, seeds], NaN where a run is missing. What a seed does to all candidates and
+    what it does to one are kept apart (least squares); the variance of the latter is taken as the same
+    for all candidates, since a few seeds of one say little.
     """
     candidates, seeds = scores.shape
-    has = ~np.isnan(scores)
-    residuals = scores - np.nanmean(scores, 1, keepdims=True)
-    shared = np.nanmean(residuals, 0)
-    own = np.where(has, residuals - shared, 0)
-    freedom = int(has.sum()) - candidates - (seeds - 1)
-    own_variance = (own**2).sum() / freedom if freedom > 0 else 0.0
-    shared_variance = (shared**2).sum() / (seeds - 1) - own_variance / candidates
-    if freedom > 0:
-        own_variance -= churned
-    else:  # one candidate: all of it is shared
-        shared_variance -= churned
+    rows, columns = np.nonzero(~np.isnan(scores))
+    values = scores[rows, columns]
+    design = np.hstack([np.eye(candidates)[rows], np.eye(seeds)[columns]])
+    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    freedom = len(values) - int(rank)
+    own = float(((values - design @ effects) ** 2).sum()) / freedom if freedom else 0.0
+    runs_of_seed = np.bincount(columns)
+    shared = float(np.var(effects[candidates:], ddof=1)) - own * float(np.mean(1 / runs_of_seed))
+    if freedom:
+        own -= churned
+    else:  # the two cannot be told apart
+        shared -= churned
 
     def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
         """Student's t, since the variance is estimated: one scale for all draws of a replicate."""
-        scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, replicates))
-        return random.standard_normal((replicates, *shape)) * scale.reshape(-1, *[1] * len(shape))
+        scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, REPLICATES))
+        return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
 
-    moves = draw((1, seeds), shared_variance, seeds - 1) + draw(has.shape, own_variance, max(freedom, 1))
+    has = ~np.isnan(scores)
+    moves = draw((1, seeds), shared, seeds - 1) + draw(has.shape, own, max(freedom, 1))
     return np.asarray((moves * has).sum(2) / has.sum(1))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from dashboards.status import Status
+    from search.export import Bundle
     from search.launch import LocalSearch
     from search.study import StudyFile
     from storage.ledger import StudyEntry
@@ -116,16 +117,13 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with _errors_in_one_line():
-        from search.study import InputError, open_study
+        from search.study import open_study
         from storage import database
         from storage.runs import image_cache
         from trainer.loop import rehearse
 
         file = _load(study, data, weights, set_)
-        if not output.absolute().parent.is_dir():
-            raise InputError(f"--output {output}: no such folder; make it first")
-        if output.is_dir():
-            raise InputError(f"--output {output}: is a folder; give a file")
+        _check_output(output)
         dataset = rehearse(file.shared, image_cache())
         engine = database.connect()
         opened = database.prepare(engine)
@@ -238,8 +236,10 @@ def _worker_file(
 @app.command()
 def confirm(
     study: StudyName,
-    top: Annotated[int | None, typer.Option(min=1, help="How many of the best trials; 5.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Fresh seeds for each; 5.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="How many of the best trials; 5.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; 5.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 2,
     show: Annotated[bool, typer.Option("--show", help="Train nothing; show what is known.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
@@ -261,10 +261,12 @@ def confirm(
         from storage import database
         from storage.runs import image_cache
 
-        engine, entry = _study(study)
+        if (show or as_json) and (submit or top or seeds):
+            raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
+        engine, entry = _search_study(study)
         if not (show or as_json):
             file = plan(engine, entry, top, seeds).moved(data, weights)
-            arguments = [file.study.name, *_repeat(data, weights, None)]
+            arguments = [*_repeat(data, weights, None), "--", file.study.name]
             if submit:
                 typer.echo(f"job {slurm.submit_study(file, profile, array, arguments)}")
                 typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
@@ -457,7 +459,7 @@ def report(
     with _errors_in_one_line():
         from search.report import write_report
 
-        engine, entry = _study(study)
+        engine, entry = _search_study(study)
         _say(f"the report is {write_report(engine, entry, output)}, and report.md beside it")
 
 
@@ -493,14 +495,15 @@ def export(
 ) -> None:
     """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
     with _errors_in_one_line():
-        engine, entry = _study(study)
+        _check_output(output)
+        engine, entry = _search_study(study)
         _export(engine, entry, trial, output)
 
 
 def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output: Path) -> None:
     from dashboards.status import read_status
     from search.confirmation import read_confirmation
-    from search.export import choose, export_trial
+    from search.export import choose, export_trial, in_words, known_accuracy
 
     confirmation = read_confirmation(engine, entry)
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
@@ -509,7 +512,32 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
     _say(f"{warning}trial {row.number} ({value}) is {choice.words}")
+    if accuracy := known_accuracy(entry, row, confirmation):
+        _say(f"its average per-class accuracy is {in_words(accuracy)}")
     _say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
+
+
+def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
+    """Find a search that exists; a confirmation is none."""
+    from search.confirmation import recorded
+    from search.study import InputError
+
+    engine, entry = _study(name_or_file)
+    if (confirmation := recorded(entry)) is not None:
+        raise InputError(
+            f"{entry.name!r} is the confirmation of a search; name that: {confirmation.confirms}"
+        )
+    return engine, entry
+
+
+def _check_output(path: Path) -> None:
+    """Before any work is done for it."""
+    from search.study import InputError
+
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--output {path}: no such folder; make it first")
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a folder; give a file")
 
 
 def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
@@ -559,17 +587,8 @@ def train(
     """Train one configuration to its end; the same command resumes an interrupted run."""
     with _errors_in_one_line():
         from search import slurm
-        from search.export import change_config, load_bundle, stretched
+        from search.export import changed, load_bundle
 
-        bundle = load_bundle(config)
-        settings, notes = bundle.config, []
-        if epochs is not None and warmup_epochs is None and epochs != settings.epochs:
-            warmup_epochs = stretched(settings, epochs)
-            notes.append(
-                f"note: the schedule is stretched from {settings.epochs} to {epochs} epochs, its "
-                f"warm-up from {settings.warmup_epochs} to {warmup_epochs} epochs; --warmup-epochs "
-                "gives another"
-            )
         changes = {
             "epochs": epochs,
             "warmup_epochs": warmup_epochs,
@@ -577,43 +596,31 @@ def train(
             "data": data,
             "weights": weights,
         }
-        settings = change_config(settings, changes, config)
-        if settings.train_on != "train":
-            notes.append("note: it trains on the validation images too, so nothing is validated")
+        bundle = load_bundle(config)
+        settings, notes = changed(bundle, changes, config)
         folder = run or config.with_suffix(".run")
-        if submit:
-            options = {
-                "--epochs": epochs,
-                "--warmup-epochs": warmup_epochs,
-                "--train-on": train_on,
-                "--run": str(folder.absolute()),
-                "--data": data,
-                "--weights": weights,
-            }
-            given = {key: str(value) for key, value in options.items() if value is not None}
-            words = [word for pair in given.items() for word in pair]
-            arguments = [str(config.absolute()), *words]
+        if submit or dry_run:
+            given = {key: value for key, value in changes.items() if value is not None}
+            options = given | {"run": folder.absolute()}
+            words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+            arguments = [*words, "--", str(config.absolute())]
             if dry_run:
-                script = slurm.run_script(settings, bundle.slurm, profile, arguments)
-                typer.echo(script, nl=False)
+                typer.echo(slurm.run_script(settings, bundle.slurm, profile, arguments), nl=False)
                 return
-            job = slurm.submit_run(settings, bundle.slurm, profile, arguments)
-            for note in notes:
-                _say(note)
+            job = slurm.submit_run(bundle, settings, profile, arguments)
+            _say_each(notes)
             typer.echo(f"job {job}; its log is {slurm.log_folder() / f'train-{job}.log'}")
             return
-        end = _train_here(settings, folder, bundle.origin, notes)
+        end = _train_here(bundle, settings, folder, notes)
         if end != ExitCode.DONE:
             _say("not finished; the same command goes on where it stopped")
             raise typer.Exit(end)
         _say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
 
 
-def _train_here(
-    settings: "TrainConfig", folder: Path, origin: dict[str, Any], notes: list[str]
-) -> ExitCode:
+def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: list[str]) -> ExitCode:
+    from search.export import check_origin
     from search.final import run_to_end
-    from search.study import InputError
     from storage.runs import image_cache
     from trainer.allocation import prepare_process
     from trainer.config import EpochResult
@@ -632,14 +639,14 @@ def _train_here(
 
     prepare_process()
     workspace = Workspace(settings, image_cache())
-    if origin.get("dataset", workspace.dataset.fingerprint) != workspace.dataset.fingerprint:
-        raise InputError(
-            f"{settings.data} is another dataset than the search's; give that one with --data, or "
-            "delete the line origin.dataset to train on this one"
-        )
-    for note in notes:
-        _say(note)
+    check_origin(bundle, settings, workspace.dataset.fingerprint)
+    _say_each(notes)
     return run_to_end(settings, workspace, folder, show)
+
+
+def _say_each(lines: list[str]) -> None:
+    for line in lines:
+        _say(line)
 
 
 @app.command()
@@ -660,12 +667,13 @@ def predict(
 
         if tta not in ("none", "flip"):
             raise InputError(f"--tta {tta!r}: allowed are none and flip")
+        _check_output(output)
         prepare_process()
-        classes, model = final.predict(run, split, data, image_cache(), tta == "flip")
-        rows = final.scores(classes, scores, model) if scores else {}
+        predictor = final.Predictor(run, split, data, scores)
+        classes = predictor.predict(image_cache(), tta == "flip")
         final.write_submission(classes, output)
         _say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
-        for name, known in rows.items():
+        for name, known in predictor.scores(classes).items():
             typer.echo(f"{name:<27}{known.value:.4f}  95 %: {known.low:.4f} to {known.high:.4f}")
 
 

@@ -5,7 +5,7 @@ n is candidate n mod K with seed n div K: all candidates get a seed before the n
 same seeds. A candidate that cannot win any more is passed over.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dashboards.status import Status, TrialRow, read_status
-from search.bootstrap import Interval, churn, compare, flattery, hits, per_class_accuracy
-from search.study import InputError, StudyFile
+from dashboards.status import TrialRow, read_status
+from search.bootstrap import Estimate, churn, compare, flattery, hits, per_class_accuracy
+from search.study import InputError, StudyFile, validate
 from storage.ledger import StudyEntry, study_entry
 from storage.runs import RunFolder
 from trainer.config import TrainConfig
@@ -34,7 +34,7 @@ DROPPED = 0.01  # the one below which it gets no further seeds
 CANNOT_WIN = "cannot win any more"  # then the reason why a rerun is pruned before its first epoch
 TIED = 0.05  # the one from which on a candidate is named in a tie
 LEAST_SEEDS = 2  # before anything is said of a candidate
-ESTIMATES = ("score", "behind", "best")
+MOST_RIVALS = 100  # trials of the search that are looked at for the luck of the first
 MOST_TRIALS = 10**6
 
 
@@ -105,10 +105,10 @@ def recorded(entry: StudyEntry) -> ConfirmationFile | None:
         return None
     confirms = entry.settings["confirms"]
     seeds = entry.max_trials // len(confirms["candidates"])
-    return _file(entry, confirms["study"], confirms["candidates"], seeds)
+    return _confirmation_file(entry, confirms["study"], confirms["candidates"], seeds)
 
 
-def _file(
+def _confirmation_file(
     entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
 ) -> ConfirmationFile:
     """The confirmation of a search's trials, with the settings of a study that is on record."""
@@ -119,7 +119,8 @@ def _file(
         "max_trials": len(candidates) * seeds,
         "pruner": "none",
     }
-    return ConfirmationFile(**tables, confirms=search, candidates=candidates, dataset=entry.dataset)
+    own = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
+    return validate(ConfirmationFile, tables | own, f"confirmation of {search!r}")
 
 
 def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None) -> ConfirmationFile:
@@ -127,37 +128,27 @@ def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | No
 
     Raises InputError if there is nothing to confirm, or if it was begun otherwise.
     """
-    name = search.name + SUFFIX
-    if (plan := recorded(search)) is not None:
-        raise InputError(f"{search.name!r} is a confirmation itself; name the study: {plan.confirms}")
-    linked = study_entry(engine, name)
+    linked = study_entry(engine, search.name + SUFFIX)
     if linked is None:
-        chosen = leaders(read_status(engine, search.study_id, search.name), top or TOP)
-        candidates = [{"number": row.number, "params": row.params} for row in chosen]
-        return _file(search, search.name, candidates, seeds or SEEDS)
-    plan = recorded(linked)
-    if plan is None:
-        raise InputError(f"{name!r} is the name of a search; a confirmation cannot have it too")
-    begun, given = len(plan.candidates), plan.study.max_trials // len(plan.candidates)
-    if top not in (None, begun):
+        status = read_status(engine, search.study_id, search.name)
+        chosen = status.completed()
+        if not chosen or len(chosen) < (top or 1):
+            found = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
+            raise InputError(f"study {search.name!r} has {found} yet; see: atelier status {search.name}")
+        candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
+        return _confirmation_file(search, search.name, candidates, seeds or SEEDS)
+    begun = recorded(linked)
+    if begun is None:
+        raise InputError(f"{linked.name!r} is the name of a search; a confirmation cannot have it too")
+    known, given = len(begun.candidates), begun.study.max_trials // len(begun.candidates)
+    if top not in (None, known):
         raise InputError(
-            f"--top {top}: the confirmation was begun with {begun}; to begin anew, first delete "
-            f"{name!r} in the dashboard"
+            f"--top {top}: the confirmation was begun with {known}; to begin anew, first delete "
+            f"{linked.name!r} in the dashboard"
         )
     if seeds is not None and seeds < given:
         raise InputError(f"--seeds {seeds}: each candidate has {given} already; allowed are more")
-    more = {"max_trials": begun * (seeds or given)}
-    return plan.model_copy(update={"study": plan.study.model_copy(update=more)})
-
-
-def leaders(status: Status, top: int) -> list[TrialRow]:
-    """The complete trials with the highest scores. Raises InputError without any."""
-    complete = [row for row in status.ranked() if row.state == "complete"]
-    if not complete:
-        raise InputError(
-            f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
-        )
-    return complete[:top]
+    return _confirmation_file(linked, search.name, begun.candidates, seeds or given)
 
 
 @dataclass(frozen=True)
@@ -166,25 +157,25 @@ class Candidate:
 
     number: int  # in the search
     params: dict[str, Any]
-    searched: float | None  # what the search saw
+    searched: float | None  # in the search; None if its predictions are not at hand
     seeds: int  # reruns that are complete
+    failed: int  # reruns that failed, diverged, or ran out of memory
     passed_over: bool  # it could not win any more
-    score: Interval | None = None  # None while there are too few seeds
-    behind: Interval | None = None
-    best: float | None = None  # the probability of being the best candidate
+    estimate: Estimate | None  # None while there are too few seeds
 
 
 @dataclass(frozen=True)
 class Confirmation:
     """A confirmation as it stands. `candidates` are ranked, the leader first.
 
-    `optimism` is by how much the search's maximum is expected to flatter its trial: what fresh seeds do
-    not repeat, and the luck with the images that they do (search.bootstrap.flattery).
+    `optimism` is by how much the accuracy of the trial that the search puts first is expected to be too
+    high: what fresh seeds do not repeat, and the luck with the images that they do
+    (search.bootstrap.flattery). None if the search is ranked by something else.
     """
 
     study: str  # the search
     linked: str  # the name of the study that the reruns are trials of
-    reruns: int  # trials of the linked study that have ended
+    reruns: int  # that have ended
     max_reruns: int
     seeds: int  # wanted of each candidate
     candidates: list[Candidate]
@@ -197,11 +188,20 @@ class Confirmation:
         return self.reruns >= self.max_reruns
 
     @property
+    def leader(self) -> Candidate | None:
+        """The candidate with the highest mean; None before the first estimate."""
+        return self.candidates[0] if self.candidates[0].estimate else None
+
+    @property
     def winner(self) -> Candidate | None:
         """The candidate that is the best with a probability of 95 %, if there is one in the end."""
-        # Not before: who looks often enough sees any candidate win for a while.
-        best = self.candidates[0] if self.finished else None
-        return best if best and (best.best or 0) >= WINS else None
+        # Not before: who looks often enough sees any candidate win for a while. And none of whose reruns
+        # failed: that luck must not count, nor win by having no rivals left.
+        first, rivals = self.leader, self.candidates[1:]
+        if first is None or first.estimate is None or not self.finished or first.failed:
+            return None
+        judged = bool(rivals) and all(one.estimate for one in rivals)
+        return first if judged and first.estimate.best >= WINS else None
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
@@ -215,38 +215,45 @@ class Confirmation:
 def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
     """What is known of a search's leaders by now; None if nobody asked for a confirmation.
 
-    Raises InputError if a complete trial's predictions are not at hand.
+    Raises InputError if a complete rerun's predictions are not at hand.
     """
     linked = study_entry(engine, search.name + SUFFIX)
     if linked is None or (plan := recorded(linked)) is None:
         return None
     status = read_status(engine, linked.study_id, linked.name)
-    searched = read_status(engine, search.study_id, search.name)
-    values = {row.number: row.value for row in searched.trials}
+    found = read_status(engine, search.study_id, search.name).completed()
     numbers = [one["number"] for one in plan.candidates]
+    searched = _searched(search, found, numbers)
     evidence = _Evidence(linked, status.trials)
-    given_up = {row.params.get("candidate") for row in status.trials if row.reason == CANNOT_WIN}
-    candidates = [
-        Candidate(
-            one["number"],
-            one["params"],
-            values.get(one["number"]),
-            seeds=len(evidence.runs.get(one["number"], [])),
-            passed_over=one["number"] in given_up,
-            **evidence.estimates.get(one["number"], {}),
+    candidates = []
+    for number, one in zip(numbers, plan.candidates, strict=True):
+        ended = [
+            row
+            for row in status.trials
+            if row.params.get("candidate") == number and row.state in ("pruned", "failed")
+        ]
+        given_up = [row for row in ended if row.reason == CANNOT_WIN]
+        candidates.append(
+            Candidate(
+                number=number,
+                params=one["params"],
+                searched=searched.accuracy.get(number),
+                seeds=len(evidence.runs.get(number, {})),
+                failed=len(ended) - len(given_up),
+                passed_over=bool(given_up),
+                estimate=evidence.estimates.get(number),
+            )
         )
-        for one in plan.candidates
-    ]
-    naive = max(candidates, key=lambda one: one.searched or 0.0)
+    candidates.sort(key=lambda one: -one.estimate.score.value if one.estimate else 0.0)
     return Confirmation(
         study=search.name,
         linked=linked.name,
         reruns=status.finished,
         max_reruns=status.max_trials,
         seeds=status.max_trials // len(candidates),
-        candidates=sorted(candidates, key=lambda one: -one.score.value if one.score else 0.0),
-        optimism=_optimism(search, searched, naive, evidence),
-        overtaken=[row.number for row in leaders(searched, len(numbers)) if row.number not in numbers],
+        candidates=candidates,
+        optimism=_optimism(search, searched, numbers[0], evidence),
+        overtaken=[row.number for row in found[: len(numbers)] if row.number not in numbers],
     )
 
 
@@ -256,46 +263,65 @@ def attribute_sizes(entry: StudyEntry) -> list[int]:
     return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
 
 
-def predictions_of(
-    entry: StudyEntry, trials: Sequence[TrialRow]
-) -> Iterator[tuple[TrialRow, Predictions]]:
-    """The complete trials with their predictions, by number. Raises InputError."""
-    folder = RunFolder(entry.name, entry.created)
-    for row in trials:
-        if row.state == "complete":
-            path = folder.predictions(row.number)
-            try:
-                yield row, Predictions.load(path)
-            except (OSError, ValueError):
-                raise InputError(
-                    f"{path} cannot be read; use the ATELIER_HOME that the workers used"
-                ) from None
+def predictions_of(entry: StudyEntry, number: int) -> Predictions:
+    """What a complete trial predicted. Raises InputError."""
+    path = RunFolder(entry.name, entry.created).predictions(number)
+    try:
+        return Predictions.load(path)
+    except (OSError, ValueError):
+        raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used") from None
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What the search's best trials predicted: hits and accuracies by number."""
+
+    runs: dict[int, np.ndarray]
+    accuracy: dict[int, float]
+    labels: np.ndarray | None
+
+
+def _searched(search: StudyEntry, found: Sequence[TrialRow], candidates: Sequence[int]) -> _Searched:
+    """Of the best trials and the candidates; empty if they are older than this, or elsewhere."""
+    runs, labels = {}, None
+    numbers = dict.fromkeys([*(row.number for row in found[:MOST_RIVALS]), *candidates])
+    for number in numbers:
+        try:
+            predictions = predictions_of(search, number)
+        except InputError:
+            continue
+        runs[number], labels = hits(predictions), predictions.labels
+    sizes = attribute_sizes(search)
+    if labels is None:
+        return _Searched({}, {}, None)
+    accuracy = {number: per_class_accuracy(run, labels, sizes) for number, run in runs.items()}
+    return _Searched(runs, accuracy, labels)
 
 
 def _optimism(
-    search: StudyEntry, status: Status, naive: Candidate, evidence: "_Evidence"
+    search: StudyEntry, searched: _Searched, first: int, evidence: "_Evidence"
 ) -> float | None:
-    if naive.searched is None or naive.score is None:
+    estimate = evidence.estimates.get(first)
+    by_accuracy = search.settings["study"]["score"] == "mean-last-5"
+    if not by_accuracy or estimate is None or searched.labels is None or first not in searched.runs:
         return None
-    try:
-        found = list(predictions_of(search, status.trials))
-    except InputError:
-        return None  # the search is older than its predictions, or was on another machine
-    runs = {row.number: hits(predictions) for row, predictions in found}
-    labels, sizes = found[0][1].labels, attribute_sizes(search)
-    seen = per_class_accuracy(runs[naive.number], labels, sizes)
-    return seen - naive.score.value + flattery([*runs.values()], labels, sizes, evidence.churn)
+    sizes = attribute_sizes(search)
+    luck = flattery([*searched.runs.values()], searched.labels, sizes, evidence.churn)
+    return searched.accuracy[first] - estimate.score.value + luck
 
 
 class _Evidence:
-    """The predictions of a confirmation's complete trials, and what follows from them."""
+    """The hits of a confirmation's complete trials, and what follows from them. Raises InputError."""
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
-        self.runs: dict[int, dict[int, np.ndarray]] = {}  # hits by candidate and seed
+        self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
         self._sizes = attribute_sizes(linked)
-        for row, predictions in predictions_of(linked, trials):
-            self.runs.setdefault(row.params["candidate"], {})[row.params["seed"]] = hits(predictions)
-            self._labels = predictions.labels
+        for row in trials:
+            if row.state == "complete":
+                predictions = predictions_of(linked, row.number)
+                self._labels = predictions.labels
+                runs = self.runs.setdefault(row.params["candidate"], {})
+                runs[row.params["seed"]] = hits(predictions)
         self._judged = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
 
     @property
@@ -304,21 +330,25 @@ class _Evidence:
         return churn([*self._judged.values()], self._labels, self._sizes)
 
     @cached_property
-    def estimates(self) -> dict[int, dict[str, Any]]:
-        """score, behind and best of each candidate with enough seeds."""
+    def estimates(self) -> dict[int, Estimate]:
+        """Of the candidates that have enough seeds."""
         if not self._judged:
             return {}
         known = compare([*self._judged.values()], self._labels, self._sizes)
-        rows = zip(known.scores, known.behind, known.best, strict=True)
-        named = (dict(zip(ESTIMATES, row, strict=True)) for row in rows)
-        return dict(zip(self._judged, named, strict=True))
+        return dict(zip(self._judged, known, strict=True))
 
 
 def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
     """The reason, if a candidate is worth no further seed."""
     trials = read_status(engine, linked.study_id, linked.name).trials
-    estimate = _Evidence(linked, trials).estimates.get(candidate)
-    return CANNOT_WIN if estimate is not None and estimate["best"] < DROPPED else None
+    try:
+        estimate = _Evidence(linked, trials).estimates.get(candidate)
+    except InputError:
+        return None  # a file is missing, which is not this trial's fault
+    return CANNOT_WIN if estimate is not None and estimate.best < DROPPED else None
+
+
+COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
 
 
 def render(confirmation: Confirmation) -> RenderableType:
@@ -331,47 +361,33 @@ def render(confirmation: Confirmation) -> RenderableType:
     return Group(table, *(Text(line, style="bold") for line in verdict(confirmation)))
 
 
-COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
-
-
 def cells(one: Candidate) -> list[str]:
     """A row of the table; percent, and points of it."""
-    score, behind = one.score, one.behind
-    return [
+    notes = [f"{one.failed} failed"] * (one.failed > 0) + ["out"] * one.passed_over
+    row = [
         str(one.number),
-        f"{one.seeds}{' (out)' if one.passed_over else ''}",
+        str(one.seeds) + (f" ({', '.join(notes)})" if notes else ""),
         "" if one.searched is None else f"{100 * one.searched:.2f}",
-        "" if score is None else f"{100 * score.value:.2f} ± {100 * score.error:.2f}",
-        "" if score is None else f"{100 * score.low:.2f} to {100 * score.high:.2f}",
-        "" if behind is None else f"{100 * behind.value:.2f}",
-        ""
-        if behind is None or not behind.error
-        else f"{100 * behind.low:.2f} to {100 * behind.high:.2f}",
-        "" if one.best is None else f"{100 * one.best:.0f} %",
+    ]
+    if one.estimate is None:
+        return [*row, *[""] * (len(COLUMNS) - len(row))]
+    score, behind = one.estimate.score, one.estimate.behind
+    return [
+        *row,
+        f"{100 * score.value:.2f} ± {100 * score.error:.2f}",
+        f"{100 * score.low:.2f} to {100 * score.high:.2f}",
+        f"{100 * behind.value:.2f}",
+        f"{100 * behind.low:.2f} to {100 * behind.high:.2f}" if behind.error else "",
+        f"{100 * one.estimate.best:.0f} %",
     ]
 
 
 def verdict(confirmation: Confirmation) -> list[str]:
     """What follows, in sentences."""
-    lines = []
-    leader, winner = confirmation.candidates[0], confirmation.winner
-    if winner is not None:
-        lines.append(f"trial {winner.number} is the best of them with {100 * (winner.best or 0):.0f} %")
-    elif leader.best is None:
-        lines.append(f"no verdict yet: each candidate needs {LEAST_SEEDS} seeds at least")
-    elif not confirmation.finished:
-        lines.append(
-            f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
-        )
-    else:
-        tied = [str(one.number) for one in confirmation.candidates if (one.best or 0) >= TIED]
-        lines.append(
-            f"no winner yet: trials {', '.join(tied)} tie; more seeds may tell them apart, or choose by "
-            "other reasons"
-        )
+    lines = [_who_is_best(confirmation)]
     if confirmation.optimism is not None:
         lines.append(
-            "the search's maximum is expected to flatter its trial by "
+            "the search's figure for the trial that it puts first is expected to be too high by "
             f"{100 * confirmation.optimism:.2f} points"
         )
     if confirmation.overtaken:
@@ -381,3 +397,24 @@ def verdict(confirmation: Confirmation) -> list[str]:
             f"{confirmation.linked!r} in the dashboard"
         )
     return lines
+
+
+def _who_is_best(confirmation: Confirmation) -> str:
+    leader, winner = confirmation.leader, confirmation.winner
+    if leader is None or leader.estimate is None or not confirmation.finished:
+        return f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
+    if winner is not None:
+        return f"trial {winner.number} is the best of them with {100 * leader.estimate.best:.0f} %"
+    if len(confirmation.candidates) == 1:
+        return "one candidate alone has nobody to win against"
+    best = {one.number: round(one.estimate.best, 2) for one in confirmation.candidates if one.estimate}
+    tied = [str(number) for number, probability in best.items() if probability >= TIED]
+    if len(tied) > 1:
+        return (
+            f"no winner yet: trials {', '.join(tied)} tie; more seeds may tell them apart, or choose by "
+            "other reasons"
+        )
+    return (
+        f"no winner yet: trial {leader.number} leads with {100 * leader.estimate.best:.0f} %; a winner "
+        f"has {100 * WINS:.0f} % and no failed rerun, and all others have {LEAST_SEEDS} seeds"
+    )

@@ -13,13 +13,11 @@ import sqlalchemy as sa
 import tomli_w
 
 from dashboards.status import Status, TrialRow
-from search.bootstrap import of_images
-from search.confirmation import Confirmation, attribute_sizes
-from search.study import InputError, SlurmProfile, read_toml, validate
+from search.bootstrap import hits, of_hits
+from search.confirmation import Confirmation, attribute_sizes, predictions_of
+from search.study import InputError, SlurmProfile, read_toml, validate, weights_identity
 from storage.ledger import StudyEntry, curve
-from storage.runs import RunFolder
 from trainer.config import TrainConfig
-from trainer.predictions import Predictions
 
 FORMAT = 1
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
@@ -41,23 +39,52 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
         if number not in rows:
             raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
         return Choice(rows[number], "chosen by hand", "chosen by hand")
-    if confirmation is not None and (winner := confirmation.winner) is not None:
-        sure = f"{100 * (winner.best or 0):.0f} %"
+    winner = confirmation.winner if confirmation else None
+    if confirmation and winner and winner.estimate:
+        sure = f"{100 * winner.estimate.best:.0f} %"
         words = f"confirmed: the best of {len(confirmation.candidates)} candidates with {sure}"
         return Choice(rows[winner.number], "confirmed", words)
     if status.best is None:
         raise InputError(
             f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
         )
-    if confirmation is None:
+    leader = confirmation.leader if confirmation else None
+    if leader is None:
         words = f"unconfirmed, so partly luck; compare the leaders with: atelier confirm {status.study}"
     else:
-        leader = confirmation.candidates[0].number
         words = (
-            f"unconfirmed: no candidate has won yet, trial {leader} leads (export it with "
-            f"--trial {leader}); see: atelier confirm --show {status.study}"
+            f"unconfirmed: no candidate has won yet, trial {leader.number} leads (export it with "
+            f"--trial {leader.number}); see: atelier confirm --show {status.study}"
         )
     return Choice(status.best, "unconfirmed", words)
+
+
+def known_accuracy(
+    entry: StudyEntry, row: TrialRow, confirmation: Confirmation | None
+) -> dict[str, Any]:
+    """What is known of a trial's average per-class accuracy: by its reruns, else by its one run.
+
+    Empty if it is not complete, or if its run folder is on another machine.
+    """
+    for one in confirmation.candidates if confirmation else []:
+        if one.number == row.number and one.estimate is not None:
+            return asdict(one.estimate.score) | {
+                "noise": "images and seeds",
+                "seeds": one.seeds,
+                "probability_best": one.estimate.best,
+            }
+    try:
+        predictions = predictions_of(entry, row.number)
+    except InputError:
+        return {}
+    known = of_hits(hits(predictions), predictions.labels, attribute_sizes(entry))
+    return asdict(known) | {"noise": "images", "seeds": 1}
+
+
+def in_words(accuracy: dict[str, Any]) -> str:
+    """The same in one line, in percent."""
+    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
+    return f"{value:.2f} % (95 %: {low:.2f} to {high:.2f}; noise of {accuracy['noise']})"
 
 
 def export_trial(
@@ -90,34 +117,17 @@ def export_trial(
         "curve": curve(engine, entry.study_id, row.number),
         "seed": config.seed,
         "dataset": entry.dataset,
+        "weights": entry.settings["train"].get("weights"),
         "git_commit": git_commit(),
         "exported": datetime.now(UTC).replace(microsecond=0),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "accuracy": _accuracy(entry, row, confirmation),
+        "accuracy": known_accuracy(entry, row, confirmation),
     }
     tables = {"format": FORMAT, "train": config.model_dump(), "origin": origin}
     slurm = entry.settings.get("slurm", {})
     text = tomli_w.dumps(_present(tables | ({"slurm": slurm} if slurm else {})))
     output.write_text(text, encoding="utf-8")
-
-
-def _accuracy(entry: StudyEntry, row: TrialRow, confirmation: Confirmation | None) -> dict[str, Any]:
-    """What is known of the average per-class accuracy: by the reruns, else by the one run's images."""
-    for one in confirmation.candidates if confirmation else []:
-        if one.number == row.number and one.score is not None:
-            return asdict(one.score) | {
-                "noise": "images and seeds",
-                "seeds": one.seeds,
-                "probability_best": one.best,
-                "optimism": confirmation.optimism if confirmation else None,
-            }
-    try:
-        predictions = Predictions.load(RunFolder(entry.name, entry.created).predictions(row.number))
-    except (OSError, ValueError):
-        return {}  # not complete, or the run folder is on another machine
-    known = of_images(predictions, attribute_sizes(entry))
-    return asdict(known) | {"noise": "images only", "seeds": 1}
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,12 +180,32 @@ def load_bundle(path: Path) -> Bundle:
     return Bundle(config, tables.get("origin", {}), slurm)
 
 
-def change_config(config: TrainConfig, changes: Mapping[str, Any], path: Path) -> TrainConfig:
-    """The configuration with other values, None for no change. Raises InputError."""
+def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:
+    """That the files are those of the search. `dataset` is a fingerprint. Raises InputError."""
+    found = {"data": ("dataset", dataset), "weights": ("weights", weights_identity(config.weights))}
+    for option, (name, value) in found.items():
+        if bundle.origin.get(name, value) != value:
+            raise InputError(
+                f"{option} = {getattr(config, option)!r} is not the {name} of the search; give that "
+                f"with --{option}, or delete the line {name} in [origin]"
+            )
+
+
+def changed(bundle: Bundle, changes: Mapping[str, Any], path: Path) -> tuple[TrainConfig, list[str]]:
+    """The configuration with other values, None for no change; and notes on what follows from them.
+
+    Another length stretches the warm-up too, unless it is given. Raises InputError.
+    """
     given = {key: value for key, value in changes.items() if value is not None}
-    return validate(TrainConfig, config.model_dump() | given, path, "train")
-
-
-def stretched(config: TrainConfig, epochs: int) -> int:
-    """The warm-up's epochs in a run of another length: the same part of it."""
-    return min(round(config.warmup_epochs * epochs / config.epochs), max(epochs - 1, 0))
+    old, notes = bundle.config, []
+    epochs = given.get("epochs", old.epochs)
+    if epochs != old.epochs and "warmup_epochs" not in given:
+        given["warmup_epochs"] = min(round(old.warmup_epochs * epochs / old.epochs), max(epochs - 1, 0))
+        notes.append(
+            f"note: the schedule is stretched from {old.epochs} to {epochs} epochs, its warm-up from "
+            f"{old.warmup_epochs} to {given['warmup_epochs']} epochs; --warmup-epochs gives another"
+        )
+    config = validate(TrainConfig, old.model_dump() | given, path, "train")
+    if not config.validates:
+        notes.append("note: it trains on the validation images too, so nothing is validated")
+    return config, notes

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from dashboards import drawing, figures
 from dashboards.curves import Curve
@@ -26,6 +27,8 @@ from trainer.model_file import ModelFiles, SavedModel
 
 log = logging.getLogger(__name__)
 
+LOCK_SECONDS = 10  # a requeued job's predecessor may still be ending
+
 
 def run_to_end(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
@@ -33,8 +36,22 @@ def run_to_end(
     """Train, with a checkpoint wherever it has to stop; `show` is given every epoch.
 
     The folder then has best.safetensors and last.safetensors, curve.csv and curve.png. Returns why it
-    ended. Raises CheckpointError if the folder has another configuration's run.
+    ended. Raises CheckpointError if the folder has another configuration's run, InputError if another
+    process works in it, or if the loss diverges.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            return _run(config, workspace, folder, show)
+    except Timeout:
+        raise InputError(
+            f"{folder}: another atelier train is at work in it; wait for it, or give another --run"
+        ) from None
+
+
+def _run(
+    config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
+) -> ExitCode:
     stop, steps = Stop(slurm.wall_end()), 0
 
     def interrupt(_: float) -> bool:
@@ -51,13 +68,15 @@ def run_to_end(
             results.append(result)
             show(result)
             if not result.finite:
-                raise InputError(f"the loss is not finite in epoch {result.epoch + 1}; lower lr")
+                raise InputError(
+                    f"the loss is not finite in epoch {result.epoch + 1}; lower lr, with another --run"
+                )
             if stop.requested:
                 break
         if len(results) < config.epochs:
             if stop.end == ExitCode.WALL_TIME and steps and slurm.requeue_own_job():
                 log.info("requeued: the job goes on where it stopped")
-            return stop.end
+            return ExitCode.INTERRUPTED if stop.reason == "SIGINT" else stop.end
     _write_curve(folder, results)
     return ExitCode.DONE
 
@@ -87,16 +106,37 @@ def model_path(run: Path) -> Path:
     raise InputError(f"{run}: no model in it; give the run folder of a finished: atelier train")
 
 
-def predict(
-    run: Path, split: str, data: str | None, cache: Path, flip: bool
-) -> tuple[np.ndarray, SavedModel]:
-    """Predicted attributes of a split, int64 [images, categories], in the order of its list.
+class Predictor:
+    """A run's model and the images that it is to look at; `truth` is a file with their labels.
 
-    Raises InputError, DatasetError, ModelError.
+    Raises InputError, DatasetError, ModelError, before anything is computed.
     """
-    model = SavedModel(model_path(run))
-    dataset = read_dataset(data or model.config.data)
-    return model.predict(dataset, dataset.split(split), cache, flip), model
+
+    def __init__(self, run: Path, split: str, data: str | None, truth: Path | None) -> None:
+        self._model = SavedModel(model_path(run))
+        self._dataset = read_dataset(data or self._model.config.data)
+        self._model.check(self._dataset)
+        self._split = self._dataset.split(split)
+        sizes = self._dataset.sizes
+        self._truth = read_labels(truth, len(self._split), sizes) if truth else None
+
+    def predict(self, cache: Path, flip: bool) -> np.ndarray:
+        """The attributes, int64 [images, categories], in the order of the split's list."""
+        return self._model.predict(self._dataset, self._split, cache, flip)
+
+    def scores(self, classes: np.ndarray) -> Mapping[str, Interval]:
+        """The accuracies of predictions, the challenge's first; none without the truth."""
+        if self._truth is None:
+            return {}
+        right = classes == self._truth
+        return {
+            "average per-class accuracy": of_hits(right, self._truth, self._dataset.sizes),
+            "overall accuracy": of_mean(right.mean(1)),
+            **{
+                name: of_mean(column.astype(float))
+                for name, column in zip(self._dataset.categories, right.T, strict=True)
+            },
+        }
 
 
 def write_submission(classes: np.ndarray, output: Path) -> None:
@@ -106,18 +146,3 @@ def write_submission(classes: np.ndarray, output: Path) -> None:
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("prediction.txt", text)
     write_atomically(output, data.getbuffer())
-
-
-def scores(classes: np.ndarray, labels_file: Path, model: SavedModel) -> Mapping[str, Interval]:
-    """The accuracies of predictions whose truth is known, the score first. Raises DatasetError."""
-    sizes = model.description.sizes
-    labels = read_labels(labels_file, len(classes), tuple(sizes))
-    right = classes == labels
-    return {
-        "average per-class accuracy": of_hits(right, labels, sizes),
-        "overall accuracy": of_mean(right.mean(1)),
-        **{
-            name: of_mean(column.astype(float))
-            for name, column in zip(model.description.categories, right.T, strict=True)
-        },
-    }

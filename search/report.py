@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from dashboards.files import plot_study
 from dashboards.status import parameter_names, read_machines, read_status
 from search.confirmation import COLUMNS, cells, read_confirmation, verdict
-from search.export import Choice, choose
+from search.export import Choice, choose, in_words, known_accuracy
 from search.study import InputError, StudyFile
 from storage.ledger import StudyEntry
 from trainer.config import TrainConfig
@@ -28,6 +28,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     status = read_status(engine, entry.study_id, entry.name)
     confirmation = read_confirmation(engine, entry)
     choice = choose(status, confirmation, None)
+    accuracy = known_accuracy(entry, choice.row, confirmation)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,10 +40,12 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     plot_study(engine, entry, "curves", folder / "curves.png", top=5)
     for name in compared:
         plot_study(engine, entry, "compare", folder / f"compare-{name}.png", by=name)
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("search"))
+    loader = jinja2.PackageLoader("search")
+    templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
     text = templates.get_template("report.md").render(
         study=entry.name,
-        verdict=f"Trial {choice.row.number}, score {choice.row.value:.4f}, is {choice.words}.",
+        verdict=f"Trial {choice.row.number} is {choice.words}.",
+        accuracy=in_words(accuracy) if accuracy else "",
         winner=_winning(choice, train),
         confirmation=confirmation,
         columns=COLUMNS,

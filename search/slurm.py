@@ -20,7 +20,8 @@ import huggingface_hub
 
 from dashboards.status import read_status
 from search.exit_codes import ExitCode
-from search.study import InputError, SlurmProfile, StudyFile, open_study, weights_identity
+from search.export import Bundle, check_origin
+from search.study import InputError, SlurmProfile, StudyFile, open_study
 from storage.database import configured_url, connect, database_url, home, prepare
 from storage.ledger import Holder, enter_array_job, gone_here, is_slurm_job
 from trainer.config import TrainConfig
@@ -94,7 +95,7 @@ def _word(value: object) -> str:
 def array_script(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
     """The batch script of workers for a study file, as this user would submit it from here.
 
-    `options` are the worker's arguments, the study's path first. Raises InputError.
+    `options` are the worker's arguments, the study's path or name among them. Raises InputError.
     """
     chosen = _profile(file.slurm, profile)
     environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared)
@@ -197,26 +198,24 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
         raise InputError(
-            f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials, or see: "
-            f"atelier export {shlex.quote(entry.name)}"
+            f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials (of a "
+            f"confirmation, --seeds), or see: atelier status {shlex.quote(entry.name)}"
         )
     job = submit_script(script)
     enter_array_job(engine, entry.study_id, job, array)
     return job
 
 
-def submit_run(
-    config: TrainConfig, slurm: Mapping[str, SlurmProfile], profile: str, options: list[str]
-) -> str:
+def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[str]) -> str:
     """Check what would fail in the queue and submit `atelier train`. Returns the job id.
 
     Raises InputError, DatasetError; then nothing was submitted.
     """
-    script = run_script(config, slurm, profile, options)
-    weights_identity(config.weights)
+    script = run_script(config, bundle.slurm, profile, options)
     _check_weights(config)
-    read_dataset(config.data)
+    check_origin(bundle, config, read_dataset(config.data).fingerprint)
     _make_log_folder()
+    submit_script(script, test_only=True)
     return submit_script(script)
 
 

@@ -342,7 +342,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
 def validate(
     model: type[Model],
     values: dict[str, Any],
-    path: Path,
+    path: Path | str,
     table: str = "",
     tables: Mapping[str, str] | None = None,
 ) -> Model:
@@ -429,12 +429,18 @@ def open_study(
     )
     if existing is None:
         leave_note(study)
+    entry = _entered(engine, name)
+    _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
     if lead:
         ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
+        entry = _entered(engine, name)
+    return study, entry
+
+
+def _entered(engine: sa.Engine, name: str) -> ledger.StudyEntry:
     entry = ledger.study_entry(engine, name)
     assert entry is not None  # it was just entered
-    _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
-    return study, entry
+    return entry
 
 
 def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: str) -> None:

@@ -41,6 +41,11 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, else fp32
     allow_tf32: bool = True
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split that the run does not train on."""
+        return self.train_on == "train"
+
     @model_validator(mode="after")
     def _warmup_leaves_epochs(self) -> "TrainConfig":
         if self.warmup_epochs >= self.epochs and self.epochs > 1:
@@ -54,23 +59,23 @@ class TrainConfig(BaseModel):
 TUNABLE = ("lr", "batch_size", "weight_decay", "dropout", "epsilon")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochResult:
     """What one finished epoch was like. Accuracies are fractions in [0, 1].
 
-    Of a run without validation (`train_on = "train+val"`) the val_ numbers are NaN or empty.
+    Of a run without validation the val_ numbers are NaN or empty.
     """
 
     epoch: int  # from 0
     lr: float  # of the epoch's last step
     train_loss: float
-    val_loss: float
     train_accuracy: float  # average per-class accuracy, dropout and augmentation on
-    val_accuracy: float  # average per-class accuracy over the whole split
-    val_overall: float  # mean over categories of the plain accuracy
-    val_category: tuple[float, ...]  # plain accuracy of each category
-    val_hits: tuple[int, ...]  # images of each attribute that were predicted right
-    val_log_loss: float  # mean over the attributes of their images' mean -ln p(true attribute)
+    val_loss: float = math.nan
+    val_accuracy: float = math.nan  # average per-class accuracy over the whole split
+    val_overall: float = math.nan  # mean over categories of the plain accuracy
+    val_category: tuple[float, ...] = ()  # plain accuracy of each category
+    val_hits: tuple[int, ...] = ()  # images of each attribute that were predicted right
+    val_log_loss: float = math.nan  # mean over attributes of their images' mean -ln p(true attribute)
     seconds: float
     images: int  # training images seen
     peak_memory: int  # bytes, of the device where it counts them, else of the process

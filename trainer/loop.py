@@ -78,7 +78,7 @@ class Workspace(Runtime):
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self.train_targets = self._targets(train)
         self._val_images: Path | None = None
-        if config.train_on == "train":  # else nothing is left to validate on
+        if config.validates:  # else nothing is left to validate on
             val = self.dataset.split("val")
             self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
             self.val_targets = self._targets(val)
@@ -193,8 +193,11 @@ def train(
     """
     run = Run(config, workspace)
     state = checkpoints.latest() if checkpoints else None
-    if state is not None:
-        run.load(state)
+    if checkpoints and state is not None:
+        try:
+            run.load(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoints.folder}: {error}") from None
         log.info("goes on in epoch %d, after step %d", len(run.history), run.step)
         yield from list(run.history)
     while len(run.history) < config.epochs:
@@ -286,7 +289,7 @@ class Run:
         order = torch.from_numpy(workspace.train_order(self.config.seed, epoch)).to(self.device)
         targets = workspace.train_targets[order]
         trained = accuracy(torch.cat(partial.logits), targets, workspace.sizes)
-        validated = self._validated() if self.validates else NOT_VALIDATED
+        validated = self._validated() if self.config.validates else {}
         return EpochResult(
             epoch=epoch,
             lr=self._rate(self.step - 1),
@@ -297,11 +300,6 @@ class Run:
             peak_memory=peak_memory(self.device),
             **validated,
         )
-
-    @property
-    def validates(self) -> bool:
-        """Whether there is a validation split that the run does not train on."""
-        return self.config.train_on == "train"
 
     def _validated(self) -> dict[str, Any]:
         logits, targets, sizes = self.evaluate(), self.workspace.val_targets, self.workspace.sizes
@@ -318,7 +316,7 @@ class Run:
 
     def _evaluation_steps(self) -> int:
         """How many training steps take as long as the evaluation, at most: it is forward only."""
-        images = len(self.workspace.val_targets) if self.validates else 0
+        images = len(self.workspace.val_targets) if self.config.validates else 0
         return math.ceil(images / self.config.batch_size)
 
     def train_step(
@@ -369,7 +367,7 @@ class Run:
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
-                "with the version that made it, or use another run folder"
+                "with the version that made it, or delete the checkpoint"
             )
         self._compare(state["config"])
         self.tail.load_state_dict(state["tail"])
@@ -394,16 +392,6 @@ class Run:
                     f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
                     f"{mine[key]!r}; use the same configuration, or another run folder"
                 )
-
-
-NOT_VALIDATED: dict[str, Any] = {
-    "val_loss": math.nan,
-    "val_accuracy": math.nan,
-    "val_overall": math.nan,
-    "val_category": (),
-    "val_hits": (),
-    "val_log_loss": math.nan,
-}
 
 
 def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:

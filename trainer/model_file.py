@@ -105,17 +105,19 @@ class SavedModel:
             module.load_state_dict(own)
             self._runtime.place(module).eval()
 
-    def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
-        """The attributes of a split's images in file order, int64 [images, categories].
-
-        With `flip` from the mean logits of an image and its mirror image. Raises DatasetError,
-        ModelError.
-        """
+    def check(self, dataset: Dataset) -> None:
+        """Raises ModelError unless the dataset has the attributes that the network was trained on."""
         if dataset.attributes != tuple(self.description.attributes):
             raise ModelError(
                 f"{dataset.folder} has other attributes than the run was trained on; give its dataset "
                 "with --data"
             )
+
+    def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
+        """The attributes of a split's images in file order, int64 [images, categories].
+
+        With `flip` from the mean logits of an image and its mirror image. Raises DatasetError.
+        """
         images = np.load(prepared_images(dataset, split, self.config.image_size, cache), mmap_mode="r")
         parts = []
         for start in range(0, len(images), BLOCK):

@@ -4,6 +4,8 @@ Imports no torch: whoever compares runs may stand on a login node.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,6 @@ class Predictions:
         classes = np.concatenate([part.classes for part in parts])
         return cls(parts[0].labels, classes, np.concatenate([part.log_probs for part in parts]))
 
-    def epoch(self, index: int) -> "Predictions":
-        """One epoch of it."""
-        part = slice(index, index + 1)
-        return Predictions(self.labels, self.classes[part], self.log_probs[part])
-
     def save(self, path: Path) -> None:
         """Write an .npz file; its folder is made. Raises OSError."""
         buffer = io.BytesIO()
@@ -41,6 +38,9 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
-        """Raises OSError, ValueError if it is no such file."""
-        with np.load(path) as file:
-            return cls(file["labels"], file["classes"], file["log_probs"])
+        """Raises OSError, ValueError if it is no such file, or damaged."""
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as file:
+                return cls(file["labels"], file["classes"], file["log_probs"])
+        except (EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} holds no predictions") from error

@@ -7,10 +7,13 @@ from tests.studies import fill
 
 
 def test_the_report_is_one_readable_page(chromium, engine, home, tmp_path):
-    fill(engine, ["complete", "pruned"] * 12)
-    page_file = write_report(engine, study_entry(engine, "filled"), tmp_path / "report")
+    name = "<b>bold</b><script>document.title='taken'</script>"
+    fill(engine, ["complete", "pruned"] * 12, name=name)
+    page_file = write_report(engine, study_entry(engine, name), tmp_path / "report")
     page = chromium.new_page(viewport={"width": 1100, "height": 900})
     page.goto(page_file.as_uri())
+    assert page.title() == f"Study {name}"
+    assert page.inner_text("h1") == f"Study {name}"
     images = page.evaluate("[...document.images].map((image) => image.naturalWidth)")
     assert len(images) == 5  # history, curves, three comparisons
     assert min(images) > 500

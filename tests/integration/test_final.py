@@ -58,7 +58,7 @@ def wait_for_epoch(process, number):
 def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start, tmp_path):
     whole = start(config, "--run", "whole")
     assert whole.wait(300) == 0, whole.stdout.read()
-    interruptions = [(1, signal.SIGINT, 3), (2, signal.SIGKILL, -9), (3, signal.SIGTERM, 3)]
+    interruptions = [(1, signal.SIGINT, 130), (2, signal.SIGKILL, -9), (3, signal.SIGTERM, 3)]
     for epoch, number, code in interruptions:
         run = start(config, "--run", "broken")
         wait_for_epoch(run, epoch)
@@ -90,6 +90,47 @@ def test_the_schedule_is_stretched_and_that_is_said(config, atelier, tmp_path):
     assert "note:" not in kept.stderr
 
 
+def test_two_runs_do_not_work_in_one_folder(config, start, atelier):
+    run = start(config)
+    wait_for_epoch(run, 1)
+    run.send_signal(signal.SIGSTOP)  # so that it is still there when the other gives up
+    assert "another atelier train is at work in it" in atelier("train", "c.toml", code=2).stderr
+    run.send_signal(signal.SIGCONT)
+    assert run.wait(300) == 0, run.stdout.read()
+
+
+def test_the_last_run_learns_from_the_validation_images_too(config, atelier, tmp_path, demo):
+    config.write_text(config.read_text().replace("image_size = 96", "image_size = 32"))
+    result = atelier("train", "c.toml", "--train-on", "train+val")
+    assert "note: it trains on the validation images too, so nothing is validated" in result.stderr
+    assert "val loss" not in result.stdout
+    models = sorted(path.name for path in (tmp_path / "c.run").glob("*.safetensors"))
+    assert models == ["last.safetensors"]
+    assert (tmp_path / "c.run" / "curve.png").stat().st_size > 10_000
+    atelier("predict", "c.run")
+    assert len(checked(tmp_path / "prediction.zip", demo, "test")) == 10
+
+
+def test_a_loss_that_diverges_ends_the_run(config, atelier):
+    text = config.read_text().replace("image_size = 96", "image_size = 32")
+    config.write_text(text.replace("lr = 0.001", "lr = 1e30"))
+    error = atelier("train", "c.toml", code=2).stderr
+    assert "the loss is not finite" in error
+    assert "lower lr, with another --run" in error
+
+
+def test_the_script_of_a_final_run_can_be_looked_at(config, atelier, tmp_path):
+    with config.open("a") as file:
+        file.write('[slurm.final]\nqos = "q_dmsai"\n')
+    script = atelier("train", "c.toml", "--epochs", "9", "--dry-run").stdout
+    assert "#SBATCH --qos=q_dmsai" in script
+    assert "--array" not in script
+    assert script.splitlines()[-1].endswith(
+        f"train --epochs 9 --run {tmp_path}/c.run -- {tmp_path}/c.toml"
+    )
+    assert not (tmp_path / "c.run").exists()
+
+
 def checked(archive, dataset, split):
     """An independent reading of a submission: classes by image."""
     with zipfile.ZipFile(archive) as file:
@@ -108,8 +149,6 @@ def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study
     """1,000 test images; the file follows the order of test.txt, whatever that is."""
     data = tmp_path / "many"
     write_demo(data, train=200, val=60, test=1000)
-    truth = data / "split" / "test_attr.txt"
-    labels = truth.read_text().splitlines() if truth.exists() else None
     old = next(line for line in study_text.splitlines() if line.startswith("data"))
     (tmp_path / "study.toml").write_text(study_text.replace(old, f'data = "{data}"'))
     atelier("search", "study.toml")
@@ -123,8 +162,6 @@ def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study
     listing = data / "split" / "test.txt"
     turned = listing.read_text().splitlines()[::-1]
     listing.write_text("\n".join(turned) + "\n")
-    if labels:
-        truth.write_text("\n".join(labels[::-1]) + "\n")
     atelier("predict", "best.run", "-o", "turned.zip")
     assert checked(tmp_path / "turned.zip", data, "test") == first
 

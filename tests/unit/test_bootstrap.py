@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import recall_score
 
 from search import bootstrap
-from search.bootstrap import churn, compare, flattery, hits, of_images, of_mean, per_class_accuracy
+from search.bootstrap import churn, compare, flattery, hits, of_hits, of_mean, per_class_accuracy
 from trainer.predictions import Predictions
 
 SIZES = (3, 2)
@@ -69,32 +69,53 @@ def test_two_images_that_are_right_are_no_proof():
     """An attribute with two images has the variance of its category, not none."""
     labels = np.array([[0]] * 100 + [[1]] * 2)
     right = np.array([[1.0], [0.0]] * 50 + [[1.0]] * 2)
-    interval = bootstrap.of_hits(right, labels, (2,))
+    interval = of_hits(right, labels, (2,))
     # Half of the first are right: a variance of 1/4 for each of the 2 images, and half the weight.
     assert interval.error == pytest.approx(np.sqrt(0.25 / 2) / 2, rel=0.1)
 
 
 def test_candidates_that_do_not_differ_tie_and_a_better_one_wins(labels):
     same = compare([runs_of(labels, 0.7, 5, 10 * n) for n in range(3)], labels, SIZES)
-    assert max(same.best) < 0.9
-    assert all(one.low < 0 < one.high for n, one in enumerate(same.behind) if n != same.leader)
+    assert max(one.best for one in same) < 0.95
+    assert sum(one.best for one in same) == pytest.approx(1)
+    assert all(one.behind.low < 0 < one.behind.high for one in same if one.behind.error)
     better = compare(
         [runs_of(labels, 0.6, 5), runs_of(labels, 0.75, 5, 10), runs_of(labels, 0.6, 5, 20)],
         labels,
         SIZES,
     )
-    assert better.leader == 1
-    assert better.best[1] > 0.99
-    assert better.behind[1].value == better.behind[1].error == 0
-    assert better.behind[0].low > 0
+    assert better[1].best > 0.99
+    assert better[1].behind.value == better[1].behind.error == 0
+    assert better[0].behind.low > 0
 
 
 def test_the_same_evidence_gives_the_same_answer_and_seeds_may_be_missing(labels):
-    runs = [runs_of(labels, 0.7, 5), runs_of(labels, 0.6, 2, 10)]
-    assert compare(runs, labels, SIZES) == compare(runs, labels, SIZES)
-    alone = compare(runs[:1], labels, SIZES)
-    assert alone.best == [1.0]
-    assert alone.scores[0].low < alone.scores[0].value < alone.scores[0].high
+    full, short = runs_of(labels, 0.7, 5), runs_of(labels, 0.6, 5, 10)
+    gaps = {seed: short[seed] for seed in (0, 3)}
+    assert compare([full, gaps], labels, SIZES) == compare([full, gaps], labels, SIZES)
+    [alone] = compare([full], labels, SIZES)
+    assert alone.best == 1
+    assert alone.score.low < alone.score.value < alone.score.high
+
+
+def test_what_seeds_do_to_all_and_to_one_is_told_apart_though_some_are_missing():
+    """Known effects: the variances come out as they went in, on average."""
+    random, found = np.random.default_rng(0), []
+    has = np.ones((5, 5), dtype=bool)
+    has[2:, 2:] = False  # three candidates were given up after two seeds
+    for shared, own in ((0.03, 0.0), (0.0, 0.03)):
+        spreads = []
+        for _ in range(300):
+            scores = 0.6 + random.normal(0, shared, 5) + random.normal(0, own, (5, 5))
+            moves = bootstrap._seeds(np.where(has, scores, np.nan), 0.0, random)
+            # Of the first two, which have all seeds: of one, and of their difference.
+            spreads.append([np.quantile(m, 0.84) for m in (moves[:, 0], moves[:, 0] - moves[:, 1])])
+        found.append(np.mean(spreads, 0) * np.sqrt(5))
+    (all_one, all_pair), (one_one, one_pair) = found
+    assert all_one == pytest.approx(0.03, rel=0.25)
+    assert all_pair < 0.002  # what all share is in no difference
+    assert one_pair == pytest.approx(0.03 * np.sqrt(2), rel=0.25)
+    assert one_one == pytest.approx(0.03, rel=0.35)
 
 
 def test_seeds_that_shift_all_of_a_candidate_widen_its_interval(labels):
@@ -104,7 +125,7 @@ def test_seeds_that_shift_all_of_a_candidate_widen_its_interval(labels):
     shaky = [one, one, one]
     # So that the seeds do not do the same to all.
     shaky[1] = dict(zip(range(5), [*shaky[1].values()][::-1], strict=True))
-    narrow, wide = (compare(runs, labels, SIZES).scores[0].error for runs in (steady, shaky))
+    narrow, wide = (compare(runs, labels, SIZES)[0].score.error for runs in (steady, shaky))
     assert wide > 2 * narrow
     assert churn(steady, labels, SIZES) > 0
 
@@ -129,8 +150,7 @@ def test_intervals_of_one_run_cover_the_truth(labels):
     covered = []
     for seed in range(400):
         classes = guesses(labels, 0.6, 100 + seed)
-        predictions = Predictions(labels, classes[np.newaxis], np.zeros((1, *labels.shape)))
-        known = of_images(predictions, SIZES)
+        known = of_hits(classes == labels, labels, SIZES)
         covered.append(known.low < truth < known.high)
     assert 0.92 < np.mean(covered) < 0.98
     assert of_mean(np.array([0.0, 1.0] * 50)).error == pytest.approx(0.05, rel=0.01)

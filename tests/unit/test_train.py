@@ -282,17 +282,17 @@ def test_predictions_are_those_of_every_epoch_also_after_a_resume(tiny, workspac
     results = list(train(tiny, workspace, checkpoints))
     joined = Predictions.join([result.predictions for result in results])
     for epoch, (result, expected) in enumerate(zip(results, whole, strict=True)):
-        part = joined.epoch(epoch)
-        assert np.array_equal(part.classes, expected.classes)
-        assert np.array_equal(part.log_probs, expected.log_probs)
+        classes, log_probs = joined.classes[epoch], joined.log_probs[epoch]
+        assert np.array_equal(classes, expected.classes[0])
+        assert np.array_equal(log_probs, expected.log_probs[0])
         # The epoch's numbers follow from them.
         recalls = [
-            recall_score(joined.labels[:, k], part.classes[0, :, k], average=None, zero_division=np.nan)
+            recall_score(joined.labels[:, k], classes[:, k], average=None, zero_division=np.nan)
             for k in range(len(sizes))
         ]
         assert np.nanmean(np.concatenate(recalls)) == pytest.approx(result.val_accuracy)
         losses = [
-            -part.log_probs[0, joined.labels[:, k] == value, k].astype(float).mean()
+            -log_probs[joined.labels[:, k] == value, k].astype(float).mean()
             for k, size in enumerate(sizes)
             for value in range(size)
             if (joined.labels[:, k] == value).any()
@@ -362,3 +362,13 @@ def test_a_checkpoint_of_another_version(tiny, workspace):
     run = Run(tiny, workspace)
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
         run.load(run.state() | {"format": 1})
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-40], lambda data: b"no zip"])
+def test_damaged_predictions_are_told(tmp_path, damage):
+    labels = np.zeros((9, 2), dtype=np.uint8)
+    path = tmp_path / "p.npz"
+    Predictions(labels, labels[np.newaxis], labels[np.newaxis].astype(np.float16)).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"predictions|pickle"):
+        Predictions.load(path)
