@@ -175,13 +175,23 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
 def churn(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     """The part of a score's variance over seeds that is images changing sides one by one.
 
-    The mean over seeds carries it into the images' part, so it must not be counted again.
+    The mean over seeds carries it into the images' part, so it must not be counted again. An attribute
+    that does better or worse as a whole is the seed's doing, and not in it.
     """
-    attributes = attribute_index(labels, sizes)
-    counts = np.bincount(attributes.ravel(), minlength=sum(sizes))
-    weights = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # of an image in the score
-    variances = np.mean([np.stack([*some.values()]).var(0, ddof=1) for some in runs], 0)
-    return float((variances * weights[attributes] ** 2).sum())
+    present = len(np.unique(attribute_index(labels, sizes)))
+    total = 0.0
+    for category in range(len(sizes)):
+        for value in np.unique(labels[:, category]):
+            mine = labels[:, category] == value
+            n = int(mine.sum())
+            if n < 2:
+                continue  # one image cannot be told from its attribute
+            for some in runs:
+                right = np.stack([run[mine, category] for run in some.values()])  # [seeds, images]
+                own = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
+                freedom = (len(right) - 1) * (n - 1)
+                total += float((own**2).sum()) / freedom / (n * present**2) / len(runs)
+    return total
 
 
 def _seeds(scores: np.ndarray, churned: float, random: np.random.Generator) -> np.ndarray:

@@ -123,7 +123,7 @@ def search(
         from trainer.loop import rehearse
 
         file = _load(study, data, weights, set_)
-        _check_output(output)
+        _check_export(output)
         dataset = rehearse(file.shared, image_cache())
         engine = database.connect()
         opened = database.prepare(engine)
@@ -244,8 +244,10 @@ def confirm(
     show: Annotated[bool, typer.Option("--show", help="Train nothing; show what is known.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="Train in a SLURM array instead.")] = False,
-    array: Annotated[str, typer.Option(help="With --submit: array tasks.")] = "0-7%4",
-    profile: Annotated[str, typer.Option(help="With --submit: a [slurm.*] table.")] = "tuning",
+    array: Annotated[str | None, typer.Option(help="With --submit: array tasks; 0-7%4.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="With --submit: a [slurm.*] table; tuning.")
+    ] = None,
     data: Data = None,
     weights: Weights = None,
 ) -> None:
@@ -263,12 +265,16 @@ def confirm(
 
         if (show or as_json) and (submit or top or seeds):
             raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
+        if (array or profile) and not submit:
+            raise InputError("--array and --profile go with --submit")
         engine, entry = _search_study(study)
         if not (show or as_json):
             file = plan(engine, entry, top, seeds).moved(data, weights)
             arguments = [*_repeat(data, weights, None), "--", file.study.name]
             if submit:
-                typer.echo(f"job {slurm.submit_study(file, profile, array, arguments)}")
+                typer.echo(
+                    f"job {slurm.submit_study(file, profile or 'tuning', array or '0-7%4', arguments)}"
+                )
                 typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
                 typer.echo(f"  {shlex.join(['atelier', 'confirm', '--show', entry.name])}")
                 return
@@ -288,7 +294,7 @@ def confirm(
             return
         Console().print(render(confirmation), soft_wrap=True)
         if not confirmation.finished:
-            _say("not finished; the same command without --show goes on")
+            _say(f"not finished; it goes on with: {shlex.join(['atelier', 'confirm', entry.name])}")
             if not show:
                 raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
@@ -495,7 +501,7 @@ def export(
 ) -> None:
     """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
     with _errors_in_one_line():
-        _check_output(output)
+        _check_export(output)
         engine, entry = _search_study(study)
         _export(engine, entry, trial, output)
 
@@ -530,8 +536,15 @@ def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     return engine, entry
 
 
+def _check_export(path: Path) -> None:
+    from search.export import check_overwritable
+
+    _check_output(path)
+    check_overwritable(path)
+
+
 def _check_output(path: Path) -> None:
-    """Before any work is done for it."""
+    """Raises InputError, before any work is done for the file."""
     from search.study import InputError
 
     if not path.absolute().parent.is_dir():
@@ -579,7 +592,7 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Train in a SLURM job.")] = False,
-    profile: Annotated[str, typer.Option(help="With --submit: a [slurm.*] table.")] = "final",
+    profile: Annotated[str | None, typer.Option(help="With --submit: a [slurm.*] table; final.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --submit: print the script.")] = False,
     data: Data = None,
     weights: Weights = None,
@@ -588,6 +601,7 @@ def train(
     with _errors_in_one_line():
         from search import slurm
         from search.export import changed, load_bundle
+        from search.study import InputError
 
         changes = {
             "epochs": epochs,
@@ -599,7 +613,10 @@ def train(
         bundle = load_bundle(config)
         settings, notes = changed(bundle, changes, config)
         folder = run or config.with_suffix(".run")
+        if profile and not (submit or dry_run):
+            raise InputError("--profile goes with --submit")
         if submit or dry_run:
+            profile = profile or "final"
             given = {key: value for key, value in changes.items() if value is not None}
             options = given | {"run": folder.absolute()}
             words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
@@ -673,6 +690,8 @@ def predict(
         classes = predictor.predict(image_cache(), tta == "flip")
         final.write_submission(classes, output)
         _say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
+        if scores and predictor.learned_from:
+            _say(f"note: the run learned from, or was chosen by, the images of {split}")
         for name, known in predictor.scores(classes).items():
             typer.echo(f"{name:<27}{known.value:.4f}  95 %: {known.low:.4f} to {known.high:.4f}")
 

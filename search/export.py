@@ -38,8 +38,9 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
     if number is not None:
         if number not in rows:
             raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
-        return Choice(rows[number], "chosen by hand", "chosen by hand")
     winner = confirmation.winner if confirmation else None
+    if number is not None and not (winner and winner.number == number):
+        return Choice(rows[number], "chosen by hand", "chosen by hand")
     if confirmation and winner and winner.estimate:
         sure = f"{100 * winner.estimate.best:.0f} %"
         words = f"confirmed: the best of {len(confirmation.candidates)} candidates with {sure}"
@@ -51,6 +52,11 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
     leader = confirmation.leader if confirmation else None
     if leader is None:
         words = f"unconfirmed, so partly luck; compare the leaders with: atelier confirm {status.study}"
+    elif leader.number == status.best.number:
+        words = (
+            "unconfirmed: it leads, but no candidate has won yet; see: atelier confirm --show "
+            f"{status.study}"
+        )
     else:
         words = (
             f"unconfirmed: no candidate has won yet, trial {leader.number} leads (export it with "
@@ -130,6 +136,16 @@ def export_trial(
     output.write_text(text, encoding="utf-8")
 
 
+def check_overwritable(output: Path) -> None:
+    """That nothing else than an earlier export is overwritten. Raises InputError."""
+    try:
+        is_export = not output.exists() or "origin" in read_toml(output)
+    except InputError:
+        is_export = False
+    if not is_export:
+        raise InputError(f"--output {output}: there is a file that is no export; give another name")
+
+
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is None, which TOML does not know."""
     return {
@@ -162,6 +178,8 @@ class Bundle:
 
 def load_bundle(path: Path) -> Bundle:
     """Read an exported configuration. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one with: atelier export STUDY -o {path}")
     tables = read_toml(path)
     if "train" not in tables:
         raise InputError(f"{path}: no [train] table; write one with: atelier export STUDY -o FILE")
@@ -201,10 +219,14 @@ def changed(bundle: Bundle, changes: Mapping[str, Any], path: Path) -> tuple[Tra
     epochs = given.get("epochs", old.epochs)
     if epochs != old.epochs and "warmup_epochs" not in given:
         given["warmup_epochs"] = min(round(old.warmup_epochs * epochs / old.epochs), max(epochs - 1, 0))
+        how = "stretched" if epochs > old.epochs else "shortened"
         notes.append(
-            f"note: the schedule is stretched from {old.epochs} to {epochs} epochs, its warm-up from "
+            f"note: the schedule is {how} from {old.epochs} to {epochs} epochs, its warm-up from "
             f"{old.warmup_epochs} to {given['warmup_epochs']} epochs; --warmup-epochs gives another"
         )
+    if bundle.origin:
+        known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
+        notes.append("trains trial {} of study {!r}, {}".format(*known))
     config = validate(TrainConfig, old.model_dump() | given, path, "train")
     if not config.validates:
         notes.append("note: it trains on the validation images too, so nothing is validated")

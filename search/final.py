@@ -39,9 +39,12 @@ def run_to_end(
     ended. Raises CheckpointError if the folder has another configuration's run, InputError if another
     process works in it, or if the loss diverges.
     """
+    lock = folder / ".lock"
+    if folder.exists() and not lock.exists() and any(folder.iterdir()):
+        raise InputError(f"--run {folder}: is not empty, and no run; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+        with FileLock(lock, timeout=LOCK_SECONDS):
             return _run(config, workspace, folder, show)
     except Timeout:
         raise InputError(
@@ -97,12 +100,14 @@ def _write_curve(folder: Path, results: list[EpochResult]) -> None:
 
 
 def model_path(run: Path) -> Path:
-    """The file to predict with: a run's best model, else its last. Raises InputError."""
+    """The file to predict with: a finished run's best model, else its last. Raises InputError."""
     if run.is_file():
         return run
-    for name in ("best", "last"):
-        if (run / f"{name}.safetensors").is_file():
-            return run / f"{name}.safetensors"
+    best, last = run / "best.safetensors", run / "last.safetensors"
+    if last.is_file():
+        return best if best.is_file() else last
+    if best.is_file():
+        raise InputError(f"{run}: the run is not finished; go on with atelier train, or name {best}")
     raise InputError(f"{run}: no model in it; give the run folder of a finished: atelier train")
 
 
@@ -113,7 +118,11 @@ class Predictor:
     """
 
     def __init__(self, run: Path, split: str, data: str | None, truth: Path | None) -> None:
-        self._model = SavedModel(model_path(run))
+        path = model_path(run)
+        self._model = SavedModel(path)
+        # The best epoch is that of the validation images.
+        chosen = "val" if path.stem == "best" else None
+        self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
         self._dataset = read_dataset(data or self._model.config.data)
         self._model.check(self._dataset)
         self._split = self._dataset.split(split)

@@ -198,7 +198,7 @@ def train(
             run.load(state)
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoints.folder}: {error}") from None
-        log.info("goes on in epoch %d, after step %d", len(run.history), run.step)
+        log.info("goes on after %d epochs, %d steps", len(run.history), run.step)
         yield from list(run.history)
     while len(run.history) < config.epochs:
         result = run.train_epoch(interrupt)

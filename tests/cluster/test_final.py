@@ -31,7 +31,7 @@ def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, tmp_path)
     wait_for(lambda: (task_states(job) or {"?"}) <= {"COMPLETED"}, f"job {job}", study, 400)
     text = log.read_text()
     assert "requeued: the job goes on where it stopped" in text, text
-    assert "goes on in epoch" in text
+    assert "goes on after" in text
 
     # The same in one go, with one thread as on the node.
     subprocess.run(

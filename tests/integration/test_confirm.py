@@ -95,10 +95,12 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searche
         classes = np.broadcast_to(wrong, predictions.classes.shape)
         Predictions(predictions.labels, classes, predictions.log_probs).save(folder.predictions(trial))
     shown = atelier("confirm", "tiny", "--seeds", "3").stdout
+    assert f"trial {winner} leads with 100 %; a winner has 95 %, 5 seeds" in shown
+    shown = atelier("confirm", "tiny", "--seeds", "5").stdout
     assert f"trial {winner} is the best of them" in shown
     rows = trials(atelier, tmp_path, "tiny-confirm")
-    assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"]
-    assert rows[4]["reason"] == "cannot win any more"
+    assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"] * 3
+    assert rows[4]["reason"] == rows[8]["reason"] == "cannot win any more"
     assert rows[4]["epochs"] == "0"
     known = confirmation(atelier)
     assert known["winner"] == winner
@@ -114,12 +116,17 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searche
     assert best["origin"]["standing"] == "confirmed"
     accuracy = best["origin"]["accuracy"]
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
-    assert (accuracy["seeds"], accuracy["noise"]) == (3, "images and seeds")
+    assert (accuracy["seeds"], accuracy["noise"]) == (5, "images and seeds")
+    assert "is confirmed" in atelier("export", "tiny", "--trial", winner, "-o", "best.toml").stderr
+    (tmp_path / "mine.toml").write_text("[study]\n")
+    refused = atelier("export", "tiny", "-o", "mine.toml", code=2).stderr
+    assert "there is a file that is no export" in refused
+    assert (tmp_path / "mine.toml").read_text() == "[study]\n"
 
     report = atelier("report", "tiny", "-o", "pages").stderr
     assert "report.html" in report
     text = (tmp_path / "pages" / "report.md").read_text()
-    for word in (f"Trial {winner}", "Confirmation", "| 3 |", "2 (out)", "class weights", "resnet10t"):
+    for word in (f"Trial {winner}", "Confirmation", "| 5 |", "2 (out)", "class weights", "resnet10t"):
         assert word in text
     for image in ("history", "curves", "compare-batch_size"):
         assert (tmp_path / "pages" / f"{image}.png").stat().st_size > 10_000
@@ -131,11 +138,11 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searche
     for command in (["confirm", "tiny", "--show"], ["export", "tiny"]):
         assert "use the ATELIER_HOME that the workers used" in atelier(*command, code=2).stderr
     # It is not the fault of reruns to come: they are trained.
-    error = atelier("confirm", "tiny", "--seeds", "4", code=2).stderr
+    error = atelier("confirm", "tiny", "--seeds", "6", code=2).stderr
     assert "use the ATELIER_HOME" in error
     folder.predictions(0).write_bytes(kept)
     states = [row["state"] for row in trials(atelier, tmp_path, "tiny-confirm")]
-    assert states == ["complete"] * 4 + ["pruned"] + ["complete"] * 3
+    assert states == ["complete"] * 4 + ["pruned", "complete"] * 4
 
 
 def test_reruns_that_fail_bar_a_win(searched, engine, tmp_path):
@@ -156,7 +163,7 @@ def test_reruns_that_fail_bar_a_win(searched, engine, tmp_path):
     assert known["winner"] is None
     shown = atelier("confirm", "tiny", "--show").stdout
     assert "1 (1 failed)" in shown
-    assert f"trial {first} leads with 100 %; a winner has 95 % and no failed rerun" in shown
+    assert f"trial {first} leads with 100 %; a winner has 95 %, 5 seeds and no failed rerun" in shown
     assert "unconfirmed" in atelier("export", "tiny").stderr
 
 

@@ -167,7 +167,9 @@ def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study
 
     # The validation images' accuracies are those of the run's best epoch.
     val = data / "split" / "val_attr.txt"
-    scored = atelier("predict", "best.run", "--split", "val", "--scores", val, "-o", "val.zip").stdout
+    result = atelier("predict", "best.run", "--split", "val", "--scores", val, "-o", "val.zip")
+    assert "note: the run learned from, or was chosen by, the images of val" in result.stderr
+    scored = result.stdout
     rows = {line[:27].strip(): line[27:].split() for line in scored.splitlines()}
     classes = np.array(list(checked(tmp_path / "val.zip", data, "val").values()))
     right = classes == read_dataset(data).splits["val"].labels

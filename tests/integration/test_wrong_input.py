@@ -426,6 +426,8 @@ def change_of(key, value):
         (dict, ["--train-on", "val"], "train_on"),
         (dict, ["--train-on", "train+val", "--data", "{no_val}"], "val.txt: no such file"),
         (dict, ["--warmup-epochs", "9"], "warmup_epochs = 9"),
+        (dict, ["--profile", "final"], "--profile goes with --submit"),
+        (dict, ["--run", "{demo}"], "is not empty, and no run"),
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),
         (dict, ["--submit", "--profile", "none"], "the file has final"),
         (dict, ["--submit", "--data", "nowhere"], "does not exist"),
@@ -442,7 +444,7 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
         "origin": {},
     }
     Path("c.toml").write_text(tomli_w.dumps(change(tables)))
-    words = [word.format(no_val=no_val) for word in words]
+    words = [word.format(no_val=no_val, demo=demo) for word in words]
     assert_one_line(runner.invoke(app, ["train", "c.toml", *words]), expected)
     assert not Path("c.run").exists()
 
@@ -470,6 +472,7 @@ def finished_run(tmp_path_factory, demo):
     ("words", "expected"),
     [
         (["nowhere"], "nowhere: no model in it"),
+        (["{unfinished}"], "the run is not finished"),
         (["{junk}"], "cannot be read"),
         (["{run}", "--data", "{no_test}"], "no split 'test'; it has train, val"),
         (["{run}", "--split", "tset"], "no split 'tset'; it has train, val, test"),
@@ -489,6 +492,9 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
     places["junk"].write_bytes(b"junk")
     places["short"].write_text("\n".join(rows[:-1]) + "\n")
     places["high"].write_text("\n".join(["9 0 0 0 0 0", *rows[1:]]) + "\n")
+    (tmp_path / "unfinished").mkdir()
+    places["unfinished"] = tmp_path / "unfinished"
+    shutil.copy(finished_run / "best.safetensors", places["unfinished"])
     for name in ("no_test", "other"):
         shutil.copytree(demo, places[name])
     (places["no_test"] / "split" / "test.txt").unlink()
@@ -507,6 +513,7 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
         (["confirm", "tiny"], "has no complete trial yet"),
         (["confirm", "tiny", "--show"], "nothing of study 'tiny' is confirmed yet"),
         (["confirm", "tiny", "--json"], "nothing of study 'tiny' is confirmed yet"),
+        (["confirm", "tiny", "--array", "0-3"], "go with --submit"),
         (["confirm", "tiny", "--show", "--submit"], "leave out --top, --seeds and --submit"),
         (["confirm", "nobody"], "no study 'nobody' in the database; it has: tiny"),
         (["report", "tiny"], "has no complete trial yet"),
