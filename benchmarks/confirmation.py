@@ -83,12 +83,13 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     top = np.argsort(-seen)[:TOP]
     truth = study.truth[top]
     runs: list[dict[int, np.ndarray]] = [{} for _ in top]
+    alive = set(range(TOP))
     for seed in range(1, SEEDS + 1):
         if seed > LEAST_SEEDS:
-            best = [one.best for one in compare(runs, study.labels, SIZES)]
-        for index, trial in enumerate(top):
-            if seed <= LEAST_SEEDS or best[index] >= DROPPED:
-                runs[index][seed] = study.run(trial, seed)
+            known = compare(runs, study.labels, SIZES)
+            alive = {index for index in alive if known[index].best >= DROPPED}
+        for index in sorted(alive):
+            runs[index][seed] = study.run(top[index], seed)
     estimates = compare(runs, study.labels, SIZES)
     means = np.array([one.score.value for one in estimates])
     leader = int(means.argmax())

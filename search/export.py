@@ -35,9 +35,8 @@ class Choice:
 def choose(status: Status, confirmation: Confirmation | None, number: int | None) -> Choice:
     """The given trial; else the confirmed winner; else the best, with a warning. Raises InputError."""
     rows = {row.number: row for row in status.trials}
-    if number is not None:
-        if number not in rows:
-            raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
+    if number is not None and number not in rows:
+        raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
     winner = confirmation.winner if confirmation else None
     if number is not None and not (winner and winner.number == number):
         return Choice(rows[number], "chosen by hand", "chosen by hand")
