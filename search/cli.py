@@ -272,9 +272,8 @@ def confirm(
             file = plan(engine, entry, top, seeds).moved(data, weights)
             arguments = [*_repeat(data, weights, None), "--", file.study.name]
             if submit:
-                typer.echo(
-                    f"job {slurm.submit_study(file, profile or 'tuning', array or '0-7%4', arguments)}"
-                )
+                job = slurm.submit_study(file, profile or "tuning", array or "0-7%4", arguments)
+                typer.echo(f"job {job}")
                 typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
                 typer.echo(f"  {shlex.join(['atelier', 'confirm', '--show', entry.name])}")
                 return
@@ -510,8 +509,14 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     from dashboards.status import read_status
     from search.confirmation import read_confirmation
     from search.export import choose, export_trial, in_words, known_accuracy
+    from search.study import InputError
 
-    confirmation = read_confirmation(engine, entry)
+    try:
+        confirmation = read_confirmation(engine, entry)
+    except InputError:
+        if trial is None:
+            raise
+        confirmation = None  # a trial that is named needs no evidence
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
     export_trial(engine, entry, choice, confirmation, output)
     row = choice.row

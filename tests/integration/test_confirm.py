@@ -137,6 +137,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searche
     folder.predictions(0).write_bytes(kept[:-99])
     for command in (["confirm", "tiny", "--show"], ["export", "tiny"]):
         assert "use the ATELIER_HOME that the workers used" in atelier(*command, code=2).stderr
+    atelier("export", "tiny", "--trial", loser, "-o", "best.toml")
     # It is not the fault of reruns to come: they are trained.
     error = atelier("confirm", "tiny", "--seeds", "6", code=2).stderr
     assert "use the ATELIER_HOME" in error
