@@ -2,10 +2,8 @@
 
     python -m benchmarks.selection STUDY... [--draws 400]
 
-Each STUDY is a search by random sampling without a pruner, whose trials were rerun on fresh seeds:
-
-    atelier search STUDY.toml
-    atelier confirm STUDY --top TRIALS --seeds 2
+Each STUDY is a search by random sampling without a pruner, whose trials were rerun on fresh seeds, as
+benchmarks/selection.toml says.
 
 So no decision has seen a validation image, and the images can be cut into halves, by image and alike in
 their attributes, as often as one likes. One half plays the validation set: some trials are searched and
