@@ -79,7 +79,7 @@ def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(en
     worker = make_worker("study.max_trials=99")
     worker.ledger.register()
     first = worker.ledger.claim()
-    worker._config(first)
+    worker._params(first)
     worker.ledger.finish(first, "complete", 0.5)
     space = worker.file.distributions()
     for number in range(12):
@@ -88,7 +88,7 @@ def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(en
                 params={"lr": 1e-3 + number * 1e-5, "batch_size": 32}, distributions=space, value=0.1
             )
         )
-    worker._config(worker.ledger.claim())
+    worker._params(worker.ledger.claim())
     attributes = worker.study.trials[-1].system_attrs
     assert any(key.startswith("tpe:relative_params") for key in attributes), attributes
 
