@@ -518,12 +518,13 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
             raise
         confirmation = None  # a trial that is named needs no evidence
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
-    export_trial(engine, entry, choice, confirmation, output)
     row = choice.row
+    accuracy = known_accuracy(entry, row, confirmation)
+    export_trial(engine, entry, choice, accuracy, output)
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
     _say(f"{warning}trial {row.number} ({value}) is {choice.words}")
-    if accuracy := known_accuracy(entry, row, confirmation):
+    if accuracy:
         _say(f"its average per-class accuracy is {in_words(accuracy)}")
     _say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
 

@@ -96,10 +96,10 @@ def export_trial(
     engine: sa.Engine,
     entry: StudyEntry,
     choice: Choice,
-    confirmation: Confirmation | None,
+    accuracy: dict[str, Any],
     output: Path,
 ) -> None:
-    """Write a trial's configuration.
+    """Write a trial's configuration, with what `known_accuracy` says of it.
 
     [train] holds every resolved setting, [origin] says where they come from and what is known of the
     score, [slurm.*] are the search's profiles. Raises InputError if the trial has not all its parameters
@@ -127,7 +127,7 @@ def export_trial(
         "exported": datetime.now(UTC).replace(microsecond=0),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "accuracy": known_accuracy(entry, row, confirmation),
+        "accuracy": accuracy,
     }
     tables = {"format": FORMAT, "train": config.model_dump(), "origin": origin}
     slurm = entry.settings.get("slurm", {})
