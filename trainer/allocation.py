@@ -5,6 +5,7 @@ import os
 import resource
 from contextlib import suppress
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -42,6 +43,13 @@ def memory_limit() -> int | None:
     per_node, per_cpu = _number("SLURM_MEM_PER_NODE"), _number("SLURM_MEM_PER_CPU")  # MiB
     granted = per_node or (per_cpu and per_cpu * cpu_count())
     return granted << 20 if granted else None
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may use in all, of the device where it counts them, else of the node."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return memory_limit() or psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:

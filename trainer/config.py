@@ -40,6 +40,8 @@ class TrainConfig(BaseModel):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, else fp32
     allow_tf32: bool = True
+    # "auto": the augmentation, where that pays, which changes no number; "network": trunk and tail too
+    compile: Literal["auto", "network", "none"] = "auto"
 
     @property
     def validates(self) -> bool:
@@ -67,6 +69,7 @@ class EpochResult:
     """
 
     epoch: int  # from 0
+    stream_epoch: int  # of the stream of training images: more than `epoch` if it joined a pack late
     lr: float  # of the epoch's last step
     train_loss: float
     train_accuracy: float  # average per-class accuracy, dropout and augmentation on
@@ -76,7 +79,7 @@ class EpochResult:
     val_category: tuple[float, ...] = ()  # plain accuracy of each category
     val_hits: tuple[int, ...] = ()  # images of each attribute that were predicted right
     val_log_loss: float = math.nan  # mean over attributes of their images' mean -ln p(true attribute)
-    seconds: float
+    seconds: float  # of the device: its share, where runs go side by side
     images: int  # training images seen
     peak_memory: int  # bytes, of the device where it counts them, else of the process
     predictions: Predictions | None = field(default=None, repr=False, compare=False)

@@ -1,7 +1,9 @@
 """The training loop: `train(config, workspace)` yields one EpochResult per epoch.
 
 Whoever consumes it decides after each epoch whether to go on; a checkpoint of the epoch is already on
-disk by then. The loop knows nothing of trials, databases or clusters.
+disk by then. Runs can go side by side, through `turn`: they see one stream of images through one pass
+of the trunk, and each gets the numbers that it would get alone with that stream. The loop knows nothing
+of trials, databases or clusters.
 """
 
 import copy
@@ -9,38 +11,39 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from trainer.allocation import cpu_count, memory_limit, peak_memory
+from trainer.allocation import available_memory, is_out_of_memory, peak_memory
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
-from trainer.dataset import Dataset, DatasetError, Split, read_dataset
 from trainer.loss import AttributeLoss, accuracy, class_weights, predict
 from trainer.model import make_head
 from trainer.predictions import Predictions
-from trainer.runtime import Runtime
-from trainer.stream import BLOCK, Stream, epoch_order, prepared_images
+from trainer.stream import BLOCK
+from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
-# memory grant it takes at most a quarter.
-FEATURE_CACHE_BYTES = 2 << 30
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights")
 # Settings in which the runs of one process may differ from its workspace.
 OWN = ("seed", *TUNABLE)
-FORMAT = 2  # of `Run.state`
+FORMAT = 3  # of `Run.state`
 
-Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
-Interrupt = Callable[[float], bool]  # see `train`
+# At most so many runs are worth it: the trunk is then a small part, and each epoch takes long.
+MOST_SIDE_BY_SIDE = 8
+FILLED = 0.9  # of the memory; the rest is for fragments and batches to come
+
+Interrupt = Callable[["Run", float], bool]  # see `turn`
+# What a turn has brought a run: an epoch, nothing yet (interrupted), or an error of its own.
+Outcome = EpochResult | Exception | None
 
 
 def learning_rate(position: float, config: TrainConfig) -> float:
@@ -54,196 +57,203 @@ def learning_rate(position: float, config: TrainConfig) -> float:
     return config.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-class Workspace(Runtime):
-    """What the trials of a study share in one process: data, trunk and validation features.
-
-    Raises DatasetError, ModelError. `cache` is the folder for prepared images; `processes` is the
-    number of loader processes, by default none on a CPU and one less than the CPUs beside a GPU.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        cache: Path,
-        device: torch.device | None = None,
-        processes: int | None = None,
-    ) -> None:
-        self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
-        super().__init__(config, device)
-        self.sizes = self.dataset.sizes
-        self.trunk, self.stages = self.backbone.split(config.trainable)
-        self.place(self.trunk).requires_grad_(False).train(config.frozen_batchnorm == "train")
-        train = self.dataset.split(config.train_on)
-        self.indices = _subset(len(train), config.train_images)
-        self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
-        self.train_targets = self._targets(train)
-        self._val_images: Path | None = None
-        if config.validates:  # else nothing is left to validate on
-            val = self.dataset.split("val")
-            self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
-            self.val_targets = self._targets(val)
-        if processes is None:
-            processes = max(cpu_count() - 1, 0) if self.device.type == "cuda" else 0
-        self._processes = processes
-        self._streams: dict[int, Stream] = {}
-        self._constant: dict[str, torch.Tensor | None] = {}
-        self._cache_bytes = min(FEATURE_CACHE_BYTES, (memory_limit() or math.inf) / 4)
-
-    def _targets(self, split: Split) -> torch.Tensor:
-        assert split.labels is not None  # only the test split may have none
-        return torch.from_numpy(split.labels).to(self.device)
-
-    def train_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the training images in the order in which an epoch visits them."""
-        return epoch_order(self.indices, seed, epoch)
-
-    def train_blocks(
-        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
-    ) -> Iterator[Block]:
-        """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
-        constant = None
-        if self.config.augment == "none":
-            constant = self._constant_features("train", trunk, self._train_images, self.indices)
-        if constant is not None:
-            order = self.train_order(seed, epoch)
-            rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.device)
-            blocks = torch.split(rows, block), torch.split(torch.from_numpy(order), block)
-            for part, indices in itertools.islice(zip(*blocks, strict=True), first, None):
-                yield constant[part], indices.to(self.device)
-        else:
-            for images, indices in self.stream(block).epoch(seed, epoch, first):
-                yield self.features(trunk, images), indices.to(self.device)
-
-    def stream(self, block: int) -> Stream:
-        """The training images in blocks of this size; made once."""
-        if block not in self._streams:
-            augment = self.config.augment == "report"
-            self._streams[block] = Stream(
-                self._train_images, self.indices, augment, block, self._processes
-            )
-        return self._streams[block]
-
-    def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
-        """The validation images' trunk output, in file order, BLOCK images at a time."""
-        assert self._val_images is not None  # else there is nothing to evaluate
-        every = np.arange(len(self.val_targets))
-        constant = self._constant_features("val", trunk, self._val_images, every)
-        if constant is not None:
-            yield from torch.split(constant, BLOCK)
-        else:
-            yield from self._in_order(trunk, self._val_images, every)
-
-    def _constant_features(
-        self, name: str, trunk: nn.Module, path: Path, indices: np.ndarray
-    ) -> torch.Tensor | None:
-        """Trunk output of images that look the same in every epoch, made once; None if too large."""
-        if self.config.frozen_batchnorm == "train":
-            return None  # the trunk is not the same in every epoch
-        if name not in self._constant:
-            [one] = self._in_order(trunk, path, indices[:1])
-            fits = one.nbytes * len(indices) <= self._cache_bytes
-            self._constant[name] = self._gather(one, trunk, path, indices) if fits else None
-        return self._constant[name]
-
-    def _gather(
-        self, one: torch.Tensor, trunk: nn.Module, path: Path, indices: np.ndarray
-    ) -> torch.Tensor:
-        layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
-        shape = (len(indices), *one.shape[1:])
-        gathered = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
-        parts = torch.split(gathered, BLOCK), self._in_order(trunk, path, indices)
-        for part, features in zip(*parts, strict=True):
-            part.copy_(features)
-        return gathered
-
-    def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        images = np.load(path, mmap_mode="r")
-        for start in range(0, len(indices), BLOCK):
-            yield self.features(trunk, torch.from_numpy(images[indices[start : start + BLOCK]]))
-
-    @property
-    def device_name(self) -> str | None:
-        """The GPU's name; None on a CPU."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-
-
-def rehearse(config: TrainConfig, cache: Path) -> Dataset:
-    """Prepare the images and build the network once, on the CPU, for the errors that this brings.
-
-    Returns the dataset. Raises DatasetError, ModelError.
-    """
-    return Workspace(config, cache, torch.device("cpu")).dataset
-
-
 def train(
     config: TrainConfig,
     workspace: Workspace,
     checkpoints: Checkpoints | None = None,
-    interrupt: Interrupt = lambda _: False,
-    keep: "Callable[[Run, EpochResult], None]" = lambda _, __: None,
+    interrupt: Interrupt = lambda *_: False,
+    keep: "Callable[[Run, EpochResult], None]" = lambda *_: None,
+    stream_epochs: Sequence[int] = (),
 ) -> Iterator[EpochResult]:
     """Train and yield every epoch's result; with `checkpoints`, go on from the latest.
 
     A resumed run first yields the epochs that its checkpoint remembers, so the consumer sees the whole
     curve either way, and the curve is the same, bit for bit (on one machine, with as many threads).
-    `interrupt` is asked after every step, with an estimate of the seconds until the epoch's result;
-    once it returns True the iteration ends early, with a checkpoint in the middle of the epoch. `keep`
-    is called with every new result before its checkpoint is written, so what it keeps is never older.
+    `interrupt` is that of `turn`; once it returns True the iteration ends early, with a checkpoint in
+    the middle of the epoch. `keep` is called with every new result before its checkpoint is written, so
+    what it keeps is never older. `stream_epochs` are those of a run in a pack, to be gone through again.
     Raises CheckpointError if the checkpoint belongs to another configuration.
     """
-    run = Run(config, workspace)
-    state = checkpoints.latest() if checkpoints else None
-    if checkpoints and state is not None:
-        try:
-            run.load(state)
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoints.folder}: {error}") from None
-        log.info("goes on after %d epochs, %d steps", len(run.history), run.step)
-        yield from list(run.history)
+    run = Run(config, workspace, checkpoints, stream_epochs)
+    yield from list(run.history)
     while len(run.history) < config.epochs:
-        result = run.train_epoch(interrupt)
-        if result is not None:
-            keep(run, result)
-        if checkpoints:
-            checkpoints.save(len(run.history), run.step, run.state())
-        if result is None:
+        [(_, outcome)] = turn([run], interrupt)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is not None:
+            keep(run, outcome)
+        run.save()
+        if outcome is None:
             return
-        yield result
+        yield outcome
+
+
+def turn(
+    runs: "Sequence[Run]", interrupt: Interrupt = lambda *_: False
+) -> "Iterator[tuple[Run, Outcome]]":
+    """Train every run to the end of its epoch, side by side where they can share the stream.
+
+    They go through the stream's first epoch after all that any of them has seen; runs that were
+    interrupted inside an epoch first end that. `interrupt` is asked after each step of a run, with an
+    estimate of the seconds until the results: once it returns True all runs stop where they are. What
+    it, or a run's own step, raises is that run's outcome, and the others go on.
+    """
+    stopped = False
+    for group in _side_by_side(runs):
+        if stopped:
+            yield from ((run, None) for run in group)
+            continue
+        for run, outcome in _pass(group, interrupt):
+            stopped = stopped or outcome is None
+            yield run, outcome
+
+
+def _side_by_side(runs: "Sequence[Run]") -> "list[list[Run]]":
+    """The runs by the pass over the stream that they can take together."""
+    groups: dict[object, list[Run]] = defaultdict(list)
+    for run in runs:
+        own = id(run) if run.owns_trunk else None
+        groups[run.config.seed, run.block, own, run.bound_stream_epoch].append(run)
+    return list(groups.values())
+
+
+def _pass(runs: "list[Run]", interrupt: Interrupt) -> "Iterator[tuple[Run, Outcome]]":
+    """One pass over the stream, or the rest of one.
+
+    An error of what they share is every run's. But if memory runs out it is the last run's alone, and
+    the others stay inside their epoch, without an outcome.
+    """
+    epoch = max(run.next_stream_epoch for run in runs)
+    for run in runs:
+        run.begin(epoch)
+    active = list(runs)
+    try:
+        yield from _train_blocks(active, epoch, interrupt)
+    except Exception as error:
+        to_blame = active[-1:] if is_out_of_memory(error) else active
+        yield from ((run, _lightened(error, run)) for run in to_blame)
+        return
+    for run in active:
+        try:
+            yield run, run.end_epoch()
+        except Exception as error:
+            yield run, _lightened(error, run)
+
+
+def _lightened(error: Exception, run: "Run") -> Exception:
+    """The error without what its traceback and its run hold of the device's memory."""
+    traceback.clear_frames(error.__traceback__)
+    run.optimizer.zero_grad(set_to_none=True)
+    return error
+
+
+def _train_blocks(
+    active: "list[Run]", epoch: int, interrupt: Interrupt
+) -> "Iterator[tuple[Run, Outcome]]":
+    """Train to the end of the stream's epoch; a run that gets an outcome leaves `active`."""
+    leader, first = active[0], min(run.next_block for run in active)
+    pace = _Pace(sum(run.steps_left for run in active), sum(run.evaluation_steps for run in active))
+    blocks = leader.workspace.train_blocks(
+        leader.runnable_trunk, leader.config.seed, epoch, leader.block, first
+    )
+    for number, (features, indices) in enumerate(blocks, first):
+        for run in list(active):
+            try:
+                for _ in run.train_block(number, features, indices):
+                    if interrupt(run, pace.seconds_left()):
+                        pace.share_out(active)
+                        while active:
+                            yield active.pop(0), None
+                        return
+            except Exception as error:
+                active.remove(run)
+                pace.leave_out(run)
+                yield run, _lightened(error, run)
+        if not active:
+            return
+        pace.share_out(active)
+
+
+def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
+    """How many runs go side by side within the memory, by a step and an evaluation of one of them.
+
+    `largest` is the one that needs the most.
+    """
+    run = Run(largest, workspace)
+    if run.owns_trunk:
+        return 1  # they would share nothing
+    [(_, outcome)] = turn([run], lambda *_: True)  # one step
+    if isinstance(outcome, Exception):
+        raise outcome
+    if largest.validates:
+        run.evaluate()
+    # Weights and two moments; activations and gradients are there once, for one run at a time.
+    each = 3 * sum(one.numel() * one.element_size() for one in run.tail.parameters())
+    left = FILLED * available_memory(run.device) - peak_memory(run.device)
+    return max(min(1 + int(left / each), MOST_SIDE_BY_SIDE), 1)
 
 
 class Run:
-    """One run's own parts: tail, optimizer, generator, position, history."""
+    """One run's own parts: tail, optimizer, generator, position, history.
 
-    def __init__(self, config: TrainConfig, workspace: Workspace) -> None:
+    With `checkpoints` it begins where the latest one stands. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workspace: Workspace,
+        checkpoints: Checkpoints | None = None,
+        stream_epochs: Sequence[int] = (),
+    ) -> None:
         shared = set(TrainConfig.model_fields) - set(OWN)
         assert all(getattr(config, k) == getattr(workspace.config, k) for k in shared)
         self.config, self.workspace = config, workspace
         self.device = workspace.device
+        self._checkpoints, self._stream_epochs = checkpoints, stream_epochs
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         # Batch statistics in the trunk make it a part of the run, and tie blocks to its batches.
         self.owns_trunk = config.frozen_batchnorm == "train"
         self.trunk = copy.deepcopy(workspace.trunk) if self.owns_trunk else workspace.trunk
+        self.runnable_trunk = self.trunk if self.owns_trunk else workspace.frozen
         self.block = config.batch_size if self.owns_trunk else _block_size(config.batch_size)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.tail = self._make_tail()
         self.optimizer = torch.optim.Adam(
-            self.tail.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+            self.tail.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
-        targets = workspace.train_targets[torch.from_numpy(workspace.indices).to(self.device)]
+        labels = workspace.train_labels[torch.from_numpy(workspace.indices)]
         self.loss = AttributeLoss(
             workspace.sizes,
-            class_weights(targets, workspace.sizes),
+            class_weights(labels, workspace.sizes).to(self.device),
             config.epsilon,
             config.smoothing,
         )
+        self.steps_per_block = self.block // config.batch_size  # of every block but the last
         self.steps_per_epoch = sum(
-            math.ceil(min(self.block, len(targets) - start) / config.batch_size)
-            for start in range(0, len(targets), self.block)
+            math.ceil(min(self.block, len(labels) - start) / config.batch_size)
+            for start in range(0, len(labels), self.block)
         )
         self.step = 0  # the schedule's position
+        self.stream_epoch: int | None = None  # of the epoch that it is inside
         self.partial = _Partial()
         self.history: list[EpochResult] = []
+        self._resume()
+
+    def _resume(self) -> None:
+        state = self._checkpoints.latest() if self._checkpoints else None
+        if self._checkpoints and state is not None:
+            try:
+                self.load(state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._checkpoints.folder}: {error}") from None
+            log.info("goes on after %d epochs, %d steps", len(self.history), self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a place for them."""
+        if self._checkpoints:
+            self._checkpoints.save(len(self.history), self.step, self.state())
 
     def _make_tail(self) -> nn.Sequential:
         with torch.random.fork_rng(devices=[]):
@@ -256,56 +266,97 @@ class Run:
             )
         tail = nn.Sequential(copy.deepcopy(self.workspace.stages), head)
         self.workspace.place(tail).requires_grad_(True)
+        if self.config.compile == "network":
+            tail[0].compile(dynamic=False)
         return tail
 
-    def train_epoch(self, interrupt: Interrupt = lambda _: False) -> EpochResult | None:
-        """Train to the end of the running epoch and evaluate; None if it was interrupted."""
-        epoch = len(self.history)
-        done = self.step - epoch * self.steps_per_epoch  # more than 0 after an interruption
-        # Every block but the last has as many steps.
-        first, skip = divmod(done, self.block // self.config.batch_size)
-        pace = _Pace(self.steps_per_epoch - done, self._evaluation_steps())
+    @property
+    def bound_stream_epoch(self) -> int | None:
+        """The epoch of the stream that it must go through: it is inside, or goes through it again."""
+        done = len(self.history)
+        if self.stream_epoch is None and done < len(self._stream_epochs):
+            return self._stream_epochs[done]
+        return self.stream_epoch
+
+    @property
+    def next_stream_epoch(self) -> int:
+        """The epoch of the stream that it must go through, else the one after those that it has seen."""
+        if self.bound_stream_epoch is not None:
+            return self.bound_stream_epoch
+        return self.history[-1].stream_epoch + 1 if self.history else 0
+
+    @property
+    def _steps_done(self) -> int:
+        """In this epoch; more than 0 after an interruption."""
+        return self.step - len(self.history) * self.steps_per_epoch
+
+    @property
+    def steps_left(self) -> int:
+        """In this epoch."""
+        return self.steps_per_epoch - self._steps_done
+
+    @property
+    def next_block(self) -> int:
+        """The number of the block that holds its next step; the last one at the end."""
+        return self._steps_done // self.steps_per_block
+
+    @property
+    def evaluation_steps(self) -> int:
+        """How many training steps take as long as the evaluation, at most: it is forward only."""
+        images = len(self.workspace.val_labels) if self.config.validates else 0
+        return math.ceil(images / self.config.batch_size)
+
+    def begin(self, stream_epoch: int) -> None:
+        """Enter an epoch, or enter it again."""
+        self.stream_epoch = stream_epoch
         self.tail.train()
-        seed = self.config.seed
-        for features, indices in self.workspace.train_blocks(self.trunk, seed, epoch, self.block, first):
-            steps = zip(
-                torch.split(features, self.config.batch_size),
-                torch.split(self.workspace.train_targets[indices], self.config.batch_size),
-                strict=True,
-            )
-            for part, target in itertools.islice(steps, skip, None):
-                self.partial.add(*self.train_step(part, target))
-                if interrupt(pace.seconds_left()):
-                    self.partial.seconds += pace.seconds
-                    return None
-            skip = 0
-        result = self._result(epoch, pace)
-        self.history.append(result)
-        self.partial = _Partial()
-        return result
+        if self.owns_trunk:
+            self.trunk.train()
 
-    def _result(self, epoch: int, pace: "_Pace") -> EpochResult:
-        workspace, partial = self.workspace, self.partial
-        order = torch.from_numpy(workspace.train_order(self.config.seed, epoch)).to(self.device)
-        targets = workspace.train_targets[order]
-        trained = accuracy(torch.cat(partial.logits), targets, workspace.sizes)
-        validated = self._validated() if self.config.validates else {}
-        return EpochResult(
-            epoch=epoch,
-            lr=self._rate(self.step - 1),
-            train_loss=float(torch.cat(partial.losses).sum()) / len(targets),
-            train_accuracy=trained.per_class,
-            seconds=partial.seconds + pace.seconds,
-            images=len(targets),
-            peak_memory=peak_memory(self.device),
-            **validated,
+    def train_block(self, number: int, features: torch.Tensor, indices: torch.Tensor) -> Iterator[None]:
+        """Take the steps of a block that are not yet taken; yields after each."""
+        steps = zip(
+            torch.split(features, self.config.batch_size),
+            torch.split(self.workspace.train_targets[indices], self.config.batch_size),
+            strict=True,
         )
+        taken = max(self._steps_done - number * self.steps_per_block, 0)
+        for part, target in itertools.islice(steps, taken, None):
+            self.partial.add(*self.train_step(part, target))
+            yield
 
-    def _validated(self) -> dict[str, Any]:
-        logits, targets, sizes = self.evaluate(), self.workspace.val_targets, self.workspace.sizes
+    def end_epoch(self) -> EpochResult:
+        """Evaluate and enter the result."""
+        assert self.stream_epoch is not None
+        started = time.monotonic()
+        workspace, partial, sizes = self.workspace, self.partial, self.workspace.sizes
+        outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
+        if self.config.validates:
+            logits = self.evaluate()
+            outputs += [self.loss(logits, workspace.val_targets), logits]
+        losses, trained, *validated = _to_host(outputs)  # where the host waits for the device
+        order = workspace.stream.order(self.config.seed, self.stream_epoch)
+        self.history.append(
+            EpochResult(
+                epoch=len(self.history),
+                stream_epoch=self.stream_epoch,
+                lr=self._rate(self.step - 1),
+                train_loss=float(losses.sum()) / len(order),
+                train_accuracy=accuracy(trained, workspace.train_labels[order], sizes).per_class,
+                seconds=partial.seconds + time.monotonic() - started,
+                images=len(order),
+                peak_memory=peak_memory(self.device),
+                **(self._validated(*validated) if validated else {}),
+            )
+        )
+        self.partial, self.stream_epoch = _Partial(), None
+        return self.history[-1]
+
+    def _validated(self, loss: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+        targets, sizes = self.workspace.val_labels, self.workspace.sizes
         valued = accuracy(logits, targets, sizes)
         return {
-            "val_loss": float(self.loss(logits, targets)),
+            "val_loss": float(loss),
             "val_accuracy": valued.per_class,
             "val_overall": valued.overall,
             "val_category": valued.category,
@@ -313,11 +364,6 @@ class Run:
             "val_log_loss": valued.log_loss,
             "predictions": predict(logits, targets, sizes),
         }
-
-    def _evaluation_steps(self) -> int:
-        """How many training steps take as long as the evaluation, at most: it is forward only."""
-        images = len(self.workspace.val_targets) if self.config.validates else 0
-        return math.ceil(images / self.config.batch_size)
 
     def train_step(
         self, features: torch.Tensor, target: torch.Tensor
@@ -327,9 +373,9 @@ class Run:
             group["lr"] = self._rate(self.step)
         output = self.workspace.logits(self.tail, features)
         loss = self.loss(output, target)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now: other runs can use that memory
         self.step += 1
         return output.detach(), loss.detach()
 
@@ -339,13 +385,11 @@ class Run:
     def evaluate(self) -> torch.Tensor:
         """Logits of all validation images, float [images, attributes]."""
         self.tail.eval()
-        trunk = self.trunk.eval() if self.owns_trunk else self.trunk
-        with torch.no_grad():
-            parts = self.workspace.val_features(trunk)
-            logits = torch.cat([self.workspace.logits(self.tail, part) for part in parts])
         if self.owns_trunk:
-            self.trunk.train()
-        return logits
+            self.trunk.eval()
+        with torch.no_grad():
+            parts = self.workspace.val_features(self.runnable_trunk)
+            return torch.cat([self.workspace.logits(self.tail, part) for part in parts])
 
     def state(self) -> State:
         """All that the next epoch depends on, as plain tensors, numbers and strings."""
@@ -357,6 +401,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
+            "stream_epoch": self.stream_epoch,
             "partial": vars(self.partial),
             "history": [result.columns() for result in self.history],
             "predictions": [_tensors(result.predictions) for result in self.history],
@@ -375,7 +420,7 @@ class Run:
             self.trunk.load_state_dict(state["trunk"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.step = state["step"]
+        self.step, self.stream_epoch = state["step"], state["stream_epoch"]
         self.partial = _Partial(
             losses=[part.to(self.device) for part in state["partial"]["losses"]],
             logits=[part.to(self.device) for part in state["partial"]["logits"]],
@@ -419,32 +464,39 @@ class _Partial:
 
 
 class _Pace:
-    """How fast an epoch goes, to say when it will end. Times are those of this process."""
+    """How fast a pass goes, to say when it will end. Times are those of this process."""
 
     def __init__(self, steps: int, evaluation_steps: int) -> None:
         self._left, self._evaluation_steps = steps, evaluation_steps
         self._done = 0
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
+        self._started = self._shared = time.monotonic()
 
     def seconds_left(self) -> float:
-        """To be asked after each step: the estimated seconds until the epoch's result."""
+        """To be asked after each step: the estimated seconds until the results."""
         self._left, self._done = self._left - 1, self._done + 1
-        return self.seconds / self._done * (self._left + self._evaluation_steps)
+        pace = (time.monotonic() - self._started) / self._done
+        return pace * (self._left + self._evaluation_steps)
+
+    def leave_out(self, run: Run) -> None:
+        """Not to wait for a run that has left."""
+        self._left -= run.steps_left
+        self._evaluation_steps -= run.evaluation_steps
+
+    def share_out(self, runs: list[Run]) -> None:
+        """Charge the runs with the time since the last call, in equal parts."""
+        now = time.monotonic()
+        for run in runs:
+            run.partial.seconds += (now - self._shared) / len(runs)
+        self._shared = now
+
+
+def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same float tensors in main memory, in one transfer."""
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _block_size(batch_size: int) -> int:
     """The largest multiple of the batch size that fits a block, so that only the last batch is short."""
     return max(BLOCK // batch_size, 1) * batch_size
-
-
-def _subset(images: int, wanted: int | None) -> np.ndarray:
-    """Indices of the training images that are used; the same ones for every seed."""
-    if wanted is None:
-        return np.arange(images)
-    if wanted > images:
-        raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
-    return np.sort(np.random.default_rng(0).permutation(images)[:wanted])

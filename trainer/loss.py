@@ -55,7 +55,7 @@ class AttributeLoss:
 
     def _slice(self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         share = 0.5 if self.smoothing == "report" else 1 / logits.shape[1]
-        one_hot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
+        one_hot = _one_hot(target, logits.shape[1]).to(logits.dtype)
         smooth = one_hot * (1 - self.epsilon) + share * self.epsilon
         total = (weight * smooth * -F.log_softmax(logits, 1)).sum()
         return total / weight[target].sum()
@@ -99,6 +99,11 @@ def predict(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...])
     )
 
 
+def _one_hot(target: torch.Tensor, classes: int) -> torch.Tensor:
+    """bool [images, classes]. Unlike PyTorch's, it does not wait for the device to check the values."""
+    return target.unsqueeze(1) == torch.arange(classes, device=target.device)
+
+
 def _judged(
     logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,5 +121,5 @@ def _sums(values: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -
     columns = zip(targets.T, values.double().T, sizes, strict=True)
     # Not bincount, whose sums on CUDA depend on the order of the threads.
     return torch.cat(
-        [(F.one_hot(target, size) * value.unsqueeze(1)).sum(0) for target, value, size in columns]
+        [(_one_hot(target, size) * value.unsqueeze(1)).sum(0) for target, value, size in columns]
     )

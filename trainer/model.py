@@ -4,6 +4,7 @@ Below the first trained stage nothing learns, so it runs in eval mode and withou
 output for the validation images is computed once. Four fifths of the multiply-adds are there.
 """
 
+import copy
 import difflib
 import textwrap
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from trainer.config import TrainConfig
 
@@ -75,6 +77,40 @@ class Backbone:
             nn.Sequential(OrderedDict(stages[:cut])),
             nn.Sequential(OrderedDict(stages[cut:])),
         )
+
+
+def fold_batchnorm(trunk: nn.Module, size: int) -> nn.Module:
+    """A copy for inference in which convolutions do the work of the BatchNorms behind them.
+
+    `size` is that of its images, in pixels. The outputs differ by rounding only.
+    """
+    folded = copy.deepcopy(trunk).eval()
+    outputs: list[tuple[torch.Tensor, nn.Conv2d]] = []
+    behind: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            outputs.append((output, module))
+        elif isinstance(module, nn.BatchNorm2d):
+            behind.extend((conv, module) for made, conv in outputs if made is inputs[0])
+
+    handles = [module.register_forward_hook(watch) for module in folded.modules()]
+    with torch.no_grad():
+        folded(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
+    for handle in handles:
+        handle.remove()
+    for conv, norm in behind:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+    rests = {norm: getattr(norm, "act", nn.Identity()) for _, norm in behind}  # timm's have one inside
+    for parent in list(folded.modules()):
+        for name, child in parent.named_children():
+            if child in rests:
+                setattr(parent, name, rests[child])
+    return folded
 
 
 def load_backbone(config: TrainConfig) -> Backbone:

@@ -93,7 +93,9 @@ class SavedModel:
             )
         self.description = Description(**values)
         self.config = TrainConfig(**self.description.config)
-        self._runtime = Runtime(self.config.model_copy(update={"weights": "none"}), device)
+        self._runtime = Runtime(
+            self.config.model_copy(update={"weights": "none", "compile": "none"}), device
+        )
         backbone = self._runtime.backbone
         self._trunk, stages = backbone.split(self.config.trainable)
         outputs = sum(self.description.sizes)
@@ -104,6 +106,7 @@ class SavedModel:
             own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
             module.load_state_dict(own)
             self._runtime.place(module).eval()
+        self._frozen = self._runtime.freeze(self._trunk)
 
     def check(self, dataset: Dataset) -> None:
         """Raises ModelError unless the dataset has the attributes that the network was trained on."""
@@ -129,5 +132,5 @@ class SavedModel:
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            features = self._runtime.features(self._trunk, images)
+            features = self._runtime.features(self._frozen, images)
             return self._runtime.logits(self._tail, features).cpu()

@@ -1,5 +1,6 @@
 """How a network runs on its device: placed, in which precision, on images of which scale."""
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +9,10 @@ from torch import nn
 
 from trainer.allocation import pick_device
 from trainer.config import TrainConfig
-from trainer.model import Backbone, load_backbone
+from trainer.model import Backbone, fold_batchnorm, load_backbone
+
+# Pixels that the trunk takes at once on a CPU, so that the wide first layers' output stays in its cache.
+CACHED_PIXELS = 1 << 20
 
 
 class Runtime:
@@ -19,17 +23,35 @@ class Runtime:
         self.device = device or pick_device()
         _set_precision(config, self.device)
         self.backbone: Backbone = load_backbone(config)
+        scale = 255 * torch.tensor([self.backbone.mean, self.backbone.std], device=self.device)
+        self._mean, self._std = scale.view(2, 1, 3, 1, 1)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device, in the layout that is fastest there."""
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
+    def freeze(self, trunk: nn.Module) -> nn.Module:
+        """What is to be run in the place of a placed trunk that never changes."""
+        trunk.requires_grad_(False).eval()
+        if self.config.frozen_batchnorm == "train" or not len(list(trunk.parameters())):
+            return trunk
+        folded = self.place(fold_batchnorm(trunk, self.config.image_size)).requires_grad_(False)
+        if self.config.compile == "network":
+            folded.compile(dynamic=False)
+        return folded
+
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """The trunk's output for uint8 images [n, 3, size, size]."""
+        """The trunk's output for uint8 images [n, 3, size, size].
+
+        In training mode the images are one batch; otherwise a CPU takes a few of them at once.
+        """
+        at_once = len(images)
+        if self.device.type == "cpu" and not trunk.training:
+            at_once = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
         with torch.no_grad(), self._autocast():
-            features: torch.Tensor = trunk(self.normalise(images))
-        return features
+            parts = [trunk(self.normalise(part)) for part in torch.split(images, at_once)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
         """A tail on trunk output, float [n, attributes].
@@ -45,10 +67,8 @@ class Runtime:
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
         images = images.to(self.device, non_blocking=True)
-        mean = torch.tensor(self.backbone.mean, device=self.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std, device=self.device).view(1, 3, 1, 1)
-        scaled = (images.float() / 255 - mean) / std
-        return scaled.contiguous(memory_format=torch.channels_last)
+        scaled = images.to(torch.float32, memory_format=torch.channels_last)
+        return scaled.sub_(self._mean).div_(self._std)
 
     def _autocast(self) -> AbstractContextManager[object]:
         wanted = self.config.precision

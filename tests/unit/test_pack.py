@@ -1,0 +1,191 @@
+"""Runs side by side: each gets, bit for bit, what it gets alone with the same epochs of the stream."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trainer.checkpoint import Checkpoints
+from trainer.loop import Run, pack_that_fits, train, turn
+from trainer.workspace import Workspace
+
+SETTINGS = [
+    {"batch_size": 64, "lr": 1e-3, "dropout": 0.5},
+    {"batch_size": 128, "lr": 3e-3, "epsilon": 0.02},
+    {"batch_size": 256, "lr": 2e-3, "weight_decay": 0.005},
+    {"batch_size": 32, "lr": 5e-4},
+    {"batch_size": 64, "lr": 4e-3},
+]
+
+
+@pytest.fixture
+def configs(tiny):
+    return [tiny.model_copy(update={"epochs": 4, **settings}) for settings in SETTINGS]
+
+
+@pytest.fixture
+def shared(configs, tmp_path):
+    return Workspace(configs[0], tmp_path / "cache")
+
+
+def curve(results):
+    return [replace(result, seconds=0.0, peak_memory=0) for result in results]
+
+
+def alone(config, workspace, stream_epochs):
+    results = train(config, workspace, stream_epochs=stream_epochs)
+    return curve(itertools.islice(results, len(stream_epochs)))
+
+
+def go_round(runs):
+    assert all(outcome is run.history[-1] for run, outcome in turn(runs))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_run_in_a_pack_is_as_alone(size, configs, shared):
+    runs = [Run(config, shared) for config in configs[:size]]
+    for _ in range(4):
+        go_round(runs)
+    for run in runs:
+        assert [result.stream_epoch for result in run.history] == [0, 1, 2, 3]
+        assert curve(run.history) == curve(train(run.config, shared))
+
+
+def test_runs_that_leave_and_join_change_nothing_for_the_others(configs, shared):
+    staying, pruned, third, fourth, late = configs
+    runs = [Run(config, shared) for config in (staying, pruned, third, fourth)]
+    go_round(runs)
+    go_round(runs)
+    left = runs.pop(1)
+    runs.append(Run(late, shared))
+    go_round(runs)
+    go_round(runs)
+    joined = runs.pop()
+    assert all(len(run.history) == 4 for run in runs)
+    runs = [joined]
+    go_round(runs)  # goes on by itself
+    runs.append(Run(pruned, shared))
+    go_round(runs)
+    every = [left, *runs, joined]
+    assert [one.stream_epoch for one in joined.history] == [2, 3, 4, 5]
+    assert [one.stream_epoch for one in left.history] == [0, 1]
+    assert [one.stream_epoch for one in runs[-1].history] == [5]
+    for run in every:
+        stream_epochs = [result.stream_epoch for result in run.history]
+        assert curve(run.history) == alone(run.config, shared, stream_epochs)
+    # It matters which epochs of the stream a run goes through.
+    assert curve(joined.history) != curve(train(late, shared))
+
+
+@pytest.mark.parametrize("steps", [1, 6, 9, 14])
+def test_a_pack_that_was_interrupted_anywhere_goes_on_as_if_it_had_not(steps, configs, shared, tmp_path):
+    chosen = configs[:2] + configs[3:4]
+    places = [Checkpoints(tmp_path / str(number)) for number in range(3)]
+    runs = [Run(*one) for one in zip(chosen, [shared] * 3, places, strict=True)]
+    go_round(runs)
+    counter = itertools.count(1)
+    outcomes = dict(turn(runs, lambda *_: next(counter) == steps))
+    assert set(outcomes.values()) == {None}
+    for run in runs:
+        run.save()
+    # Two go on together; the third alone, elsewhere.
+    first, second, third = (Run(*one) for one in zip(chosen, [shared] * 3, places, strict=True))
+    go_round([first, second])
+    go_round([third])
+    for run in (first, second, third):
+        assert [result.stream_epoch for result in run.history] == [0, 1]
+        assert curve(run.history) == alone(run.config, shared, [0, 1])
+
+
+def test_seeds_and_own_trunks_have_passes_of_their_own(configs, tiny, tmp_path):
+    base = {"epochs": 2, "frozen_batchnorm": "train"}
+    config = tiny.model_copy(update=base)
+    other = tiny.model_copy(update={**base, "seed": 7, "batch_size": 32})
+    workspace = Workspace(config, tmp_path)
+    runs = [Run(config, workspace), Run(other, workspace), Run(config, workspace)]
+    for _ in range(2):
+        go_round(runs)
+    for run in runs:
+        assert curve(run.history) == curve(train(run.config, workspace))
+    assert curve(runs[0].history) == curve(runs[2].history) != curve(runs[1].history)
+
+
+def test_one_runs_error_is_not_the_others(configs, shared):
+    runs = [Run(config, shared) for config in configs[:3]]
+    runs[1].train_step = broken
+    outcomes = dict(turn(runs))
+    assert isinstance(outcomes[runs[1]], ZeroDivisionError)
+    for run in (runs[0], runs[2]):
+        assert curve([outcomes[run]]) == alone(run.config, shared, [0])
+
+
+def broken(*_):
+    raise ZeroDivisionError
+
+
+def test_when_memory_runs_out_in_the_trunk_only_the_newest_leaves(configs, shared, monkeypatch):
+    runs = [Run(config, shared) for config in configs[:3]]
+    blocks = shared.train_blocks
+
+    def full(*arguments):
+        yield next(blocks(*arguments))
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(shared, "train_blocks", full)
+    [(run, error)] = turn(runs)
+    assert run is runs[2]
+    assert isinstance(error, torch.cuda.OutOfMemoryError)
+    monkeypatch.setattr(shared, "train_blocks", blocks)
+    go_round(runs[:2])  # from where they were
+    for run in runs[:2]:
+        assert curve(run.history) == alone(run.config, shared, [0])
+
+
+def test_the_time_of_a_pass_is_shared_out(configs, shared, monkeypatch):
+    runs = [Run(config, shared) for config in configs[:4]]
+    ticks = itertools.count()
+    monkeypatch.setattr("trainer.loop.time.monotonic", lambda: float(next(ticks)))
+    asked = []
+    list(turn(runs, lambda run, left: bool(asked.append(run))))
+    assert len(asked) == sum(run.steps_per_epoch for run in runs) == 5 + 3 + 2 + 10
+    seconds = [run.history[0].seconds for run in runs]
+    assert len(set(seconds)) == 1  # equal parts, and an evaluation each
+    assert sum(seconds) == pytest.approx(next(ticks), abs=10)
+
+
+def test_as_many_as_the_memory_holds(configs, shared, monkeypatch):
+    largest = configs[2]
+    tail = 3 * sum(one.nbytes for one in Run(largest, shared).tail.parameters())
+
+    def fits(free):
+        monkeypatch.setattr("trainer.loop.peak_memory", lambda _: 1 << 30)
+        monkeypatch.setattr("trainer.loop.available_memory", lambda _: ((1 << 30) + free) / 0.9)
+        return pack_that_fits(largest, shared)
+
+    assert [fits(free) for free in (-5, 0.5 * tail, 2.5 * tail, 99 * tail)] == [1, 1, 3, 8]
+
+
+def test_nothing_waits_for_the_device_inside_an_epoch(configs, shared):
+    """A step must not ask for a value: the host runs ahead of a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Asked(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+                torch.ops.aten.equal.default,
+            )
+            return function(*args, **(kwargs or {}))
+
+    run = Run(configs[0], shared)
+    run.begin(0)
+    features, indices = next(shared.train_blocks(run.runnable_trunk, 0, 0, run.block))
+    with Asked() as asked:
+        list(run.train_block(0, features, indices))
+    assert asked.count == 0

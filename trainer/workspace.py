@@ -1,0 +1,153 @@
+"""What the runs of one process share: the data, the frozen trunk, and what it says of fixed images."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch._inductor import config as inductor
+
+from trainer.allocation import memory_limit
+from trainer.augment import Augmentation
+from trainer.config import TrainConfig
+from trainer.dataset import Dataset, DatasetError, Split, read_dataset
+from trainer.runtime import Runtime
+from trainer.stream import BLOCK, Stream, prepared_images
+
+# Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
+# memory grant it takes at most a quarter.
+FEATURE_CACHE_BYTES = 2 << 30
+# The augmentation is compiled, which takes half a minute once, from so many pixels an epoch.
+COMPILED_PIXELS = 10_000_000
+
+Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
+
+
+class Workspace(Runtime):
+    """What the trials of a study share in one process: data, trunk and validation features.
+
+    Raises DatasetError, ModelError. `cache` is the folder for prepared images and compiled code.
+    """
+
+    def __init__(self, config: TrainConfig, cache: Path, device: torch.device | None = None) -> None:
+        self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
+        super().__init__(config, device)
+        _prepare_compiler(cache / "compiled")
+        self.sizes = self.dataset.sizes
+        self.trunk, self.stages = self.backbone.split(config.trainable)
+        self.place(self.trunk)
+        self.frozen = self.freeze(self.trunk)
+        train = self.dataset.split(config.train_on)
+        self.indices = _subset(len(train), config.train_images)
+        self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
+        self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
+        self.train_labels = _labels(train)
+        self.train_targets = self.train_labels.to(self.device)
+        self._val_images: Path | None = None
+        if config.validates:  # else nothing is left to validate on
+            val = self.dataset.split("val")
+            self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
+            self.val_labels = _labels(val)
+            self.val_targets = self.val_labels.to(self.device)
+        self._constant: dict[str, torch.Tensor | None] = {}
+        self._cache_bytes = min(FEATURE_CACHE_BYTES, (memory_limit() or math.inf) / 4)
+
+    def _augmentation(self) -> Augmentation | None:
+        if self.config.augment == "none":
+            return None
+        pixels = len(self.indices) * self.config.image_size**2
+        return Augmentation(self.config.compile != "none" and pixels >= COMPILED_PIXELS)
+
+    def train_blocks(
+        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
+    ) -> Iterator[Block]:
+        """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
+        constant = None
+        if self.config.augment == "none":
+            constant = self._constant_features("train", trunk, self._train_images, self.indices)
+        if constant is not None:
+            order = self.stream.order(seed, epoch)
+            both = np.searchsorted(self.indices, order), order
+            blocks = (torch.split(torch.from_numpy(one).to(self.device), block) for one in both)
+            for rows, indices in itertools.islice(zip(*blocks, strict=True), first, None):
+                yield constant[rows], indices
+        else:
+            for images, indices in self.stream.epoch(seed, epoch, block, first):
+                yield self.features(trunk, images), indices
+
+    def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
+        """The validation images' trunk output, in file order, BLOCK images at a time."""
+        assert self._val_images is not None  # else there is nothing to evaluate
+        every = np.arange(len(self.val_labels))
+        constant = self._constant_features("val", trunk, self._val_images, every)
+        if constant is not None:
+            yield from torch.split(constant, BLOCK)
+        else:
+            yield from self._in_order(trunk, self._val_images, every)
+
+    def _constant_features(
+        self, name: str, trunk: nn.Module, path: Path, indices: np.ndarray
+    ) -> torch.Tensor | None:
+        """Trunk output of images that look the same in every epoch, made once; None if too large."""
+        if self.config.frozen_batchnorm == "train":
+            return None  # the trunk is not the same in every epoch
+        if name not in self._constant:
+            [one] = self._in_order(trunk, path, indices[:1])
+            fits = one.nbytes * len(indices) <= self._cache_bytes
+            self._constant[name] = self._gather(one, trunk, path, indices) if fits else None
+        return self._constant[name]
+
+    def _gather(
+        self, one: torch.Tensor, trunk: nn.Module, path: Path, indices: np.ndarray
+    ) -> torch.Tensor:
+        layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
+        shape = (len(indices), *one.shape[1:])
+        gathered = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
+        parts = torch.split(gathered, BLOCK), self._in_order(trunk, path, indices)
+        for part, features in zip(*parts, strict=True):
+            part.copy_(features)
+        return gathered
+
+    def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
+        images = np.load(path, mmap_mode="r")
+        for start in range(0, len(indices), BLOCK):
+            yield self.features(trunk, torch.from_numpy(images[indices[start : start + BLOCK]]))
+
+    @property
+    def device_name(self) -> str | None:
+        """The GPU's name; None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
+
+def rehearse(config: TrainConfig, cache: Path) -> Dataset:
+    """Prepare the images and build the network once, on the CPU, for the errors that this brings.
+
+    Returns the dataset. Raises DatasetError, ModelError.
+    """
+    return Workspace(config, cache, torch.device("cpu")).dataset
+
+
+def _prepare_compiler(cache: Path) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute()))
+    # Compiler processes of its own would not survive the signals that a job gets.
+    inductor.compile_threads = 1
+    # The code that is kept must not be tied to this process's number of threads.
+    inductor.cpp.dynamic_threads = True
+
+
+def _labels(split: Split) -> torch.Tensor:
+    assert split.labels is not None  # only the test split may have none
+    return torch.from_numpy(split.labels)
+
+
+def _subset(images: int, wanted: int | None) -> np.ndarray:
+    """Indices of the training images that are used; the same ones for every seed."""
+    if wanted is None:
+        return np.arange(images)
+    if wanted > images:
+        raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
+    return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
