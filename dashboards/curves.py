@@ -1,5 +1,6 @@
 """Epochs and ends of many trials, read from the database as columns that can be drawn."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,22 +81,25 @@ def read_ends(engine: sa.Engine, study_id: int) -> list[EndPoint]:
             TrialValueModel.value,
             sa.extract("epoch", Attempt.claimed - start) / 3600,
             sa.extract("epoch", Attempt.released - start) / 3600,
+            Attempt.worker_id,
         )
         .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
         .where(Attempt.study_id == study_id)
     )
-    moments: list[tuple[float, int, EndPoint | None]] = []  # (hours, workers more or less, end)
+    # (hours, trials that the worker holds, more or less; the worker; end)
+    moments: list[tuple[float, int, str, EndPoint | None]] = []
     with Session(engine) as session:
-        for number, outcome, value, claimed, released in session.execute(query):
-            moments.append((float(claimed), 1, None))
+        for number, outcome, value, claimed, released, worker in session.execute(query):
+            moments.append((float(claimed), 1, worker, None))
             if released is not None:
                 end = EndPoint(number, outcome, value, float(released), 0.0)
-                moments.append((end.hours, -1, end if outcome in FINISHED else None))
-    ends, at_work, spent, last = [], 0, 0.0, 0.0
-    for hours, change, maybe in sorted(moments, key=lambda moment: moment[:2]):
-        spent += at_work * (hours - last)
-        at_work, last = at_work + change, hours
+                moments.append((end.hours, -1, worker, end if outcome in FINISHED else None))
+    ends, held, spent, last = [], Counter[str](), 0.0, 0.0
+    for hours, change, worker, maybe in sorted(moments, key=lambda moment: moment[:2]):
+        spent += sum(count > 0 for count in held.values()) * (hours - last)
+        held[worker] += change
+        last = hours
         if maybe is not None:
             maybe.gpu_hours = spent
             ends.append(maybe)

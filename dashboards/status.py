@@ -78,7 +78,7 @@ class TrialRow:
 
 @dataclass
 class WorkerRow:
-    """One worker that holds a trial. Times are seconds."""
+    """One trial that a worker holds. Times are seconds."""
 
     host: str
     pid: int
@@ -150,7 +150,12 @@ class Status:
         if not self.finished or not self.workers:
             return None
         each = self.gpu_hours * 3600 / self.finished
-        return each * max(self.max_trials - self.finished, 0) / len(self.workers)
+        return each * max(self.max_trials - self.finished, 0) / self.processes
+
+    @property
+    def processes(self) -> int:
+        """How many workers are at work; one may hold several trials."""
+        return len({(worker.host, worker.pid) for worker in self.workers})
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
@@ -476,7 +481,7 @@ def render_workers(status: Status) -> RenderableType:
 def _spent(status: Status) -> str:
     budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
     return (
-        f"{_count(len(status.workers), 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{_count(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
         f"{status.gpu_hours_saved:.2f} saved by pruning"
     )
 

@@ -48,6 +48,11 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, as in train.epochs=10. May be repeated."),
 ]
+MOST_PACKED = 64
+Pack = Annotated[
+    str,
+    typer.Option(help=f"Trials that a worker trains at once, 1 to {MOST_PACKED}; auto: as many as fit."),
+]
 
 
 def main() -> None:
@@ -111,6 +116,7 @@ def search(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
     ] = Path("best.toml"),
+    pack: Pack = "1",
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
@@ -120,15 +126,17 @@ def search(
         from search.study import open_study
         from storage import database
         from storage.runs import image_cache
-        from trainer.loop import rehearse
+        from trainer.workspace import rehearse
 
         file = _load(study, data, weights, set_)
         _check_export(output)
+        _check_pack(pack, workers)
+        arguments = [str(study), *_repeat(data, weights, set_, pack)]
         dataset = rehearse(file.shared, image_cache())
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
-        local = _run_here([str(study), *_repeat(data, weights, set_)], workers, engine, entry)
+        local = _run_here(arguments, workers, engine, entry)
         status = local.status()
         if status.best is not None:
             _export(engine, entry, None, output)
@@ -169,14 +177,43 @@ def _run_here(
     return local
 
 
-def _repeat(data: str | None, weights: str | None, overrides: list[str] | None) -> list[str]:
-    options = [("--data", data), ("--weights", weights), *(("--set", o) for o in overrides or [])]
+def _repeat(data: str | None, weights: str | None, overrides: list[str] | None, pack: str) -> list[str]:
+    """A worker's options."""
+    options = [
+        ("--data", data),
+        ("--weights", weights),
+        *(("--set", one) for one in overrides or []),
+        ("--pack", None if pack == "1" else pack),
+    ]
     return [word for name, value in options if value is not None for word in (name, value)]
+
+
+def _pack(text: str) -> int | None:
+    """How many trials at once; None for as many as fit. Raises InputError."""
+    from search.study import InputError
+
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PACKED:
+        raise InputError(f"--pack {text!r}: allowed is a number from 1 to {MOST_PACKED}, or auto")
+    return int(text)
+
+
+def _check_pack(text: str, workers: int = 1) -> None:
+    """Raises InputError for what workers on one machine could not do."""
+    from search.study import InputError
+
+    if _pack(text) is None and workers > 1:
+        raise InputError(
+            f"--pack auto with {workers} workers: each would take the whole memory for its own; give "
+            "--workers 1, or a number"
+        )
 
 
 @app.command("worker")
 def worker_(
     study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
+    pack: Pack = "1",
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
@@ -195,9 +232,11 @@ def worker_(
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
         from trainer.allocation import prepare_process
-        from trainer.loop import Workspace
+        from trainer.loop import pack_that_fits
+        from trainer.workspace import Workspace
 
         file = _worker_file(study, data, weights, set_)
+        wanted = _pack(pack)
         wall_end = slurm.wall_end()
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
@@ -206,7 +245,9 @@ def worker_(
         opened, entry = open_study(file, engine, storage, workspace.dataset)
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created)
-        worker = Worker(file, opened, ledger, workspace, runs, wall_end)
+        together = wanted or pack_that_fits(file.largest, workspace)
+        logging.info("trains %d trials at once", together)
+        worker = Worker(file, opened, ledger, workspace, runs, wall_end, together)
         if isinstance(file, ConfirmationFile):
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
         if PARENT_VARIABLE not in os.environ:  # else the task is the search's, not ours
@@ -222,14 +263,19 @@ def worker_(
 def _worker_file(
     study: str, data: str | None, weights: str | None, overrides: list[str] | None
 ) -> "StudyFile":
-    from search.confirmation import recorded
-    from search.study import InputError, StudyFile
+    from search.study import InputError
 
     if study.endswith(".toml"):
         return _load(Path(study), data, weights, overrides)
     if overrides:
         raise InputError("--set goes with a study file; a study on record has its settings")
-    _, entry = _study(study)
+    return _recorded_file(_study(study)[1], data, weights)
+
+
+def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -> "StudyFile":
+    from search.confirmation import recorded
+    from search.study import StudyFile
+
     return (recorded(entry) or StudyFile.from_record(entry)).moved(data, weights)
 
 
@@ -248,6 +294,7 @@ def confirm(
     profile: Annotated[
         str | None, typer.Option(help="With --submit: a [slurm.*] table; tuning.")
     ] = None,
+    pack: Pack = "1",
     data: Data = None,
     weights: Weights = None,
 ) -> None:
@@ -270,14 +317,15 @@ def confirm(
         engine, entry = _search_study(study)
         if not (show or as_json):
             file = plan(engine, entry, top, seeds).moved(data, weights)
-            arguments = [*_repeat(data, weights, None), "--", file.study.name]
+            _check_pack(pack, 1 if submit else workers)
+            arguments = [*_repeat(data, weights, None, pack), "--", file.study.name]
             if submit:
                 job = slurm.submit_study(file, profile or "tuning", array or "0-7%4", arguments)
                 typer.echo(f"job {job}")
                 typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
                 typer.echo(f"  {shlex.join(['atelier', 'confirm', '--show', entry.name])}")
                 return
-            from trainer.loop import rehearse
+            from trainer.workspace import rehearse
 
             dataset = rehearse(file.shared, image_cache())
             _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
@@ -304,6 +352,7 @@ def submit(
     array: Annotated[str, typer.Option(help="Array tasks, as for sbatch.")] = "0-7%4",
     profile: Annotated[str, typer.Option(help="One of the file's [slurm.*] tables.")] = "tuning",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script only.")] = False,
+    pack: Pack = "1",
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
@@ -313,7 +362,8 @@ def submit(
         from search import slurm
 
         file = _load(study, data, weights, set_)
-        options = [str(study.absolute()), *_repeat(data, weights, set_)]
+        _check_pack(pack)
+        options = [str(study.absolute()), *_repeat(data, weights, set_, pack)]
         if dry_run:
             typer.echo(slurm.array_script(file, profile, array, options), nl=False)
             return
@@ -647,7 +697,7 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     from storage.runs import image_cache
     from trainer.allocation import prepare_process
     from trainer.config import EpochResult
-    from trainer.loop import Workspace
+    from trainer.workspace import Workspace
 
     def show(result: EpochResult) -> None:
         validated = (
@@ -670,6 +720,43 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
 def _say_each(lines: list[str]) -> None:
     for line in lines:
         _say(line)
+
+
+@app.command()
+def replay(
+    study: StudyName,
+    trial: Annotated[int, typer.Option(min=0, help="The trial's number.")],
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Train a trial again, alone, as far as it is on record, and compare every number.
+
+    Exit codes: 0 all are equal, 1 some differ.
+    """
+    with _errors_in_one_line():
+        from search.replay import replay as replayed
+        from storage.runs import image_cache
+        from trainer.allocation import prepare_process
+
+        engine, entry = _study(study)
+        prepare_process()
+        differing = 0
+        file = _recorded_file(entry, data, weights)
+        for one in replayed(engine, entry, file, trial, image_cache()):
+            differing += bool(one.differing)
+            recorded, again = one.recorded, one.again
+            typer.echo(
+                f"epoch {again.epoch + 1:>3} (stream {again.stream_epoch + 1:>3})  "
+                f"recorded {recorded['val_accuracy']:.6f}  again {again.val_accuracy:.6f}  "
+                f"{'other: ' + ', '.join(one.differing) if one.differing else 'equal'}"
+            )
+        if differing:
+            _say(
+                f"{differing} of {again.epoch + 1} epochs differ; the same machine, with as many "
+                "threads (OMP_NUM_THREADS), gives the same"
+            )
+            raise typer.Exit(ExitCode.FAILED)
+        _say(f"all {again.epoch + 1} epochs are equal, bit for bit")
 
 
 @app.command()

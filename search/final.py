@@ -22,8 +22,9 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import read_dataset, read_labels
 from trainer.files import write_atomically
-from trainer.loop import Workspace, train
+from trainer.loop import train
 from trainer.model_file import ModelFiles, SavedModel
+from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def _run(
 ) -> ExitCode:
     stop, steps = Stop(slurm.wall_end()), 0
 
-    def interrupt(_: float) -> bool:
+    def interrupt(*_: object) -> bool:
         nonlocal steps
         steps += 1
         if not stop.leaves_time_for(0):

@@ -16,19 +16,21 @@ log = logging.getLogger(__name__)
 # Set by `atelier search` for its workers: they stop when it is gone.
 PARENT_VARIABLE = "ATELIER_SEARCH_PID"
 SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
+SAVE_ANOTHER_SECONDS = 5.0  # each further trial's
 KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
 
 
 class Stop:
     """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
 
-    `wall_end` is when the job's time is over, in seconds since 1970.
+    `wall_end` is when the job's time is over, in seconds since 1970; `trials` have to be saved then.
     """
 
-    def __init__(self, wall_end: float | None = None) -> None:
+    def __init__(self, wall_end: float | None = None, trials: int = 1) -> None:
         self.reason: str | None = None
         self.end = ExitCode.DONE
         self._deadline = math.inf if wall_end is None else wall_end
+        self._save_seconds = SAVE_SECONDS + SAVE_ANOTHER_SECONDS * (trials - 1)
         self._parent = int(os.environ.get(PARENT_VARIABLE, 0))
 
     def __call__(self, number: int, _: FrameType | None) -> None:
@@ -53,7 +55,7 @@ class Stop:
 
     def leaves_time_for(self, seconds: float) -> bool:
         """Whether something that takes so long can end before the deadline."""
-        return time.time() + seconds + SAVE_SECONDS < self._deadline
+        return time.time() + seconds + self._save_seconds < self._deadline
 
     def cuts_epoch(self, seconds_left: float) -> bool:
         """Whether an epoch that needs so many seconds more has to be interrupted now."""

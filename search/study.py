@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dashboards.note import leave_note
-from search.pruner import RungPruner
+from search.pruner import OptunaPruner, Pruner, RungPruner
 from search.score import Kind
 from storage import ledger
 from trainer.config import TUNABLE, TrainConfig
@@ -174,6 +174,11 @@ class StudyFile(_Table):
                 f"study.rungs = {rungs}; allowed are ascending epochs from 0 to {self.epochs - 1}"
             )
 
+    @property
+    def largest(self) -> TrainConfig:
+        """A configuration of the study with its largest batches, which need the most memory."""
+        return max(map(self.config, self.corners()), key=lambda config: config.batch_size)
+
     def _lows(self) -> dict[str, Any]:
         return {name: _corner(spec, "low") for name, spec in self.space.items()}
 
@@ -251,14 +256,13 @@ class StudyFile(_Table):
         }
         return makers[self.study.sampler]()
 
-    def make_pruner(self) -> optuna.pruners.BasePruner:
+    def make_pruner(self, study: optuna.Study, trials: ledger.Ledger) -> Pruner:
         """The pruner by name; every one starts at the first rung."""
-        rungs = self.rungs_of()
-        if self.study.pruner == "none" or not rungs:
-            return optuna.pruners.NopPruner()
-        if self.study.pruner == "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
-        return RungPruner(rungs)
+        rungs = [] if self.study.pruner == "none" else self.rungs_of()
+        if self.study.pruner == "median" and rungs:
+            median = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
+            return OptunaPruner(study, trials, median, rungs[0])
+        return RungPruner(trials, rungs)
 
     @property
     def made_on(self) -> str | None:
@@ -405,14 +409,13 @@ def open_study(
     if existing is not None:
         _same(identity, existing, dataset.fingerprint)
     if file.made_on not in (None, dataset.fingerprint):
-        raise _other_dataset(name, str(file.made_on), dataset.fingerprint)
+        raise other_dataset(name, str(file.made_on), dataset.fingerprint)
     study = optuna.create_study(
         storage=storage,
         study_name=name,
         direction="maximize",
         load_if_exists=True,
         sampler=file.make_sampler(),
-        pruner=file.make_pruner(),
     )
     hours = file.study.max_gpu_hours
     changeable = {
@@ -462,10 +465,11 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
                     f"says {settings.get(key, default)}; {other}"
                 )
     if existing.dataset != fingerprint:
-        raise _other_dataset(name, existing.dataset, fingerprint)
+        raise other_dataset(name, existing.dataset, fingerprint)
 
 
-def _other_dataset(name: str, expected: str, found: str) -> InputError:
+def other_dataset(name: str, expected: str, found: str) -> InputError:
+    """What to raise where a study meets another dataset than its own; both by fingerprint."""
     return InputError(
         f"study {name!r} was made on another dataset ({expected[:12]}, here is {found[:12]}); give the "
         "right one with --data, or another name in [study]"

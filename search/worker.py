@@ -1,13 +1,18 @@
-"""One worker: claim a trial, train it, report every epoch, until there is nothing left to claim.
+"""One worker: claim trials, train them, report every epoch, until there is nothing left to claim.
 
-The laptop and the cluster run the same worker; SLURM only starts it more often.
+The laptop and the cluster run the same worker; SLURM only starts it more often. It trains up to `pack`
+trials side by side: they join and leave where an epoch ends, and none of them waits for another.
 """
 
 import logging
 import os
+import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,21 +24,40 @@ from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
 from search.study import StudyFile
 from storage.database import retrying
-from storage.ledger import Claim, LeaseKeeper, LeaseLost, Ledger
+from storage.ledger import RENEW_SECONDS, Claim, LeaseKeeper, LeaseLost, Ledger
 from storage.runs import RunFolder
 from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
-from trainer.loop import Interrupt, Workspace, train
+from trainer.loop import Run, turn
 from trainer.predictions import Predictions
-from trainer.stream import LoaderError
+from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 # Errors that say nothing about the trial: of this machine and its files, and of the database. They end
 # the worker.
-MACHINE_ERRORS = (CheckpointError, LoaderError, OSError)
+MACHINE_ERRORS = (CheckpointError, OSError)
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+# Samplers that change the number of torch's threads while they work, for the whole process.
+LOUD_SAMPLERS = ("gp",)
+
+
+class _Offer(NamedTuple):
+    """A trial that was claimed and waits for its first epoch here."""
+
+    claim: Claim
+    params: dict[str, Any] | Exception  # or why it has none
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A trial in training."""
+
+    claim: Claim
+    run: Run
+    checkpoints: Checkpoints
 
 
 class Worker:
@@ -47,24 +71,31 @@ class Worker:
         workspace: Workspace,
         runs: RunFolder,
         wall_end: float | None = None,
+        pack: int = 1,
     ) -> None:
         self.file, self.study, self.ledger, self.workspace = file, study, ledger, workspace
         self.runs = runs
+        self.pack = pack  # trials at once; fewer if they turn out not to fit into the memory
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
         # Called before a trial's first epoch with its parameters; returns why it is not worth one.
         self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
-        self.stop = Stop(wall_end)
+        self.stop = Stop(wall_end, pack)
         self._attributes = workspace.dataset.attribute_table("val")
+        self._pruner = file.make_pruner(study, ledger)
         self.made_progress = False  # at least one optimizer step
-        self._epoch_seconds = 0.0  # as last measured in this process
+        self._turn_seconds = 0.0  # as last measured in this process
+        self._keeper = LeaseKeeper(ledger)
+        self._trials: list[_Trial] = []  # the newest last
+        self._ahead: Future[_Offer | None] | None = None
+        self._ask_again = 0.0  # nothing to claim before
 
     def run(self) -> ExitCode:
         """Work; returns why it ended, with the details in `stop.reason`."""
         self.ledger.register(gpu=self.workspace.device_name, log=_own_log())
         reason = "an error"
         try:
-            with on_signals(self.stop):
+            with on_signals(self.stop), self._keeper, ThreadPoolExecutor(1) as self._executor:
                 self._run()
                 reason = self.stop.reason or "nothing left to claim"
                 if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():
@@ -74,111 +105,184 @@ class Worker:
         return self.stop.end
 
     def _run(self) -> None:
-        while self._may_go_on():
-            claim = self.ledger.claim()
-            if claim is None:
-                self._may_go_on()  # was it that somebody asked to stop?
-                return
-            with LeaseKeeper(self.ledger, claim) as keeper:
-                self._attempt(claim, keeper)
+        try:
+            self._fill()
+            while self._trials:
+                self._turn()
+                self._fill()
+        except DATABASE_ERRORS:
+            raise
+        except KeyboardInterrupt:
+            self._release_all("stopped at once")
+            raise
+        except Exception:
+            self._release_all(traceback.format_exc())
+            raise
+
+    def _release_all(self, reason: str) -> None:
+        if self._ahead is not None:
+            wait([self._ahead])
+        self._ahead = None
+        for claim in self._keeper.held():
+            self.ledger.release(claim, reason=reason)
+        self._trials.clear()
 
     def _may_go_on(self) -> bool:
         """Whether to begin another epoch."""
-        if self.ledger.stop_requested():
-            self.stop.ask("atelier stop", ExitCode.STOPPED)
-        if not self.stop.leaves_time_for(self._epoch_seconds):
+        if not self.stop.leaves_time_for(self._turn_seconds):
             self.stop.ask("wall time", ExitCode.WALL_TIME)
         return not self.stop.requested
 
-    def _attempt(self, claim: Claim, keeper: LeaseKeeper) -> None:
-        """Train one trial to its end, to its release, or to an error that is put on record."""
+    def _fill(self) -> None:
+        """Begin trials in the free places; give all back if there is no time for another epoch."""
+        while self._may_go_on() and len(self._trials) < self.pack:
+            offer = self._next_offer()
+            if offer is None:
+                break
+            self._begin(offer)
+        if self.stop.requested:
+            for trial in list(self._trials):
+                if trial.run.stream_epoch is not None:  # in the middle of one
+                    with self._errors_of(trial.claim, trial.checkpoints):
+                        trial.run.save()
+            self._release_all(self.stop.reason or "")
+        elif self._ahead and (offer := self._take_ahead()):
+            self.ledger.release(offer.claim, reason="no place became free")  # but maybe elsewhere
+
+    def _next_offer(self) -> _Offer | None:
+        offer = self._take_ahead()
+        if offer is None and (not self._trials or time.monotonic() >= self._ask_again):
+            offer = self._obtain(self._held())
+            if offer is None:
+                self._ask_again = time.monotonic() + RENEW_SECONDS
+                if self.ledger.stop_requested():
+                    self.stop.ask("atelier stop", ExitCode.STOPPED)
+        return offer
+
+    def _take_ahead(self) -> _Offer | None:
+        ahead, self._ahead = self._ahead, None
+        return ahead.result() if ahead else None
+
+    def _obtain(self, held: Collection[int]) -> _Offer | None:
+        claim = self.ledger.claim(held)
+        if claim is None:
+            return None
+        self._keeper.hold(claim)
+        try:
+            return _Offer(claim, self._params(claim))
+        except Exception as error:  # the trial's own, unless it is the database's
+            return _Offer(claim, error)
+
+    def _look_ahead(self) -> None:
+        """While the device works, claim and sample for a place that may become free by that."""
+        last = self.file.epochs - 1
+        if self.file.study.sampler in LOUD_SAMPLERS or not self.stop.leaves_time_for(
+            2 * self._turn_seconds
+        ):
+            return
+        if any(
+            len(trial.run.history) == last or self._pruner.decides_at(len(trial.run.history))
+            for trial in self._trials
+        ):
+            self._ahead = self._executor.submit(self._obtain, self._held())
+
+    def _held(self) -> list[int]:
+        return [trial.claim.trial_id for trial in self._trials]
+
+    def _begin(self, offer: _Offer) -> None:
+        """Put a trial into a place, where its latest checkpoint stands."""
+        claim = offer.claim
         log.info("trial %d: attempt %d", claim.trial_number, claim.attempt)
         checkpoints = Checkpoints(
             self.runs.checkpoints(claim.trial_number),
             before_save=lambda: self.ledger.renew(claim),  # raises LeaseLost
         )
+        with self._errors_of(claim, checkpoints):
+            if isinstance(offer.params, Exception):
+                raise offer.params
+            if claim.last_epoch < 0 and (reason := self.rules_out(offer.params)):
+                self.ledger.finish(claim, "pruned", reason=reason)
+                return
+            run = Run(
+                self.file.config(offer.params),
+                self.workspace,
+                checkpoints,
+                self.ledger.stream_epochs(claim),
+            )
+            trial = _Trial(claim, run, checkpoints)
+            self._trials.append(trial)
+            for result in list(run.history):  # what a kill has left unrecorded or undecided
+                if trial in self._trials:
+                    self._epoch(trial, result)
 
-        def interrupt(seconds_left: float) -> bool:
-            self.made_progress = True
-            if keeper.lost.is_set():
-                raise LeaseLost(f"trial {claim.trial_number} is held by another worker now")
-            return self.stop.cuts_epoch(seconds_left)
+    def _turn(self) -> None:
+        """Train the trials for an epoch."""
+        self._look_ahead()
+        started = time.monotonic()
+        trials = {trial.run: trial for trial in self._trials}
+        for run, outcome in turn(list(trials), self._interrupt):
+            trial = trials.pop(run)
+            if isinstance(outcome, Exception):
+                self._charge(trial.claim, trial.checkpoints, outcome)
+            else:
+                with self._errors_of(trial.claim, trial.checkpoints):
+                    self._take(trial, outcome)
+            del run, outcome, trial  # what a run that has left held is free for the others
+        self._turn_seconds = time.monotonic() - started
 
-        try:
-            try:
-                ended = self._train(claim, checkpoints, interrupt)
-            except (LeaseLost, *MACHINE_ERRORS, *DATABASE_ERRORS):
-                raise
-            except Exception as error:  # whatever else the training raises belongs to the trial
-                ended = self._failed(claim, error)
-                if is_device_fault(error):
-                    raise
-            if ended:
-                checkpoints.clear()
-        except LeaseLost as error:
-            log.warning("%s", error)
-        except KeyboardInterrupt:
-            self.ledger.release(claim, reason="stopped at once")
-            raise
-        except MACHINE_ERRORS:
-            self.ledger.release(claim, reason=traceback.format_exc())
-            raise
+    def _interrupt(self, run: Run, seconds_left: float) -> bool:
+        self.made_progress = True
+        for trial in self._trials:
+            if trial.run is run and self._keeper.has_lost(trial.claim):
+                raise LeaseLost(f"trial {trial.claim.trial_number} is held by another worker now")
+        return self.stop.cuts_epoch(seconds_left)
 
-    def _train(self, claim: Claim, checkpoints: Checkpoints, interrupt: Interrupt) -> bool:
-        """Returns whether the trial has ended; else it was released."""
-        params = self._params(claim)
-        config = self.file.config(params)
-        if claim.last_epoch < 0 and (reason := self.rules_out(params)):
-            self.ledger.finish(claim, "pruned", reason=reason)
-            return True
-        results: list[EpochResult] = []
-        for result in train(config, self.workspace, checkpoints, interrupt):
-            results.append(result)
-            if result.epoch > claim.last_epoch:
-                self.ledger.record(claim, result.columns(), self._value(result))
-                self._epoch_seconds = result.seconds
-            elif result.epoch < claim.last_epoch:
-                continue  # decided before
-            if not result.finite:
-                # Told as pruned, with the worst value: samplers do not see failed trials.
-                self._finish(claim, results, "pruned", 0.0, f"loss not finite, epoch {result.epoch}")
-                return True
-            if result.epoch + 1 < config.epochs:
-                if self._should_prune(claim):
-                    reason = f"pruned after epoch {result.epoch}"
-                    self._finish(claim, results, "pruned", self._value(result), reason)
-                    return True
-                if not self._may_go_on():
-                    break
-        if len(results) < config.epochs:
-            self.ledger.release(claim, reason=self.stop.reason or "")
-            return False
-        # Before the end: a complete trial has its predictions. The same trial writes the same again.
-        every = Predictions.join([one.predictions for one in results if one.predictions])
-        every.save(self.runs.predictions(claim.trial_number))
-        values = [self._value(result) for result in results]
-        self._finish(claim, results, "complete", score(values, self.file.study.score))
-        return True
+    def _take(self, trial: _Trial, outcome: EpochResult | None) -> None:
+        """What a turn has brought a trial: an epoch, or an interruption."""
+        trial.run.save()
+        if outcome is None:
+            self.ledger.release(trial.claim, reason=self.stop.reason or "")
+            self._trials.remove(trial)
+        else:
+            self._epoch(trial, outcome)
+
+    def _epoch(self, trial: _Trial, result: EpochResult) -> None:
+        """Record an epoch, and decide whether the trial goes on."""
+        claim, value = trial.claim, self._value(result)
+        if result.epoch > claim.last_epoch:
+            if self.ledger.record(claim, result.columns(), value):
+                self.stop.ask("atelier stop", ExitCode.STOPPED)
+        elif result.epoch < claim.last_epoch:
+            return  # decided before
+        if not result.finite:
+            # Told as pruned, with the worst value: samplers do not see failed trials.
+            self._finish(trial, "pruned", 0.0, f"loss not finite, epoch {result.epoch}")
+        elif result.epoch + 1 == trial.run.config.epochs:
+            history = trial.run.history
+            # Before the end: a complete trial has its predictions. The same trial writes the same again.
+            every = Predictions.join([one.predictions for one in history if one.predictions])
+            every.save(self.runs.predictions(claim.trial_number))
+            values = [self._value(one) for one in history]
+            self._finish(trial, "complete", score(values, self.file.study.score))
+        elif self._pruner.decides_at(result.epoch) and self._pruner.prunes(claim, result.epoch, value):
+            self._finish(trial, "pruned", value, f"pruned after epoch {result.epoch}")
 
     def _value(self, result: EpochResult) -> float:
         return epoch_value(result, self.file.study.score, self._attributes)
 
-    def _finish(
-        self,
-        claim: Claim,
-        results: list[EpochResult],
-        outcome: str,
-        value: float,
-        reason: str | None = None,
-    ) -> None:
+    def _finish(self, trial: _Trial, outcome: str, value: float, reason: str | None = None) -> None:
         """End the trial, with a picture of its curve. Raises LeaseLost."""
+        claim = trial.claim
         picture = None
         try:
-            trial = TrialRow(claim.trial_number, outcome, value=value)
-            picture = attach_curve(self.runs.path.name, trial, [one.columns() for one in results])
+            row = TrialRow(claim.trial_number, outcome, value=value)
+            curve = [one.columns() for one in trial.run.history]
+            picture = attach_curve(self.runs.path.name, row, curve)
         except Exception:  # whatever it is: the trial is worth more than its picture
             log.warning("trial %d has no picture of its curve", claim.trial_number, exc_info=True)
         self.ledger.finish(claim, outcome, value, reason, artifact=picture)
+        trial.checkpoints.clear()
+        self._trials.remove(trial)
 
     @retrying
     def _params(self, claim: Claim) -> dict[str, Any]:
@@ -189,22 +293,45 @@ class Worker:
         """
         # A Study keeps the trials that it has seen until ask or tell, which are not used here: with
         # an old one the sampler would never learn.
-        study = optuna.Study(
-            self.study.study_name, self.ledger.storage, self.study.sampler, self.study.pruner
-        )
+        study = optuna.Study(self.study.study_name, self.ledger.storage, self.study.sampler)
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
             trial._suggest(name, distribution)
         return self.ledger.storage.get_trial(claim.trial_id).params
 
-    @retrying
-    def _should_prune(self, claim: Claim) -> bool:
-        # Not Trial.should_prune: a Trial knows only the values that it reported itself.
-        return self.study.pruner.prune(self.study, self.ledger.storage.get_trial(claim.trial_id))
+    @contextmanager
+    def _errors_of(self, claim: Claim, checkpoints: Checkpoints) -> Iterator[None]:
+        """What is raised in the `with` block is put on record as the trial's, where it is that."""
+        try:
+            yield
+        except Exception as error:
+            self._charge(claim, checkpoints, error)
+
+    def _charge(self, claim: Claim, checkpoints: Checkpoints, error: Exception) -> None:
+        """Put a trial's error on record. Raises what ends the worker."""
+        company = any(trial.claim != claim for trial in self._trials)
+        try:
+            if isinstance(error, DATABASE_ERRORS):
+                raise error
+            self._trials = [trial for trial in self._trials if trial.claim != claim]
+            if isinstance(error, MACHINE_ERRORS):
+                self.ledger.release(claim, reason="".join(traceback.format_exception(error)))
+            if isinstance(error, (LeaseLost, *MACHINE_ERRORS)):
+                raise error
+            if is_out_of_memory(error) and company:
+                self.pack = len(self._trials)
+                log.warning("trial %d does not fit beside %d", claim.trial_number, self.pack)
+                self.ledger.release(claim, reason=f"out of memory beside {self.pack} other trials")
+            elif self._failed(claim, error):
+                checkpoints.clear()
+            if is_device_fault(error):
+                raise error
+        except LeaseLost as lost:
+            log.warning("%s", lost)
 
     def _failed(self, claim: Claim, error: Exception) -> bool:
         """Put an error on record. Returns whether the trial has ended by it."""
-        text = traceback.format_exc()
+        text = "".join(traceback.format_exception(error))
         log.error("trial %d: %s", claim.trial_number, text)
         if self.stop.requested:  # the job's processes are being ended: not the trial's fault
             self.ledger.release(claim, reason=f"{self.stop.reason}\n{text}")

@@ -6,6 +6,7 @@ schema `public`, ours in the schema `atelier`.
 """
 
 import os
+import select
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -139,7 +140,8 @@ def connect(
     url: URL | None = None, patience: float = 0, connect_args: dict[str, object] = CONNECT_ARGS
 ) -> sa.Engine:
     """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
-    engine = sa.create_engine(url or database_url(), **_pool(connect_args))
+    engine = sa.create_engine(url or database_url(), **_pool(connect_args, ping=False))
+    sa.event.listen(engine, "checkout", _refuse_hung_up)
     try:
         for attempt in Retrying(
             retry=retry_if_exception(is_transient),
@@ -158,9 +160,22 @@ def connect(
         ) from error
 
 
-def _pool(connect_args: dict[str, object]) -> dict[str, Any]:
+def _refuse_hung_up(connection: Any, *_: object) -> None:
+    """What a ping would find, without a round trip: an idle connection with something to read.
+
+    That is the server's goodbye; the pool then connects anew.
+    """
+    if not connection.closed:
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        if not poll.poll(0):
+            return
+    raise sa.exc.DisconnectionError
+
+
+def _pool(connect_args: dict[str, object], ping: bool = True) -> dict[str, Any]:
     # Two are kept; a page server's threads may need some more for a moment.
-    return {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 8, "connect_args": connect_args}
+    return {"pool_pre_ping": ping, "pool_size": 2, "max_overflow": 8, "connect_args": connect_args}
 
 
 class ReadOnly(NamedTuple):

@@ -10,12 +10,14 @@ nothing.
 """
 
 import json
+import math
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -62,6 +64,10 @@ class Claim:
     trial_number: int
     attempt: int
     last_epoch: int  # the last one on record, -1 before the first
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(f"trial {claim.trial_number} is no longer held by this worker")
 
 
 def process_identity(pid: int | None = None) -> str:
@@ -181,10 +187,11 @@ class Ledger:
             )
 
     @retrying
-    def claim(self) -> Claim | None:
+    def claim(self, held: Collection[int] = ()) -> Claim | None:
         """Take a trial that waits for a worker, else a new one if the budget allows, else None.
 
-        None too if the study was stopped or deleted.
+        None too if the study was stopped or deleted. `held` are Optuna's ids of the trials that this
+        worker has in hand; another one of its own is from a claim whose reply was lost.
 
         Claims of a study follow one another (the study's row is locked), so that any number of
         workers neither overshoots the budget nor takes a trial twice.
@@ -194,7 +201,9 @@ class Ledger:
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or study.stop_requested is not None:
                 return None
-            for trial_id in self._unfinished(session):
+            for trial_id in self._unfinished(session, verdicts):
+                if trial_id in held:
+                    continue
                 claim = self._take(session, trial_id, verdicts)
                 if claim is not None:
                     return claim
@@ -221,18 +230,25 @@ class Ledger:
         with self.engine.connect() as connection:
             return [Holder(*row) for row in connection.execute(query)]
 
-    def _unfinished(self, session: Session) -> list[int]:
+    def _unfinished(self, session: Session, verdicts: Verdicts) -> list[int]:
         """Trials that may wait for a worker; first our own, from a claim whose reply was lost."""
-        mine = sa.exists().where(
-            Attempt.trial_id == TrialModel.trial_id,
-            Attempt.worker_id == self.worker_id,
-            Attempt.released.is_(None),
-        )
+        holder = Attempt.worker_id
+        gone = [worker for worker, alive in verdicts.items() if not alive]
         query = (
             sa.select(TrialModel.trial_id)
+            .outerjoin(
+                Attempt, sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.released.is_(None))
+            )
             .where(TrialModel.study_id == self.study_id)
             .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
-            .order_by(mine.desc(), TrialModel.number)
+            # `_take` judges them again, under a lock; this spares it those that are at work.
+            .where(
+                holder.is_(None)
+                | (holder == self.worker_id)
+                | holder.in_(gone)
+                | (Attempt.lease_until <= _now())
+            )
+            .order_by(sa.func.coalesce(holder == self.worker_id, False).desc(), TrialModel.number)
         )
         return list(session.scalars(query))
 
@@ -314,45 +330,98 @@ class Ledger:
             .with_for_update()
         )
         if attempt is None:
-            raise LeaseLost(f"trial {claim.trial_number} is no longer held by this worker")
+            raise _lost(claim)
         return attempt
+
+    def _held(self, claim: Claim) -> sa.CTE:
+        """Part of a statement: prolong the lease; a row if the claim's attempt is still open.
+
+        Its UPDATE locks the attempt until the whole statement is done, which is the fence.
+        """
+        return (
+            sa.update(Attempt)
+            .where(Attempt.trial_id == claim.trial_id, Attempt.number == claim.attempt)
+            .where(Attempt.released.is_(None))
+            .values(renewed=_now(), lease_until=self._lease())  # the database's clock
+            .returning(Attempt.trial_id)
+            .cte("held")
+        )
+
+    def _while_held(self, claim: Claim, rows: Mapping[Any, Mapping[str, Any]]) -> bool:
+        """Prolong the lease and enter rows, by model: one statement, one round trip.
+
+        Returns whether all workers are to stop. Raises LeaseLost.
+        """
+        held = self._held(claim)
+        entries = [_entry(model, values, held) for model, values in rows.items()]
+        seen = sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()).cte("seen")
+        study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
+        statement = sa.select(study.scalar_subquery()).select_from(held).add_cte(held, seen, *entries)
+        with self._autocommitting() as connection:
+            row = connection.execute(statement).one_or_none()
+        if row is None:
+            raise _lost(claim)
+        return row[0] is not None
+
+    @contextmanager
+    def _autocommitting(self) -> Iterator[sa.Connection]:
+        """For a single statement, without a BEGIN and a COMMIT on the way."""
+        with self.engine.connect() as connection:
+            # Not by SQLAlchemy's isolation level, whose reset is a round trip too.
+            driver: Any = connection.connection.dbapi_connection
+            driver.autocommit = True
+            try:
+                yield connection
+            finally:
+                if not driver.closed:
+                    driver.autocommit = False
 
     @retrying
     def renew(self, claim: Claim) -> None:
         """Prolong the lease. Raises LeaseLost."""
-        with Session(self.engine) as session, session.begin():
-            self._prolong(session, claim)
-
-    def _prolong(self, session: Session, claim: Claim) -> None:
-        attempt = self._fence(session, claim)
-        attempt.renewed = _now()  # the database's clock
-        attempt.lease_until = self._lease()
-        session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()))
+        self._while_held(claim, {})
 
     @retrying
-    def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> None:
+    def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> bool:
         """Enter one epoch, tell Optuna what it is worth, prolong the lease. Raises LeaseLost.
 
-        `result` has the columns of the table `epoch`.
+        `result` has the columns that trainer.config.EpochResult.columns gives. Returns whether somebody
+        asked all workers of the study to stop.
         """
-        with Session(self.engine) as session, session.begin():
-            self._prolong(session, claim)
-            session.execute(
-                insert(Epoch)
-                .values(trial_id=claim.trial_id, attempt=claim.attempt, **result)
-                .on_conflict_do_nothing()
-            )
-            stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
-            session.execute(
-                insert(TrialIntermediateValueModel)
-                .values(
-                    trial_id=claim.trial_id,
-                    step=result["epoch"],
-                    intermediate_value=stored,
-                    intermediate_value_type=kind,
-                )
-                .on_conflict_do_nothing()
-            )
+        stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+        epoch = {
+            "trial_id": claim.trial_id,
+            "study_id": self.study_id,
+            "attempt": claim.attempt,
+            "value": None if math.isnan(value) else value,
+            **result,
+        }
+        told = {
+            "trial_id": claim.trial_id,
+            "step": result["epoch"],
+            "intermediate_value": stored,
+            "intermediate_value_type": kind,
+        }
+        return self._while_held(claim, {Epoch: epoch, TrialIntermediateValueModel: told})
+
+    @retrying
+    def stream_epochs(self, claim: Claim) -> list[int]:
+        """The epochs of the stream that the trial's epochs on record went through."""
+        if claim.last_epoch < 0:
+            return []
+        query = sa.select(Epoch.stream_epoch).where(Epoch.trial_id == claim.trial_id)
+        with self._autocommitting() as connection:
+            return list(connection.scalars(query.order_by(Epoch.epoch)))
+
+    @retrying
+    def standing(self, epoch: int, value: float) -> tuple[int, int]:
+        """How many trials were worth more after this epoch, and how many have come so far."""
+        query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
+            Epoch.study_id == self.study_id, Epoch.epoch == epoch
+        )
+        with self._autocommitting() as connection:
+            better, peers = connection.execute(query).one()
+        return better, peers
 
     @retrying
     def finish(
@@ -438,19 +507,32 @@ def _end(
         )
 
 
+def _entry(model: Any, values: Mapping[str, Any], held: sa.CTE) -> sa.CTE:
+    """Part of a statement: enter a row, unless it is there, if the claim is held."""
+    types = {name: model.__table__.c[name].type for name in values}
+    row = [sa.cast(sa.literal(value, types[name]), types[name]) for name, value in values.items()]
+    entered = insert(model).from_select(list(values), sa.select(*row).select_from(held))
+    return entered.on_conflict_do_nothing().cte(f"entered_{model.__tablename__}")
+
+
 def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
     attempt.released = attempt.renewed = _now()
     attempt.outcome, attempt.reason = outcome, reason
 
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
-    """Seconds that workers have held trials of a study: what it has spent."""
-    end = sa.func.coalesce(Attempt.released, Attempt.renewed)
-    return (
-        sa.select(sa.func.coalesce(sa.func.sum(sa.extract("epoch", end - Attempt.claimed)), 0.0))
+    """Seconds in which workers have held trials of a study, any number at once: what it has spent."""
+    end = sa.func.greatest(sa.func.coalesce(Attempt.released, Attempt.renewed), Attempt.claimed)
+    spans = (
+        sa.select(
+            sa.func.unnest(sa.func.range_agg(sa.func.tstzrange(Attempt.claimed, end))).label("span")
+        )
         .where(Attempt.study_id == study_id)
-        .scalar_subquery()
+        .group_by(Attempt.worker_id)
+        .subquery()
     )
+    seconds = sa.extract("epoch", sa.func.upper(spans.c.span) - sa.func.lower(spans.c.span))
+    return sa.select(sa.func.coalesce(sa.func.sum(seconds), 0.0)).scalar_subquery()
 
 
 def _now() -> sa.ColumnElement[Any]:
@@ -463,17 +545,30 @@ def _utc_now() -> sa.ColumnElement[Any]:
 
 
 class LeaseKeeper:
-    """Renews one claim from a thread of its own until the `with` block ends.
+    """Renews claims from a thread of its own until the `with` block ends.
 
     It outlives any database error: `Ledger.renew` retries with back-off, and after that the next
-    turn tries again. `lost` is set once another worker holds the trial.
+    turn tries again.
     """
 
-    def __init__(self, ledger: Ledger, claim: Claim, every: float = RENEW_SECONDS) -> None:
-        self._ledger, self._claim, self._every = ledger, claim, every
+    def __init__(self, ledger: Ledger, every: float = RENEW_SECONDS) -> None:
+        self._ledger, self._every = ledger, every
         self._done = threading.Event()
-        self.lost = threading.Event()
+        self._held: set[Claim] = set()
+        self._lost: set[Claim] = set()
         self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+
+    def hold(self, claim: Claim) -> None:
+        """Renew this one from now on, until its attempt is closed."""
+        self._held.add(claim)
+
+    def held(self) -> list[Claim]:
+        """The claims that it renews; some may have ended by now."""
+        return list(self._held)
+
+    def has_lost(self, claim: Claim) -> bool:
+        """Whether another worker holds the trial."""
+        return claim in self._lost
 
     def __enter__(self) -> "LeaseKeeper":
         self._thread.start()
@@ -484,13 +579,14 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         while not self._done.wait(self._every):
-            try:
-                self._ledger.renew(self._claim)
-            except LeaseLost:
-                self.lost.set()
-                return
-            except Exception:  # whatever the database does, the lease must go on while we live
-                time.sleep(1)
+            for claim in list(self._held):
+                try:
+                    self._ledger.renew(claim)
+                except LeaseLost:
+                    self._held.discard(claim)
+                    self._lost.add(claim)
+                except Exception:  # whatever the database does, the leases must go on while we live
+                    time.sleep(1)
 
 
 @dataclass(frozen=True)
@@ -621,14 +717,18 @@ def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
 
 
 @retrying
+def epochs_of(engine: sa.Engine, study_id: int, trial_number: int) -> list[dict[str, Any]]:
+    """The epochs of a trial on record, in order: the columns of the table `epoch`."""
+    query = (
+        sa.select(Epoch.__table__)
+        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
+        .where(TrialModel.study_id == study_id, TrialModel.number == trial_number)
+        .order_by(Epoch.epoch)
+    )
+    with engine.connect() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
 def curve(engine: sa.Engine, study_id: int, trial_number: int) -> list[float]:
     """A trial's validation accuracies by epoch."""
-    with engine.connect() as connection:
-        return list(
-            connection.scalars(
-                sa.select(Epoch.val_accuracy)
-                .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-                .where(TrialModel.study_id == study_id, TrialModel.number == trial_number)
-                .order_by(Epoch.epoch)
-            )
-        )
+    return [row["val_accuracy"] for row in epochs_of(engine, study_id, trial_number)]

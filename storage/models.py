@@ -106,14 +106,20 @@ class Attempt(Base):
 
 
 class Epoch(Base):
-    """One epoch of one trial: what trainer.config.EpochResult.columns gives."""
+    """One epoch of one trial: what trainer.config.EpochResult.columns gives, and its worth."""
 
     __tablename__ = "epoch"
-    __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
+    __table_args__ = (
+        Index("epoch_standing", "study_id", "epoch", "value"),  # for the pruner
+        {"schema": SCHEMA},
+    )
 
     trial_id: Mapped[int] = mapped_column(primary_key=True)
     epoch: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int]
     attempt: Mapped[int]
+    value: Mapped[float | None]  # what Optuna was told; NULL for NaN
+    stream_epoch: Mapped[int]
     recorded: Mapped[datetime] = mapped_column(server_default=func.now())
     lr: Mapped[float]
     train_loss: Mapped[float]

@@ -102,7 +102,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
             tables[TrialParamModel] += [_param(trial, key, d, random) for key, d in SPACE.items()]
             accuracy = 0.0
             for epoch in range(length):
-                row = _epoch(trial, epoch, quality, random)
+                row = _epoch(trial, study_id, epoch, quality, random)
                 accuracy = row["val_accuracy"]
                 tables[Epoch].append(row)
                 tables[TrialIntermediateValueModel].append(
@@ -143,12 +143,15 @@ def _param(trial, name, distribution, random):
     }
 
 
-def _epoch(trial, epoch, quality, random):
+def _epoch(trial, study_id, epoch, quality, random):
     value = 0.25 + (0.2 + 0.2 * quality) * (1 - math.exp(-epoch / 6)) + random.normal(0, 0.008)
     train = value + 0.01 * epoch * (0.5 + quality) / 2
     return {
         "trial_id": trial,
+        "study_id": study_id,
         "epoch": epoch,
+        "stream_epoch": epoch,
+        "value": value,
         "attempt": 1,
         "lr": 0.005 * math.cos(epoch / 30 * math.pi / 2),
         "train_loss": 1.6 - train,

@@ -179,7 +179,8 @@ class Campaign:
         code = (
             "import sys, json; from pathlib import Path\n"
             "from search.export import load_bundle\n"
-            "from trainer.loop import Workspace, train\n"
+            "from trainer.loop import train\n"
+            "from trainer.workspace import Workspace\n"
             "config = load_bundle(Path(sys.argv[1])).config\n"
             "results = train(config, Workspace(config, Path(sys.argv[2])))\n"
             "print(json.dumps([result.val_accuracy for result in results]))"

@@ -15,7 +15,7 @@ from storage.models import Attempt, Epoch
 COLUMNS = [
     column
     for column in Epoch.__table__.columns
-    if column.name not in ("trial_id", "attempt", "recorded", "seconds", "peak_memory")
+    if column.name not in ("trial_id", "study_id", "attempt", "recorded", "seconds", "peak_memory")
 ]
 
 

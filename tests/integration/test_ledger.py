@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
+from datetime import timedelta
 
 import optuna
 import pytest
@@ -16,6 +17,7 @@ from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_iden
 from storage.models import Attempt, Epoch
 
 RESULT = {
+    "stream_epoch": 0,
     "lr": 0.1,
     "train_loss": 1.0,
     "val_loss": 1.0,
@@ -31,10 +33,10 @@ RESULT = {
 }
 
 
-def make_study(engine, max_trials=3, **values):
+def make_study(engine, max_trials=3, name="s", **values):
     storage = database.optuna_storage(engine)
     study = optuna.create_study(
-        storage=storage, study_name="s", direction="maximize", load_if_exists=True
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
     row = {"max_trials": max_trials, "max_gpu_seconds": None, "settings": {}, "dataset": "d"}
     ledger.enter_study(engine, study._study_id, **(row | values))
@@ -189,11 +191,10 @@ def test_a_claim_waits_for_the_holders_transaction_and_then_judges_anew(engine):
     result = []
     thread = threading.Thread(target=lambda: result.append(late.claim()))
     with Session(engine) as session, session.begin():
-        holder._fence(session, claim)  # as finish does: the attempt's row is locked
+        attempt = holder._fence(session, claim)  # the row is locked, as by a renewal
         thread.start()
         wait_until_blocked(engine)
-        holder.lease_seconds = 60.0
-        holder._prolong(session, claim)
+        attempt.lease_until = sa.func.now() + timedelta(seconds=60)
     thread.join(30)
     assert result == [None]
 
@@ -277,7 +278,8 @@ def test_the_lease_keeper_renews_until_it_is_left(engine):
     worker = make_worker(engine, study, lease_seconds=0.5, judge=nobody_knows)
     other = make_worker(engine, study, judge=nobody_knows)
     claim = worker.claim()
-    with LeaseKeeper(worker, claim, every=0.1):
+    with LeaseKeeper(worker, every=0.1) as keeper:
+        keeper.hold(claim)
         time.sleep(1.2)  # longer than the lease
         assert other.claim().trial_number == 1
     time.sleep(1)

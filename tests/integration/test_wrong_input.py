@@ -20,8 +20,9 @@ from tests.studies import fill
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
-from trainer.loop import Workspace, train
+from trainer.loop import train
 from trainer.model_file import ModelFiles
+from trainer.workspace import Workspace
 
 TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
 

@@ -1,0 +1,99 @@
+"""Pruning decides a search: what is pruned when, from the values on record alone."""
+
+import math
+
+import pytest
+
+from search.study import load_study_file
+from tests.integration.test_ledger import RESULT, make_study, make_worker
+
+
+@pytest.fixture
+def decide(engine, study_text, tmp_path):
+    """Trials with these values by epoch; returns for each whether the pruner stops it after its last."""
+
+    def decide(curves, *settings):
+        study = make_study(engine, max_trials=len(curves))
+        path = tmp_path / "study.toml"
+        path.write_text(study_text)
+        file = load_study_file(path, ['study.pruner="asha"', "train.epochs=30", *settings])
+        pruner = file.make_pruner(study, make_worker(engine, study))
+        held = []
+        for curve in curves:
+            holder = make_worker(engine, study)
+            claim = holder.claim()
+            for epoch, value in enumerate(curve):
+                holder.record(claim, RESULT | {"epoch": epoch}, value)
+            held.append((claim, len(curve) - 1, curve[-1]))
+        return [
+            pruner.decides_at(epoch) and pruner.prunes(claim, epoch, value)
+            for claim, epoch, value in held
+        ]
+
+    return decide
+
+
+def test_between_rungs_nothing_is_pruned(decide):
+    curves = [[0.9, 0.9], [0.8, 0.8], [0.7, 0.7], [0.1, 0.1]]
+    assert decide(curves, "study.rungs=[3, 9]") == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "pruned"),
+    [
+        ([0.5], [False]),  # the first to come has no rival
+        ([0.5, 0.4], [False, True]),
+        ([0.4, 0.5], [True, False]),  # asked again later, it would not go on
+        ([0.1, 0.2, 0.3], [True, True, False]),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [True] * 4 + [False] * 2),  # a third goes on
+        ([0.5, 0.5, 0.5], [False, False, False]),  # equals go on together
+        ([0.5, math.nan, math.nan], [False, False, False]),  # no number is better than any
+    ],
+)
+def test_a_third_of_those_at_the_rung_goes_on(decide, values, pruned):
+    assert decide([[value] for value in values], "study.rungs=[0]") == pruned
+
+
+def test_trials_that_have_not_reached_the_rung_do_not_count(decide):
+    curves = [[0.9], [0.8], [0.7], [0.1, 0.1]]
+    assert decide(curves, "study.rungs=[1]") == [False] * 4
+
+
+def test_another_studys_trials_do_not_count(engine, decide):
+    assert decide([[0.9], [0.8]], "study.rungs=[0]") == [False, True]
+    other = make_study(engine, name="other")
+    worker = make_worker(engine, other)
+    claim = worker.claim()
+    worker.record(claim, RESULT | {"epoch": 0}, 0.1)
+    assert worker.standing(0, 0.1) == (0, 1)
+
+
+def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
+    study = make_study(engine, max_trials=9)
+    for value in (0.1, 0.2, 0.3, 0.4, 0.5):
+        worker = make_worker(engine, study)
+        claim = worker.claim()
+        for epoch in range(6):
+            worker.record(claim, RESULT | {"epoch": epoch}, value)
+        worker.finish(claim, "complete", value)
+    curves = [[0.25] * 6, [0.35] * 6, [0.25] * 3]
+    settings = ('study.pruner="median"', "study.rungs=[5]")
+    assert decide(curves, *settings) == [True, False, False]  # the last is not there yet
+    assert decide([[0.1] * 6], 'study.pruner="none"') == [False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rungs"),
+    [
+        ([], [1]),
+        (["train.epochs=30", "train.warmup_epochs=5"], [5, 15]),  # the report's search
+        (["train.epochs=120", "train.warmup_epochs=5"], [5, 15, 45]),
+        (["train.epochs=2", "train.warmup_epochs=1"], []),  # nothing could be saved
+        (["train.epochs=10", "train.warmup_epochs=0"], [1, 3]),
+        (["study.rungs=[2]"], [2]),
+    ],
+)
+def test_rungs_begin_where_the_warmup_ends(settings, rungs, study_text, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    assert load_study_file(path, settings).rungs_of() == rungs
