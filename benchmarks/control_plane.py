@@ -1,0 +1,214 @@
+"""What the service costs beside the training: per trial-epoch, and with 200 workers on one database.
+
+    python -m benchmarks.control_plane [--trials 100 --trials 1000 --trials 5000] [--epoch 0.4]
+
+First: a real worker (claim, sample, checkpoint, record, prune, tell) in studies of so many finished
+trials, with a pause of --epoch seconds in the place of each epoch's training; the seconds of a
+trial-epoch that are not that pause. The checkpoint is a small network's: its cost is the disk's.
+Sizes alternate. Then: 200 simulated workers, each with a connection of its own, that claim, record and
+prune; 100 records a second in all, and as fast as they can. The server is an embedded PostgreSQL in a
+temporary folder.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+import search.worker
+from search.study import StudyFile
+from search.worker import Worker
+from storage import database, ledger
+from storage.embedded import EmbeddedPostgres
+from storage.ledger import Ledger
+from storage.runs import RunFolder
+from tests.studies import fill
+from trainer.config import EpochResult
+from trainer.demo import write_demo
+from trainer.loop import Outcome, Run
+from trainer.predictions import Predictions
+from trainer.workspace import Workspace
+
+ROUNDS, NEW_TRIALS = 5, 6  # in each size: rounds of so many trials
+WORKERS, PROCESSES = 200, 4
+RATE, SECONDS = 100, 30.0  # records per second; of each load
+LABELS = np.zeros((1000, 6), np.uint8)  # of the validation images
+
+
+def result(epoch: int, value: float) -> EpochResult:
+    return EpochResult(
+        epoch=epoch,
+        stream_epoch=epoch,
+        lr=1e-3,
+        train_loss=1.0,
+        train_accuracy=value,
+        val_loss=1.0,
+        val_accuracy=value,
+        val_overall=value,
+        val_category=(value,) * 6,
+        val_hits=(1,) * 26,
+        val_log_loss=1.0,
+        seconds=1.0,
+        images=5000,
+        peak_memory=1,
+        predictions=Predictions(LABELS, LABELS[np.newaxis], LABELS[np.newaxis].astype(np.float16)),
+    )
+
+
+class Pause:
+    """Stands for the training of an epoch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.epochs, self.began = seconds, 0, 0.0
+
+    def __call__(self, runs: list[Run], _: object) -> Iterator[tuple[Run, Outcome]]:
+        self.began = self.began or time.perf_counter()
+        time.sleep(self.seconds)
+        for run in runs:
+            self.epochs += 1
+            run.step += run.steps_per_epoch
+            run.history.append(result(len(run.history), random.uniform(0.4, 0.6)))
+            yield run, run.history[-1]
+
+
+def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
+    engine = database.connect()
+    write_demo(folder / "demo", 60, 20, 1)
+    workers = {}
+    for size in sizes:
+        study_id = fill(engine, ["complete", "pruned", "pruned"] * (size // 3), name=f"{size} trials")
+        workers[size] = (study_id, f"{size} trials")
+    costs: dict[int, list[float]] = {size: [] for size in sizes}
+    starts: dict[int, list[float]] = {size: [] for size in sizes}
+    workspace = None
+    for number in range(ROUNDS):
+        for size, (study_id, name) in workers.items():
+            done = size // 3 * 3 + NEW_TRIALS * (number + 1)
+            ledger.update_study(engine, study_id, max_trials=done)
+            entry = ledger.study_entry(engine, name)
+            assert entry is not None
+            file = StudyFile.from_record(entry).moved(str(folder / "demo"), "none")
+            train = file.train | {"image_size": 32, "warmup_epochs": 5}
+            file = file.model_copy(update={"train": train})
+            workspace = workspace or Workspace(file.shared, folder / "cache")
+            storage = database.optuna_storage(engine)
+            study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler())
+            worker = Worker(
+                file,
+                study,
+                Ledger(engine, storage, study_id),
+                workspace,
+                RunFolder(entry.name, entry.created),
+            )
+            pause = Pause(epoch)
+            search.worker.turn = pause  # type: ignore[assignment]
+            started = time.perf_counter()
+            worker.run()
+            outside = time.perf_counter() - pause.began - pause.epochs * epoch
+            costs[size].append(1000 * outside / pause.epochs)
+            starts[size].append(pause.began - started)
+    print(f"ms per trial-epoch beside an epoch of {epoch} s (median of {ROUNDS}, lowest to highest):")
+    flat = statistics.median(costs[sizes[0]])
+    for size, values in costs.items():
+        middle = statistics.median(values)
+        print(
+            f"  {size:>5} finished trials: {middle:.1f} ({min(values):.1f} to {max(values):.1f}), "
+            f"{middle / flat:.2f}x; first suggestion, once per worker: {max(starts[size]):.1f} s"
+        )
+
+
+class Simulated(threading.Thread):
+    """A worker that trains nothing: 12 epochs a trial, a rung at the sixth."""
+
+    def __init__(self, study_id: int, storage: optuna.storages.BaseStorage, pause: float) -> None:
+        super().__init__(daemon=True)
+        self.engine = database.connect()
+        self.ledger = Ledger(self.engine, storage, study_id)
+        self.pause, self.claims, self.records = pause, [], []
+        self.until = time.monotonic() + SECONDS
+
+    def run(self) -> None:
+        self.ledger.register()
+        time.sleep(random.uniform(0, self.pause))
+        while time.monotonic() < self.until:
+            started = time.perf_counter()
+            claim = self.ledger.claim()
+            self.claims.append(time.perf_counter() - started)
+            assert claim is not None
+            for epoch in range(12):
+                value = random.random()
+                started = time.perf_counter()
+                self.ledger.record(claim, result(epoch, value).columns(), value)
+                self.records.append(time.perf_counter() - started)
+                if epoch == 5 and self.ledger.standing(epoch, value)[0] > 3:
+                    break
+                if time.monotonic() > self.until:
+                    break
+                time.sleep(random.uniform(0.5, 1.5) * self.pause)
+            self.ledger.finish(claim, "pruned", value)
+
+
+def simulate(
+    study_id: int, pause: float, count: int, pipe: "multiprocessing.connection.Connection"
+) -> None:
+    storage = database.optuna_storage(database.connect())
+    workers = [Simulated(study_id, storage, pause) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    pipe.send([[t for w in workers for t in w.claims], [t for w in workers for t in w.records]])
+
+
+def many_workers(pause: float, name: str) -> None:
+    study_id = fill(database.connect(), [], name=name, max_trials=1_000_000)
+    context = multiprocessing.get_context("spawn")
+    started, pipes, processes = time.perf_counter(), [], []
+    for _ in range(PROCESSES):
+        mine, theirs = context.Pipe()
+        pipes.append(mine)
+        arguments = (study_id, pause, WORKERS // PROCESSES, theirs)
+        processes.append(context.Process(target=simulate, args=arguments))
+        processes[-1].start()
+    answers = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        process.join()
+    print(f"{WORKERS} workers, {name} ({time.perf_counter() - started:.0f} s with their start):")
+    for kind, index in (("claims", 0), ("records", 1)):
+        times = sorted(t for answer in answers for t in answer[index])
+        print(
+            f"  {len(times) / SECONDS:.1f} {kind}/s, p50 {1000 * times[len(times) // 2]:.0f} ms, "
+            f"p99 {1000 * times[int(0.99 * len(times))]:.0f} ms"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trials", type=int, action="append")
+    parser.add_argument("--epoch", type=float, default=0.4)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ATELIER_HOME"] = folder
+        os.environ.pop("ATELIER_DATABASE_URL", None)
+        embedded = EmbeddedPostgres(Path(folder))
+        embedded.start()
+        try:
+            database.prepare(database.connect())
+            many_workers(WORKERS / RATE, f"{RATE} records a second")
+            many_workers(0.0, "as fast as they can")
+            beside_training(options.trials or [100, 1000, 5000], options.epoch, Path(folder))
+        finally:
+            embedded.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""How fast training is, against the report's loop as its author wrote it; one command, all sides.
+
+    python -m benchmarks.speed --data DIR --lite0 FILE.safetensors [--rounds 5] [--only PART]
+
+`throughput`: SE-ResNeXt50 at 224, batch 128: trial-images per second of the baseline, of one trial and
+of packs, and how much of the bare kernels' bound (the trunk once and K tails) they reach.
+`augmentation`: images per second on one core, against the report's PIL pipeline.
+`memory`: a worker's peak with batch 256.
+`trials`: trials per hour of studies/fashion-cpu.toml with the weights --lite0, drawn to --figure.
+Sides alternate in every round; ratios are of the same round, their median with the lowest and highest.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from search.study import load_study_file
+from trainer.allocation import prepare_process
+from trainer.config import TrainConfig
+from trainer.dataset import load_image, read_dataset
+from trainer.loop import Run, turn
+from trainer.loss import AttributeLoss, class_weights
+from trainer.workspace import Workspace
+
+PARTS = ("throughput", "augmentation", "memory", "trials")
+IMAGES, BATCH = 256, 128
+PACKS = (1, 4, 8)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ReportsImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The training images through the report's transform, from JPEG to normalised tensor."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.split = read_dataset(folder).split("train")
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize([224, 224]),
+                transforms.CenterCrop([200, 160]),
+                transforms.Resize([224, 224]),
+                transforms.RandomHorizontalFlip(p=0.5),
+                transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.3),
+                transforms.RandomAffine(degrees=15, translate=(0.1, 0.1), scale=(0.5, 1.5), shear=15),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = load_image(self.folder / self.split.paths[index])
+        return self.transform(image), torch.from_numpy(self.split.labels[index])
+
+
+class Baseline:
+    """The report's loop: nothing is told that it is frozen but by `requires_grad`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        dataset = ReportsImages(config.data)
+        labels = torch.from_numpy(dataset.split.labels)
+        sizes = read_dataset(config.data).sizes
+        net: Any = timm.create_model(config.backbone, pretrained=False, num_classes=0)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name.startswith("layer4"))
+        head = nn.Sequential(
+            nn.Linear(2048, 512),
+            nn.Dropout(config.dropout),
+            nn.Linear(512, 128),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(128, sum(sizes)),
+        )
+        self.model = nn.Sequential(net, head).train()
+        self.loss = AttributeLoss(sizes, class_weights(labels, sizes), config.epsilon)
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
+        # Without an end: its processes are as busy in every round as in the middle of an epoch.
+        sampler = RandomSampler(dataset, replacement=True, num_samples=10**7)
+        self.batches = iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=2))
+
+    def step(self) -> None:
+        images, targets = next(self.batches)
+        loss = self.loss(self.model(images), targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
+
+
+def throughput(data: str, rounds: int) -> None:
+    threads = prepare_process()
+    config = TrainConfig(
+        data=data,
+        backbone="seresnext50_32x4d",
+        weights="none",
+        batch_size=BATCH,
+        train_images=IMAGES,
+        train_on="train+val",  # so that no side validates
+        epochs=1000,
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        workspace = Workspace(config, Path(cache))
+        packs = {size: [Run(config, workspace) for _ in range(size)] for size in PACKS}
+        lone, baseline = Run(config, workspace), Baseline(config)
+        images = torch.randn(IMAGES, 3, 224, 224).to(memory_format=torch.channels_last)
+        features = workspace.features(workspace.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
+        targets = workspace.train_targets[:BATCH]
+
+        def trunk() -> None:
+            with torch.no_grad():
+                for part in torch.split(images, 16):
+                    workspace.frozen(part)
+
+        def tail() -> None:
+            lone.train_step(features, targets)
+
+        list(turn(packs[1]))  # compiles
+        tail()
+        measured: dict[str, list[float]] = {}
+        for number in range(rounds):
+            baseline.step()
+            sides = {"baseline": IMAGES / seconds(lambda: [baseline.step() for _ in range(2)])}
+            kernels = seconds(trunk), seconds(lambda: [tail() for _ in range(2)])
+            for size, runs in packs.items():
+                sides[f"pack {size}"] = size * IMAGES / seconds(lambda runs=runs: list(turn(runs)))
+                sides[f"bound {size}"] = size * IMAGES / (kernels[0] + size * kernels[1])
+            sides |= {"trunk": IMAGES / kernels[0], "tail": IMAGES / kernels[1]}
+            for name, value in sides.items():
+                measured.setdefault(name, []).append(value)
+            print(f"round {number + 1}: " + ", ".join(f"{k} {v:.1f}" for k, v in sides.items()))
+    print(f"SE-ResNeXt50 at 224, batch {BATCH}, {threads} threads, trial-images/s:")
+    print(f"  baseline {spread(measured['baseline'])}")
+    for size in PACKS:
+        mine, bound = measured[f"pack {size}"], measured[f"bound {size}"]
+        times = [a / b for a, b in zip(mine, measured["baseline"], strict=True)]
+        share = [100 * a / b for a, b in zip(mine, bound, strict=True)]
+        print(
+            f"  --pack {size}: {spread(mine)}, {spread(times, 'x')} the baseline, "
+            f"{spread(share, ' %')} of the bare kernels"
+        )
+
+
+def augmentation(data: str, rounds: int) -> None:
+    prepare_process()
+    theirs = ReportsImages(data)
+    config = TrainConfig(data=data, backbone="resnet10t", weights="none", trainable="head")
+    with tempfile.TemporaryDirectory() as cache:
+        workspace = Workspace(config, Path(cache))
+        blocks = workspace.stream.epoch(0, 0)
+        workspace.normalise(next(blocks)[0])  # compiles
+
+        def ours() -> None:
+            workspace.normalise(next(blocks)[0])
+
+        rates = [
+            (128 / seconds(lambda k=k: [theirs[128 * k + i] for i in range(128)]), 256 / seconds(ours))
+            for k in range(rounds)
+        ]
+    pil, batched = zip(*rates, strict=True)
+    print(f"images/s on {torch.get_num_threads()} thread: PIL {spread(pil)}, ours {spread(batched)}")
+    print(f"  {spread([b / a for a, b in rates], 'x')}")
+
+
+def memory(data: str, pack: int) -> None:
+    prepare_process()
+    config = TrainConfig(
+        data=data, backbone="seresnext50_32x4d", weights="none", batch_size=256, train_images=512
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        workspace = Workspace(config, Path(cache))
+        runs = [Run(config, workspace) for _ in range(pack)]
+        for _ in range(2):
+            list(turn(runs))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    print(f"a worker's peak at --pack {pack}, batch 256: {peak:.2f} GB")
+
+
+def trials(data: str, weights: str, rounds: int, figure: Path | None) -> None:
+    prepare_process()
+    settings = [f"train.data={json.dumps(data)}", f"train.weights={json.dumps(weights)}"]
+    config = load_study_file(Path("studies/fashion-cpu.toml"), settings).shared
+    packs = (1, 2, 4, 8)
+    rates: dict[int, list[float]] = {size: [] for size in packs}
+    with tempfile.TemporaryDirectory() as cache:
+        workspace = Workspace(config, Path(cache))
+        first = Run(config, workspace)
+        list(turn([first]))  # compiles, and makes the validation features
+        for _ in range(rounds):
+            for size in packs:
+                runs = [Run(config, workspace) for _ in range(size)]
+                hours = config.epochs * seconds(lambda runs=runs: list(turn(runs))) / 3600
+                rates[size].append(size / hours)
+                print(f"pack {size}: {rates[size][-1]:.1f} trials/h", flush=True)
+    print(f"{config.backbone} at {config.image_size}, {config.epochs} epochs, none pruned, trials/h:")
+    for size in packs:
+        times = [a / b for a, b in zip(rates[size], rates[1], strict=True)]
+        print(f"  --pack {size}: {spread(rates[size])}, {spread(times, 'x')}")
+    if figure:
+        draw(rates, figure)
+
+
+def draw(rates: dict[int, list[float]], path: Path) -> None:
+    medians = [statistics.median(values) for values in rates.values()]
+    ends = np.abs(np.array([[min(v), max(v)] for v in rates.values()]).T - medians)
+    _, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.errorbar(list(rates), medians, ends, marker="o", capsize=3, label="measured")
+    axes.plot(
+        list(rates), [medians[0] * size for size in rates], "--", c="grey", label="K times as many"
+    )
+    axes.set(xlabel="--pack", ylabel="trials per hour", xticks=list(rates), ylim=(0, None))
+    axes.legend()
+    plt.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--lite0", help="weights of tf_efficientnet_lite0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--pack", type=int, help=argparse.SUPPRESS)  # a process of `memory`
+    options = parser.parse_args()
+    if options.pack:
+        memory(options.data, options.pack)
+        return
+    if options.only in (None, "trials") and not options.lite0:
+        parser.error("--lite0 is missing: the weights file of tf_efficientnet_lite0")
+    for part in [options.only] if options.only else PARTS:
+        print(f"== {part}", flush=True)
+        if part == "memory":
+            for pack in (1, 4):
+                again("--only", "memory", "--data", options.data, "--pack", str(pack))
+        elif part == "augmentation" and os.environ.get("OMP_NUM_THREADS") != "1":
+            again("--only", part, "--data", options.data, "--rounds", str(options.rounds), threads="1")
+        elif part == "trials":
+            trials(options.data, options.lite0, options.rounds, options.figure)
+        else:
+            {"throughput": throughput, "augmentation": augmentation}[part](options.data, options.rounds)
+
+
+def again(*words: str, threads: str | None = None) -> None:
+    """One part in a process of its own, whose memory and threads are its own."""
+    environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+    subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
