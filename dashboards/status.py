@@ -80,6 +80,7 @@ class TrialRow:
 class WorkerRow:
     """One trial that a worker holds. Times are seconds."""
 
+    worker: str  # the process's id; it may hold several trials
     host: str
     pid: int
     job: str | None  # SLURM's, as in 12_3
@@ -154,8 +155,8 @@ class Status:
 
     @property
     def processes(self) -> int:
-        """How many workers are at work; one may hold several trials."""
-        return len({(worker.host, worker.pid) for worker in self.workers})
+        """How many workers are at work."""
+        return len({row.worker for row in self.workers})
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: the form of `--json`, which stays stable."""
@@ -288,6 +289,7 @@ def _workers(session: Session, study_id: int) -> list[WorkerRow]:
     )
     return [
         WorkerRow(
+            worker=worker.id,
             host=worker.host,
             pid=worker.pid,
             job=_job(worker),

@@ -8,7 +8,7 @@ compiled or not, on a CPU or a GPU.
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,18 @@ def sources(matrices: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tens
 STEPS = (brightness, contrast, saturation, hue)
 
 
+def _groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.ndarray, int]]:
+    """The images that take a step together, and the step's number, in an order that is each image's."""
+    if one_by_one:  # in place, and in the CPU's cache
+        for image, steps in enumerate(order.tolist()):
+            yield from ((slice(image, image + 1), step) for step in steps)
+    else:
+        for position, number in itertools.product(range(len(STEPS)), range(len(STEPS))):
+            rows = np.flatnonzero(order[:, position] == number)
+            if len(rows):
+                yield rows, number
+
+
 class Augmentation:
     """Applies draws to images; `compiled` fuses each step's arithmetic, which gives the same bytes."""
 
@@ -199,12 +211,9 @@ class Augmentation:
             return torch.from_numpy(values).to(images.device, non_blocking=True)
 
         factors = there(draws.factors).view(-1, 4, 1, 1, 1)
-        for position, number in itertools.product(range(len(STEPS)), range(len(STEPS))):
-            chosen = np.flatnonzero(draws.order[:, position] == number)
-            if len(chosen):
-                rows = there(chosen)
-                jittered = self._run(STEPS[number], images[rows], factors[rows, number])
-                images.index_copy_(0, rows, jittered)
+        for chosen, number in _groups(draws.order, one_by_one=images.device.type == "cpu"):
+            rows = chosen if isinstance(chosen, slice) else there(chosen)
+            images[rows] = self._run(STEPS[number], images[rows], factors[rows, number])
         shown = self._run(sources, there(draws.affine), there(draws.flip), images.shape[-1])
         index = shown.flatten(1).unsqueeze(1)
         pixels = images.flatten(2).gather(2, index.clamp(min=0).long().expand(-1, 3, -1))

@@ -17,7 +17,7 @@ from trainer.files import write_atomically
 from trainer.loop import Run
 from trainer.model import ModelError, make_head
 from trainer.runtime import Runtime
-from trainer.stream import BLOCK, prepared_images
+from trainer.stream import BLOCK, prepared_images, read_images
 
 KEY = "atelier"  # of the file's metadata, which are strings: JSON
 FORMAT = 1
@@ -121,10 +121,10 @@ class SavedModel:
 
         With `flip` from the mean logits of an image and its mirror image. Raises DatasetError.
         """
-        images = np.load(prepared_images(dataset, split, self.config.image_size, cache), mmap_mode="r")
+        path = prepared_images(dataset, split, self.config.image_size, cache)
         parts = []
-        for start in range(0, len(images), BLOCK):
-            block = torch.from_numpy(images[start : start + BLOCK].copy())
+        for start in range(0, len(split), BLOCK):
+            block = read_images(path, slice(start, start + BLOCK))
             logits = self._logits(block)
             parts.append((logits + self._logits(block.flip(3))) / 2 if flip else logits)
         slices = torch.split(torch.cat(parts), [*dataset.sizes], 1)

@@ -5,6 +5,7 @@ memory-mapped file that all processes of a machine share. What is random depends
 seed, the epoch and the image's index: any epoch can be made again, in any process, from any block on.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -74,6 +75,14 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_images(path: Path, which: np.ndarray | slice) -> torch.Tensor:
+    """Some of the prepared images, uint8 [n, 3, size, size].
+
+    The file is mapped for as long as this takes: pages that stay mapped count as the process's memory.
+    """
+    return torch.from_numpy(np.array(np.load(path, mmap_mode="r")[which]))
+
+
 class Stream:
     """Blocks of training images, the same for every trial with the same seed."""
 
@@ -86,7 +95,7 @@ class Stream:
     ) -> None:
         """`indices` are the images that are used, of those in `path`."""
         self.indices, self.device, self._augmentation = indices, device, augmentation
-        self._images = np.load(path, mmap_mode="r")
+        self._path, self._shape = path, np.load(path, mmap_mode="r").shape
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The indices in the order in which an epoch visits them."""
@@ -100,7 +109,7 @@ class Stream:
         `first` is the block to begin with.
         """
         order = self.order(seed, epoch)
-        draws = draw(seed, epoch, len(self._images), self._images.shape[-1])
+        draws = draw(seed, epoch, images=self._shape[0], size=self._shape[-1])
         for start in range(first * block, len(order), block):
             part = order[start : start + block]
             indices = torch.from_numpy(part).to(self.device, non_blocking=True)
@@ -112,7 +121,7 @@ class Stream:
     def _block(self, part: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
         if self._resident is not None:
             return self._resident[indices]
-        images = torch.from_numpy(self._images[part])
+        images = read_images(self._path, part)
         if self.device.type == "cuda":
             images = images.pin_memory()  # else the copy waits for the device
         return images.to(self.device, non_blocking=True)
@@ -121,6 +130,6 @@ class Stream:
     def _resident(self) -> torch.Tensor | None:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            if self._images.nbytes <= total * RESIDENT_SHARE:
-                return torch.from_numpy(np.array(self._images)).to(self.device)
+            if math.prod(self._shape) <= total * RESIDENT_SHARE:
+                return read_images(self._path, slice(None)).to(self.device)
         return None

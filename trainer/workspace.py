@@ -16,7 +16,7 @@ from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, DatasetError, Split, read_dataset
 from trainer.runtime import Runtime
-from trainer.stream import BLOCK, Stream, prepared_images
+from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
 # Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
 # memory grant it takes at most a quarter.
@@ -113,9 +113,8 @@ class Workspace(Runtime):
         return gathered
 
     def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        images = np.load(path, mmap_mode="r")
         for start in range(0, len(indices), BLOCK):
-            yield self.features(trunk, torch.from_numpy(images[indices[start : start + BLOCK]]))
+            yield self.features(trunk, read_images(path, indices[start : start + BLOCK]))
 
     @property
     def device_name(self) -> str | None:

@@ -178,3 +178,17 @@ def test_random_numbers_of_others_are_left_alone():
     trainer.augment.Augmentation(compiled=False)(images, draw(0, 0, 4, 16))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_each_image_takes_its_steps_in_its_own_order(one_by_one):
+    """On a CPU one image after the other, else all that take the same step next."""
+    order = Parameters(50, 32).order
+    taken = [[] for _ in order]
+    calls = 0
+    for rows, step in trainer.augment._groups(order, one_by_one):
+        calls += 1
+        for image in np.arange(50)[rows]:
+            taken[image].append(step)
+    assert np.array_equal(taken, order)
+    assert calls == (200 if one_by_one else 16)
