@@ -147,7 +147,8 @@ class Worker:
                         trial.run.save()
             self._release_all(self.stop.reason or "")
         elif self._ahead and (offer := self._take_ahead()):
-            self.ledger.release(offer.claim, reason="no place became free")  # but maybe elsewhere
+            self._keeper.let_go(offer.claim)  # no place became free here, but maybe elsewhere
+            self.ledger.withdraw(offer.claim)
 
     def _next_offer(self) -> _Offer | None:
         offer = self._take_ahead()

@@ -323,15 +323,18 @@ class Ledger:
 
     def _fence(self, session: Session, claim: Claim) -> Attempt:
         """Lock the claim's attempt, which must still be open. Raises LeaseLost."""
-        attempt = session.scalar(
-            sa.select(Attempt)
-            .where(Attempt.trial_id == claim.trial_id, Attempt.number == claim.attempt)
-            .where(Attempt.released.is_(None))
-            .with_for_update()
-        )
+        attempt = session.scalar(sa.select(Attempt).where(self._is_open(claim)).with_for_update())
         if attempt is None:
             raise _lost(claim)
         return attempt
+
+    def _is_open(self, claim: Claim) -> sa.ColumnElement[bool]:
+        return sa.and_(
+            Attempt.trial_id == claim.trial_id,
+            Attempt.number == claim.attempt,
+            Attempt.worker_id == self.worker_id,
+            Attempt.released.is_(None),
+        )
 
     def _held(self, claim: Claim) -> sa.CTE:
         """Part of a statement: prolong the lease; a row if the claim's attempt is still open.
@@ -340,8 +343,7 @@ class Ledger:
         """
         return (
             sa.update(Attempt)
-            .where(Attempt.trial_id == claim.trial_id, Attempt.number == claim.attempt)
-            .where(Attempt.released.is_(None))
+            .where(self._is_open(claim))
             .values(renewed=_now(), lease_until=self._lease())  # the database's clock
             .returning(Attempt.trial_id)
             .cte("held")
@@ -468,6 +470,12 @@ class Ledger:
                 return
 
     @retrying
+    def withdraw(self, claim: Claim) -> None:
+        """Undo a claim of which nothing has come. Nothing to do if it was lost."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(Attempt).where(self._is_open(claim)))
+
+    @retrying
     def stop_requested(self) -> bool:
         """Whether somebody asked all workers of the study to stop."""
         with self.engine.connect() as connection:
@@ -560,7 +568,12 @@ class LeaseKeeper:
 
     def hold(self, claim: Claim) -> None:
         """Renew this one from now on, until its attempt is closed."""
+        self._lost.discard(claim)  # an equal one, that was withdrawn
         self._held.add(claim)
+
+    def let_go(self, claim: Claim) -> None:
+        """Renew it no more."""
+        self._held.discard(claim)
 
     def held(self) -> list[Claim]:
         """The claims that it renews; some may have ended by now."""
@@ -583,8 +596,9 @@ class LeaseKeeper:
                 try:
                     self._ledger.renew(claim)
                 except LeaseLost:
-                    self._held.discard(claim)
-                    self._lost.add(claim)
+                    if claim in self._held:
+                        self._held.discard(claim)
+                        self._lost.add(claim)
                 except Exception:  # whatever the database does, the leases must go on while we live
                     time.sleep(1)
 

@@ -30,7 +30,7 @@ def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
 
     study.wait_for_epochs(6)
     during = consistent(study.status)
-    assert 1 <= during["counts"]["running"] <= 4
+    assert 1 <= during["counts"]["running"] <= 8  # a task may have claimed its next trial already
     assert 1 <= during["tasks"]["RUNNING"] <= 4
     assert during["tasks"]["PENDING"] >= 4
     for worker in during["workers"]:

@@ -273,6 +273,24 @@ def test_the_gpu_budget_stops_new_trials(engine):
     assert worker.claim() is None
 
 
+def test_a_claim_that_was_withdrawn_was_never_there(engine):
+    study = make_study(engine, max_trials=1)
+    first, second = make_worker(engine, study), make_worker(engine, study)
+    claim = first.claim()
+    first.withdraw(claim)
+    again = second.claim()
+    assert (again.trial_number, again.attempt) == (0, 1)
+    # The same number, but another worker's hold.
+    for write in (first.renew, lambda c: first.record(c, RESULT | {"epoch": 0}, 0.5)):
+        with pytest.raises(LeaseLost):
+            write(claim)
+    with pytest.raises(LeaseLost):
+        first.finish(claim, "complete", 0.5)
+    first.release(claim)
+    first.withdraw(claim)
+    assert second.record(again, RESULT | {"epoch": 0}, 0.5) is False
+
+
 def test_the_lease_keeper_renews_until_it_is_left(engine):
     study = make_study(engine)
     worker = make_worker(engine, study, lease_seconds=0.5, judge=nobody_knows)
