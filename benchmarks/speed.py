@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
+import trainer.workspace
 from search.study import load_study_file
 from trainer.allocation import prepare_process
 from trainer.config import TrainConfig
@@ -118,6 +119,7 @@ def spread(values: list[float], unit: str = "") -> str:
 
 def throughput(data: str, rounds: int) -> None:
     threads = prepare_process()
+    trainer.workspace.COMPILED_PIXELS = 0  # as in an epoch of all images
     config = TrainConfig(
         data=data,
         backbone="seresnext50_32x4d",

@@ -22,7 +22,7 @@ from trainer.stream import BLOCK, Stream, prepared_images, read_images
 # memory grant it takes at most a quarter.
 FEATURE_CACHE_BYTES = 2 << 30
 # The augmentation is compiled, which takes half a minute once, from so many pixels an epoch.
-COMPILED_PIXELS = 10_000_000
+COMPILED_PIXELS = 20_000_000
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 
