@@ -12,10 +12,8 @@ temporary folder.
 
 import argparse
 import multiprocessing
-import os
 import random
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,10 +23,10 @@ import numpy as np
 import optuna
 
 import search.worker
+from benchmarks.server import temporary_home
 from search.study import StudyFile
 from search.worker import Worker
 from storage import database, ledger
-from storage.embedded import EmbeddedPostgres
 from storage.ledger import Ledger
 from storage.runs import RunFolder
 from tests.studies import fill
@@ -196,18 +194,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, action="append")
     parser.add_argument("--epoch", type=float, default=0.4)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["ATELIER_HOME"] = folder
-        os.environ.pop("ATELIER_DATABASE_URL", None)
-        embedded = EmbeddedPostgres(Path(folder))
-        embedded.start()
-        try:
-            database.prepare(database.connect())
-            many_workers(WORKERS / RATE, f"{RATE} records a second")
-            many_workers(0.0, "as fast as they can")
-            beside_training(options.trials or [100, 1000, 5000], options.epoch, Path(folder))
-        finally:
-            embedded.stop()
+    with temporary_home() as folder:
+        database.prepare(database.connect())
+        many_workers(WORKERS / RATE, f"{RATE} records a second")
+        many_workers(0.0, "as fast as they can")
+        beside_training(options.trials or [100, 1000, 5000], options.epoch, folder)
 
 
 if __name__ == "__main__":

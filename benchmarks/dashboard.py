@@ -9,20 +9,17 @@ optuna-dashboard's own study data, which the same server is asked for in turn, a
 
 import argparse
 import http.client
-import os
 import random
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from urllib.parse import urlencode
 
+from benchmarks.server import temporary_home
 from dashboards.accounts import Accounts
 from storage import database
-from storage.embedded import EmbeddedPostgres
 from tests.studies import fill
 
 PAGES = ["", "/curves", "/curves?top=40&smooth=50", "/compare?by=dropout", "/trials/7"]
@@ -34,15 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trials", type=int, action="append")
     sizes = parser.parse_args().trials or [1000, 10000]
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["ATELIER_HOME"] = folder
-        os.environ.pop("ATELIER_DATABASE_URL", None)
-        embedded = EmbeddedPostgres(Path(folder))
-        embedded.start()
-        try:
-            measure(sizes)
-        finally:
-            embedded.stop()
+    with temporary_home():
+        measure(sizes)
 
 
 def measure(sizes: list[int]) -> None:

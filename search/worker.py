@@ -115,7 +115,7 @@ class Worker:
         except KeyboardInterrupt:
             self._release_all("stopped at once")
             raise
-        except Exception:
+        except Exception:  # whatever ends this worker, its trials are for the next
             self._release_all(traceback.format_exc())
             raise
 
@@ -305,7 +305,7 @@ class Worker:
         """What is raised in the `with` block is put on record as the trial's, where it is that."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # `_charge` tells a user's mistake from what ends the worker
             self._charge(claim, checkpoints, error)
 
     def _charge(self, claim: Claim, checkpoints: Checkpoints, error: Exception) -> None:

@@ -129,7 +129,7 @@ def _pass(runs: "list[Run]", interrupt: Interrupt) -> "Iterator[tuple[Run, Outco
     active = list(runs)
     try:
         yield from _train_blocks(active, epoch, interrupt)
-    except Exception as error:
+    except Exception as error:  # for the consumer to judge, like all that follow: it knows the runs
         to_blame = active[-1:] if is_out_of_memory(error) else active
         yield from ((run, _lightened(error, run)) for run in to_blame)
         return

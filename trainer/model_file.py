@@ -124,7 +124,7 @@ class SavedModel:
         path = prepared_images(dataset, split, self.config.image_size, cache)
         parts = []
         for start in range(0, len(split), BLOCK):
-            block = read_images(path, slice(start, start + BLOCK))
+            block = read_images(path, np.arange(start, min(start + BLOCK, len(split))))
             logits = self._logits(block)
             parts.append((logits + self._logits(block.flip(3))) / 2 if flip else logits)
         slices = torch.split(torch.cat(parts), [*dataset.sizes], 1)

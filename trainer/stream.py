@@ -75,12 +75,12 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_images(path: Path, which: np.ndarray | slice) -> torch.Tensor:
+def read_images(path: Path, indices: np.ndarray) -> torch.Tensor:
     """Some of the prepared images, uint8 [n, 3, size, size].
 
     The file is mapped for as long as this takes: pages that stay mapped count as the process's memory.
     """
-    return torch.from_numpy(np.array(np.load(path, mmap_mode="r")[which]))
+    return torch.from_numpy(np.load(path, mmap_mode="r")[indices])  # a copy, by the indices
 
 
 class Stream:
@@ -131,5 +131,5 @@ class Stream:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             if math.prod(self._shape) <= total * RESIDENT_SHARE:
-                return read_images(self._path, slice(None)).to(self.device)
+                return read_images(self._path, np.arange(self._shape[0])).to(self.device)
         return None
