@@ -85,20 +85,24 @@ def affine(
 
 
 def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Towards black. This and the next three: uint8 [n, 3, h, w] and float32 [n, 1, 1, 1]."""
+    """Towards black.
+
+    This and the next three take whole numbers, float32 [n, 3, h, w], to others; factors are float32
+    [n, 1, 1, 1]. What is computed in whole numbers there is exact in float32.
+    """
     return _blend(torch.zeros_like(factors), images, factors)
 
 
 def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Towards the image's mean luma, rounded."""
     luma = _luma(images)
-    mean = luma.sum((1, 2, 3), keepdim=True).double() / luma[0].numel()
+    mean = luma.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / luma[0].numel()
     return _blend((mean + 0.5).floor().float(), images, factors)
 
 
 def saturation(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Towards each pixel's luma."""
-    return _blend(_luma(images).float(), images, factors)
+    return _blend(_luma(images), images, factors)
 
 
 def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,7 @@ def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     Pillow works in double precision and rounds to float in between; the order of the steps here gives
     the same in floats (a test compares all colours).
     """
-    red, green, blue = images.float().unbind(1)
+    red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     width = chroma.clamp(min=1)
@@ -142,17 +146,17 @@ def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         sides = torch.where(where == 2, falling, torch.where(where == 5, rising, low))
         return torch.where(where < 2, value, sides)
 
-    return torch.stack([channel(5), channel(1), channel(3)], 1).byte()
+    return torch.stack([channel(5), channel(1), channel(3)], 1)
 
 
 def _blend(base: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return (base + factors * (images.float() - base)).clamp(0, 255).byte()
+    return (base + factors * (images - base)).clamp(0, 255).floor()
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """ITU-R 601-2 in whole numbers, int32 [n, 1, h, w]."""
-    red, green, blue = images.int().unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).unsqueeze(1)
+    """ITU-R 601-2 in whole numbers, [n, 1, h, w]."""
+    red, green, blue = images.unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) / 0x10000).floor().unsqueeze(1)
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
@@ -199,25 +203,26 @@ class Augmentation:
     def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 [n, 3, s, s] on any device to the same, another tensor."""
         if images.device.type != "cpu":
-            return self._augmented(images.clone(), draws)
+            return self._augmented(images, draws)
         pixels = CACHED_PIXELS * (1 if self._compiled else 1 / TEMPORARIES)
         images_at_once = max(round(pixels / images[0, 0].numel()), 1)
         starts = range(0, len(images), images_at_once)
         parts = [slice(start, start + images_at_once) for start in starts]
-        return torch.cat([self._augmented(images[part].clone(), draws[part]) for part in parts])
+        return torch.cat([self._augmented(images[part], draws[part]) for part in parts])
 
     def _augmented(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         def there(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(images.device, non_blocking=True)
 
+        jittered = images.float()
         factors = there(draws.factors).view(-1, 4, 1, 1, 1)
         for chosen, number in _groups(draws.order, one_by_one=images.device.type == "cpu"):
             rows = chosen if isinstance(chosen, slice) else there(chosen)
-            images[rows] = self._run(STEPS[number], images[rows], factors[rows, number])
+            jittered[rows] = self._run(STEPS[number], jittered[rows], factors[rows, number])
         shown = self._run(sources, there(draws.affine), there(draws.flip), images.shape[-1])
         index = shown.flatten(1).unsqueeze(1)
-        pixels = images.flatten(2).gather(2, index.clamp(min=0).long().expand(-1, 3, -1))
-        return pixels.masked_fill_(index < 0, 0).view_as(images)
+        pixels = jittered.byte().flatten(2).gather(2, index.clamp(min=0).long().expand(-1, 3, -1))
+        return pixels.mul_(index >= 0).view_as(images)
 
     def _run(self, step: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if self._compiled:

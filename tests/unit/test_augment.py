@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 import trainer.augment
-from trainer.augment import Augmentation, Draws, affine, draw, hue
+from trainer.augment import Augmentation, Draws, affine, draw, hue, saturation
 from trainer.dataset import load_image, read_dataset
 from trainer.stream import prepared_images
 from trainer.workspace import Workspace
@@ -109,16 +109,21 @@ def test_without_a_compiler_it_runs_uncompiled(caplog, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("turn", [0.0, 0.3, -0.3, 0.013])
-def test_hue_of_all_colours(turn):
+@pytest.mark.parametrize(
+    ("step", "adjust", "theirs", "ours"),
+    [(hue, functional.adjust_hue, turn, np.trunc(255 * turn)) for turn in (0.0, 0.3, -0.3, 0.013)]
+    + [(saturation, functional.adjust_saturation, by, by) for by in (0.0, 1.3)],
+)
+def test_all_colours(step, adjust, theirs, ours):
     numbers = np.arange(1 << 24, dtype=np.uint32)
     colours = np.stack([numbers >> 16, (numbers >> 8) & 255, numbers & 255], -1).astype(np.uint8)
     picture = Image.fromarray(colours.reshape(4096, 4096, 3))
-    theirs = functional.pil_to_tensor(functional.adjust_hue(picture, turn))
-    turns = torch.full((1, 1, 1, 1), float(np.trunc(255 * turn)))
+    expected = functional.pil_to_tensor(adjust(picture, theirs))
+    factors = torch.full((1, 1, 1, 1), ours, dtype=torch.float32)
     for rows in range(0, 4096, 512):  # of 2 GB at once
         part = functional.pil_to_tensor(picture.crop((0, rows, 4096, rows + 512)))
-        assert torch.equal(hue(part[None], turns)[0], theirs[:, rows : rows + 512])
+        stepped = step(part[None].float(), factors)[0]
+        assert torch.equal(stepped, expected[:, rows : rows + 512].float())
 
 
 @pytest.mark.parametrize("size", [64, 75, 224])
