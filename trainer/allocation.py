@@ -29,13 +29,23 @@ def prepare_process() -> int:
     """
     torch.set_num_threads(_number("OMP_NUM_THREADS") or cpu_count())
     # glibc gives a large tensor's memory back to the kernel at once, and the next one is paid for in
-    # page faults: on a CPU, 40 % of an epoch's time.
+    # page faults: on a CPU, 40 % of an epoch's time. The largest are few enough to pay that, and would
+    # leave holes that fit no other.
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         # Older versions refuse more than 32 MiB.
-        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
+        if libc.mallopt(M_MMAP_THRESHOLD, 64 << 20) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     return torch.get_num_threads()
+
+
+def release_memory() -> None:
+    """Give the kernel what lies unused between the tensors that are kept.
+
+    Once an epoch: the pieces that one phase has left are often too small for the next one's tensors.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_limit() -> int | None:

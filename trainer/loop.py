@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.allocation import available_memory, is_out_of_memory, peak_memory
+from trainer.allocation import available_memory, is_out_of_memory, peak_memory, release_memory
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
 from trainer.loss import AttributeLoss, accuracy, class_weights, predict
@@ -123,6 +123,7 @@ def _pass(runs: "list[Run]", interrupt: Interrupt) -> "Iterator[tuple[Run, Outco
     An error of what they share is every run's. But if memory runs out it is the last run's alone, and
     the others stay inside their epoch, without an outcome.
     """
+    release_memory()
     epoch = max(run.next_stream_epoch for run in runs)
     for run in runs:
         run.begin(epoch)
@@ -172,6 +173,7 @@ def _train_blocks(
         if not active:
             return
         pace.share_out(active)
+        del features  # makes room for the next block's
 
 
 def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:

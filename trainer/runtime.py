@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,10 +49,11 @@ class Runtime:
         """
         at_once = len(images)
         if self.device.type == "cpu" and not trunk.training:
-            at_once = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
+            in_cache = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
+            at_once = min(in_cache, at_once)
         with torch.no_grad(), self._autocast():
-            parts = [trunk(self.normalise(part)) for part in torch.split(images, at_once)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            parts = (trunk(self.normalise(part)) for part in torch.split(images, at_once))
+            return next(parts) if at_once == len(images) else joined(parts, len(images))
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
         """A tail on trunk output, float [n, attributes].
@@ -75,6 +77,20 @@ class Runtime:
         if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+
+def joined(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+    """The parts of a tensor of so many rows, in one that is there before the second part is made."""
+    whole, start = torch.empty(0), 0
+    for part in parts:
+        if start == 0:
+            layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format
+            whole = torch.empty(
+                (rows, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=layout
+            )
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 def _set_precision(config: TrainConfig, device: torch.device) -> None:

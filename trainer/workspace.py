@@ -15,7 +15,7 @@ from trainer.allocation import memory_limit
 from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, DatasetError, Split, read_dataset
-from trainer.runtime import Runtime
+from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
 # Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
@@ -98,19 +98,9 @@ class Workspace(Runtime):
         if name not in self._constant:
             [one] = self._in_order(trunk, path, indices[:1])
             fits = one.nbytes * len(indices) <= self._cache_bytes
-            self._constant[name] = self._gather(one, trunk, path, indices) if fits else None
+            parts = self._in_order(trunk, path, indices)
+            self._constant[name] = joined(parts, len(indices)) if fits else None
         return self._constant[name]
-
-    def _gather(
-        self, one: torch.Tensor, trunk: nn.Module, path: Path, indices: np.ndarray
-    ) -> torch.Tensor:
-        layout = torch.channels_last if one.dim() == 4 else torch.contiguous_format
-        shape = (len(indices), *one.shape[1:])
-        gathered = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
-        parts = torch.split(gathered, BLOCK), self._in_order(trunk, path, indices)
-        for part, features in zip(*parts, strict=True):
-            part.copy_(features)
-        return gathered
 
     def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
         for start in range(0, len(indices), BLOCK):

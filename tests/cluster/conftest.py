@@ -169,24 +169,27 @@ class Campaign:
         )
         assert not {"error", "failed"} & set(self.outcomes)
         entry = ledger.study_entry(self.engine, self.name)
-        for row in status["trials"]:
-            curve = ledger.curve(self.engine, entry.study_id, row["number"])
-            assert curve == self.unbroken(row["number"]), f"trial {row['number']}"
+        numbers = [row["number"] for row in status["trials"]]
+        curves = [ledger.curve(self.engine, entry.study_id, number) for number in numbers]
+        assert curves == self.unbroken(numbers), numbers
 
-    def unbroken(self, trial):
-        """The curve of the trial's configuration, trained in one go with one thread as on the node."""
-        self.atelier("export", self.name, "--trial", str(trial), "-o", f"{trial}.toml")
+    def unbroken(self, trials):
+        """The curves of the trials' configurations, each in one go with one thread as on the node."""
+        for trial in trials:
+            self.atelier("export", self.name, "--trial", str(trial), "-o", f"{trial}.toml")
         code = (
             "import sys, json; from pathlib import Path\n"
             "from search.export import load_bundle\n"
             "from trainer.loop import train\n"
             "from trainer.workspace import Workspace\n"
-            "config = load_bundle(Path(sys.argv[1])).config\n"
-            "results = train(config, Workspace(config, Path(sys.argv[2])))\n"
-            "print(json.dumps([result.val_accuracy for result in results]))"
+            "cache, *bundles = map(Path, sys.argv[1:])\n"
+            "configs = [load_bundle(bundle).config for bundle in bundles]\n"
+            "workspace = Workspace(configs[0], cache)\n"
+            "curves = [[one.val_accuracy for one in train(config, workspace)] for config in configs]\n"
+            "print(json.dumps(curves))"
         )
         result = subprocess.run(
-            [sys.executable, "-c", code, f"{trial}.toml", str(self.home / "cache")],
+            [sys.executable, "-c", code, self.home / "cache", *(f"{trial}.toml" for trial in trials)],
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
