@@ -49,11 +49,11 @@ class Runtime:
         """
         at_once = len(images)
         if self.device.type == "cpu" and not trunk.training:
-            in_cache = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
-            at_once = min(in_cache, at_once)
+            at_once = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
+        parts = torch.split(images, at_once)
         with torch.no_grad(), self._autocast():
-            parts = (trunk(self.normalise(part)) for part in torch.split(images, at_once))
-            return next(parts) if at_once == len(images) else joined(parts, len(images))
+            outputs = (trunk(self.normalise(part)) for part in parts)
+            return joined(outputs, len(images)) if len(parts) > 1 else next(outputs)
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
         """A tail on trunk output, float [n, attributes].
