@@ -83,17 +83,23 @@ def test_the_leaders_run_again_with_the_same_fresh_seeds(searched, tmp_path, mon
     assert "confirms." in atelier("search", "other.toml", code=2).stderr
 
 
+def turn_wrong(*paths):
+    for path in paths:
+        predictions = Predictions.load(path)
+        wrong = np.where(predictions.labels == 0, 1, 0).astype(np.uint8)
+        classes = np.broadcast_to(wrong, predictions.classes.shape)
+        Predictions(predictions.labels, classes, predictions.log_probs).save(path)
+
+
 def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searched, engine, tmp_path):
     atelier = searched
     atelier("confirm", "tiny", "--top", "2", "--seeds", "2")
     entry = study_entry(engine, "tiny-confirm")
     folder = RunFolder(entry.name, entry.created)
     [loser, winner] = (one["number"] for one in entry.settings["confirms"]["candidates"])
-    for trial in (0, 2):  # the reruns of the one that led the search
-        predictions = Predictions.load(folder.predictions(trial))
-        wrong = np.where(predictions.labels == 0, 1, 0).astype(np.uint8)
-        classes = np.broadcast_to(wrong, predictions.classes.shape)
-        Predictions(predictions.labels, classes, predictions.log_probs).save(folder.predictions(trial))
+    turn_wrong(folder.predictions(0), folder.predictions(2))  # the reruns of the search's leader
+    # Two seeds that agree, else Student's t with its one degree of freedom leaves the loser a chance.
+    Predictions.load(folder.predictions(1)).save(folder.predictions(3))
     shown = atelier("confirm", "tiny", "--seeds", "3").stdout
     assert f"trial {winner} leads with 100 %; a winner has 95 %, 5 seeds" in shown
     shown = atelier("confirm", "tiny", "--seeds", "5").stdout
