@@ -30,7 +30,7 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
 
 test: venv
-	$(BIN)/python -m pytest tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration
 
 test-browser: venv
 	$(BIN)/python -m pytest tests/browser
