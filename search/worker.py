@@ -196,6 +196,7 @@ class Worker:
         log.info("trial %d: attempt %d", claim.trial_number, claim.attempt)
         checkpoints = Checkpoints(
             self.runs.checkpoints(claim.trial_number),
+            claim.attempt,
             before_save=lambda: self.ledger.renew(claim),  # raises LeaseLost
         )
         with self._errors_of(claim, checkpoints):
@@ -251,7 +252,12 @@ class Worker:
         """Record an epoch, and decide whether the trial goes on."""
         claim, value = trial.claim, self._value(result)
         if result.epoch > claim.last_epoch:
-            if self.ledger.record(claim, result.columns(), value):
+            try:
+                stop_requested = self.ledger.record(claim, result.columns(), value)
+            except LeaseLost:
+                trial.checkpoints.withdraw()
+                raise
+            if stop_requested:
                 self.stop.ask("atelier stop", ExitCode.STOPPED)
         elif result.epoch < claim.last_epoch:
             return  # decided before

@@ -1,16 +1,21 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-Each is a file of its own, `epoch-0003-step-00000120.pt`, named by the epochs and steps that the run has
-finished, with its SHA-256 in a file of the same name and `.sha256` (the form that `sha256sum -c` reads).
-Data, then digest, each to a temporary name in the same folder, fsynced and moved into place; only then
-the older pair goes. A file without a matching digest is no checkpoint.
+Each is a file of its own, `attempt-0001-epoch-0003-step-00000120.pt`, named by who wrote it and by the
+epochs and steps that the run had finished, with its SHA-256 in a file of the same name and `.sha256`
+(the form that `sha256sum -c` reads). Data, then digest, each to a temporary name in the same folder,
+fsynced and moved into place; a file without a digest is none yet.
+
+The newest is that of the last attempt: what a worker that was replaced writes late comes before all
+that its successor wrote. One older pair is kept, for the day when the newest is found damaged: that one
+is set aside, as `.damaged`, and the run goes on from the one before it.
 """
 
 import hashlib
 import io
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
+KEPT = 2
+
 
 class CheckpointError(ValueError):
     """A checkpoint was made by another configuration; the message is one line."""
@@ -30,50 +37,73 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own.
 
-    `before_save` is called before each write; what it raises prevents it.
+    `attempt` counts those that have worked on the run. `before_save` is called before each write; what
+    it raises prevents it.
     """
 
-    def __init__(self, folder: Path, before_save: Callable[[], None] = lambda: None) -> None:
-        self.folder, self._before_save = folder, before_save
+    def __init__(
+        self, folder: Path, attempt: int = 1, before_save: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self._attempt, self._before_save = folder, attempt, before_save
+        self._last: Path | None = None  # that was saved
 
     def save(self, epochs: int, step: int, state: State) -> Path:
-        """Keep the state after so many epochs and steps, then drop the older ones."""
+        """Keep the state after so many epochs and steps, and the one before it."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getbuffer()
-        path = self.folder / f"epoch-{epochs:04d}-step-{step:08d}.pt"
+        name = f"attempt-{self._attempt:04d}-epoch-{epochs:04d}-step-{step:08d}.pt"
+        path = self._last = self.folder / name
         digest = hashlib.sha256(data).hexdigest()
         self._before_save()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
+        _digest_path(path).unlink(missing_ok=True)  # it would be that of other data for a moment
         write_atomically(path, data)
         write_atomically(_digest_path(path), f"{digest}  {path.name}\n".encode())
-        for other in self._files():
-            if other < path:
-                _remove(other)
+        older = [other for other in self._files() if other < path]
+        for other in older[: 1 - KEPT]:
+            _remove(other)
         return path
 
     def latest(self) -> State | None:
-        """The newest state that is whole, on the CPU; None without one."""
+        """The newest state that is whole; None without one."""
+        return next(self.newest_first(), None)
+
+    def newest_first(self) -> Iterator[State]:
+        """The states that are whole, on the CPU; what is damaged is set aside."""
         for path in reversed(self._files()):
-            data = _verified(path)
-            if data is None:
-                log.warning("%s is damaged and does not count", path)
+            try:
+                data = path.read_bytes()
+                expected = _digest_path(path).read_text().split()[:1]
+            except FileNotFoundError:
+                continue  # another worker has just replaced it
+            if expected == [hashlib.sha256(data).hexdigest()]:
+                yield torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             else:
-                state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-                return state
-        return None
+                log.warning("%s is damaged; the one before it counts", path)
+                path.rename(path.with_name(path.name + ".damaged"))
+                _remove(path)
+
+    def withdraw(self) -> None:
+        """Remove what was saved last: the run had another worker by then."""
+        if self._last is not None:
+            _remove(self._last)
+            with suppress(OSError):  # it has other files
+                self.folder.rmdir()
 
     def clear(self) -> None:
         """Remove all of it, for a trial that is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("epoch-*.pt"))
+        """Those that have a digest, the oldest first."""
+        return sorted(path.with_suffix("") for path in self.folder.glob("attempt-*.pt.sha256"))
 
     def _sweep(self) -> None:
         """Remove what a kill in the middle of a save has left."""
-        for leftover in self.folder.glob(".epoch-*"):
+        bare = set(self.folder.glob("attempt-*.pt")) - set(self._files())
+        for leftover in [*self.folder.glob(".attempt-*"), *bare]:
             leftover.unlink(missing_ok=True)
 
 
@@ -81,15 +111,7 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _verified(path: Path) -> bytes | None:
-    try:
-        data = path.read_bytes()
-        expected = _digest_path(path).read_text().split()[0]
-    except (FileNotFoundError, IndexError):
-        return None  # killed between the two files, or another worker has just replaced it
-    return data if hashlib.sha256(data).hexdigest() == expected else None
-
-
 def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    # The digest first: what is left of a kill in between is a file without one, and swept.
     _digest_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)

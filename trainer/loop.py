@@ -198,7 +198,8 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
 class Run:
     """One run's own parts: tail, optimizer, generator, position, history.
 
-    With `checkpoints` it begins where the latest one stands. Raises CheckpointError.
+    With `checkpoints` it begins where the latest one stands that agrees with `stream_epochs`: the epochs
+    of the stream that its epochs on record went through. Raises CheckpointError.
     """
 
     def __init__(
@@ -244,13 +245,27 @@ class Run:
         self._resume()
 
     def _resume(self) -> None:
-        state = self._checkpoints.latest() if self._checkpoints else None
-        if self._checkpoints and state is not None:
+        if not self._checkpoints:
+            return
+        for state in self._checkpoints.newest_first():
+            if state.get("format") == FORMAT and not self._agrees(state):
+                continue
             try:
                 self.load(state)
             except CheckpointError as error:
                 raise CheckpointError(f"{self._checkpoints.folder}: {error}") from None
             log.info("goes on after %d epochs, %d steps", len(self.history), self.step)
+            return
+
+    def _agrees(self, state: State) -> bool:
+        """Whether it went through the epochs of the stream that are on record.
+
+        A worker that was replaced may have gone through others, and saved that after its successor came.
+        """
+        went = [one["stream_epoch"] for one in state["history"]]
+        if state["stream_epoch"] is not None:
+            went.append(state["stream_epoch"])
+        return all(a == b for a, b in zip(went, self._stream_epochs, strict=False))
 
     def save(self) -> None:
         """Write a checkpoint, if there is a place for them."""
