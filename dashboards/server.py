@@ -129,7 +129,7 @@ def open_doors() -> dict[str, Door]:
         typer.echo(
             f"note: the database user {user} may not use the role {VIEWER}, so only the connection's "
             "own setting keeps viewers from writing; let the database's owner run: "
-            f"CREATE ROLE {VIEWER} NOLOGIN; GRANT {VIEWER} TO {user};",
+            f"CREATE ROLE {VIEWER} NOLOGIN; GRANT {VIEWER} TO {user}; and then: atelier db upgrade",
             err=True,
         )
     return {

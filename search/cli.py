@@ -240,8 +240,10 @@ def worker_(
         wall_end = slurm.wall_end()
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
-        engine = database.connect(patience=database.PATIENCE)
-        storage = database.prepare(engine)
+        owner = database.connect(patience=database.PATIENCE)
+        database.prepare(owner)
+        engine, storage, _ = database.for_worker(owner)
+        owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created)
@@ -964,6 +966,18 @@ def db_status() -> None:
         typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
             typer.echo(f"  study {name}")
+
+
+@db_app.command("upgrade")
+def db_upgrade() -> None:
+    """Bring the tables up to this version of Atelier."""
+    with _errors_in_one_line():
+        from storage import database
+
+        engine = database.connect()
+        before = database.schema_revision(engine)
+        database.upgrade(engine)
+        typer.echo(f"schema {before or 'none'} -> {database.head_revision()}")
 
 
 @db_app.command("check")

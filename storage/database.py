@@ -25,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from storage.network import VIEWER
+from storage.network import VIEWER, WORKER
 
 SCHEMA = "atelier"
 PATIENCE = 600  # seconds that work goes on trying while the database is away
@@ -140,8 +140,7 @@ def connect(
     url: URL | None = None, patience: float = 0, connect_args: dict[str, object] = CONNECT_ARGS
 ) -> sa.Engine:
     """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
-    engine = sa.create_engine(url or database_url(), **_pool(connect_args, ping=False))
-    sa.event.listen(engine, "checkout", _refuse_hung_up)
+    engine = _engine(url or database_url(), connect_args)
     try:
         for attempt in Retrying(
             retry=retry_if_exception(is_transient),
@@ -158,6 +157,12 @@ def connect(
             f"cannot reach the database at {shown(engine.url)}: {reason}; "
             "is it up (atelier db start), and is ATELIER_DATABASE_URL right?"
         ) from error
+
+
+def _engine(url: URL, connect_args: dict[str, object]) -> sa.Engine:
+    engine = sa.create_engine(url, **_pool(connect_args, ping=False))
+    sa.event.listen(engine, "checkout", _refuse_hung_up)
+    return engine
 
 
 def _refuse_hung_up(connection: Any, *_: object) -> None:
@@ -178,45 +183,75 @@ def _pool(connect_args: dict[str, object], ping: bool = True) -> dict[str, Any]:
     return {"pool_pre_ping": ping, "pool_size": 2, "max_overflow": 8, "connect_args": connect_args}
 
 
-class ReadOnly(NamedTuple):
-    """Ways into a database that cannot write."""
+class Restricted(NamedTuple):
+    """Ways into a database with fewer rights than its owner's."""
 
     engine: sa.Engine
     storage: optuna.storages.BaseStorage
-    has_role: bool  # a role sees to it; else only the connection's own setting
+    has_role: bool  # a role sees to it; else nothing does, or the connection's own setting
 
 
-def read_only(engine: sa.Engine) -> ReadOnly:
+_EVERYWHERE = f"SCHEMA public, {SCHEMA}"
+# What each role may do with Optuna's tables and ours. No role may change or drop a table.
+RIGHTS = {
+    VIEWER: (f"SELECT ON ALL TABLES IN {_EVERYWHERE}",),
+    WORKER: (
+        f"SELECT, INSERT, UPDATE ON ALL TABLES IN {_EVERYWHERE}",
+        f"USAGE ON ALL SEQUENCES IN {_EVERYWHERE}",
+        f"DELETE ON {SCHEMA}.attempt",  # Ledger.withdraw
+    ),
+}
+
+
+def read_only(engine: sa.Engine) -> Restricted:
     """Look at the same database as the role `atelier_viewer`, which may only SELECT.
 
-    The role is made, if this user may make roles. Without it, transactions are read-only because the
-    connection asks for it.
+    Where this user may not act as the role, transactions are read-only because the connection asks for
+    it.
     """
-    has_role = _let_viewers_read(engine)
-    options = f"{PAGE_ARGS['options']} -c default_transaction_read_only=on"
-    if has_role:
-        options += f" -c role={VIEWER}"
-    arguments = PAGE_ARGS | {"options": options}
-    looking = sa.create_engine(engine.url, **_pool(arguments))
-    return ReadOnly(looking, optuna_storage(engine, arguments, make_tables=False), has_role)
+    return _restricted(engine, VIEWER, PAGE_ARGS, "-c default_transaction_read_only=on")
 
 
-def _let_viewers_read(engine: sa.Engine) -> bool:
-    try:
-        with engine.begin() as connection:
+def for_worker(engine: sa.Engine) -> Restricted:
+    """Work in the same database as the role `atelier_worker`: it deletes no study and alters no table.
+
+    Where this user may not act as the role, the worker has this user's rights.
+    """
+    return _restricted(engine, WORKER, CONNECT_ARGS)
+
+
+def _restricted(
+    engine: sa.Engine, role: str, arguments: dict[str, object], options: str = ""
+) -> Restricted:
+    has_role = _may_act_as(engine, role)
+    every = [str(arguments["options"]), options, f"-c role={role}" if has_role else ""]
+    arguments = arguments | {"options": " ".join(filter(None, every))}
+    other = _engine(engine.url, arguments)
+    return Restricted(other, optuna_storage(engine, arguments, make_tables=False), has_role)
+
+
+def _may_act_as(engine: sa.Engine, role: str) -> bool:
+    with engine.connect() as connection:
+        if not connection.scalar(
+            sa.text("SELECT 1 FROM pg_roles WHERE rolname = :role AND pg_has_role(oid, 'MEMBER')"),
+            {"role": role},
+        ):
+            return False
+        # The role is the server's, its rights are this database's.
+        query = sa.text(f"SELECT has_schema_privilege(:role, '{SCHEMA}', 'USAGE')")
+        return bool(connection.scalar(query, {"role": role}))
+
+
+def _make_roles(connection: sa.Connection) -> None:
+    """Make the roles and give them their rights, if this user may."""
+    for role, rights in RIGHTS.items():
+        with suppress(DBAPIError), connection.begin_nested():
             run = connection.exec_driver_sql
-            run(f"SELECT pg_advisory_xact_lock({_CREATE_LOCK})")
-            if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{VIEWER}'").scalar():
-                run(f"CREATE ROLE {VIEWER} NOLOGIN")
-                run(f"GRANT {VIEWER} TO CURRENT_USER")
-            run(f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {VIEWER}")
-            run(f"GRANT SELECT ON ALL TABLES IN SCHEMA public, {SCHEMA} TO {VIEWER}")
-            run(f"SET LOCAL ROLE {VIEWER}")
-    except DBAPIError as error:
-        if is_transient(error):
-            raise
-        return False  # not allowed, or just done by another database's dashboard
-    return True
+            if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'").scalar():
+                run(f"CREATE ROLE {role} NOLOGIN")
+                run(f"GRANT {role} TO CURRENT_USER")
+            for right in (f"USAGE ON {_EVERYWHERE}", *rights):
+                run(f"GRANT {right} TO {role}")
 
 
 MINIMUM_SERVER = 14
@@ -233,16 +268,27 @@ def server_version(engine: sa.Engine) -> str:
 
 @retrying
 def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
-    """Create or upgrade Optuna's tables and ours; safe for processes that start at once.
+    """Optuna's storage on the same database; an empty one gets Optuna's tables and ours.
 
-    Returns Optuna's storage on the same database.
-
-    Raises DatabaseError if the schema is newer than this program.
+    Raises DatabaseError if the tables are those of another version.
     """
     server_version(engine)
+    if schema_revision(engine) is None:
+        return upgrade(engine)
+    require_schema(engine)
+    return optuna_storage(engine)
+
+
+@retrying
+def upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
+    """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
+
+    Returns Optuna's storage on the same database. Raises DatabaseError if the schema is newer than
+    this program, or older and in use.
+    """
     check_schema(engine)
-    if schema_revision(engine) == head_revision():
-        return optuna_storage(engine)
+    if schema_revision(engine) not in (None, head_revision()):
+        _refuse_if_held(engine)
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
@@ -254,9 +300,20 @@ def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
                 config = _alembic()
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
+                _make_roles(connection)
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
     return storage
+
+
+def _refuse_if_held(engine: sa.Engine) -> None:
+    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
+    with engine.connect() as connection:
+        if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
+            raise DatabaseError(
+                f"workers of the older Atelier hold {number} trials; let them end first: "
+                "atelier stop STUDY, with the version that they run"
+            )
 
 
 def _show_optunas_tables(connection: sa.Connection) -> None:
@@ -287,10 +344,12 @@ def require_schema(engine: sa.Engine) -> str:
     """The schema's revision. Raises DatabaseError unless it is the one that this program wants."""
     check_schema(engine)
     revision = schema_revision(engine)
-    if revision is None or revision != head_revision():
+    if revision is None:
+        raise DatabaseError("there are no tables yet; the first search, submit or worker makes them")
+    if revision != head_revision():
         raise DatabaseError(
-            f"schema {revision or 'missing'}, wanted {head_revision()}; "
-            "the next search, submit or worker creates or upgrades it"
+            f"the database has schema {revision}, this version of Atelier wants {head_revision()}; let "
+            "its workers end (atelier stop STUDY), then run: atelier db upgrade"
         )
     return revision
 

@@ -30,7 +30,7 @@ import psutil
 import psycopg2
 from filelock import FileLock
 
-from storage.network import DATABASE, ROLE, VIEWER, Network
+from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
@@ -342,8 +342,9 @@ class EmbeddedPostgres:
         # Owned by a role that is no superuser, so that the network needs no superuser either.
         if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'", port, folder):
             self._ask(f"CREATE ROLE {ROLE} LOGIN", port, folder)
-        if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{VIEWER}'", port, folder):
-            self._ask(f"CREATE ROLE {VIEWER} NOLOGIN ROLE {ROLE}", port, folder)
+        for role in (VIEWER, WORKER):
+            if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'", port, folder):
+                self._ask(f"CREATE ROLE {role} NOLOGIN ROLE {ROLE}", port, folder)
         if not self._ask(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'", port, folder):
             self._ask(f"CREATE DATABASE {DATABASE} OWNER {ROLE}", port, folder)
 

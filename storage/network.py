@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL, make_url
 
 ROLE = "atelier"
-VIEWER = "atelier_viewer"  # may read only; nobody logs in as it: see storage.database.read_only
+VIEWER, WORKER = "atelier_viewer", "atelier_worker"  # nobody logs in as these: see storage.database
 DATABASE = "atelier"
 # Who reaches the socket, in a folder of mode 0700, is trusted. From the network one role may log in.
 ACCESS = """\

@@ -6,6 +6,7 @@ import socket
 import stat
 from pathlib import Path
 
+import alembic.command
 import optuna
 import pytest
 import sqlalchemy as sa
@@ -280,6 +281,27 @@ def test_a_database_of_a_newer_schema(engine):
     assert checked.exit_code == 2
     assert "9999" in checked.output.splitlines()[-1]
     assert_one_line(runner.invoke(app, ["status", "x"]), "9999")
+
+
+def test_a_database_of_an_older_schema(engine, study_text, tmp_path):
+    fill(engine, ["complete", "running"], name="s")
+    with engine.begin() as connection:
+        config = database._alembic()
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "0004")
+    (tmp_path / "study.toml").write_text(study_text)
+    study = str(tmp_path / "study.toml")
+    for command in (["search", study], ["worker", study], ["status", "s"], ["db", "check"]):
+        checked = runner.invoke(app, command)
+        assert checked.exit_code == 2
+        assert "has schema 0004" in checked.output.splitlines()[-1]
+        assert "atelier db upgrade" in checked.output.splitlines()[-1]
+    assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trials")
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE atelier.attempt SET released = now() WHERE released IS NULL"))
+    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0005\n"
+    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0005 -> 0005\n"
+    assert runner.invoke(app, ["status", "s"]).exit_code == 0
 
 
 def test_a_study_that_does_not_exist(engine):
