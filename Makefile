@@ -2,14 +2,16 @@
 PYTHON ?= python3
 DATA ?= demo-data
 WORKERS ?= 2
+SECONDS ?= 600
 BIN := .venv/bin
 
-.PHONY: help venv search test test-browser test-cluster check format
+.PHONY: help venv search test test-browser test-cluster chaos check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
 	@echo "make test-browser   those in a real Chromium"
 	@echo "make test-cluster   those on a real SLURM: half an hour, as root, with SLURM installed"
+	@echo "make chaos    a search under faults for SECONDS, then what holds is checked; as root with a full disk"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make venv     install into .venv only"
@@ -30,13 +32,16 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration tests/chaos
 
 test-browser: venv
 	$(BIN)/python -m pytest tests/browser
 
 test-cluster: venv
 	$(BIN)/python -m pytest tests/cluster
+
+chaos: venv
+	$(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
 
 check: venv
 	$(BIN)/ruff format --check .

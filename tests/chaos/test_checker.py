@@ -1,0 +1,172 @@
+"""The checker finds what is planted, and nothing where nothing is."""
+
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import sqlalchemy as sa
+
+from search.study import StudyFile, load_study_file
+from storage import database
+from storage.runs import artifacts
+from tests.chaos.checker import References, gather, violations
+from tests.chaos.harness import STUDY
+
+TRIALS = 4
+FIRST = "(SELECT min(trial_id) FROM public.trials WHERE state = 'COMPLETE')"
+
+
+@dataclass
+class Ended:
+    """A study that has ended undisturbed."""
+
+    file: StudyFile
+    connection: sa.Connection
+    references: References
+
+    def broken(self):
+        """The names of the rules that are broken."""
+        found = violations(gather(self.connection, self.file), self.references)
+        return {one.split(":")[0] for one in found}
+
+    def number(self, query):
+        return self.connection.execute(sa.text(query)).scalar_one()
+
+
+@pytest.fixture(scope="module")
+def engine(server, demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATELIER_DATABASE_URL", server)
+        patch.setenv("ATELIER_HOME", str(folder / "home"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        study = folder / "study.toml"
+        study.write_text(STUDY.format(seed=0, data=demo).replace("100000", str(TRIALS)))
+        subprocess.run(
+            [sys.executable, "-m", "search", "worker", str(study)], check=True, env=os.environ
+        )
+        engine = database.connect()
+        yield engine, load_study_file(study, []), References()
+        engine.dispose()
+
+
+@pytest.fixture
+def ended(engine):
+    """What is planted is rolled back."""
+    engine, file, references = engine
+    with engine.connect() as connection:
+        yield Ended(file, connection, references)
+
+
+def test_nothing_is_found_where_nothing_is(ended):
+    assert ended.broken() == set()
+    assert ended.number("SELECT count(*) FROM public.trials") == TRIALS
+    assert ended.number("SELECT count(*) FROM public.trials WHERE state = 'COMPLETE'") > 0
+
+
+PLANTED = {
+    "a trial too many": (
+        "UPDATE atelier.study SET max_trials = max_trials - 1",
+        {"the_budget_is_kept"},
+    ),
+    "a lost trial": (
+        f"UPDATE public.trials SET state = 'RUNNING' WHERE trial_id = {FIRST}",
+        {"every_trial_has_ended_well", "each_attempt_ended_once"},
+    ),
+    "a trial that is gone": (
+        "UPDATE public.trials SET number = 7 WHERE number = 1",
+        {"the_budget_is_kept"},
+    ),
+    "a failed trial": (
+        f"UPDATE public.trials SET state = 'FAIL' WHERE trial_id = {FIRST}",
+        {"every_trial_has_ended_well", "each_attempt_ended_once"},
+    ),
+    "a lease that nobody gave back": (
+        f"UPDATE atelier.attempt SET released = NULL WHERE trial_id = {FIRST}",
+        {"nobody_held_what_another_held"},
+    ),
+    "a second holder": (
+        "INSERT INTO atelier.attempt "
+        "SELECT trial_id, 2, study_id, worker_id, claimed + interval '1 ms', "
+        f"renewed, lease_until, released, outcome, reason FROM atelier.attempt WHERE trial_id = {FIRST}",
+        {"nobody_held_what_another_held", "each_attempt_ended_once"},
+    ),
+    "a duplicated epoch": (
+        "ALTER TABLE atelier.epoch DROP CONSTRAINT epoch_pkey; "
+        f"INSERT INTO atelier.epoch SELECT * FROM atelier.epoch WHERE trial_id = {FIRST} AND epoch = 1",
+        {"each_epoch_is_on_record_once", "optuna_was_told_the_same"},
+    ),
+    "a lost epoch": (
+        f"DELETE FROM atelier.epoch WHERE trial_id = {FIRST} AND epoch = 2; "
+        f"DELETE FROM public.trial_intermediate_values WHERE trial_id = {FIRST} AND step = 2",
+        {"each_epoch_is_on_record_once"},
+    ),
+    "an epoch of nobody": (
+        f"UPDATE atelier.epoch SET attempt = 7 WHERE trial_id = {FIRST}",
+        {"each_epoch_is_on_record_once"},
+    ),
+    "an epoch that Optuna was told twice": (
+        "ALTER TABLE public.trial_intermediate_values DROP CONSTRAINT "
+        "trial_intermediate_values_trial_id_step_key; "
+        "INSERT INTO public.trial_intermediate_values "
+        "SELECT trial_intermediate_value_id + 10000, trial_id, step, "
+        "intermediate_value, intermediate_value_type FROM public.trial_intermediate_values "
+        f"WHERE trial_id = {FIRST} AND step = 1",
+        {"optuna_was_told_the_same"},
+    ),
+    "another score": (
+        f"UPDATE public.trial_values SET value = value + 1e-9 WHERE trial_id = {FIRST}",
+        {"optuna_was_told_the_same"},
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_is_planted_in_the_database_is_found(ended, planted):
+    statements, rules = PLANTED[planted]
+    for statement in statements.split("; "):
+        assert ended.connection.execute(sa.text(statement)).rowcount != 0
+    assert rules <= ended.broken()
+
+
+@pytest.mark.parametrize("column", ["train_loss", "val_accuracy", "val_log_loss", "lr"])
+def test_a_curve_that_is_off_by_one_bit_is_found(ended, column):
+    where = f"WHERE trial_id = {FIRST} AND epoch = 2"
+    value = ended.number(f"SELECT {column} FROM atelier.epoch {where}")
+    off = sa.text(f"UPDATE atelier.epoch SET {column} = :value {where}")
+    ended.connection.execute(off, {"value": math.nextafter(value, 2)})
+    assert "each_curve_is_that_of_an_undisturbed_run" in ended.broken()
+
+
+@contextmanager
+def put(path, data):
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data) if data is not None else path.unlink()
+    yield
+    path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+
+
+def test_what_is_planted_on_the_disk_is_found(ended):
+    runs = gather(ended.connection, ended.file).runs
+    first, *others = sorted(runs.predictions(0).parent.iterdir())
+    for path, data, rule in (
+        (
+            runs.checkpoints(0) / "attempt-0001-epoch-0001-step-00000004.pt",
+            b"",
+            "nothing_is_left_on_disk",
+        ),
+        (runs.path / "logs" / ".log.1234", b"", "nothing_is_left_on_disk"),
+        (artifacts() / ".picture.1234", b"", "nothing_is_left_on_disk"),
+        (runs.predictions(99), b"", "nothing_is_left_on_disk"),
+        (first, None, "each_complete_trial_has_its_predictions"),
+        (first, first.read_bytes()[:-20], "each_complete_trial_has_its_predictions"),
+        (first, others[-1].read_bytes(), "each_complete_trial_has_its_predictions"),
+    ):
+        with put(path, data):
+            assert rule in ended.broken(), path
+    assert ended.broken() <= {"nothing_is_left_on_disk"}  # the emptied folder of trial 0
