@@ -301,6 +301,9 @@ class Worker:
         # A Study keeps the trials that it has seen until ask or tell, which are not used here: with
         # an old one the sampler would never learn.
         study = optuna.Study(self.study.study_name, self.ledger.storage, self.study.sampler)
+        # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
+        # the reply to its creation was lost. Only some samplers read all trials by themselves.
+        self.ledger.storage.get_all_trials(self.ledger.study_id, deepcopy=False)
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
             trial._suggest(name, distribution)

@@ -70,6 +70,21 @@ def always(error):
     return turn
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "gp"])
+def test_a_trial_whose_first_worker_died_before_it_sampled(engine, make_worker, sampler):
+    settings = (
+        f'study.sampler="{sampler}"',
+        "study.max_trials=1",
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+    )
+    first = make_worker(*settings)
+    first.ledger.register()
+    first.ledger.release(first.ledger.claim())
+    assert make_worker(*settings).run() == ExitCode.DONE
+    assert attempts(engine) == ["released", "complete"]
+
+
 def test_a_trial_that_keeps_raising_fails_with_its_traceback(engine, make_worker, monkeypatch):
     monkeypatch.setattr(search.worker, "turn", always(KeyError("a user's mistake")))
     worker = make_worker("study.max_trials=1", "study.max_failures=2")
@@ -220,7 +235,7 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
     assert (attempts(engine), reasons(engine)[1:]) == (["complete", "released"], ["wall time"])
     assert ledger.curve(engine, late.ledger.study_id, 0) == []
     [checkpoint] = late.runs.checkpoints(0).glob("*.pt")
-    assert checkpoint.name == "epoch-0000-step-00000005.pt"
+    assert checkpoint.name == "attempt-0001-epoch-0000-step-00000005.pt"
     assert make_worker(*settings).run() == ExitCode.DONE
     assert ledger.curve(engine, late.ledger.study_id, 0) == curve
 
