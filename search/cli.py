@@ -162,7 +162,7 @@ def _run_here(
     from search.launch import LocalSearch, WorkersFailedError
     from storage.runs import RunFolder
 
-    runs = RunFolder(entry.name, entry.created)
+    runs = RunFolder(entry.name, entry.created).make()
     _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
 
     def status() -> "Status":
@@ -246,7 +246,7 @@ def worker_(
         owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
-        runs = RunFolder(entry.name, entry.created)
+        runs = RunFolder(entry.name, entry.created).make()
         together = wanted or pack_that_fits(file.largest, workspace)
         logging.info("trains %d trials at once", together)
         worker = Worker(file, opened, ledger, workspace, runs, wall_end, together)

@@ -18,6 +18,12 @@ class RunFolder:
         part = quote(study_name, safe=" ").replace(".", "%2E")
         self.path = home() / "runs" / f"{part}-{created.astimezone(UTC):%Y%m%d-%H%M%S}"
 
+    def make(self) -> "RunFolder":
+        """Make the folder, for its owner alone: predictions and logs are nobody else's."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        return self
+
     def checkpoints(self, trial_number: int) -> Path:
         """The folder of a trial's checkpoints."""
         return self.path / f"trial-{trial_number:05d}"

@@ -2,13 +2,14 @@
 
 import csv
 import json
-import os
+import stat
 import tomllib
 
 import pytest
 
 
-def test_from_search_to_a_trained_winner(atelier, tmp_path):
+def test_from_search_to_a_trained_winner(atelier, tmp_path, home, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else workers share the CPUs, which `train` has alone
     first = atelier("search", "study.toml", "--workers", "2")
     assert "2/2 trials (2 complete)" in first.stdout
     best = tomllib.loads((tmp_path / "best.toml").read_text())
@@ -16,6 +17,9 @@ def test_from_search_to_a_trained_winner(atelier, tmp_path):
     assert best["origin"]["score"] == pytest.approx(sum(best["origin"]["curve"]) / 3)
     assert best["origin"]["packages"].keys() >= {"torch", "optuna", "timm"}
     assert len(best["origin"]["dataset"]) == 64
+
+    [runs] = (home / "runs").iterdir()
+    assert stat.S_IMODE(runs.stat().st_mode) == 0o700
 
     status = json.loads(atelier("status", "tiny", "--json").stdout)
     assert status["counts"]["complete"] == 2
@@ -28,13 +32,8 @@ def test_from_search_to_a_trained_winner(atelier, tmp_path):
     assert [row["state"] for row in rows] == ["complete", "complete"]
     assert {"lr", "batch_size"} <= rows[0].keys()
 
-    # The exported file runs unchanged and gives the very curve of the search, with one thread as there.
-    threads = str(max(len(os.sched_getaffinity(0)) // 2, 1))
-    os.environ["OMP_NUM_THREADS"] = threads
-    try:
-        trained = atelier("train", "best.toml")
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
+    # The exported file runs unchanged and gives the very curve of the search.
+    trained = atelier("train", "best.toml")
     shown = [float(line.split("val loss")[1].split()[2]) for line in trained.stdout.splitlines()]
     assert shown == pytest.approx(best["origin"]["curve"], abs=5e-5)
     again = atelier("train", "best.toml")  # finished: shows the same without training
