@@ -114,10 +114,10 @@ class Place:
             return False
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self._process.pid)
-            family = [parent, *parent.children(recursive=True)]
-            [worker] = [one for one in family if one.cmdline()[1:3] == ["-m", "tests.chaos.worker"]][-1:]
-            worker.send_signal(number)
-            return True
+            for one in (parent, *parent.children(recursive=True)):
+                if one.cmdline()[1:3] == ["-m", "tests.chaos.worker"]:
+                    one.send_signal(number)
+                    return True
         return False
 
     def end(self) -> None:
