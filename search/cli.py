@@ -76,7 +76,11 @@ def _errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        _say(f"error: cannot use {error.filename}: {error.strerror}; choose another path")
+        from storage.database import home
+
+        own = Path(str(error.filename)).absolute().is_relative_to(home())
+        other = "set ATELIER_HOME to another folder" if own else "choose another path"
+        _say(f"error: cannot use {error.filename}: {error.strerror}; {other}")
         raise typer.Exit(ExitCode.WRONG_INPUT) from None
     except Exception as error:
         if not _is_users(error):
@@ -126,11 +130,13 @@ def search(
         from search.study import open_study
         from storage import database
         from storage.runs import image_cache
-        from trainer.workspace import rehearse
 
         file = _load(study, data, weights, set_)
         _check_export(output)
         _check_pack(pack, workers)
+        # Not before: torch takes seconds to import, and wrong input is told at once.
+        from trainer.workspace import rehearse
+
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
         dataset = rehearse(file.shared, image_cache())
         engine = database.connect()
@@ -163,7 +169,7 @@ def _run_here(
     from storage.runs import RunFolder
 
     runs = RunFolder(entry.name, entry.created).make()
-    _say(f"study {entry.name!r}: {workers} workers start; their logs are in {runs.logs}")
+    _say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
 
     def status() -> "Status":
         return read_status(engine, entry.study_id, entry.name)
@@ -248,7 +254,7 @@ def worker_(
         ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
         runs = RunFolder(entry.name, entry.created).make()
         together = wanted or pack_that_fits(file.largest, workspace)
-        logging.info("trains %d trials at once", together)
+        logging.info("trials at once: %d", together)
         worker = Worker(file, opened, ledger, workspace, runs, wall_end, together)
         if isinstance(file, ConfirmationFile):
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])

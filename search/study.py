@@ -365,6 +365,8 @@ def validate(
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
             message = _unknown(name, _keys_at(model, problem["loc"][:-1]))
+        elif problem["type"] == "missing":
+            message = "missing, and needed"
         elif "input" in problem and not isinstance(problem["input"], dict):
             message = f"{message}, found {problem['input']!r}"
         place = f"{path}: {location}" if location else str(path)

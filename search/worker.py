@@ -263,7 +263,7 @@ class Worker:
             return  # decided before
         if not result.finite:
             # Told as pruned, with the worst value: samplers do not see failed trials.
-            self._finish(trial, "pruned", 0.0, f"loss not finite, epoch {result.epoch}")
+            self._finish(trial, "pruned", 0.0, f"loss not finite in epoch {result.epoch + 1}")
         elif result.epoch + 1 == trial.run.config.epochs:
             history = trial.run.history
             # Before the end: a complete trial has its predictions. The same trial writes the same again.
@@ -272,7 +272,7 @@ class Worker:
             values = [self._value(one) for one in history]
             self._finish(trial, "complete", score(values, self.file.study.score))
         elif self._pruner.decides_at(result.epoch) and self._pruner.prunes(claim, result.epoch, value):
-            self._finish(trial, "pruned", value, f"pruned after epoch {result.epoch}")
+            self._finish(trial, "pruned", value, f"pruned after {result.epoch + 1} epochs")
 
     def _value(self, result: EpochResult) -> float:
         return epoch_value(result, self.file.study.score, self._attributes)

@@ -182,7 +182,7 @@ def _attempts(trial, study_id, worker, state, begin, end, now):
         "reason": None,
     }
     reasons = {
-        "pruned": "pruned after epoch 5",
+        "pruned": "pruned after 6 epochs",
         "failed": "Traceback (most recent call last):\nValueError: x",
     }
     if state in reasons:

@@ -104,6 +104,8 @@ def read_dataset(folder: Path | str) -> Dataset:
     Raises DatasetError with the first thing that is wrong.
     """
     dataset, findings = _read(Path(folder))
+    if findings and not Path(folder).is_dir():
+        raise DatasetError(f"{findings[0]}; name its folder with --data")
     if findings:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise DatasetError(f"{findings[0]}{more}; list all with: atelier data check {Path(folder)}")

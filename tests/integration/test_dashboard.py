@@ -372,7 +372,7 @@ def test_states_have_words_of_their_own(app, engine):
         "failed": "failed: ValueError: x",
         "running": "running, resumed (attempt 2)",
         "waiting": "waiting to go on, after: SIGTERM",
-        "pruned": "pruned after epoch 5",
+        "pruned": "pruned after 6 epochs",
     }
     page = client.get(f"/atelier/studies/{study}").text
     for state, said in words.items():

@@ -112,7 +112,7 @@ def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker):
     worker.run()
     [trial] = worker.study.trials
     assert (trial.state, trial.value) == (TrialState.PRUNED, 0.0)
-    assert reasons(engine) == ["loss not finite, epoch 0"]
+    assert reasons(engine) == ["loss not finite in epoch 1"]
 
 
 def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worker, monkeypatch):
