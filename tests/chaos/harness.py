@@ -73,7 +73,8 @@ class Host:
 
     def __init__(self, name: str, socket: str, user: str, home: Path) -> None:
         self.name, self.network = name, Proxy(socket)
-        self._prefix = [*ALONE, "sh", "-c", f'hostname {name} && exec "$@"', "sh"] if name != "a" else []
+        own_names = [*ALONE, "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
+        self._prefix = own_names if name != "a" and os.geteuid() == 0 else []
         self.environment = os.environ | {
             "ATELIER_HOME": str(home),
             "ATELIER_DATABASE_URL": f"postgresql://{user}@127.0.0.1:{self.network.port}/atelier",
