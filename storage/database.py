@@ -20,7 +20,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
@@ -284,11 +284,19 @@ def upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
 
     Returns Optuna's storage on the same database. Raises DatabaseError if the schema is newer than
-    this program, or older and in use.
+    this program, or older and in use, or not this user's.
     """
     check_schema(engine)
     if schema_revision(engine) not in (None, head_revision()):
         _refuse_if_held(engine)
+    try:
+        return _upgrade(engine)
+    except ProgrammingError as error:  # permission denied
+        reason = str(error.orig).strip().splitlines()[0]
+        raise DatabaseError(f"{reason}; let the owner of the tables run: atelier db upgrade") from error
+
+
+def _upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()

@@ -82,7 +82,8 @@ class Checkpoints:
                 yield torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             else:
                 log.warning("%s is damaged; the one before it counts", path)
-                path.rename(path.with_name(path.name + ".damaged"))
+                with suppress(FileNotFoundError):
+                    path.rename(path.with_name(path.name + ".damaged"))
                 _remove(path)
 
     def withdraw(self) -> None:
@@ -101,10 +102,11 @@ class Checkpoints:
         return sorted(path.with_suffix("") for path in self.folder.glob("attempt-*.pt.sha256"))
 
     def _sweep(self) -> None:
-        """Remove what a kill in the middle of a save has left."""
+        """Remove what a kill in the middle of a save has left, but nothing of a later attempt."""
         bare = set(self.folder.glob("attempt-*.pt")) - set(self._files())
         for leftover in [*self.folder.glob(".attempt-*"), *bare]:
-            leftover.unlink(missing_ok=True)
+            if leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}":
+                leftover.unlink(missing_ok=True)
 
 
 def _digest_path(path: Path) -> Path:

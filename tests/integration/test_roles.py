@@ -108,6 +108,9 @@ def test_a_user_who_has_only_a_workers_rights_runs_a_worker(engine, atelier, mon
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
     atelier("worker", "study.toml")
     assert "2/2 trials" in atelier("status", "tiny").stdout
+    refused = atelier("db", "upgrade", code=2).stderr
+    assert "permission denied" in refused
+    assert "let the owner of the tables run: atelier db upgrade" in refused
     hand = database.connect()
     with hand.connect() as connection, pytest.raises(DBAPIError, match="permission denied"):
         connection.execute(sa.text("DELETE FROM studies"))

@@ -83,12 +83,22 @@ def test_nothing_that_works_shows_the_password(study, engine, tmp_path, caplog, 
     assert CANARY in url
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
     codes = run_all(caplog)
-    # An external server is not started or stopped from here; no confirmation, no public address.
-    failed = {"confirm", "dashboard", "predict", "data check", "db start", "db stop"}
+    # An external server is not started or stopped from here, and no array reaches a socket; there is no
+    # confirmation, no dataset `nowhere`, and no account for a public address.
+    failed = {"confirm", "dashboard", "predict", "data check", "db start", "db stop", "submit"}
     assert {verb for verb, code in codes.items() if code != 0} <= failed
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.name != "password.txt":
             assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_no_jobs_script_is_made_that_would_hold_the_password(study, monkeypatch):
+    for credentials, code in ((f"atelier:{CANARY}", 2), ("atelier", 0)):
+        url = f"postgresql://{credentials}@db.example.org/atelier"
+        monkeypatch.setenv("ATELIER_DATABASE_URL", url)
+        result = runner.invoke(app, ["submit", "study.toml", "--dry-run"])
+        assert result.exit_code == code
+        assert CANARY not in result.output
 
 
 @pytest.mark.parametrize("url", BROKEN)

@@ -94,7 +94,10 @@ def test_a_late_one_of_a_replaced_worker_does_not_count(tmp_path):
     paused.save(1, 7, {"by": "both"})
     assert successor.latest() == {"by": "both"}
     successor.save(1, 9, {"by": "successor"})
+    in_the_middle = tmp_path / ".attempt-0002-epoch-0002-step-00000014.pt.5eed"
+    in_the_middle.touch()
     paused.save(3, 21, {"by": "paused"})
+    assert in_the_middle.exists()
     assert successor.latest() == {"by": "successor"}
     paused.withdraw()
     assert not list(tmp_path.glob("*0003*"))
