@@ -19,7 +19,7 @@ class RunFolder:
         self.path = home() / "runs" / f"{part}-{created.astimezone(UTC):%Y%m%d-%H%M%S}"
 
     def make(self) -> "RunFolder":
-        """Make the folder, for its owner alone: predictions and logs are nobody else's."""
+        """Make the folder, for its owner alone: predictions are nobody else's."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
         return self

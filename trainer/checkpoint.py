@@ -75,10 +75,10 @@ class Checkpoints:
         for path in reversed(self._files()):
             try:
                 data = path.read_bytes()
-                expected = _digest_path(path).read_text().split()[:1]
+                expected = _digest_path(path).read_bytes().split()[:1]  # damaged, it may be no text
             except FileNotFoundError:
                 continue  # another worker has just replaced it
-            if expected == [hashlib.sha256(data).hexdigest()]:
+            if expected == [hashlib.sha256(data).hexdigest().encode()]:
                 yield torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             else:
                 log.warning("%s is damaged; the one before it counts", path)

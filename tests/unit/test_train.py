@@ -180,7 +180,7 @@ def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace,
         assert broken != unbroken
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no digest"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no digest", "digest"])
 def test_a_damaged_checkpoint_does_not_count(tiny, workspace, tmp_path, damage):
     unbroken = curve(train(tiny, workspace))
     checkpoints = Checkpoints(tmp_path / "run")
@@ -190,6 +190,9 @@ def test_a_damaged_checkpoint_does_not_count(tiny, workspace, tmp_path, damage):
     data = path.read_bytes()
     if damage == "no digest":
         path.with_name(path.name + ".sha256").unlink()
+    elif damage == "digest":
+        digest = path.with_name(path.name + ".sha256")
+        digest.write_bytes(bytes([digest.read_bytes()[0] ^ 0x80]) + digest.read_bytes()[1:])
     else:
         flipped = data[:50] + bytes([data[50] ^ 1]) + data[51:]
         path.write_bytes({"truncated": data[:-10], "flipped": flipped, "empty": b""}[damage])
