@@ -41,7 +41,7 @@ test-cluster: venv
 	$(BIN)/python -m pytest tests/cluster
 
 chaos: venv
-	$(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
 
 check: venv
 	$(BIN)/ruff format --check .

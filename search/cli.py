@@ -247,7 +247,7 @@ def worker_(
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
         owner = database.connect(patience=database.PATIENCE)
-        database.prepare(owner)
+        database.ensure_tables(owner)
         engine, storage, _ = database.for_worker(owner)
         owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)

@@ -212,6 +212,7 @@ def read_only(engine: sa.Engine) -> Restricted:
     return _restricted(engine, VIEWER, PAGE_ARGS, "-c default_transaction_read_only=on")
 
 
+@retrying
 def for_worker(engine: sa.Engine) -> Restricted:
     """Work in the same database as the role `atelier_worker`: it deletes no study and alters no table.
 
@@ -232,26 +233,28 @@ def _restricted(
 
 def _may_act_as(engine: sa.Engine, role: str) -> bool:
     with engine.connect() as connection:
-        if not connection.scalar(
-            sa.text("SELECT 1 FROM pg_roles WHERE rolname = :role AND pg_has_role(oid, 'MEMBER')"),
-            {"role": role},
-        ):
-            return False
         # The role is the server's, its rights are this database's.
-        query = sa.text(f"SELECT has_schema_privilege(:role, '{SCHEMA}', 'USAGE')")
-        return bool(connection.scalar(query, {"role": role}))
+        query = sa.text(
+            "SELECT 1 FROM pg_roles WHERE rolname = :role AND pg_has_role(oid, 'MEMBER') "
+            f"AND has_schema_privilege(oid, '{SCHEMA}', 'USAGE')"
+        )
+        return connection.scalar(query, {"role": role}) is not None
 
 
 def _make_roles(connection: sa.Connection) -> None:
     """Make the roles and give them their rights, if this user may."""
+    run = connection.exec_driver_sql
     for role, rights in RIGHTS.items():
-        with suppress(DBAPIError), connection.begin_nested():
-            run = connection.exec_driver_sql
-            if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'").scalar():
-                run(f"CREATE ROLE {role} NOLOGIN")
-                run(f"GRANT {role} TO CURRENT_USER")
-            for right in (f"USAGE ON {_EVERYWHERE}", *rights):
-                run(f"GRANT {right} TO {role}")
+        try:
+            with connection.begin_nested():
+                if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'").scalar():
+                    run(f"CREATE ROLE {role} NOLOGIN")
+                    run(f"GRANT {role} TO CURRENT_USER")
+                for right in (f"USAGE ON {_EVERYWHERE}", *rights):
+                    run(f"GRANT {right} TO {role}")
+        except DBAPIError as error:  # not allowed, or just made for another database of the server
+            if is_transient(error):
+                raise
 
 
 MINIMUM_SERVER = 14
@@ -268,40 +271,47 @@ def server_version(engine: sa.Engine) -> str:
 
 @retrying
 def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
-    """Optuna's storage on the same database; an empty one gets Optuna's tables and ours.
-
-    Raises DatabaseError if the tables are those of another version.
-    """
-    server_version(engine)
-    if schema_revision(engine) is None:
-        return upgrade(engine)
-    require_schema(engine)
+    """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
+    ensure_tables(engine)
     return optuna_storage(engine)
 
 
 @retrying
-def upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def ensure_tables(engine: sa.Engine) -> None:
+    """Give an empty database Optuna's tables and ours.
+
+    Raises DatabaseError if there are tables of another version.
+    """
+    server_version(engine)
+    if schema_revision(engine) is None:
+        upgrade(engine)
+    else:
+        require_schema(engine)
+
+
+@retrying
+def upgrade(engine: sa.Engine) -> None:
     """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
 
-    Returns Optuna's storage on the same database. Raises DatabaseError if the schema is newer than
-    this program, or older and in use, or not this user's.
+    Raises DatabaseError if the schema is newer than this program, or older and in use, or not this
+    user's.
     """
     check_schema(engine)
     if schema_revision(engine) not in (None, head_revision()):
         _refuse_if_held(engine)
     try:
-        return _upgrade(engine)
+        _upgrade(engine)
     except ProgrammingError as error:  # permission denied
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(f"{reason}; let the owner of the tables run: atelier db upgrade") from error
 
 
-def _upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def _upgrade(engine: sa.Engine) -> None:
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
         try:
-            storage = optuna_storage(engine)
+            optuna_storage(engine)  # makes Optuna's tables
             with engine.begin() as connection:
                 connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 _show_optunas_tables(connection)
@@ -311,10 +321,10 @@ def _upgrade(engine: sa.Engine) -> optuna.storages.BaseStorage:
                 _make_roles(connection)
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
-    return storage
 
 
 def _refuse_if_held(engine: sa.Engine) -> None:
+    # As text: the tables are of an older version than the models.
     held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
     with engine.connect() as connection:
         if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):

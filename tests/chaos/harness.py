@@ -25,14 +25,11 @@ from pathlib import Path
 
 import psutil
 import psycopg2
-import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from search.study import load_study_file
 from storage import database
 from storage.embedded import EmbeddedPostgres
-from storage.ledger import study_entry
-from storage.runs import RunFolder
 from tests.chaos.checker import References, gather, violations
 from tests.chaos.proxy import Mode, Proxy
 from tests.chaos.worker import LEASE_SECONDS
@@ -139,8 +136,7 @@ class Chaos:
         self.study = folder / f"chaos-{seed}.toml"
         self.study.write_text(STUDY.format(seed=seed, data=data))
         self.count: Counter[str] = Counter()
-        url = make_url(server.acquire())
-        self.url = url
+        self.url = url = make_url(server.acquire())
         socket = f"{url.query['host']}/.s.PGSQL.{url.query.get('port', 5432)}"
         self.hosts = {name: Host(name, socket, url.username or "", self.home) for name in "ab"}
         logs = folder / f"logs-{seed}"
@@ -262,29 +258,25 @@ class Chaos:
 
     def damage(self) -> bool:
         """Spoil a trial's newest checkpoint, and end the workers, so that it is needed."""
-        folders = [one for one in self.runs().path.glob("trial-*") if [*one.glob("*.sha256")]]
+        # Only what has a digest is ever read.
+        folders = sorted({path.parent for path in self.home.rglob("trial-*/*.pt.sha256")})
         if not folders:
             return False
         for place in self.places:
             place.signal(signal.SIGKILL)
-        checkpoints = sorted(self.random.choice(folders).glob("*.pt"))
-        if not checkpoints:
+        digests = sorted(self.random.choice(folders).glob("*.pt.sha256"))
+        if not digests:
             return False
-        data = bytearray(checkpoints[-1].read_bytes())
-        if self.random.random() < 0.5:
-            data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
-        else:
-            del data[self.random.randrange(len(data)) :]
+        newest = digests[-1].with_suffix("")
         with suppress(OSError):
-            checkpoints[-1].write_bytes(data)
+            data = bytearray(newest.read_bytes())
+            if self.random.random() < 0.5:
+                data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+            else:
+                del data[self.random.randrange(len(data)) :]
+            newest.write_bytes(data)
             return True
         return False
-
-    def runs(self) -> RunFolder:
-        engine = sa.create_engine(self.url, poolclass=sa.NullPool)
-        entry = study_entry(engine, self.study.stem)
-        assert entry is not None
-        return RunFolder(entry.name, entry.created)
 
     @contextmanager
     def connection(self) -> Iterator["psycopg2.extensions.cursor"]:
