@@ -144,7 +144,7 @@ class Worker:
             for trial in list(self._trials):
                 if trial.run.stream_epoch is not None:  # in the middle of one
                     with self._errors_of(trial.claim, trial.checkpoints):
-                        trial.run.save()
+                        self._hand_over(trial)
             self._release_all(self.stop.reason or "")
         elif self._ahead and (offer := self._take_ahead()):
             self._keeper.let_go(offer.claim)  # no place became free here, but maybe elsewhere
@@ -241,12 +241,19 @@ class Worker:
 
     def _take(self, trial: _Trial, outcome: EpochResult | None) -> None:
         """What a turn has brought a trial: an epoch, or an interruption."""
-        trial.run.save()
         if outcome is None:
-            self.ledger.release(trial.claim, reason=self.stop.reason or "")
-            self._trials.remove(trial)
+            self._hand_over(trial)
         else:
+            trial.run.save()
             self._epoch(trial, outcome)
+
+    def _hand_over(self, trial: _Trial) -> None:
+        """Save and release a trial in the middle of its epoch."""
+        trial.run.save()
+        self._trials.remove(trial)
+        self._keeper.let_go(trial.claim)
+        if not self.ledger.release(trial.claim, reason=self.stop.reason or ""):
+            trial.checkpoints.withdraw()
 
     def _epoch(self, trial: _Trial, result: EpochResult) -> None:
         """Record an epoch, and decide whether the trial goes on."""
@@ -325,7 +332,10 @@ class Worker:
                 raise error
             self._trials = [trial for trial in self._trials if trial.claim != claim]
             if isinstance(error, MACHINE_ERRORS):
-                self.ledger.release(claim, reason="".join(traceback.format_exception(error)))
+                reason = "".join(traceback.format_exception(error))
+                if not self.ledger.release(claim, reason=reason):
+                    # Not this machine's fault: a successor has ended the trial and cleared its files.
+                    raise LeaseLost(f"trial {claim.trial_number} was lost: {error}")
             if isinstance(error, (LeaseLost, *MACHINE_ERRORS)):
                 raise error
             if is_out_of_memory(error) and company:

@@ -461,13 +461,14 @@ class Ledger:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
 
     @retrying
-    def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> None:
-        """Give the trial back, unfinished, for the next worker. Nothing to do if it was lost."""
+    def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> bool:
+        """Give the trial back, unfinished, for the next worker. Returns False if it was lost."""
         with Session(self.engine) as session, session.begin():
             try:
                 _close(self._fence(session, claim), outcome, reason)
             except LeaseLost:
-                return
+                return False
+        return True
 
     @retrying
     def withdraw(self, claim: Claim) -> None:

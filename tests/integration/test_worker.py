@@ -163,19 +163,47 @@ def quick_keeper(self, *arguments):
     KEEPER(self, *arguments, every=0.02)
 
 
-def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(engine, make_worker, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ValueError("of a zombie"), FileNotFoundError("its folder was cleared")]
+)
+def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(
+    engine, make_worker, monkeypatch, error
+):
     worker = make_worker("study.max_trials=1", "study.max_failures=0")
 
     def lose_then_raise(runs, _):
         with engine.begin() as connection:
             connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
         worker.stop.ask("enough", ExitCode.STOPPED)
-        yield runs[0], ValueError("of a zombie")
+        yield runs[0], error
 
     monkeypatch.setattr(search.worker, "turn", lose_then_raise)
     assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["lost"]
     assert [trial.state for trial in worker.study.trials] == [TrialState.RUNNING]
+
+
+def test_what_a_lost_trial_saves_when_its_epoch_is_cut_is_withdrawn(engine, make_worker, monkeypatch):
+    worker = make_worker("study.max_trials=1", "train.epochs=200")
+    release, steps = worker.ledger.release, itertools.count()
+
+    def lose_then_release(claim, **details):
+        assert list(worker.runs.checkpoints(0).glob("*.pt"))
+        with engine.begin() as connection:
+            connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
+        return release(claim, **details)
+
+    def cut(seconds_left):
+        if next(steps) < 3:
+            return False
+        worker.stop.ask("wall time", ExitCode.WALL_TIME)
+        return True
+
+    worker.ledger.release = lose_then_release
+    worker.stop.cuts_epoch = cut
+    assert worker.run() == ExitCode.WALL_TIME
+    assert attempts(engine) == ["lost"]
+    assert not worker.runs.checkpoints(0).exists()
 
 
 def test_what_fails_while_the_job_is_being_ended_is_not_the_trials_fault(
