@@ -52,7 +52,9 @@ def main() -> None:
         server.start()
         enter_study(folder)
         environment = os.environ | {"PYTHONPATH": os.getcwd()}
-        far = environment | {"ATELIER_DATABASE_URL": "postgresql://atelier@db.example.org/atelier"}
+        far = environment | {
+            "ATELIER_DATABASE_URL": "postgresql://atelier@db.example.org/atelier?sslmode=disable"
+        }
         figures = {
             "python -c 'import torch'": median_seconds(
                 [sys.executable, "-c", "import torch"], folder, environment

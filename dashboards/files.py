@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from dashboards import curves, drawing, figures
 from dashboards.status import Status, TrialRow, parameter_names, read_status
 from storage.ledger import StudyEntry
-from storage.runs import artifacts
+from storage.runs import artifacts, make_private
 
 KINDS = ("curves", "compare", "history")
 
@@ -63,7 +63,7 @@ def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> 
     curve = curves.Curve(trial)
     for epoch in epochs:
         curve.add(epoch)
-    artifacts().mkdir(parents=True, exist_ok=True)
+    make_private(artifacts())
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{folder}/{trial.number}"))
     drawn = artifacts() / f"{identity}.png"
     drawing.save(figures.curves([curve], []), f"trial {trial.number}, {trial.state}", drawn)

@@ -39,7 +39,7 @@ from werkzeug.routing import RequestRedirect
 from dashboards import pages
 from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
 from storage import database, ledger
-from storage.runs import artifacts
+from storage.runs import artifacts, make_private
 
 SESSION = timedelta(hours=12)
 OPEN = {"login", "log_in", "static", "health"}  # endpoints that need no login
@@ -60,7 +60,7 @@ class Door:
 
     @classmethod
     def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "Door":
-        artifacts().mkdir(parents=True, exist_ok=True)
+        make_private(artifacts())
         app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
         app.catchall = False  # its errors are ours to answer
         return cls(engine, app)

@@ -22,8 +22,9 @@ from dashboards.status import read_status
 from search.exit_codes import ExitCode
 from search.export import Bundle, check_origin
 from search.study import InputError, SlurmProfile, StudyFile, open_study
-from storage.database import configured_url, connect, database_url, home, prepare
+from storage.database import configured_url, connect, database_url, home, is_local, prepare, server_host
 from storage.ledger import Holder, enter_array_job, gone_here, is_slurm_job
+from storage.runs import make_private
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 
@@ -167,9 +168,8 @@ def _node_url() -> str:
             "the database URL holds a password, which the job's script would show; "
             "put it into ~/.pgpass and leave it out of the URL"
         )
-    host = str(url.query.get("host", url.host or ""))
-    local = host in ("", "localhost", "::1") or host.startswith(("/", "127."))
-    if local and not _cluster_is_this_machine():
+    host = server_host(url)
+    if is_local(host) and not _cluster_is_this_machine():
         raise InputError(
             f"the database URL names {host or 'a local socket'}, which on a compute node is "
             "another machine; write the address that the nodes reach"
@@ -221,7 +221,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
 
 def _make_log_folder() -> None:
     try:
-        log_folder().mkdir(parents=True, exist_ok=True)
+        make_private(log_folder())
         tempfile.TemporaryFile(dir=log_folder()).close()
     except OSError as error:
         raise InputError(

@@ -5,6 +5,7 @@ that listens (`database.url` says where), or an embedded one that is started. Op
 schema `public`, ours in the schema `atelier`.
 """
 
+import logging
 import os
 import select
 from contextlib import suppress
@@ -19,6 +20,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg2.errors import InsufficientPrivilege
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -26,6 +28,8 @@ from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.network import VIEWER, WORKER
+
+log = logging.getLogger(__name__)
 
 SCHEMA = "atelier"
 PATIENCE = 600  # seconds that work goes on trying while the database is away
@@ -116,7 +120,32 @@ def database_url() -> URL:
             f"ATELIER_DATABASE_URL names {url.get_backend_name()}; only PostgreSQL is served: "
             "postgresql://USER@HOST:5432/DATABASE"
         )
+    _refuse_unprotected(url)
     return url.set(drivername="postgresql+psycopg2")
+
+
+def server_host(url: URL) -> str:
+    """The host that libpq will connect to; empty for the default socket."""
+    return str(url.query.get("host", url.host or os.environ.get("PGHOST", "")))
+
+
+def is_local(host: str) -> bool:
+    """Whether the way to it never leaves this machine."""
+    return host in ("", "localhost", "::1") or host.startswith(("/", "127."))
+
+
+def _refuse_unprotected(url: URL) -> None:
+    """Raises DatabaseError if libpq could send a remote server everything in clear, unasked.
+
+    Its default, `prefer`, does so wherever the server, or somebody in between, declines TLS.
+    """
+    mode = str(url.query.get("sslmode", os.environ.get("PGSSLMODE", "prefer")))
+    if mode in ("prefer", "allow") and not is_local(server_host(url)):
+        raise DatabaseError(
+            f"the way to the database on {server_host(url)} may be in clear (sslmode={mode}); add to "
+            "ATELIER_DATABASE_URL ?sslmode=verify-full&sslrootcert=FILE, or, on a network that you "
+            "trust, ?sslmode=disable"
+        )
 
 
 def shown(url: URL) -> str:
@@ -216,9 +245,12 @@ def read_only(engine: sa.Engine) -> Restricted:
 def for_worker(engine: sa.Engine) -> Restricted:
     """Work in the same database as the role `atelier_worker`: it deletes no study and alters no table.
 
-    Where this user may not act as the role, the worker has this user's rights.
+    Where this user may not act as the role, the worker has this user's rights, and says so.
     """
-    return _restricted(engine, WORKER, CONNECT_ARGS)
+    work = _restricted(engine, WORKER, CONNECT_ARGS)
+    if not work.has_role:
+        log.warning("this user may not act as %s; its owner makes it with: atelier db upgrade", WORKER)
+    return work
 
 
 def _restricted(
@@ -297,11 +329,11 @@ def upgrade(engine: sa.Engine) -> None:
     user's.
     """
     check_schema(engine)
-    if schema_revision(engine) not in (None, head_revision()):
-        _refuse_if_held(engine)
     try:
         _upgrade(engine)
-    except ProgrammingError as error:  # permission denied
+    except ProgrammingError as error:
+        if not isinstance(error.orig, InsufficientPrivilege):
+            raise
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(f"{reason}; let the owner of the tables run: atelier db upgrade") from error
 
@@ -312,7 +344,10 @@ def _upgrade(engine: sa.Engine) -> None:
         lock.commit()
         try:
             optuna_storage(engine)  # makes Optuna's tables
+            revision = schema_revision(engine)
             with engine.begin() as connection:
+                if revision not in (None, head_revision()):
+                    _refuse_if_held(connection)
                 connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 _show_optunas_tables(connection)
                 config = _alembic()
@@ -323,15 +358,16 @@ def _upgrade(engine: sa.Engine) -> None:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
 
 
-def _refuse_if_held(engine: sa.Engine) -> None:
+def _refuse_if_held(connection: sa.Connection) -> None:
+    """Raises DatabaseError while trials are held; until the transaction ends, none can be claimed."""
     # As text: the tables are of an older version than the models.
+    connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")
     held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
-    with engine.connect() as connection:
-        if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
-            raise DatabaseError(
-                f"workers of the older Atelier hold {number} trials; let them end first: "
-                "atelier stop STUDY, with the version that they run"
-            )
+    if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
+        raise DatabaseError(
+            f"workers of the older Atelier hold {number} trials; let them end first: "
+            "atelier stop STUDY, with the version that they run"
+        )
 
 
 def _show_optunas_tables(connection: sa.Connection) -> None:

@@ -58,9 +58,9 @@ class Network:
         else:
             password = secrets.token_urlsafe(32)
             _write_private(self._passfile, f"*:*:{DATABASE}:{ROLE}:{password}\n")
-        query = {"passfile": str(self._passfile)}
+        query = {"passfile": str(self._passfile), "sslmode": "verify-full" if tls else "disable"}
         if tls:
-            query |= {"sslmode": "verify-full", "sslrootcert": str(self._certificate)}
+            query["sslrootcert"] = str(self._certificate)
         self.set_url(URL.create("postgresql", ROLE, None, address, port, DATABASE, query))
         return password
 
@@ -77,7 +77,7 @@ class Network:
         if url is None:
             return {"listen_addresses": ""}
         settings = {"listen_addresses": str(url.host), "port": str(url.port)}
-        if "sslmode" in url.query:
+        if self._is_encrypted(url):
             settings |= {
                 "ssl": "on",
                 "ssl_cert_file": str(self._certificate),
@@ -88,8 +88,12 @@ class Network:
 
     def access_rules(self) -> str:
         """The text of pg_hba.conf."""
-        tls = self.url is not None and "sslmode" in self.url.query
+        tls = self.url is not None and self._is_encrypted(self.url)
         return ACCESS.format(kind="hostssl" if tls else "host", database=DATABASE, role=ROLE)
+
+    @staticmethod
+    def _is_encrypted(url: URL) -> bool:
+        return url.query.get("sslmode") == "verify-full"
 
     @property
     def key(self) -> Path:

@@ -7,6 +7,12 @@ from urllib.parse import quote
 from storage.database import home
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner may enter."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
 class RunFolder:
     """`.atelier/runs/<study>-<when it was created>`: a folder per trial, and the workers' logs.
 
@@ -20,8 +26,7 @@ class RunFolder:
 
     def make(self) -> "RunFolder":
         """Make the folder, for its owner alone: predictions are nobody else's."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
+        make_private(self.path)
         return self
 
     def checkpoints(self, trial_number: int) -> Path:

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import alembic.command
@@ -264,6 +265,10 @@ def test_a_broken_dataset(damage, where, what, study_text, demo, tmp_path):
         ("what is this", "is not a URL"),
         ("postgresql://h:port/x", "is not a URL"),
         ("postgresql://u@127.0.0.1/x?foo=bar", "cannot reach the database"),
+        ("postgresql://u:secret@db.invalid/x", "may be in clear (sslmode=prefer)"),
+        ("postgresql://u:secret@127.0.0.1/x?host=db.invalid", "may be in clear"),
+        ("postgresql://u:secret@db.invalid/x?sslmode=disable", "cannot reach the database"),
+        ("postgresql://u:secret@db.invalid/x?sslmode=verify-full", "cannot reach the database"),
     ],
 )
 def test_a_database_that_cannot_be_used(url, expected, monkeypatch):
@@ -283,12 +288,16 @@ def test_a_database_of_a_newer_schema(engine):
     assert_one_line(runner.invoke(app, ["status", "x"]), "9999")
 
 
-def test_a_database_of_an_older_schema(engine, study_text, tmp_path):
-    fill(engine, ["complete", "running"], name="s")
+def downgrade(engine):
     with engine.begin() as connection:
         config = database._alembic()
         config.attributes["connection"] = connection
         alembic.command.downgrade(config, "0004")
+
+
+def test_a_database_of_an_older_schema(engine, study_text, tmp_path):
+    fill(engine, ["complete", "running"], name="s")
+    downgrade(engine)
     (tmp_path / "study.toml").write_text(study_text)
     study = str(tmp_path / "study.toml")
     for command in (["search", study], ["worker", study], ["status", "s"], ["db", "check"]):
@@ -302,6 +311,24 @@ def test_a_database_of_an_older_schema(engine, study_text, tmp_path):
     assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0005\n"
     assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0005 -> 0005\n"
     assert runner.invoke(app, ["status", "s"]).exit_code == 0
+
+
+def test_a_trial_that_is_claimed_while_an_upgrade_begins(engine):
+    fill(engine, ["waiting"], name="s")
+    downgrade(engine)
+    with ThreadPoolExecutor() as other, engine.connect() as worker:
+        claim = (
+            "INSERT INTO atelier.attempt (trial_id, number, study_id, worker_id, lease_until) "
+            "SELECT trial_id, 99, study_id, 'worker of s', now() + interval '1 minute' FROM trials"
+        )
+        worker.execute(sa.text(claim))
+        upgrade = other.submit(runner.invoke, app, ["db", "upgrade"])
+        waits = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'")
+        while not worker.scalar(waits):
+            assert not upgrade.done(), upgrade.result().output
+        worker.commit()
+        assert_one_line(upgrade.result(), "hold 1 trials")
+    assert database.schema_revision(engine) == "0004"
 
 
 def test_a_study_that_does_not_exist(engine):

@@ -137,13 +137,14 @@ def test_a_wrong_array_is_refused(array):
     ("url", "options", "expected"),
     [
         (None, [], "reachable on this machine only"),
-        ("postgresql://u:secret@h/d", [], "holds a password"),
-        ("postgresql://u@h/d?password=secret", [], "holds a password"),
+        ("postgresql://u:secret@h/d?sslmode=disable", [], "holds a password"),
+        ("postgresql://u@h/d?password=secret&sslmode=disable", [], "holds a password"),
+        ("postgresql://u@h/d", [], "may be in clear"),
         ("postgresql://u@localhost/d", [], "on a compute node is another machine"),
         ("postgresql://u@127.0.0.1/d", [], "on a compute node is another machine"),
         ("postgresql://u@/d?host=/tmp/socket", [], "on a compute node is another machine"),
         ("postgresql:///d", [], "a local socket"),
-        ("postgresql://u@h/d", ["--profile", "other"], "has tuning, final"),
+        ("postgresql://u@h/d?sslmode=disable", ["--profile", "other"], "has tuning, final"),
     ],
 )
 def test_what_a_node_could_not_use_is_refused(url, options, expected, monkeypatch):
@@ -160,7 +161,7 @@ def test_what_a_node_could_not_use_is_refused(url, options, expected, monkeypatc
 
 
 def test_a_dry_run_prints_a_script_that_bash_accepts(monkeypatch):
-    monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://u@h/d")
+    monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://u@h/d?sslmode=disable")
     study = Path(__file__).parents[2] / "studies" / "fashion.toml"
     result = CliRunner().invoke(app, ["submit", str(study), "--dry-run", "--profile", "final"])
     assert result.exit_code == 0
