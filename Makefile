@@ -3,15 +3,17 @@ PYTHON ?= python3
 DATA ?= demo-data
 WORKERS ?= 2
 SECONDS ?= 600
+RUNS ?= 100000
 BIN := .venv/bin
 
-.PHONY: help venv search test test-browser test-cluster chaos check format
+.PHONY: help venv search test test-browser test-cluster chaos fuzz check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
 	@echo "make test-browser   those in a real Chromium"
 	@echo "make test-cluster   those on a real SLURM: half an hour, as root, with SLURM installed"
 	@echo "make chaos    a search under faults for SECONDS, then what holds is checked; as root with a full disk"
+	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make venv     install into .venv only"
@@ -32,7 +34,7 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration tests/chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration tests/chaos tests/fuzz
 
 test-browser: venv
 	$(BIN)/python -m pytest tests/browser
@@ -42,6 +44,9 @@ test-cluster: venv
 
 chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
+
+fuzz: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz --runs $(RUNS)
 
 check: venv
 	$(BIN)/ruff format --check .

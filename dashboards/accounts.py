@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argon2 import PasswordHasher
+from argon2 import PasswordHasher, extract_parameters
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from storage.database import home
@@ -54,20 +54,21 @@ class Accounts:
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
             accounts = {name: Account(name, row["role"], row["hash"]) for name, row in rows.items()}
+            for account in accounts.values():
+                _check_name(account.name)
+                _check_role(account.role)
+                extract_parameters(account.hash)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise AccountError(
                 f"{self.path} cannot be read ({error!r}); mend it, or delete it and add the users again"
             ) from None
-        for account in accounts.values():
-            _check_role(account.role)
         return accounts
 
     def put(self, name: str, role: str, password: str) -> None:
         """Add somebody, or give a new role and password. Raises AccountError."""
-        if not name or not name.isprintable() or name != name.strip():
-            raise AccountError(f"name {name!r} is empty or has unprintable characters; choose another")
+        _check_name(name)
         _check_role(role)
         if len(password) < MINIMUM_PASSWORD:
             raise AccountError(f"the password is too short; take at least {MINIMUM_PASSWORD} characters")
@@ -95,6 +96,11 @@ class Accounts:
         rows = {name: {"role": a.role, "hash": a.hash} for name, a in sorted(accounts.items())}
         with _private_file(self.path.parent, json.dumps(rows, indent=2).encode()) as new:
             os.replace(new, self.path)
+
+
+def _check_name(name: str) -> None:
+    if not name or not name.isprintable() or name != name.strip():
+        raise AccountError(f"name {name!r} is empty or has unprintable characters; choose another")
 
 
 def _check_role(role: str) -> None:

@@ -73,26 +73,30 @@ def _errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
             raise
+        _say(f"error: {line}")
+        raise typer.Exit(ExitCode.WRONG_INPUT) from None
+
+
+def one_line(error: Exception) -> str | None:
+    """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
+    if isinstance(error, OSError) and error.filename is not None:
         from storage.database import home
 
         own = Path(str(error.filename)).absolute().is_relative_to(home())
         other = "set ATELIER_HOME to another folder" if own else "choose another path"
-        _say(f"error: cannot use {error.filename}: {error.strerror}; {other}")
-        raise typer.Exit(ExitCode.WRONG_INPUT) from None
-    except Exception as error:
-        if not _is_users(error):
-            raise
-        _say(f"error: {' '.join(str(error).split())}")
-        raise typer.Exit(ExitCode.WRONG_INPUT) from None
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the error is one of our own: about the input, which its message explains."""
+        return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
     # By the module, not by the class, which would have to be imported, and torch with it.
-    return type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
+    ours = type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
+    return printable(str(error)) if ours else None
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would act on: it may quote any file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def _say(text: str) -> None:
@@ -200,7 +204,7 @@ def _pack(text: str) -> int | None:
 
     if text == "auto":
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_PACKED:
+    if text not in map(str, range(1, MOST_PACKED + 1)):
         raise InputError(f"--pack {text!r}: allowed is a number from 1 to {MOST_PACKED}, or auto")
     return int(text)
 
@@ -835,7 +839,7 @@ def data_check(folder: Path) -> None:
 
         findings = check_dataset(folder)
         for finding in findings:
-            typer.echo(finding)
+            typer.echo(printable(finding))
         if findings:
             raise DatasetError(f"{len(findings)} findings in {folder}")
         dataset = read_dataset(folder)

@@ -269,10 +269,14 @@ def attribute_sizes(entry: StudyEntry) -> list[int]:
 def predictions_of(entry: StudyEntry, number: int) -> Predictions:
     """What a complete trial predicted. Raises InputError."""
     path = RunFolder(entry.name, entry.created).predictions(number)
+    sizes = attribute_sizes(entry)
     try:
-        return Predictions.load(path)
+        found = Predictions.load(path)
+        if found.labels.shape[1] == len(sizes) and (found.labels < sizes).all():
+            return found
     except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used") from None
+        pass
+    raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import tomli_w
+from pydantic import BaseModel, ConfigDict
 
 from dashboards.status import Status, TrialRow
 from search.bootstrap import hits, of_hits
@@ -175,6 +176,17 @@ class Bundle:
     slurm: dict[str, SlurmProfile]
 
 
+class _Tables(BaseModel):
+    """What an exported file is made of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    train: dict[str, Any]
+    origin: dict[str, Any] = {}
+    slurm: dict[str, SlurmProfile] = {}
+
+
 def load_bundle(path: Path) -> Bundle:
     """Read an exported configuration. Raises InputError."""
     if not path.is_file():
@@ -189,12 +201,9 @@ def load_bundle(path: Path) -> Bundle:
             f"{path}: has format {tables['format']}, this version reads {FORMAT}; export it again with "
             "this version, or install the one that wrote it"
         )
-    slurm = {
-        name: validate(SlurmProfile, table, path, f"slurm.{name}")
-        for name, table in tables.get("slurm", {}).items()
-    }
-    config = validate(TrainConfig, tables["train"], path, "train")
-    return Bundle(config, tables.get("origin", {}), slurm)
+    known = validate(_Tables, tables, path)
+    config = validate(TrainConfig, known.train, path, "train")
+    return Bundle(config, known.origin, known.slurm)
 
 
 def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import quote
@@ -52,6 +52,9 @@ Choices = Annotated[list[float | int], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
 PLACES = {"places", "slurm"}  # of a study's settings: what may change from one command to the next
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
+# What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
+# Python can neither print an integer of 5,000 digits nor a table inside 1,000 others.
+LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20
 
 
 class StudySettings(_Table):
@@ -162,9 +165,10 @@ class StudyFile(_Table):
         """Parameters at the ends of the space, which every trial lies between."""
         for which in ("low", "high"):
             yield {name: _corner(spec, which) for name, spec in self.space.items()}
+        lows = self._lows()
         for name, spec in self.space.items():
             if isinstance(spec, list):
-                yield from ({**self._lows(), name: choice} for choice in spec)
+                yield from ({**lows, name: choice} for choice in spec)
 
     def check_rungs(self) -> None:
         """Raises InputError."""
@@ -317,7 +321,7 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises InputError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; ready study files are in studies/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -326,13 +330,41 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not TOML: {error}") from None
 
 
+def _parse(text: str, place: str) -> dict[str, Any]:
+    """Raises TOMLDecodeError, and InputError for TOML that goes beyond the limits above."""
+    large = InputError(f"{place}: an integer is too large; allowed are 64 bits")
+    deep = InputError(f"{place}: tables or lists are nested too deeply; allowed are {DEEPEST} levels")
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise large from None
+    except RecursionError:
+        raise deep from None
+    level: list[Any] = [tables]
+    for _ in range(DEEPEST):
+        if any(isinstance(value, int) and abs(value) > LARGEST_INTEGER for value in level):
+            raise large
+        level = [inner for value in level for inner in _parts(value)]
+    if level:
+        raise deep
+    return tables
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def _override(tables: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     *parents, name = path.strip().split(".")
     if not equals or not parents:
         raise InputError(f"--set {text!r}: expected table.key=value, as in train.epochs=10")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        parsed = _parse(f"value = {value}", f"--set {path.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()  # a bare string
     table: Any = tables

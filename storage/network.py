@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 ROLE = "atelier"
 VIEWER, WORKER = "atelier_viewer", "atelier_worker"  # nobody logs in as these: see storage.database
@@ -36,11 +37,18 @@ class Network:
 
     @property
     def url(self) -> URL | None:
-        """Where the server is to be found; None for one that serves this machine only."""
+        """Where the server is to be found; None for one that serves this machine only.
+
+        Raises NetworkError.
+        """
         try:
-            return make_url(self._url.read_text().strip())
+            return make_url(self._url.read_text(encoding="utf-8").strip())
         except FileNotFoundError:
             return None
+        except (ArgumentError, ValueError):
+            raise NetworkError(
+                f"{self._url}: holds no URL; write it anew with: atelier db start --listen ADDRESS"
+            ) from None
 
     def set_up(self, address: str, port: int, tls: bool) -> str:
         """Write the files. Returns the password, which is the same as before if there was one.

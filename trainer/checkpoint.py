@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from trainer.files import write_atomically
+from trainer.torch_file import TorchFileError, load_state
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ KEPT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint was made by another configuration; the message is one line."""
+    """A checkpoint was made by another configuration, or is none; the message is one line."""
 
 
 class Checkpoints:
@@ -71,7 +72,10 @@ class Checkpoints:
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[State]:
-        """The states that are whole, on the CPU; what is damaged is set aside."""
+        """The states that are whole, on the CPU; what is damaged is set aside.
+
+        Raises CheckpointError for one that is as it was written, and no state.
+        """
         for path in reversed(self._files()):
             try:
                 data = path.read_bytes()
@@ -79,7 +83,7 @@ class Checkpoints:
             except FileNotFoundError:
                 continue  # another worker has just replaced it
             if expected == [hashlib.sha256(data).hexdigest().encode()]:
-                yield torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                yield _loaded(path, data)
             else:
                 log.warning("%s is damaged; the one before it counts", path)
                 with suppress(FileNotFoundError):
@@ -107,6 +111,15 @@ class Checkpoints:
         for leftover in [*self.folder.glob(".attempt-*"), *bare]:
             if leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}":
                 leftover.unlink(missing_ok=True)
+
+
+def _loaded(path: Path, data: bytes) -> State:
+    try:
+        return load_state(data)
+    except TorchFileError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); go on with the version that made it, or delete it"
+        ) from None
 
 
 def _digest_path(path: Path) -> Path:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.predictions import Predictions
 
@@ -27,12 +27,12 @@ class TrainConfig(BaseModel):
     train_images: int | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
 
-    epochs: int = Field(30, ge=1)
-    warmup_epochs: int = Field(5, ge=0)  # learning rate rises linearly from 0 in these
+    epochs: int = Field(30, ge=1, le=1_000_000)
+    warmup_epochs: int = Field(5, ge=0, le=1_000_000)  # learning rate rises linearly from 0 in these
     seed: int = Field(0, ge=0, lt=2**32)
 
     lr: float = Field(0.005, gt=0)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=1_000_000)
     weight_decay: float = Field(0.0008, ge=0)  # Adam's coupled L2 term
     dropout: float = Field(0.5, ge=0, lt=1)
     epsilon: float = Field(0.01, ge=0, lt=1)  # label smoothing
@@ -47,6 +47,13 @@ class TrainConfig(BaseModel):
     def validates(self) -> bool:
         """Whether there is a validation split that the run does not train on."""
         return self.train_on == "train"
+
+    @field_validator("data", "weights")
+    @classmethod
+    def _can_be_a_path(cls, path: str) -> str:
+        if "\0" in path:
+            raise ValueError("has a NUL character, which no path can hold; remove it")
+        return path
 
     @model_validator(mode="after")
     def _warmup_leaves_epochs(self) -> "TrainConfig":

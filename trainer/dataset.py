@@ -6,9 +6,13 @@ their categories. Nothing here has a fixed size, so the full DeepFashion set rea
 """
 
 import hashlib
+import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,10 @@ CATEGORY_NAMES = {
     "5": "fabric",
     "6": "fit",
 }
+
+FORMATS = ("JPEG", "PNG")  # Pillow knows dozens, and each has errors of its own
+MOST_PIXELS = 25_000_000  # of an image: decoded, a JPEG in many passes takes 10 bytes for each
+MOST_DIGITS = 9  # of a label
 
 
 class DatasetError(ValueError):
@@ -131,8 +139,8 @@ def _read(folder: Path) -> tuple[Dataset | None, list[str]]:
         attributes, types = _read_attributes(folder / "split" / "list_attr_cloth.txt")
     except DatasetError as error:
         return None, [str(error)]
-    kinds = list(dict.fromkeys(types))
-    sizes = tuple(types.count(kind) for kind in kinds)
+    kinds = Counter(types)  # in the order of the file
+    sizes = tuple(kinds.values())
     categories = tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in kinds)
     splits, findings = {}, []
     for name in ("train", "val", "test"):
@@ -155,7 +163,7 @@ def _read_attributes(path: Path) -> tuple[list[str], list[str]]:
         raise DatasetError(f"{path}:1: no attributes in it")
     names = [row[0] for _, row in rows]
     types = [row[1] for _, row in rows]
-    if types != sorted(types, key=list(dict.fromkeys(types)).index):
+    if len(list(groupby(types))) > len(set(types)):
         raise DatasetError(f"{path}:3: the attributes of one type must stand together")
     return names, types
 
@@ -186,7 +194,7 @@ def _read_split(folder: Path, name: str, sizes: tuple[int, ...]) -> tuple[Split 
         return None, [str(error)]
     findings = [f"{listing}:1: no images in it"] if not paths else []
     for number, path in enumerate(paths, 1):
-        if not path or not (folder / path).is_file():
+        if not path or not os.path.isfile(folder / path):  # False too for what cannot be a path
             findings.append(f"{listing}:{number}: no such image: {path or '(empty line)'}")
     if rows is None:
         return Split(name, tuple(paths), None), findings
@@ -195,10 +203,13 @@ def _read_split(folder: Path, name: str, sizes: tuple[int, ...]) -> tuple[Split 
 
 
 def _parse_labels(path: Path, rows: list[str], sizes: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    labels, findings = np.zeros((len(rows), len(sizes)), dtype=np.int64), []
+    labels: list[list[int]] = []  # of the right rows: memory is taken for what is there
+    findings = []
     for number, row in enumerate(rows, 1):
         words = row.split()
-        if len(words) != len(sizes) or not all(word.isdecimal() for word in words):
+        if len(words) != len(sizes) or not all(
+            word.isdecimal() and len(word) <= MOST_DIGITS for word in words
+        ):
             findings.append(f"{path}:{number}: expected {len(sizes)} indices, found {row.strip()!r}")
             continue
         values = [int(word) for word in words]
@@ -209,14 +220,14 @@ def _parse_labels(path: Path, rows: list[str], sizes: tuple[int, ...]) -> tuple[
                 )
                 break
         else:
-            labels[number - 1] = values
-    return labels, findings
+            labels.append(values)
+    return np.array(labels, dtype=np.int64).reshape(len(labels), len(sizes)), findings
 
 
 def _broken_images(folder: Path, split: Split) -> Iterator[str]:
     listing = folder / "split" / f"{split.name}.txt"
     for number, path in enumerate(split.paths, 1):
-        if not (folder / path).is_file():
+        if not os.path.isfile(folder / path):
             continue  # reported by the reader
         try:
             load_image(folder / path)
@@ -225,15 +236,28 @@ def _broken_images(folder: Path, split: Split) -> Iterator[str]:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode one image. Raises DatasetError if that fails or the image is not RGB."""
+    """Decode one image. Raises DatasetError if that fails, or if it is too large or not RGB."""
     try:
-        with Image.open(path) as image:
+        # Pillow only warns of some that are too large here, which would be a second line.
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path, formats=FORMATS) as image,
+        ):
+            _check_image(path, image)  # before memory is taken for its pixels
             image.load()
-    except (OSError, Image.DecompressionBombError) as error:
+    except DatasetError:
+        raise
+    except Exception as error:  # what a damaged image raises depends on where it is damaged
         raise DatasetError(f"{path}: cannot be read ({error})") from None
+    return image
+
+
+def _check_image(path: Path, image: Image.Image) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise DatasetError(f"{path}: {size} pixels, allowed are {MOST_PIXELS:,} in all; make it smaller")
     if image.mode != "RGB":
         raise DatasetError(f"{path}: mode {image.mode}, allowed is RGB")
-    return image
 
 
 def _lines(path: Path) -> list[str]:

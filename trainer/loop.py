@@ -27,6 +27,7 @@ from trainer.loss import AttributeLoss, accuracy, class_weights, predict
 from trainer.model import make_head
 from trainer.predictions import Predictions
 from trainer.stream import BLOCK
+from trainer.torch_file import reason
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -247,13 +248,20 @@ class Run:
     def _resume(self) -> None:
         if not self._checkpoints:
             return
+        folder = self._checkpoints.folder
         for state in self._checkpoints.newest_first():
-            if state.get("format") == FORMAT and not self._agrees(state):
-                continue
             try:
+                if state.get("format") == FORMAT and not self._agrees(state):
+                    continue
                 self.load(state)
             except CheckpointError as error:
-                raise CheckpointError(f"{self._checkpoints.folder}: {error}") from None
+                raise CheckpointError(f"{folder}: {error}") from None
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise CheckpointError(
+                    f"{folder}: the checkpoint does not fit the run ({reason(error)}); delete it"
+                ) from error
             log.info("goes on after %d epochs, %d steps", len(self.history), self.step)
             return
 

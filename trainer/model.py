@@ -6,7 +6,6 @@ output for the validation images is computed once. Four fifths of the multiply-a
 
 import copy
 import difflib
-import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from trainer.config import TrainConfig
+from trainer.torch_file import TorchFileError, load_state, reason
 
 HEAD = (512, 128)  # hidden widths of the report's prediction head
 
@@ -184,14 +184,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"weights = {str(path)!r}: no such file; give its path with --weights")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else load_state(path.read_bytes())
         model.load_state_dict(state)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise ModelError(f"weights = {str(path)!r} do not fit the backbone: {reason}") from error
+        what = str(error) if isinstance(error, TorchFileError) else reason(error)
+        raise ModelError(f"weights = {str(path)!r} do not fit the backbone: {what}") from error
 
 
 @dataclass(frozen=True)

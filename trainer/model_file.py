@@ -1,14 +1,14 @@
 """A trained network as one .safetensors file: weights of trunk and tail, configuration, attributes."""
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import nn
 
 from trainer.config import EpochResult, TrainConfig
@@ -18,22 +18,30 @@ from trainer.loop import Run
 from trainer.model import ModelError, make_head
 from trainer.runtime import Runtime
 from trainer.stream import BLOCK, prepared_images, read_images
+from trainer.torch_file import reason
 
 KEY = "atelier"  # of the file's metadata, which are strings: JSON
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(BaseModel):
     """What a file says of its network."""
 
-    config: dict[str, Any]  # TrainConfig
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: TrainConfig
     epoch: int  # from 0: after which the weights were taken
     val_accuracy: float | None  # then; None without validation
     attributes: list[str]
     categories: list[str]
-    sizes: list[int]  # attributes of each category
+    sizes: list[PositiveInt]  # attributes of each category
     format: int = FORMAT
+
+    @model_validator(mode="after")
+    def _each_attribute_has_a_category(self) -> Self:
+        if sum(self.sizes) != len(self.attributes) or len(self.sizes) != len(self.categories):
+            raise ValueError("attributes, categories and sizes are not of the same network")
+        return self
 
 
 class ModelFiles:
@@ -58,7 +66,7 @@ class ModelFiles:
 
     def _bytes(self, run: Run, result: EpochResult) -> bytes:
         description = Description(
-            config=run.config.model_dump(),
+            config=run.config,
             epoch=result.epoch,
             val_accuracy=result.val_accuracy if result.validated else None,
             attributes=list(self._dataset.attributes),
@@ -70,7 +78,7 @@ class ModelFiles:
             for part, module in (("trunk", run.trunk), ("tail", run.tail))
             for name, tensor in module.state_dict().items()
         }
-        return safetensors.torch.save(state, {KEY: json.dumps(asdict(description))})
+        return safetensors.torch.save(state, {KEY: json.dumps(description.model_dump())})
 
 
 class SavedModel:
@@ -85,14 +93,8 @@ class SavedModel:
             raise ModelError(f"{path}: cannot be read ({error}); give a run of: atelier train") from None
         if text is None:
             raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
-        values = json.loads(text)
-        if values.get("format") != FORMAT:
-            raise ModelError(
-                f"{path}: has format {values.get('format')}, this version reads {FORMAT}; use the "
-                "version that wrote it"
-            )
-        self.description = Description(**values)
-        self.config = TrainConfig(**self.description.config)
+        self.description = _described(path, text)
+        self.config = self.description.config
         self._runtime = Runtime(
             self.config.model_copy(update={"weights": "none", "compile": "none"}), device
         )
@@ -104,7 +106,13 @@ class SavedModel:
         for name, module in (("trunk", self._trunk), ("tail", self._tail)):
             prefix = f"{name}."
             own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-            module.load_state_dict(own)
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{path}: its tensors are not those of its configuration ({reason(error)}); give a "
+                    "run of: atelier train"
+                ) from None
             self._runtime.place(module).eval()
         self._frozen = self._runtime.freeze(self._trunk)
 
@@ -134,3 +142,19 @@ class SavedModel:
         with torch.no_grad():
             features = self._runtime.features(self._frozen, images)
             return self._runtime.logits(self._tail, features).cpu()
+
+
+def _described(path: Path, text: str) -> Description:
+    """Raises ModelError."""
+    try:
+        values = json.loads(text)
+        found = values["format"]
+        if found == FORMAT:
+            return Description(**values)
+    except (LookupError, RecursionError, TypeError, ValueError) as error:  # pydantic's is a ValueError
+        raise ModelError(
+            f"{path}: its configuration cannot be read ({reason(error)}); give a run of: atelier train"
+        ) from None
+    raise ModelError(
+        f"{path}: has format {found!r}, this version reads {FORMAT}; use the version that wrote it"
+    )

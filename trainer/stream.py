@@ -56,9 +56,10 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> P
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     try:
-        return bool(np.load(path, mmap_mode="r").shape == shape)
-    except (OSError, ValueError):  # absent, or cut off
+        images = np.lib.format.open_memmap(path, mode="r")
+    except Exception:  # absent, or damaged, and what that raises depends on where
         return False
+    return images.shape == shape and images.dtype == np.uint8
 
 
 def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
