@@ -978,6 +978,40 @@ def db_status() -> None:
             typer.echo(f"  study {name}")
 
 
+@db_app.command("backup")
+def db_backup(
+    file: Annotated[Path, typer.Argument(help="The archive to write, as in atelier.tar.")],
+) -> None:
+    """Write the database and the files of its studies into one archive, while workers run."""
+    with _errors_in_one_line():
+        from search.study import InputError
+        from storage import backup, database
+
+        if not database.exists():  # looking must not make one
+            raise InputError(f"no database in {database.home()}; the first search makes one")
+        manifest = backup.back_up(database.connect(), file)
+        files = len(manifest.members) - len(manifest.columns)
+        typer.echo(
+            f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified"
+        )
+
+
+@db_app.command("restore")
+def db_restore(
+    file: Annotated[Path, typer.Argument(help="An archive that `atelier db backup` wrote.")],
+) -> None:
+    """Fill an empty database and home from an archive; workers of the time before get nothing more."""
+    with _errors_in_one_line():
+        from storage import backup, database
+
+        backup.read_backup(file)  # before a server is started for it
+        engine = database.connect()
+        manifest = backup.restore(engine, file)
+        typer.echo(
+            f"restored into {database.shown(engine.url)} as of {manifest.created}; search goes on"
+        )
+
+
 @db_app.command("upgrade")
 def db_upgrade() -> None:
     """Bring the tables up to this version of Atelier."""

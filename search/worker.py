@@ -156,8 +156,8 @@ class Worker:
             offer = self._obtain(self._held())
             if offer is None:
                 self._ask_again = time.monotonic() + RENEW_SECONDS
-                if self.ledger.stop_requested():
-                    self.stop.ask("atelier stop", ExitCode.STOPPED)
+                if reason := self.ledger.stop_reason():
+                    self.stop.ask(reason, ExitCode.STOPPED)
         return offer
 
     def _take_ahead(self) -> _Offer | None:

@@ -19,7 +19,6 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from psycopg2.errors import InsufficientPrivilege
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
@@ -322,7 +321,7 @@ def ensure_tables(engine: sa.Engine) -> None:
 
 
 @retrying
-def upgrade(engine: sa.Engine) -> None:
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
 
     Raises DatabaseError if the schema is newer than this program, or older and in use, or not this
@@ -330,7 +329,7 @@ def upgrade(engine: sa.Engine) -> None:
     """
     check_schema(engine)
     try:
-        _upgrade(engine)
+        _upgrade(engine, revision)
     except ProgrammingError as error:
         if not isinstance(error.orig, InsufficientPrivilege):
             raise
@@ -338,7 +337,7 @@ def upgrade(engine: sa.Engine) -> None:
         raise DatabaseError(f"{reason}; let the owner of the tables run: atelier db upgrade") from error
 
 
-def _upgrade(engine: sa.Engine) -> None:
+def _upgrade(engine: sa.Engine, wanted: str) -> None:
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
@@ -352,7 +351,7 @@ def _upgrade(engine: sa.Engine) -> None:
                 _show_optunas_tables(connection)
                 config = _alembic()
                 config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+                command.upgrade(config, wanted)
                 _make_roles(connection)
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
@@ -383,15 +382,17 @@ def _show_optunas_tables(connection: sa.Connection) -> None:
 def check_schema(engine: sa.Engine) -> None:
     """Raises DatabaseError if our tables were made by a newer version of Atelier."""
     revision = schema_revision(engine)
-    if revision is None:
-        return
-    try:
-        ScriptDirectory.from_config(_alembic()).get_revision(revision)
-    except CommandError:
+    if revision is not None and not knows(revision):
         raise DatabaseError(
             f"the database has schema {revision}, which this version of Atelier does not know "
             f"(it knows up to {head_revision()}); use the newer Atelier that made it"
-        ) from None
+        )
+
+
+def knows(revision: str) -> bool:
+    """Whether this program can make tables of that schema."""
+    script = ScriptDirectory.from_config(_alembic())
+    return revision in (one.revision for one in script.walk_revisions())
 
 
 def require_schema(engine: sa.Engine) -> str:

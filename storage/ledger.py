@@ -44,6 +44,8 @@ from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
 
+RESTORED = "the database was restored from a backup"
+
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
     "complete": TrialState.COMPLETE,
@@ -190,8 +192,8 @@ class Ledger:
     def claim(self, held: Collection[int] = ()) -> Claim | None:
         """Take a trial that waits for a worker, else a new one if the budget allows, else None.
 
-        None too if the study was stopped or deleted. `held` are Optuna's ids of the trials that this
-        worker has in hand; another one of its own is from a claim whose reply was lost.
+        None too if `stop_reason` gives one, or if the study was deleted. `held` are Optuna's ids of the
+        trials that this worker has in hand; another one of its own is from a claim whose reply was lost.
 
         Claims of a study follow one another (the study's row is locked), so that any number of
         workers neither overshoots the budget nor takes a trial twice.
@@ -199,7 +201,7 @@ class Ledger:
         verdicts = self._judge(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
             study = session.get(Study, self.study_id, with_for_update=True)
-            if study is None or study.stop_requested is not None:
+            if study is None or self._stop_reason(session) is not None:
                 return None
             for trial_id in self._unfinished(session, verdicts):
                 if trial_id in held:
@@ -477,11 +479,21 @@ class Ledger:
             connection.execute(sa.delete(Attempt).where(self._is_open(claim)))
 
     @retrying
-    def stop_requested(self) -> bool:
-        """Whether somebody asked all workers of the study to stop."""
-        with self.engine.connect() as connection:
-            query = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
-            return connection.scalar(query) is not None
+    def stop_reason(self) -> str | None:
+        """Why this worker gets nothing more to do; None if it may."""
+        with Session(self.engine) as session:
+            return self._stop_reason(session)
+
+    def _stop_reason(self, session: Session) -> str | None:
+        study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
+        # A restored database has other workers: of this one it has no row, or one that has ended.
+        worker = sa.select(Worker.id).where(Worker.id == self.worker_id, Worker.stopped.is_(None))
+        stopped, known = session.execute(
+            sa.select(study.scalar_subquery(), worker.scalar_subquery())
+        ).one()
+        if known is None:
+            return RESTORED
+        return None if stopped is None else "atelier stop"
 
     @retrying
     def failures(self, claim: Claim) -> int:

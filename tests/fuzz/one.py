@@ -7,7 +7,17 @@ from pathlib import Path
 import atheris
 
 # Ours, and what parses for us in Python.
-INSTRUMENTED = ["search", "trainer", "storage", "dashboards", "tomllib", "json", "PIL", "zipfile"]
+INSTRUMENTED = [
+    "search",
+    "trainer",
+    "storage",
+    "dashboards",
+    "tomllib",
+    "json",
+    "PIL",
+    "zipfile",
+    "tarfile",
+]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -244,6 +245,12 @@ def _read_accounts(path: Path) -> None:
         extract_parameters(account.hash)  # as a login does
 
 
+def _read_backup(path: Path) -> None:
+    from storage.backup import read_backup
+
+    read_backup(path)
+
+
 def _read_database_url(path: Path) -> None:
     from storage.network import Network
 
@@ -364,6 +371,29 @@ def _accounts() -> Iterable[bytes]:
     yield json.dumps({"vera": {"role": "viewer", "hash": known}}).encode()
 
 
+def _backups() -> Iterable[bytes]:
+    """One of a single table and a single file."""
+    members = {"tables/studies": b"1\ts\n", "files/artifacts/1": b"x"}
+    manifest = {
+        "format": 1,
+        "created": "2026-01-01T00:00:00+00:00",
+        "schema_revision": "0005",
+        "optuna": "5.0.0",
+        "columns": {"studies": ["study_id", "study_name"]},
+        "members": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in members.items()
+        },
+    }
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in {**members, "manifest.json": json.dumps(manifest).encode()}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    yield buffer.getvalue()[:-7168]  # less padding: inputs are short
+
+
 TARGETS = {
     "study": Target(
         _read_study,
@@ -407,6 +437,7 @@ TARGETS = {
         _read_predictions, _predictions, "runs/tiny-20260101-000000/predictions/trial-00000.npz"
     ),
     "accounts": Target(_read_accounts, _accounts, "dashboard.json"),
+    "backup": Target(_read_backup, _backups, "backup.tar"),
     "database-url": Target(
         _read_database_url, lambda: [b"postgresql://u@h:5/d?sslmode=x"], "database.url"
     ),

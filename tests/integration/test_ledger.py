@@ -246,9 +246,9 @@ def test_a_verdict_on_the_holder_counts_more_than_its_lease(engine, verdict, lea
 def test_a_study_that_was_stopped_hands_out_no_trials(engine):
     study = make_study(engine)
     worker = make_worker(engine, study)
-    assert not worker.stop_requested()
+    assert worker.stop_reason() is None
     ledger.request_stop(engine, study._study_id)
-    assert worker.stop_requested()
+    assert worker.stop_reason() == "atelier stop"
     assert worker.claim() is None
     ledger.request_stop(engine, study._study_id, stop=False)
     assert worker.claim() is not None

@@ -34,6 +34,8 @@ VERBS = {
     "db status": [],
     "db check": [],
     "db upgrade": [],
+    "db backup": ["atelier.tar"],
+    "db restore": ["atelier.tar"],
     "user add": ["vera", "--password-file", "password.txt"],
     "user list": [],
     "user remove": ["vera"],
@@ -84,8 +86,17 @@ def test_nothing_that_works_shows_the_password(study, engine, tmp_path, caplog, 
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
     codes = run_all(caplog)
     # An external server is not started or stopped from here, and no array reaches a socket; there is no
-    # confirmation, no dataset `nowhere`, and no account for a public address.
-    failed = {"confirm", "dashboard", "predict", "data check", "db start", "db stop", "submit"}
+    # confirmation, no dataset `nowhere`, no account for a public address, and no empty database.
+    failed = {
+        "db restore",
+        "confirm",
+        "dashboard",
+        "predict",
+        "data check",
+        "db start",
+        "db stop",
+        "submit",
+    }
     assert {verb for verb, code in codes.items() if code != 0} <= failed
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.name != "password.txt":
@@ -94,7 +105,7 @@ def test_nothing_that_works_shows_the_password(study, engine, tmp_path, caplog, 
 
 def test_no_jobs_script_is_made_that_would_hold_the_password(study, monkeypatch):
     for credentials, code in ((f"atelier:{CANARY}", 2), ("atelier", 0)):
-        url = f"postgresql://{credentials}@db.example.org/atelier"
+        url = f"postgresql://{credentials}@db.example.org/atelier?sslmode=verify-full"
         monkeypatch.setenv("ATELIER_DATABASE_URL", url)
         result = runner.invoke(app, ["submit", "study.toml", "--dry-run"])
         assert result.exit_code == code

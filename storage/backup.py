@@ -1,0 +1,402 @@
+"""The database and the files that belong to it, in one archive that is taken while workers run.
+
+The archive is a plain tar: each table as COPY writes it, so that any PostgreSQL reads it; checkpoints,
+predictions and pictures; and, last, `manifest.json` with the SHA-256 of each. Checkpoints are held
+before the tables are read, and tables in one snapshot: so no checkpoint is newer than its trial's
+parameters, and what a worker has trained since is trained again. Files are written once and never
+changed; what is held is a hard link, which no deletion takes away.
+
+A restored database is another incarnation: attempts that were open are lost, and a worker of the time
+before gets nothing more to do.
+"""
+
+import glob
+import hashlib
+import io
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+import pydantic
+import sqlalchemy as sa
+from filelock import FileLock, Timeout
+from optuna.storages._rdb.models import BaseModel as OptunaBase
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+    VersionInfoModel,
+)
+from optuna.trial import TrialState
+
+from storage import database
+from storage.ledger import RESTORED
+from storage.models import Attempt, Base, Study, Worker
+from storage.runs import RunFolder, artifacts, make_private
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LONGEST_MANIFEST = 1 << 26  # bytes
+# Of a file in the archive: below the home folder, no part of it hidden or a way up.
+_FILE = re.compile(r"files/(runs|artifacts)(/[^./\0][^/\0]*)+")
+# Parents first; a database has its own record of the versions.
+TABLES = [
+    table
+    for base in (OptunaBase, Base)
+    for table in base.metadata.sorted_tables
+    if table.name != VersionInfoModel.__tablename__
+]
+
+
+class BackupError(ValueError):
+    """There is no such backup, or it cannot be used here; the message is one line."""
+
+
+class Member(pydantic.BaseModel, extra="forbid", strict=True):
+    """One file of the archive."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(pydantic.BaseModel, extra="forbid", strict=True):
+    """What an archive holds, and what made it."""
+
+    format: int
+    created: str
+    schema_revision: str
+    optuna: str
+    columns: dict[str, list[str]]  # by table
+    members: dict[str, Member]
+
+
+def back_up(engine: sa.Engine, path: Path) -> Manifest:
+    """Write an archive, read it again, and only then give it its name.
+
+    Raises BackupError, DatabaseError.
+    """
+    revision = database.require_schema(engine)
+    if path.exists():
+        raise BackupError(f"{path} exists; a backup overwrites nothing: choose another name")
+    if not path.absolute().parent.is_dir():
+        raise BackupError(f"{path}: no such folder; make it first")
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with _held() as hold, new.open("xb") as file:
+            new.chmod(0o600)
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                writer = _Writer(tar)
+                columns, known = _dump(engine, writer)
+                hold()
+                for source in (path for name in known for path in sorted(_hold_folder().glob(name))):
+                    with source.open("rb") as held:
+                        writer.add(f"files/{source.relative_to(_hold_folder())}", held)
+                manifest = Manifest(
+                    format=FORMAT,
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                    schema_revision=revision,
+                    optuna=optuna.__version__,
+                    columns=columns,
+                    members=writer.members,
+                )
+                writer.add(MANIFEST, io.BytesIO(manifest.model_dump_json(indent=1).encode()))
+            file.flush()
+            os.fsync(file.fileno())
+        read_backup(new)
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return manifest
+
+
+def read_backup(path: Path) -> Manifest:
+    """The manifest of an archive, all of which has been read and is what it says. Raises BackupError."""
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            return _check(tar, path.stat().st_size)
+    except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise BackupError(f"{path} is no whole backup: {reason}; use another") from error
+
+
+def restore(engine: sa.Engine, path: Path) -> Manifest:
+    """Fill an empty database and the home folder from an archive, as a new incarnation.
+
+    Raises BackupError, DatabaseError; then there is no study in the database.
+    """
+    manifest = read_backup(path)
+    _refuse_unless_empty(engine, manifest)
+    database.upgrade(engine, manifest.schema_revision)
+    staging = database.home() / f".restore-{uuid.uuid4().hex}"
+    make_private(staging)
+    try:
+        with tarfile.open(path, mode="r:") as tar, engine.begin() as connection:
+            for name in manifest.members:
+                if name.startswith("files/"):
+                    target = staging / name
+                    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    with target.open("xb") as file, _open(tar, name) as source:
+                        shutil.copyfileobj(source, file)
+            _load(connection, tar, manifest)
+            _begin_incarnation(connection)
+            _put_in_place(staging / "files")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    database.upgrade(engine)
+    return manifest
+
+
+class _Writer:
+    """Adds to an archive and keeps the list."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
+        self.members: dict[str, Member] = {}
+
+    def add(self, name: str, file: IO[bytes]) -> None:
+        """From its beginning to its present end."""
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = file.seek(0, os.SEEK_END), 0o600
+        file.seek(0)
+        source = _Hashing(file)
+        self._tar.addfile(entry, source)
+        self.members[name] = Member(size=entry.size, sha256=source.digest.hexdigest())
+
+
+class _Hashing:
+    """A file that is hashed as it is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.digest.update(data)
+        return data
+
+
+def _hold_folder() -> Path:
+    return database.home() / "backup"
+
+
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """Keep all files that are there now for a backup; calling what it gives adds those that came since.
+
+    Those are results only: a checkpoint that came after the tables were read may be of a trial that
+    they do not know. Raises BackupError.
+    """
+    home, folder = database.home(), _hold_folder()
+    lock = FileLock(home / "backup.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BackupError("another backup is being written; wait for its end") from None
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        make_private(folder)
+        results = ("runs/*/predictions/*", "artifacts/*")
+
+        def hold(*patterns: str) -> None:
+            for source in (path for pattern in patterns for path in home.glob(pattern)):
+                target = folder / source.relative_to(home)
+                # A leading dot is a file that is being written.
+                if source.is_file() and not source.name.startswith(".") and not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with suppress(FileNotFoundError):  # it has just been deleted
+                        _link(source, target)
+
+        hold("runs/*/trial-*/*.pt", "runs/*/trial-*/*.sha256", *results)
+        yield lambda: hold(*results)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], list[str]]:
+    """Add all tables as of one moment. Returns their columns, and patterns of the files they know of."""
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        _take_time(connection)
+        columns = {}
+        for table in TABLES:
+            known = sa.inspect(connection).get_columns(table.name, schema=table.schema)
+            names = columns[str(table)] = [column["name"] for column in known]
+            with tempfile.TemporaryFile() as file:
+                _copy(connection, table, names, "TO STDOUT", file)
+                writer.add(f"tables/{table}", file)
+        return columns, [
+            f"{glob.escape(str(path.relative_to(database.home())))}{'/*' if is_folder else ''}"
+            for path, is_folder in _known_files(connection)
+        ]
+
+
+def _known_files(connection: sa.Connection) -> Iterator[tuple[Path, bool]]:
+    """Folders of checkpoints, predictions and pictures: those that the rest of a search may need."""
+    query = (
+        sa.select(StudyModel.study_name, Study.created, TrialModel.number, TrialModel.state)
+        .join(Study, Study.study_id == StudyModel.study_id)
+        .join(TrialModel, TrialModel.study_id == StudyModel.study_id)
+    )
+    for name, created, number, state in connection.execute(query):
+        runs = RunFolder(name, created)
+        if not state.is_finished():
+            yield runs.checkpoints(number), True
+        elif state == TrialState.COMPLETE:
+            yield runs.predictions(number), False
+    key = TrialSystemAttributeModel.key
+    for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
+        if _FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
+            yield artifacts() / picture.partition(":")[2], False
+
+
+def _take_time(connection: sa.Connection) -> None:
+    for timeout in ("statement_timeout", "idle_in_transaction_session_timeout"):
+        connection.execute(sa.text(f"SET LOCAL {timeout} = 0"))
+
+
+def _copy(
+    connection: sa.Connection, table: sa.Table, names: list[str], way: str, file: IO[bytes]
+) -> None:
+    columns = ", ".join(connection.dialect.identifier_preparer.quote_identifier(name) for name in names)
+    cursor: Any = connection.connection.cursor()  # psycopg2's
+    with cursor:
+        cursor.copy_expert(f"COPY {table} ({columns}) {way}", file)
+
+
+def _check(tar: tarfile.TarFile, bytes_: int) -> Manifest:
+    """Raises ValueError, TarError."""
+    found = _contents(tar, bytes_)
+    if MANIFEST not in found or found[MANIFEST].size > LONGEST_MANIFEST:
+        raise ValueError(f"it has no {MANIFEST}")
+    del found[MANIFEST]
+    with _open(tar, MANIFEST) as file:
+        manifest = Manifest.model_validate_json(file.read())
+    if manifest.format != FORMAT:
+        raise ValueError(f"its format is {manifest.format}, this version of Atelier reads {FORMAT}")
+    if unknown := manifest.columns.keys() - {str(table) for table in TABLES}:
+        raise ValueError(f"{min(unknown)!r} is no table of Atelier's")
+    tables = {f"tables/{name}" for name in manifest.columns}
+    if unknown := {name for name in found.keys() - tables if not _FILE.fullmatch(name)}:
+        raise ValueError(f"{min(unknown)!r} is no table and no file of a study")
+    names = manifest.members.keys() | found.keys() | tables
+    if other := {
+        name for name in names if not manifest.members.get(name) == found.get(name) is not None
+    }:
+        raise ValueError(f"{len(other)} files are not what the manifest says, first {min(other)!r}")
+    return manifest
+
+
+def _contents(tar: tarfile.TarFile, bytes_: int) -> dict[str, Member]:
+    """All that is in it, by name. Raises ValueError, TarError."""
+    found = {}
+    for entry in tar:
+        # Sparse files, links and devices are none of ours, nor is what would claim more than there is.
+        if entry.type != tarfile.REGTYPE or entry.issparse() or entry.offset_data + entry.size > bytes_:
+            raise ValueError(f"{entry.name!r} is no whole file")
+        if entry.name in found:
+            raise ValueError(f"{entry.name!r} is there twice")
+        with _open(tar, entry) as file:
+            digest = hashlib.file_digest(file, "sha256")
+        found[entry.name] = Member(size=entry.size, sha256=digest.hexdigest())
+    return found
+
+
+def _open(tar: tarfile.TarFile, entry: tarfile.TarInfo | str) -> io.BufferedReader:
+    file = tar.extractfile(entry)
+    assert isinstance(file, io.BufferedReader)  # `_contents` takes regular files only
+    return file
+
+
+def _refuse_unless_empty(engine: sa.Engine, manifest: Manifest) -> None:
+    """Raises BackupError, DatabaseError."""
+    if manifest.optuna != optuna.__version__:
+        raise BackupError(
+            f"the backup was made with Optuna {manifest.optuna}, this is {optuna.__version__}; install "
+            f"that one, restore, and then upgrade (optuna storage upgrade)"
+        )
+    if not database.knows(manifest.schema_revision):
+        raise BackupError(
+            f"the backup has schema {manifest.schema_revision}, which this version of Atelier does not "
+            "know; use the newer Atelier that made it"
+        )
+    revision = database.schema_revision(engine)
+    if revision is None:
+        return
+    with engine.connect() as connection:
+        studies = connection.scalar(sa.select(sa.func.count()).select_from(StudyModel))
+    if studies or revision != manifest.schema_revision:
+        raise BackupError(
+            f"the database {database.shown(engine.url)} is not empty ({studies} studies, schema "
+            f"{revision}); restore into a new one: set ATELIER_HOME or ATELIER_DATABASE_URL"
+        )
+
+
+def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -> None:
+    """Raises BackupError."""
+    _take_time(connection)
+    for table in TABLES:
+        if str(table) not in manifest.columns:
+            continue  # newer than the backup
+        names = manifest.columns[str(table)]
+        if not set(names) <= set(table.columns.keys()):
+            raise BackupError(f"the backup's table {table} has columns that Atelier does not know")
+        with _open(tar, f"tables/{table}") as file:
+            _copy(connection, table, names, "FROM STDIN", file)
+        _set_sequence(connection, table)
+
+
+def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
+    """Let the next row of a table with numbered rows come after those that were loaded."""
+    key = table.primary_key.columns[0].name
+    sequence = connection.exec_driver_sql(f"SELECT pg_get_serial_sequence('{table}', '{key}')").scalar()
+    if sequence is not None:
+        last = f"SELECT max({key}) AS id FROM {table}"
+        connection.exec_driver_sql(f"SELECT setval('{sequence}', id) FROM ({last}) AS last WHERE id > 0")
+
+
+def _begin_incarnation(connection: sa.Connection) -> None:
+    """Workers that the tables know of hold nothing any more, and get nothing."""
+    connection.execute(
+        sa.update(Attempt)
+        .where(Attempt.released.is_(None))
+        .values(released=Attempt.renewed, outcome="lost", reason=RESTORED)
+    )
+    now = sa.func.clock_timestamp()
+    connection.execute(
+        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now, reason=RESTORED)
+    )
+
+
+def _put_in_place(files: Path) -> None:
+    """Move run folders and pictures to where they belong. Raises BackupError."""
+    home = database.home()
+    for folder in sorted(files.glob("runs/*")):
+        target = home / folder.relative_to(files)
+        if target.exists():
+            raise BackupError(f"{target} exists; move it away, or restore with another ATELIER_HOME")
+    for folder in sorted(files.glob("runs/*")):
+        target = home / folder.relative_to(files)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+    for picture in sorted(files.glob("artifacts/*")):
+        make_private(artifacts())
+        picture.replace(artifacts() / picture.name)
