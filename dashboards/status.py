@@ -116,6 +116,8 @@ class Status:
     array_jobs: list[str]  # SLURM's ids
     workers: list[WorkerRow]
     trials: list[TrialRow]
+    overdue_seconds: float | None  # since the end of the oldest lease whose trial nobody has taken over
+    disk_bytes: int | None = None  # of its run folder
     tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if it does not answer
 
     @property
@@ -250,10 +252,14 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
     with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session:
         study = session.get_one(Study, study_id)
         end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(_NOW, Attempt.lease_until)))
-        hours, seconds = session.execute(
+        overdue = sa.func.max(_age(Attempt.lease_until)).filter(
+            Attempt.released.is_(None), Attempt.lease_until <= _NOW
+        )
+        hours, seconds, overdue_seconds = session.execute(
             sa.select(
                 gpu_seconds(study_id) / 3600,
                 sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
+                overdue,
             ).where(Attempt.study_id == study_id)
         ).one()
         jobs = session.scalars(
@@ -275,6 +281,7 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
             array_jobs=list(jobs),
             workers=_workers(session, study_id),
             trials=rows,
+            overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
         )
 
 
@@ -475,6 +482,11 @@ def render_workers(status: Status) -> RenderableType:
             states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
             tasks = ", ".join(states) or "no task known any more"
         lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks}"))
+    if status.overdue_seconds is not None:
+        ago = duration(status.overdue_seconds)
+        lines.append(
+            Text(f"a lease ended {ago} ago; the next free worker takes its trial over", style="yellow")
+        )
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)
@@ -482,9 +494,10 @@ def render_workers(status: Status) -> RenderableType:
 
 def _spent(status: Status) -> str:
     budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
+    disk = "" if status.disk_bytes is None else f", {status.disk_bytes / 1e6:,.0f} MB on disk"
     return (
         f"{_count(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
-        f"{status.gpu_hours_saved:.2f} saved by pruning"
+        f"{status.gpu_hours_saved:.2f} saved by pruning{disk}"
     )
 
 

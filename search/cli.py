@@ -447,8 +447,10 @@ def status(
 
         from dashboards.status import read_status, render, render_workers
         from search import slurm
+        from storage.runs import RunFolder, total_size
 
         engine, entry = _study(study)
+        runs = RunFolder(entry.name, entry.created)
 
         @lru_cache(maxsize=1)
         def tasks(array_jobs: tuple[str, ...], _: int) -> dict[str, int] | None:
@@ -456,6 +458,7 @@ def status(
 
         def now() -> "Status":
             status = read_status(engine, entry.study_id, entry.name)
+            status.disk_bytes = total_size(runs.files())
             # A controller serves the whole site: however often we look, ask it twice a minute.
             status.tasks = tasks(tuple(status.array_jobs), int(time.monotonic() / SLURM_SECONDS))
             return status
@@ -1010,6 +1013,34 @@ def db_restore(
         typer.echo(
             f"restored into {database.shown(engine.url)} as of {manifest.created}; search goes on"
         )
+
+
+@db_app.command("prune")
+def db_prune(
+    study: StudyName,
+    keep: Annotated[
+        int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
+    ] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
+) -> None:
+    """Remove files of a study that no longer matter; whatever can be resumed stays."""
+    with _errors_in_one_line():
+        from search.confirmation import recorded
+        from storage import prune
+        from storage.runs import RunFolder, total_size
+
+        engine, entry = _study(study)
+        runs = RunFolder(entry.name, entry.created)
+        # A confirmation is made of all its predictions.
+        kept = None if recorded(entry) else keep
+        files = sorted(prune.superfluous(engine, entry.study_id, runs, kept))
+        size = total_size(files) / 1e6
+        if dry_run:
+            for path in files:
+                typer.echo(path)
+        else:
+            prune.remove(files)
+        typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
 
 
 @db_app.command("upgrade")

@@ -1,10 +1,22 @@
 """The run folder: every path of a study on disk. Nobody else puts a file name together."""
 
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from storage.database import home
+
+
+def total_size(files: Iterable[Path]) -> int:
+    """Bytes of files, as far as they are still there."""
+    size = 0
+    for path in files:
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def make_private(folder: Path) -> None:
@@ -28,6 +40,11 @@ class RunFolder:
         """Make the folder, for its owner alone: predictions are nobody else's."""
         make_private(self.path)
         return self
+
+    def files(self) -> list[Path]:
+        """All that is in it; some may come and go meanwhile."""
+        # Unlike Path.rglob it is not surprised by a folder that has just been removed.
+        return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
 
     def checkpoints(self, trial_number: int) -> Path:
         """The folder of a trial's checkpoints."""

@@ -34,6 +34,7 @@ VERBS = {
     "db status": [],
     "db check": [],
     "db upgrade": [],
+    "db prune": ["tiny"],
     "db backup": ["atelier.tar"],
     "db restore": ["atelier.tar"],
     "user add": ["vera", "--password-file", "password.txt"],

@@ -1,14 +1,18 @@
 """What `status` and `logs` say of a study, as `atelier` prints it."""
 
 import json
+import os
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
 from storage import database, ledger
+from storage.runs import RunFolder
 from tests.integration.test_ledger import RESULT, make_study, make_worker
+from tests.studies import fill
 
 runner = CliRunner()
 SETTINGS = {"train": {"epochs": 4}, "space": {}}
@@ -84,3 +88,57 @@ def test_a_password_in_the_urls_query_is_shown_nowhere(engine, monkeypatch):
     with pytest.raises(database.DatabaseError) as caught:
         database.connect()
     assert "s3cret" not in str(caught.value)
+
+
+def test_disk_use_and_the_oldest_lease_that_nobody_has_taken_over(engine, home):
+    study = make_study(engine, settings=SETTINGS)
+    worker = make_worker(engine, study)
+    worker.claim()
+    status = json.loads(atelier("status", "s", "--json"))
+    assert (status["overdue_seconds"], status["disk_bytes"]) == (None, 0)
+    with engine.begin() as connection:
+        late = "UPDATE atelier.attempt SET lease_until = clock_timestamp() - interval '200 s'"
+        connection.execute(sa.text(late))
+    folder = RunFolder("s", ledger.study_entry(engine, "s").created).checkpoints(0)
+    folder.mkdir(parents=True)
+    (folder / "x.pt").write_bytes(bytes(2_000_000))
+    status = json.loads(atelier("status", "s", "--json"))
+    assert status["overdue_seconds"] == pytest.approx(200, abs=100)
+    assert status["disk_bytes"] == 2_000_000
+    shown = " ".join(atelier("status", "s").split())
+    assert "a lease ended 3 min" in shown
+    assert "2 MB on disk" in shown
+
+
+def test_prune_removes_what_no_longer_matters_and_nothing_else(engine, home):
+    states = ["complete", "complete", "pruned", "running", "complete"]
+    fill(engine, states, epochs=5, name="s")
+    runs = RunFolder("s", ledger.study_entry(engine, "s").created)
+    best = max((0, 1, 4), key=lambda number: ledger.curve(engine, 1, number)[-1])
+    worse = [number for number in (0, 1, 4) if number != best]
+    keep = [
+        runs.checkpoints(3) / "attempt-0001-epoch-0001-step-00000001.pt",
+        runs.checkpoints(3) / ".being-written",
+        runs.predictions(best),
+        runs.predictions(3),  # its worker is about to finish it
+        runs.logs / "1.log",
+    ]
+    remove = [
+        runs.checkpoints(3) / "attempt-0001-epoch-0002-step-00000002.pt.damaged",
+        runs.checkpoints(3) / ".abandoned",
+        runs.checkpoints(2) / "attempt-0001-epoch-0001-step-00000001.pt",
+        runs.checkpoints(7) / "attempt-0001-epoch-0001-step-00000001.pt",  # of no trial
+        *map(runs.predictions, (*worse, 2)),
+    ]
+    for path in (*keep, *remove):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 1000)
+    os.utime(runs.checkpoints(3) / ".abandoned", (0, 0))
+    *listed, said = atelier("db", "prune", "s", "--keep", "1", "--dry-run").splitlines()
+    assert listed == sorted(map(str, remove))
+    assert said == "7 files, 0.0 MB: would be removed"
+    assert all(path.exists() for path in (*keep, *remove))
+    assert atelier("db", "prune", "s", "--keep", "1") == "7 files, 0.0 MB: removed\n"
+    assert sorted(runs.files()) == sorted(keep)
+    assert not runs.checkpoints(2).exists()
+    assert atelier("db", "prune", "s", "--keep", "1") == "0 files, 0.0 MB: removed\n"
