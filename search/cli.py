@@ -73,7 +73,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except Exception as error:
+    except Exception as error:  # `one_line` tells the user's from ours, which are raised again
         line = one_line(error)
         if line is None:
             raise

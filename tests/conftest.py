@@ -91,18 +91,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     embedded.stop()
 
 
-@pytest.fixture
-def database_url(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty database of this test's own, and the environment variable that names it."""
+def empty_database(server: str, name: str) -> str:
+    """The URL of a database that has just been made, in place of one of that name."""
     url = make_url(server)
-    name = f"test_{abs(hash(request.node.nodeid)):x}"
     connection = psycopg2.connect(host=url.query["host"], user="postgres", dbname="postgres")
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         cursor.execute(f"CREATE DATABASE {name} OWNER {url.username}")
     connection.close()
-    text = url.set(database=name).render_as_string(hide_password=False)
+    return url.set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def database_url(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty database of this test's own, and the environment variable that names it."""
+    text = empty_database(server, f"test_{abs(hash(request.node.nodeid)):x}")
     monkeypatch.setenv("ATELIER_DATABASE_URL", text)
     return text
 

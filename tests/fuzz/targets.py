@@ -90,7 +90,7 @@ class Target:
         path.write_bytes(data)
         try:
             self.read(path)
-        except Exception as error:
+        except Exception as error:  # as the command line does; what is no user's is raised again
             line = one_line(error)
             if line is None:
                 raise

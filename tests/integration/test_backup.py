@@ -5,7 +5,6 @@ import shutil
 import tarfile
 
 import optuna
-import psycopg2
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
@@ -17,6 +16,7 @@ from storage import backup, database, ledger
 from storage.backup import BackupError
 from storage.ledger import LeaseLost
 from storage.models import Attempt
+from tests.conftest import empty_database
 from tests.integration import test_ledger
 from tests.integration.test_wrong_input import downgrade
 from tests.studies import fill
@@ -31,17 +31,10 @@ def elsewhere(server, tmp_path, monkeypatch):
 
     def go():
         name = f"elsewhere_{len(made)}_{tmp_path.name.replace('-', '_').lower()}"[:60]
-        url = make_url(server)
-        connection = psycopg2.connect(host=url.query["host"], user="postgres", dbname="postgres")
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-            cursor.execute(f"CREATE DATABASE {name} OWNER {url.username}")
-        connection.close()
-        other = url.set(database=name)
-        monkeypatch.setenv("ATELIER_DATABASE_URL", other.render_as_string(hide_password=False))
+        text = empty_database(server, name)
+        monkeypatch.setenv("ATELIER_DATABASE_URL", text)
         monkeypatch.setenv("ATELIER_HOME", str(tmp_path / name))
-        made.append(database.connect(other))
+        made.append(database.connect(make_url(text)))
         return made[-1]
 
     yield go
