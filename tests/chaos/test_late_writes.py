@@ -36,7 +36,7 @@ class Paused:
                 self.ledger.record(self.claim, RESULT | {"epoch": self.recorded}, 0.5)
                 self.recorded += 1
                 self.begun.set()
-        except LeaseLost:
+        except (LeaseLost, FileNotFoundError):  # a successor sweeps away what is half written
             self.begun.set()
 
     def late_writes(self):
