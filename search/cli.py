@@ -1,5 +1,6 @@
 """The `atelier` command. Each verb imports what it needs, so that login nodes load no torch."""
 
+import errno
 import logging
 import os
 import shlex
@@ -83,6 +84,12 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def one_line(error: Exception) -> str | None:
     """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
+        from storage.database import home
+
+        return printable(
+            f"{error.strerror}; free some, or set ATELIER_HOME (now {home()}) to another disk"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         from storage.database import home
 

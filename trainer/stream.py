@@ -67,10 +67,14 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
     partial = path.with_suffix(".partial")
     shape = (len(split), 3, size, size)
     try:
-        images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for index, name in enumerate(split.paths):
-            images[index] = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
-        images.flush()
+        with partial.open("wb") as file:  # not mapped: a full disk would end the process by SIGBUS
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for name in split.paths:
+                image = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
+                file.write(image.numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from search.replay import Replayed
 from search.score import score
 from search.study import StudyFile
+from storage.ledger import RESTORED
 from storage.runs import RunFolder, artifacts, image_cache
 from trainer.config import EpochResult
 from trainer.loop import train
@@ -32,7 +33,7 @@ class Trial:
     params: dict[str, Any] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
     told: list[tuple[int, float]] = field(default_factory=list)  # Optuna's intermediate values
-    attempts: list[Any] = field(default_factory=list)
+    attempts: list[Any] = field(default_factory=list)  # each with the `process` of its worker
     epochs: list[Any] = field(default_factory=list)
 
 
@@ -83,7 +84,8 @@ def gather(connection: sa.Connection, file: StudyFile) -> Evidence:
         trials[row.trial_id].values.append(row.value)
     for row in rows(f"SELECT * FROM public.trial_intermediate_values {own} ORDER BY step"):
         trials[row.trial_id].told.append((row.step, row.intermediate_value))
-    for row in rows(f"SELECT * FROM atelier.attempt {own} ORDER BY number"):
+    workers = "JOIN (SELECT id AS worker_id, process FROM atelier.worker) AS w USING (worker_id)"
+    for row in rows(f"SELECT * FROM atelier.attempt {workers} {own} ORDER BY number"):
         trials[row.trial_id].attempts.append(row)
     for row in rows(f"SELECT * FROM atelier.epoch {own} ORDER BY epoch"):
         trials[row.trial_id].epochs.append(row)
@@ -117,6 +119,16 @@ def nobody_held_what_another_held(evidence: Evidence, _: References) -> Iterator
         for one, other in zip(trial.attempts, trial.attempts[1:], strict=False):
             if one.released is None or other.claimed < one.released:
                 yield f"trial {trial.number}: attempt {other.number} began before {one.number} had ended"
+            if one.outcome == "lost" and other.claimed < one.lease_until and not _knows(other, one):
+                yield f"trial {trial.number}: {other.number} did not wait for the lease of {one.number}"
+
+
+def _knows(other: Any, one: Any) -> bool:
+    """Whether the worker of an attempt can tell if that of the one before still lives."""
+    if one.reason == RESTORED:
+        return True
+    machine, _, _ = one.process.rsplit(":", 2)  # pid and start follow
+    return bool(other.process.startswith(machine + ":"))
 
 
 def each_attempt_ended_once(evidence: Evidence, _: References) -> Iterator[str]:

@@ -10,6 +10,7 @@ checker.py says whether anything was lost.
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -27,12 +28,13 @@ import psutil
 import psycopg2
 from sqlalchemy.engine import make_url
 
+from search.exit_codes import ExitCode
 from search.study import load_study_file
 from storage import database
 from storage.embedded import EmbeddedPostgres
 from tests.chaos.checker import References, gather, violations
 from tests.chaos.proxy import Mode, Proxy
-from tests.chaos.worker import LEASE_SECONDS
+from tests.chaos.worker import CLOCK_VARIABLE, LEASE_SECONDS
 from trainer.demo import write_demo
 
 SEEDS = (1, 2, 3)
@@ -41,6 +43,8 @@ WORKERS = (("a", "1"), ("a", "2"), ("b", "1"))  # host and --pack of each
 ALONE = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
 PATIENCE = 300  # seconds for a study to end once nothing disturbs it
 EXTRA_TRIALS = 3  # that are still begun after that
+# How a worker may end: for want of trials or space, asked to, or killed. Else the fault is its own.
+ENDS = {ExitCode.DONE, ExitCode.WRONG_INPUT, ExitCode.STOPPED, -signal.SIGTERM, -signal.SIGKILL}
 
 STUDY = """
 [study]
@@ -70,7 +74,8 @@ class Host:
 
     def __init__(self, name: str, socket: str, user: str, home: Path) -> None:
         self.name, self.network = name, Proxy(socket)
-        own_names = [*ALONE, "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
+        # The shell stays, and exits with 128 + the signal that has ended the worker.
+        own_names = [*ALONE, "sh", "-c", f'hostname {name} && "$@"; exit $?', "sh"]
         self._prefix = own_names if name != "a" and os.geteuid() == 0 else []
         self.environment = os.environ | {
             "ATELIER_HOME": str(home),
@@ -78,13 +83,13 @@ class Host:
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, study: Path, pack: str, log: Path) -> subprocess.Popen[bytes]:
-        """A worker."""
+    def start(self, study: Path, pack: str, log: Path, clock: Path) -> subprocess.Popen[bytes]:
+        """A worker, whose time of day is off by what the file `clock` says."""
         command = [sys.executable, "-m", "tests.chaos.worker", "worker", str(study), "--pack", pack]
         with log.open("ab") as output:
             return subprocess.Popen(
                 [*self._prefix, *command],
-                env=self.environment,
+                env=self.environment | {CLOCK_VARIABLE: str(clock)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -97,18 +102,32 @@ class Place:
 
     def __init__(self, host: Host, pack: str, log: Path) -> None:
         self.host, self.pack, self.log = host, pack, log
+        self.clock = log.with_suffix(".clock")
+        self.set_clock(0)
         self._process: subprocess.Popen[bytes] | None = None
         self.paused = False
+        self.ends: Counter[int] = Counter()  # exit codes
 
     def tend(self, study: Path) -> None:
         """See to it that a worker runs here."""
-        if self._process is None or self._process.poll() is not None:
+        if not self.has_worker():
             self.paused = False
-            self._process = self.host.start(study, self.pack, self.log)
+            self._process = self.host.start(study, self.pack, self.log, self.clock)
+
+    def has_worker(self) -> bool:
+        """Whether one runs; notes how it has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self.ends[128 - code if code > 128 else code] += 1
+            self._process = None
+        return self._process is not None
+
+    def set_clock(self, offset: int) -> None:
+        """Let the worker's time of day be off by so many seconds."""
+        self.clock.write_text(str(offset))
 
     def signal(self, number: int) -> bool:
         """Send it to the worker itself, not to what put it into its namespace."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.has_worker():
             return False
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self._process.pid)
@@ -155,31 +174,42 @@ class Chaos:
             "network cut": lambda: self.disturb("cut"),
             "network hung": lambda: self.disturb("hung"),
             "network slow": lambda: self.disturb("slow"),
-            "disk full": self.fill_disk,
             "checkpoint damaged": self.damage,
+            "clock jumped": self.set_clock,
         }
+        if os.geteuid() == 0:
+            self.faults["disk full"] = self.fill_disk
 
     def run(self, seconds: float) -> None:
-        """Break things for so long, then let the study end. Raises TimeoutError."""
+        """Break things for so long, then let the study and its workers end. Raises TimeoutError."""
         end, next_fault = time.monotonic() + seconds, 0.0
         while (now := time.monotonic()) < end:
             self._tend(now)
             if now >= next_fault and self.trials():
-                name = self.random.choice(list(self.faults))
-                if self.faults[name]():
-                    self.count[name] += 1
-                next_fault = now + self.random.uniform(0.5, 4)
+                self._break_something()
+                next_fault = now + self.random.uniform(0.3, 3)
             time.sleep(0.1)
-        self._tend(float("inf"))
+        self._tend(math.inf)
         max_trials = self._limit()
         deadline = time.monotonic() + PATIENCE
         while self.trials("state IN ('COMPLETE', 'PRUNED', 'FAIL')") < max_trials:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the study does not end; the workers' logs are in {self.places[0].log.parent}"
-                )
+            self._wait(deadline, "the study does not end")
             self._tend(time.monotonic())
-            time.sleep(0.5)
+        while any(place.has_worker() for place in self.places):
+            self._wait(deadline, "a worker does not end")
+
+    def _break_something(self) -> None:
+        """What is possible and was done least so far."""
+        names = self.random.sample([*self.faults], len(self.faults))
+        for name in sorted(names, key=self.count.__getitem__):
+            if self.faults[name]():
+                self.count[name] += 1
+                return
+
+    def _wait(self, deadline: float, reason: str) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{reason}; the workers' logs are in {self.places[0].log.parent}")
+        time.sleep(0.5)
 
     def _tend(self, now: float) -> None:
         for place in self.places:
@@ -217,6 +247,11 @@ class Chaos:
         self._after(LEASE_SECONDS + self.random.uniform(0.5, 4), go_on)
         return True
 
+    def set_clock(self) -> bool:
+        """Let a worker's clock jump, by up to a day, and stay there."""
+        self.random.choice(self.places).set_clock(self.random.randint(-86400, 86400))
+        return True
+
     def kill_server(self) -> bool:
         pid = int((self.server.data / "postmaster.pid").read_text().split()[0])
         os.kill(pid, signal.SIGKILL)
@@ -248,7 +283,7 @@ class Chaos:
 
     def fill_disk(self) -> bool:
         ballast = self.home / "ballast"
-        if ballast.exists() or not os.path.ismount(self.home):
+        if ballast.exists():
             return False
         with suppress(OSError), ballast.open("wb") as file:
             while True:
@@ -267,14 +302,14 @@ class Chaos:
         digests = sorted(self.random.choice(folders).glob("*.pt.sha256"))
         if not digests:
             return False
-        newest = digests[-1].with_suffix("")
+        path = digests[-1] if self.random.random() < 0.2 else digests[-1].with_suffix("")
         with suppress(OSError):
-            data = bytearray(newest.read_bytes())
+            data = bytearray(path.read_bytes())
             if self.random.random() < 0.5:
                 data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
             else:
                 del data[self.random.randrange(len(data)) :]
-            newest.write_bytes(data)
+            path.write_bytes(data)
             return True
         return False
 
@@ -321,12 +356,12 @@ class Chaos:
 
 
 @contextmanager
-def small_disk(path: Path) -> Iterator[None]:
+def small_disk(path: Path, size: str) -> Iterator[None]:
     """A disk that can be filled, where this user may mount one."""
     path.mkdir()
     mounted = os.geteuid() == 0
     if mounted:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(path)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)], check=True)
     try:
         yield
     finally:
@@ -340,7 +375,7 @@ def survive(
     """One study under the faults of a seed: what was done, and what did not hold."""
     chaos = Chaos(folder, data, seed, server)
     os.environ["ATELIER_HOME"] = str(chaos.home)
-    with small_disk(chaos.home):
+    with small_disk(chaos.home, DISK):
         try:
             chaos.run(seconds)
         finally:
@@ -350,13 +385,15 @@ def survive(
             evidence = gather(connection, load_study_file(chaos.study, []))
         engine.dispose()
         found = violations(evidence, References())
-    states = Counter(trial.state for trial in evidence.trials)
+    ends: Counter[int] = sum((place.ends for place in chaos.places), Counter())
+    found += [f"{ends[code]} workers ended with {code}" for code in set(ends) - ENDS]
     return {
         "seed": seed,
         "faults": dict(chaos.count),
-        "trials": dict(states),
+        "trials": dict(Counter(trial.state for trial in evidence.trials)),
         "attempts": sum(len(trial.attempts) for trial in evidence.trials),
-        "violations": found,
+        "workers": dict(ends),
+        "violations": found + [f"never: {name}" for name in chaos.faults if not chaos.count[name]],
     }
 
 

@@ -135,6 +135,21 @@ def test_what_is_planted_in_the_database_is_found(ended, planted):
     assert rules <= ended.broken()
 
 
+@pytest.mark.parametrize(("lease", "rules"), [(-1, set()), (1, {"nobody_held_what_another_held"})])
+def test_a_successor_that_did_not_wait_for_the_lease_is_found(ended, lease, rules):
+    for statement in (
+        "INSERT INTO atelier.worker (id, host, pid, process) VALUES ('b', 'b', 1, 'b:1:1')",
+        f"UPDATE atelier.attempt SET number = 2 WHERE trial_id = {FIRST}",
+        f"UPDATE atelier.epoch SET attempt = 2 WHERE trial_id = {FIRST}",
+        "INSERT INTO atelier.attempt SELECT trial_id, 1, study_id, 'b', "
+        "claimed - interval '2 s', claimed - interval '1 s', "
+        f"claimed + interval '{lease} ms', claimed - interval '1 s', 'lost' "
+        f"FROM atelier.attempt WHERE trial_id = {FIRST}",
+    ):
+        assert ended.connection.execute(sa.text(statement)).rowcount != 0
+    assert ended.broken() == rules
+
+
 @pytest.mark.parametrize("column", ["train_loss", "val_accuracy", "val_log_loss", "lr"])
 def test_a_curve_that_is_off_by_one_bit_is_found(ended, column):
     where = f"WHERE trial_id = {FIRST} AND epoch = 2"

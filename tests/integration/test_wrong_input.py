@@ -4,6 +4,8 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from search.cli import app
 from search.study import InputError, load_study_file, open_study
 from storage import database, ledger
+from tests.chaos.harness import small_disk
 from tests.studies import fill
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
@@ -431,6 +434,21 @@ def test_a_home_that_cannot_be_used(folder, study_text, tmp_path, monkeypatch):
             result = runner.invoke(app, command)
             assert_one_line(result, "cannot use")
     assert [item.name for item in folder.iterdir()] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk(folder, tiny):
+    config = {"train": tiny.model_dump(exclude_none=True)}
+    (folder / "c.toml").write_text(tomli_w.dumps(config))
+    command = [sys.executable, "-m", "search", "train", str(folder / "c.toml")]
+    with small_disk(folder / "full", "256k"):
+        environment = os.environ | {"ATELIER_HOME": str(folder / "full")}
+        # In a process of its own, which a write to a mapped file would end by a signal.
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        left = [path for path in (folder / "full").rglob("*") if path.suffix not in ("", ".lock")]
+    assert result.returncode == 2, result.stderr
+    assert "error: No space left on device; free some" in result.stderr.splitlines()[-1]
+    assert left == []
 
 
 def test_a_longer_warmup_than_the_run(folder, tiny):
