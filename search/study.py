@@ -18,6 +18,7 @@ from dashboards.note import leave_note
 from search.pruner import OptunaPruner, Pruner, RungPruner
 from search.score import Kind
 from storage import ledger
+from storage.database import retrying
 from trainer.config import TUNABLE, TrainConfig
 from trainer.dataset import Dataset
 
@@ -424,6 +425,7 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     return list(model.model_fields)
 
 
+@retrying
 def open_study(
     file: StudyFile,
     engine: sa.Engine,
@@ -451,6 +453,8 @@ def open_study(
         load_if_exists=True,
         sampler=file.make_sampler(),
     )
+    if existing is None:  # first, so that what is on record has its note
+        leave_note(study)
     hours = file.study.max_gpu_hours
     changeable = {
         "max_trials": file.study.max_trials,
@@ -464,8 +468,6 @@ def open_study(
         attributes=dataset.attribute_table("val"),
         **changeable,
     )
-    if existing is None:
-        leave_note(study)
     entry = _entered(engine, name)
     _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
     if lead:
