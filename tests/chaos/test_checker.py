@@ -15,7 +15,7 @@ from search.study import StudyFile, load_study_file
 from storage import database
 from storage.runs import artifacts
 from tests.chaos.checker import References, gather, violations
-from tests.chaos.harness import STUDY
+from tests.chaos.search import STUDY
 from trainer.predictions import Predictions
 
 TRIALS = 4
@@ -47,7 +47,7 @@ def engine(server, demo, tmp_path_factory):
         patch.setenv("ATELIER_HOME", str(folder / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")
         study = folder / "study.toml"
-        study.write_text(STUDY.format(seed=0, data=demo).replace("100000", str(TRIALS)))
+        study.write_text(STUDY.format(name="ended", data=demo).replace("100000", str(TRIALS)))
         subprocess.run(
             [sys.executable, "-m", "search", "worker", str(study)], check=True, env=os.environ
         )

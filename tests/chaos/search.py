@@ -1,0 +1,239 @@
+"""A search to be disturbed: real workers on hosts of their own, each with its way to the database."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import psycopg2
+from sqlalchemy.engine import make_url
+
+from search.exit_codes import ExitCode
+from search.study import load_study_file
+from storage import database
+from tests.chaos.checker import Evidence, References, gather, violations
+from tests.chaos.proxy import Proxy
+from tests.chaos.worker import CLOCK_VARIABLE
+
+PATIENCE = 300  # seconds for a study to end once nothing disturbs it
+ALONE = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
+# How a worker may end: for want of trials or space, asked to, or killed. Else the fault is its own.
+ENDS = {ExitCode.DONE, ExitCode.WRONG_INPUT, ExitCode.STOPPED, -signal.SIGTERM, -signal.SIGKILL}
+
+STUDY = """
+[study]
+name = "{name}"
+max_trials = 100000
+sampler = "random"
+pruner = "asha"
+rungs = [1]
+
+[space]
+lr = [1e-3, 3e-3]
+batch_size = [64, 128]
+
+[train]
+data = "{data}"
+backbone = "resnet10t"
+weights = "none"
+trainable = "head"
+image_size = 32
+epochs = 4
+warmup_epochs = 1
+"""
+
+
+class Host:
+    """A machine as the others see it: its process ids and name are its own, if root asks for them."""
+
+    def __init__(self, name: str, socket: str, user: str, home: Path) -> None:
+        self.network = Proxy(socket)
+        # The shell stays, and exits with 128 + the signal that has ended the worker.
+        own_names = [*ALONE, "sh", "-c", f'hostname {name} && "$@"; exit $?', "sh"]
+        self._prefix = own_names if name != "a" and os.geteuid() == 0 else []
+        self.environment = os.environ | {
+            "ATELIER_HOME": str(home),
+            "ATELIER_DATABASE_URL": f"postgresql://{user}@127.0.0.1:{self.network.port}/atelier",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, study: Path, pack: str, log: Path, clock: Path) -> subprocess.Popen[bytes]:
+        """A worker, whose time of day is off by what the file `clock` says."""
+        command = [sys.executable, "-m", "tests.chaos.worker", "worker", str(study), "--pack", pack]
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [*self._prefix, *command],
+                env=self.environment | {CLOCK_VARIABLE: str(clock)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+
+class Place:
+    """Where a worker runs; one that has ended is replaced."""
+
+    def __init__(self, host: Host, pack: str, log: Path) -> None:
+        self.host, self.pack, self.log = host, pack, log
+        self.clock = log.with_suffix(".clock")
+        self.set_clock(0)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.paused = False
+        self.ends: Counter[int] = Counter()  # exit codes
+
+    def tend(self, study: Path) -> None:
+        """See to it that a worker runs here."""
+        if not self.has_worker():
+            self.paused = False
+            self._process = self.host.start(study, self.pack, self.log, self.clock)
+
+    def has_worker(self) -> bool:
+        """Whether one runs; notes how it has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self.ends[128 - code if code > 128 else code] += 1
+            self._process = None
+        return self._process is not None
+
+    def set_clock(self, offset: int) -> None:
+        """Let the worker's time of day be off by so many seconds."""
+        self.clock.write_text(str(offset))
+
+    def signal(self, number: int) -> bool:
+        """Send it to the worker itself, not to what put it into its namespace."""
+        if self._process is None or not self.has_worker():
+            return False
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self._process.pid)
+            for one in (parent, *parent.children(recursive=True)):
+                if one.cmdline()[1:3] == ["-m", "tests.chaos.worker"]:
+                    one.send_signal(number)
+                    return True
+        return False
+
+    def end(self) -> None:
+        """Kill it, whatever it does."""
+        if self._process is not None:
+            self.signal(signal.SIGKILL)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class Search:
+    """One study, its workers, and the database under it.
+
+    `workers` are the host and `--pack` of each. What is written goes to `folder`, `home` and `url`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        study: Path,
+        home: Path,
+        url: str,
+        workers: Sequence[tuple[str, str]],
+    ) -> None:
+        self.study, self.home, self._url = study, home, make_url(url)
+        socket = f"{self._url.query['host']}/.s.PGSQL.{self._url.query.get('port', 5432)}"
+        user = self._url.username or ""
+        self.hosts = {name: Host(name, socket, user, home) for name, _ in workers}
+        self.logs = folder
+        self.logs.mkdir()
+        self.places = [
+            Place(self.hosts[host], pack, self.logs / f"{number}-{host}.log")
+            for number, (host, pack) in enumerate(workers)
+        ]
+
+    def tend(self) -> None:
+        """Replace the workers that have ended."""
+        for place in self.places:
+            place.tend(self.study)
+
+    def end(self, more: int) -> None:
+        """Allow so many further trials, and wait for the end of all and of the workers.
+
+        Raises TimeoutError.
+        """
+        max_trials = self._allow(more)
+        deadline = time.monotonic() + PATIENCE
+        while self.trials("state IN ('COMPLETE', 'PRUNED', 'FAIL')") < max_trials:
+            self._wait(deadline, "the study does not end")
+            self.tend()
+        while any(place.has_worker() for place in self.places):
+            self._wait(deadline, "a worker does not end")
+
+    def _wait(self, deadline: float, reason: str) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{reason}; the workers' logs are in {self.logs}")
+        time.sleep(0.5)
+
+    def close(self) -> None:
+        """Kill the workers."""
+        for place in self.places:
+            place.end()
+        for host in self.hosts.values():
+            host.network.close()
+
+    @property
+    def ends(self) -> Counter[int]:
+        """The workers' exit codes; that of a signal is negative."""
+        return sum((place.ends for place in self.places), Counter())
+
+    def judge(self, references: References) -> tuple[Evidence, list[str]]:
+        """All that is on record, and what does not hold."""
+        os.environ["ATELIER_HOME"] = str(self.home)
+        engine = database.connect(self._url)
+        with engine.connect() as connection:
+            evidence = gather(connection, load_study_file(self.study, []))
+        engine.dispose()
+        found = violations(evidence, references)
+        found += [f"{self.ends[code]} workers ended with {code}" for code in set(self.ends) - ENDS]
+        return evidence, found
+
+    @contextmanager
+    def connection(self) -> Iterator["psycopg2.extensions.cursor"]:
+        """Past the disturbed networks."""
+        connection = psycopg2.connect(
+            host=self._url.query["host"], user=self._url.username, dbname=self._url.database
+        )
+        try:
+            with connection, connection.cursor() as cursor:
+                yield cursor
+        finally:
+            connection.close()
+
+    def trials(self, condition: str = "true") -> int:
+        """How many there are in this study."""
+        with suppress(psycopg2.errors.UndefinedTable), self.connection() as cursor:
+            cursor.execute(
+                "SELECT count(*) FROM public.trials JOIN public.studies USING (study_id) "
+                f"WHERE study_name = %s AND {condition}",
+                (self.study.stem,),
+            )
+            return int(cursor.fetchone()[0])
+        return 0
+
+    def _allow(self, more: int) -> int:
+        """Allow some trials more than there are. Returns how many that is in all."""
+        with self.connection() as cursor:
+            # Claims hold this row while they count.
+            name = "(SELECT study_id FROM public.studies WHERE study_name = %s)"
+            cursor.execute(
+                f"SELECT 1 FROM atelier.study WHERE study_id = {name} FOR UPDATE", (self.study.stem,)
+            )
+            cursor.execute(
+                f"SELECT count(*) FROM public.trials WHERE study_id = {name}", (self.study.stem,)
+            )
+            wanted = int(cursor.fetchone()[0]) + more
+            cursor.execute(
+                f"UPDATE atelier.study SET max_trials = %s WHERE study_id = {name}",
+                (wanted, self.study.stem),
+            )
+        return wanted
