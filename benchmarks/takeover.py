@@ -1,0 +1,98 @@
+"""How long a trial is left alone when its worker dies where nobody can see it: on another host.
+
+    python -m benchmarks.takeover [--trials 200]
+
+Each of so many processes holds a trial with the default lease and renewal, and is killed at a random
+moment; one other worker, which cannot tell who lives, asks for a trial as often as a worker with a free
+place does. Nothing is trained. The server is an embedded PostgreSQL in a temporary folder.
+"""
+
+import argparse
+import math
+import multiprocessing
+import random
+import statistics
+import threading
+import time
+from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Semaphore
+
+import sqlalchemy as sa
+from sqlalchemy.orm import aliased
+
+from benchmarks.server import temporary_home
+from storage import database
+from storage.ledger import LEASE_SECONDS, RENEW_SECONDS, LeaseKeeper, Ledger
+from storage.models import Attempt, Worker
+from tests.studies import fill
+
+SPREAD = 300.0  # seconds in which the processes are killed
+
+
+def hold(study_id: int, ready: Semaphore) -> None:
+    """Claim a trial and keep it until the end of this process."""
+    engine = database.connect()
+    ledger = Ledger(engine, database.optuna_storage(engine), study_id, judge=lambda _: {})
+    ledger.register()
+    claim = ledger.claim()
+    assert claim is not None
+    with LeaseKeeper(ledger) as keeper:
+        keeper.hold(claim)
+        ready.release()
+        while True:
+            time.sleep(1000)
+
+
+def kill(holders: list[BaseProcess], died: dict[int, datetime]) -> None:
+    """Kill one after another, at random moments."""
+    deaths = sorted(random.uniform(0, SPREAD) for _ in holders)
+    for holder, before, death in zip(holders, [0.0, *deaths], deaths, strict=False):
+        time.sleep(death - before)
+        assert holder.pid is not None
+        died[holder.pid] = datetime.now(UTC)
+        holder.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trials", type=int, default=200)
+    count = parser.parse_args().trials
+    with temporary_home():
+        engine = database.connect()
+        study_id = fill(engine, [], name="takeover", max_trials=count)
+        engine.dispose()  # before the fork
+        context = multiprocessing.get_context("fork")
+        ready = context.Semaphore(0)
+        holders = [context.Process(target=hold, args=(study_id, ready)) for _ in range(count)]
+        for holder in holders:
+            holder.start()
+        for _ in holders:
+            ready.acquire()
+        died: dict[int, datetime] = {}
+        threading.Thread(target=kill, args=(holders, died), daemon=True).start()
+        other = Ledger(engine, database.optuna_storage(engine), study_id, judge=lambda _: {})
+        other.register()
+        taken: list[int] = []
+        while len(taken) < count:
+            time.sleep(RENEW_SECONDS)
+            while claim := other.claim(taken):
+                taken.append(claim.trial_id)
+        new = aliased(Attempt)
+        query = (
+            sa.select(Worker.pid, new.claimed)
+            .join(Attempt, Attempt.worker_id == Worker.id)
+            .join(new, (new.trial_id == Attempt.trial_id) & (new.number == 2))
+            .where(Attempt.number == 1)
+        )
+        with engine.connect() as connection:
+            waits = sorted((at - died[pid]).total_seconds() for pid, at in connection.execute(query))
+    print(
+        f"{len(waits)} trials taken over after {waits[0]:.0f} to {waits[-1]:.0f} s: median "
+        f"{statistics.median(waits):.0f}, p95 {waits[math.ceil(0.95 * len(waits)) - 1]:.0f} "
+        f"(lease {LEASE_SECONDS:.0f} s, renewed and asked for every {RENEW_SECONDS:.0f} s)"
+    )
+
+
+if __name__ == "__main__":
+    main()
