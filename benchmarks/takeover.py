@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
 
+import optuna
 import sqlalchemy as sa
 from sqlalchemy.orm import aliased
 
@@ -30,10 +31,9 @@ from tests.studies import fill
 SPREAD = 300.0  # seconds in which the processes are killed
 
 
-def hold(study_id: int, ready: Semaphore) -> None:
+def hold(study_id: int, storage: optuna.storages.BaseStorage, ready: Semaphore) -> None:
     """Claim a trial and keep it until the end of this process."""
-    engine = database.connect()
-    ledger = Ledger(engine, database.optuna_storage(engine), study_id, judge=lambda _: {})
+    ledger = Ledger(database.connect(), storage, study_id, judge=lambda _: {})
     ledger.register()
     claim = ledger.claim()
     assert claim is not None
@@ -60,18 +60,20 @@ def main() -> None:
     count = parser.parse_args().trials
     with temporary_home():
         engine = database.connect()
-        study_id = fill(engine, [], name="takeover", max_trials=count)
+        storage = database.prepare(engine)
+        study_id = fill(engine, ["waiting"] * count, name="takeover", max_trials=count)
         engine.dispose()  # before the fork
+        storage._backend.engine.dispose()  # type: ignore[attr-defined]
         context = multiprocessing.get_context("fork")
         ready = context.Semaphore(0)
-        holders = [context.Process(target=hold, args=(study_id, ready)) for _ in range(count)]
+        holders = [context.Process(target=hold, args=(study_id, storage, ready)) for _ in range(count)]
         for holder in holders:
             holder.start()
         for _ in holders:
             ready.acquire()
         died: dict[int, datetime] = {}
         threading.Thread(target=kill, args=(holders, died), daemon=True).start()
-        other = Ledger(engine, database.optuna_storage(engine), study_id, judge=lambda _: {})
+        other = Ledger(engine, storage, study_id, judge=lambda _: {})
         other.register()
         taken: list[int] = []
         while len(taken) < count:

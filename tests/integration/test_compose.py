@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 import yaml
+from sqlalchemy.engine import make_url
 
 from dashboards.accounts import Accounts
-from storage.embedded import EmbeddedPostgres
-from tests.conftest import PASSWORD, free_port
+from storage import backup, database
+from tests.conftest import PASSWORD, empty_database, free_port
 from tests.studies import fill
 
 ROOT = Path(__file__).parents[2]
@@ -79,17 +80,14 @@ def environment(tmp_path, engine):
     """A service's environment, with this test's places for the container's."""
 
     def make(service):
-        host, port = engine.url.query["host"], engine.url.query.get("port", "5432")
         here = {
             "ATELIER_DATABASE_URL": engine.url.set(drivername="postgresql").render_as_string(),
             "ATELIER_HOME": str(tmp_path / "home"),
             "PGPASSFILE": str(tmp_path / "pgpass"),
-            "PGHOST": host,
-            "PGDATABASE": engine.url.database,
             "FOLDER": str(tmp_path / "backup"),
         }
         kept = {name: here.get(name, value) for name, value in SERVICES[service]["environment"].items()}
-        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PGPORT": port} | kept
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | kept
 
     return make
 
@@ -121,14 +119,15 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     assert server.wait(30) == 0
 
 
-def test_the_backup_service_writes_a_dump_that_can_be_restored(environment, engine, tmp_path):
+def test_the_backup_service_writes_what_can_be_restored(
+    environment, engine, tmp_path, server, monkeypatch
+):
     study = fill(engine, ["complete", "pruned"], epochs=5)
     variables = environment("backup")
-    programs = EmbeddedPostgres(tmp_path)._binaries()
-    variables["PATH"] = f"{programs}:{variables['PATH']}"
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     folder = Path(variables["FOLDER"])
     folder.mkdir()
-    old = folder / "atelier-20200101-000000.dump"
+    old = folder / "atelier-20200101-000000.tar"
     old.touch()
     os.utime(old, (0, 0))
     words = [word.replace("$$", "$") for word in SERVICES["backup"]["entrypoint"]]
@@ -136,23 +135,25 @@ def test_the_backup_service_writes_a_dump_that_can_be_restored(environment, engi
         words, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     said = process.stdout.readline()
+    while old.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # bash, and the sleep that it waits for
     process.wait()
     process.stdout.close()
-    [dump] = folder.iterdir()  # the old one has gone, and nothing half-written is there
-    assert said == f"wrote {dump}\n"
-    with engine.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA atelier, public CASCADE; CREATE SCHEMA public"))
-    restore = ["pg_restore", "--dbname", engine.url.database, "--no-owner", "--no-privileges", str(dump)]
-    result = subprocess.run(restore, env=variables, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    with engine.connect() as connection:
+    [archive] = folder.iterdir()  # nothing half-written is there
+    assert said.startswith(f"{archive}: ")
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "other"))
+    other = database.connect(make_url(empty_database(server, "from_compose")))
+    backup.restore(other, archive)
+    with other.connect() as connection:
         query = sa.text("SELECT count(*) FROM atelier.epoch WHERE study_id = :i")
         assert connection.scalar(query, {"i": study}) == 6
+    other.dispose()
 
 
 def test_the_commands_in_its_head_work(environment, tmp_path):
-    head = COMPOSE.read_text().split("services:")[0]
+    head = COMPOSE.read_text().split("x-atelier:")[0]
     [line] = [line for line in head.splitlines() if "user add" in line]
     words = shlex.split(line.split("dashboard", 1)[1], comments=True)
     assert words[:2] == ["user", "add"]
