@@ -1,20 +1,20 @@
 """The `atelier` command. Each verb imports what it needs, so that login nodes load no torch."""
 
-import errno
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from search.console import StudyName, errors_in_one_line, find_study, say
 from search.exit_codes import ExitCode
+from search.upkeep import data_app, db_app, user_app
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -32,9 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # else [slurm.*] is taken for markup
 )
-data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
-db_app = typer.Typer(help="The database.", no_args_is_help=True)
-user_app = typer.Typer(help="Who may log in to the dashboard.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 app.add_typer(user_app, name="user")
@@ -42,7 +39,6 @@ app.add_typer(user_app, name="user")
 WATCH_SECONDS, SLURM_SECONDS = 2, 30
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
 Set = Annotated[
@@ -57,57 +53,13 @@ Pack = Annotated[
 
 
 def main() -> None:
-    """Run the command; the one place where an exception becomes one line and an exit code."""
+    """Run the command, with its log on stderr."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     app()
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Known errors end the command with one line; anything else keeps its traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on where it stopped")
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except Exception as error:  # `one_line` tells the user's from ours, which are raised again
-        line = one_line(error)
-        if line is None:
-            raise
-        _say(f"error: {line}")
-        raise typer.Exit(ExitCode.WRONG_INPUT) from None
-
-
-def one_line(error: Exception) -> str | None:
-    """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
-        from storage.database import home
-
-        return printable(
-            f"{error.strerror}; free some, or set ATELIER_HOME (now {home()}) to another disk"
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        from storage.database import home
-
-        own = Path(str(error.filename)).absolute().is_relative_to(home())
-        other = "set ATELIER_HOME to another folder" if own else "choose another path"
-        return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
-    # By the module, not by the class, which would have to be imported, and torch with it.
-    ours = type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
-    return printable(str(error)) if ours else None
-
-
-def printable(text: str) -> str:
-    """The text in one line, with escapes for what a terminal would act on: it may quote any file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
@@ -137,7 +89,7 @@ def search(
     set_: Set = None,
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search.study import open_study
         from storage import database
         from storage.runs import image_cache
@@ -159,13 +111,13 @@ def search(
             _export(engine, entry, None, output)
         if status.finished >= status.max_trials:
             if status.best is None:
-                _say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
+                say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
                 raise typer.Exit(ExitCode.FAILED)
             return
         if status.budget_spent and not local.interrupted:
-            _say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
+            say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
             return
-        _say("not finished; the same command goes on where it stopped")
+        say("not finished; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
@@ -180,7 +132,7 @@ def _run_here(
     from storage.runs import RunFolder
 
     runs = RunFolder(entry.name, entry.created).make()
-    _say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
+    say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
 
     def status() -> "Status":
         return read_status(engine, entry.study_id, entry.name)
@@ -189,7 +141,7 @@ def _run_here(
     try:
         local.run()
     except WorkersFailedError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(ExitCode.FAILED) from None
     return local
 
@@ -239,7 +191,7 @@ def worker_(
 
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
     """
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search import slurm
         from search.confirmation import ConfirmationFile, cannot_win
         from search.stopping import PARENT_VARIABLE
@@ -274,7 +226,7 @@ def worker_(
         end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
         if end == ExitCode.WALL_TIME and not worker.made_progress:
-            _say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
+            say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
             raise typer.Exit(ExitCode.FAILED)
         raise typer.Exit(end)
 
@@ -288,7 +240,7 @@ def _worker_file(
         return _load(Path(study), data, weights, overrides)
     if overrides:
         raise InputError("--set goes with a study file; a study on record has its settings")
-    return _recorded_file(_study(study)[1], data, weights)
+    return _recorded_file(find_study(study)[1], data, weights)
 
 
 def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -> "StudyFile":
@@ -318,7 +270,7 @@ def confirm(
     weights: Weights = None,
 ) -> None:
     """Rerun the best trials on fresh seeds, and say which of them can be believed."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         import json
 
         from rich.console import Console
@@ -360,7 +312,7 @@ def confirm(
             return
         Console().print(render(confirmation), soft_wrap=True)
         if not confirmation.finished:
-            _say(f"not finished; it goes on with: {shlex.join(['atelier', 'confirm', entry.name])}")
+            say(f"not finished; it goes on with: {shlex.join(['atelier', 'confirm', entry.name])}")
             if not show:
                 raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
@@ -377,7 +329,7 @@ def submit(
     set_: Set = None,
 ) -> None:
     """Start workers as a SLURM array job, after checking what would fail in the queue."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search import slurm
 
         file = _load(study, data, weights, set_)
@@ -399,10 +351,10 @@ def stop(
     undo: Annotated[bool, typer.Option("--undo", help="Let workers start again.")] = False,
 ) -> None:
     """Ask all workers of a study to finish their epoch, release their trial and end."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from storage.ledger import request_stop
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         request_stop(engine, entry.study_id, not undo)
         if undo:
             typer.echo(f"study {entry.name!r}: workers may start again")
@@ -420,7 +372,7 @@ def logs(
     lines: Annotated[int, typer.Option(min=0, help="How much of the last log to show.")] = 20,
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from rich.console import Console
 
         from dashboards.status import read_attempts, render_attempts
@@ -428,7 +380,7 @@ def logs(
         from search.study import InputError
         from storage.ledger import array_jobs
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         attempts = read_attempts(engine, entry.study_id, trial)
         # Of tasks that ended before they claimed a trial there is only the log.
         jobs = array_jobs(engine, entry.study_id) if trial is None else []
@@ -446,7 +398,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
     """Show a study: progress, trials, workers, GPU-hours."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         import json
 
         from rich.console import Console, Group
@@ -456,7 +408,7 @@ def status(
         from search import slurm
         from storage.runs import RunFolder, total_size
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         runs = RunFolder(entry.name, entry.created)
 
         @lru_cache(maxsize=1)
@@ -491,13 +443,13 @@ def trials(
     csv: Annotated[Path | None, typer.Option(help="Write this file instead of a table.")] = None,
 ) -> None:
     """List a study's trials, one a row."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from dashboards.status import read_status, trials_frame
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         frame = trials_frame(read_status(engine, entry.study_id, entry.name))
         if frame.empty:
-            _say(f"study {entry.name!r} has no trials yet")
+            say(f"study {entry.name!r} has no trials yet")
         elif csv is None:
             typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
         else:
@@ -517,12 +469,12 @@ def plot(
     ] = 0.0,
 ) -> None:
     """Draw what the dashboard's pages show into a file."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from dashboards.files import plot_study
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         plot_study(engine, entry, kind, output, trials, top, by, smooth)
-        _say(f"drawn: {output}")
+        say(f"drawn: {output}")
 
 
 @app.command()
@@ -533,11 +485,11 @@ def report(
     ),
 ) -> None:
     """Write what a study found as one page, in Markdown and in HTML, with its figures."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search.report import write_report
 
         engine, entry = _search_study(study)
-        _say(f"the report is {write_report(engine, entry, output)}, and report.md beside it")
+        say(f"the report is {write_report(engine, entry, output)}, and report.md beside it")
 
 
 @app.command()
@@ -558,7 +510,7 @@ def dashboard(
     ] = "",
 ) -> None:
     """Serve optuna-dashboard and our own pages, behind a login."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from dashboards.server import Address, serve
 
         serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix))
@@ -571,7 +523,7 @@ def export(
     trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
 ) -> None:
     """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_export(output)
         engine, entry = _search_study(study)
         _export(engine, entry, trial, output)
@@ -595,10 +547,10 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     export_trial(engine, entry, choice, accuracy, output)
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
-    _say(f"{warning}trial {row.number} ({value}) is {choice.words}")
+    say(f"{warning}trial {row.number} ({value}) is {choice.words}")
     if accuracy:
-        _say(f"its average per-class accuracy is {in_words(accuracy)}")
-    _say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
+        say(f"its average per-class accuracy is {in_words(accuracy)}")
+    say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
 
 
 def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
@@ -606,7 +558,7 @@ def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     from search.confirmation import recorded
     from search.study import InputError
 
-    engine, entry = _study(name_or_file)
+    engine, entry = find_study(name_or_file)
     if (confirmation := recorded(entry)) is not None:
         raise InputError(
             f"{entry.name!r} is the confirmation of a search; name that: {confirmation.confirms}"
@@ -631,31 +583,6 @@ def _check_output(path: Path) -> None:
         raise InputError(f"--output {path}: is a folder; give a file")
 
 
-def _study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
-    """Find a study that exists, by its name or its file."""
-    from search.study import InputError, load_study_file
-    from storage import database
-    from storage.ledger import study_entry, study_names
-
-    name = name_or_file
-    if name.endswith(".toml") and Path(name).is_file():
-        name = load_study_file(Path(name)).study.name
-    if not database.exists():  # looking must not make one
-        raise InputError(
-            f"no database in {database.home()}; atelier search STUDY.toml makes one, "
-            "or name another with ATELIER_HOME or ATELIER_DATABASE_URL"
-        )
-    engine = database.connect()
-    if database.schema_revision(engine) is None:
-        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    database.require_schema(engine)
-    entry = study_entry(engine, name)
-    if entry is None:
-        known = ", ".join(study_names(engine)) or "none"
-        raise InputError(f"no study {name!r} in the database; it has: {known}")
-    return engine, entry
-
-
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
@@ -676,7 +603,7 @@ def train(
     weights: Weights = None,
 ) -> None:
     """Train one configuration to its end; the same command resumes an interrupted run."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search import slurm
         from search.export import changed, load_bundle
         from search.study import InputError
@@ -708,9 +635,9 @@ def train(
             return
         end = _train_here(bundle, settings, folder, notes)
         if end != ExitCode.DONE:
-            _say("not finished; the same command goes on where it stopped")
+            say("not finished; the same command goes on where it stopped")
             raise typer.Exit(end)
-        _say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
+        say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
 
 
 def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: list[str]) -> ExitCode:
@@ -741,7 +668,7 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
 
 def _say_each(lines: list[str]) -> None:
     for line in lines:
-        _say(line)
+        say(line)
 
 
 @app.command()
@@ -755,12 +682,12 @@ def replay(
 
     Exit codes: 0 all are equal, 1 some differ.
     """
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search.replay import replay as replayed
         from storage.runs import image_cache
         from trainer.allocation import prepare_process
 
-        engine, entry = _study(study)
+        engine, entry = find_study(study)
         prepare_process()
         differing = 0
         file = _recorded_file(entry, data, weights)
@@ -773,12 +700,12 @@ def replay(
                 f"{'other: ' + ', '.join(one.differing) if one.differing else 'equal'}"
             )
         if differing:
-            _say(
+            say(
                 f"{differing} of {again.epoch + 1} epochs differ; the same machine, with as many "
                 "threads (OMP_NUM_THREADS), gives the same"
             )
             raise typer.Exit(ExitCode.FAILED)
-        _say(f"all {again.epoch + 1} epochs are equal, bit for bit")
+        say(f"all {again.epoch + 1} epochs are equal, bit for bit")
 
 
 @app.command()
@@ -791,7 +718,7 @@ def predict(
     data: Data = None,
 ) -> None:
     """Predict a split's attributes in the challenge's form, with the run's best model."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from search import final
         from search.study import InputError
         from storage.runs import image_cache
@@ -804,9 +731,9 @@ def predict(
         predictor = final.Predictor(run, split, data, scores)
         classes = predictor.predict(image_cache(), tta == "flip")
         final.write_submission(classes, output)
-        _say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
+        say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:
-            _say(f"note: the run learned from, or was chosen by, the images of {split}")
+            say(f"note: the run learned from, or was chosen by, the images of {split}")
         for name, known in predictor.scores(classes).items():
             typer.echo(f"{name:<27}{known.value:.4f}  95 %: {known.low:.4f} to {known.high:.4f}")
 
@@ -814,7 +741,7 @@ def predict(
 @app.command()
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
     """Print the network's stages: what is trained, parameters, multiply-adds."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from rich.console import Console
         from rich.table import Table
 
@@ -826,7 +753,7 @@ def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Se
             outputs = len(read_dataset(file.shared.data).attributes)
         except DatasetError:
             outputs = 26
-            _say("note: no dataset at hand, so the head has the challenge's 26 attributes")
+            say("note: no dataset at hand, so the head has the challenge's 26 attributes")
         rows = stage_table(file.shared, outputs)
         table = Table(box=None, pad_edge=False)
         for column in ("stage", "", "parameters", "multiply-adds"):
@@ -839,239 +766,3 @@ def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Se
             operations = sum(row.multiply_adds for row in rows if row.trained is wanted)
             table.add_row("total", kind, f"{parameters:,}", f"{operations:,}", style="bold")
         Console().print(table)
-
-
-@data_app.command("check")
-def data_check(folder: Path) -> None:
-    """Validate a dataset; list every finding with file and line."""
-    with _errors_in_one_line():
-        from trainer.dataset import DatasetError, check_dataset, read_dataset
-
-        findings = check_dataset(folder)
-        for finding in findings:
-            typer.echo(printable(finding))
-        if findings:
-            raise DatasetError(f"{len(findings)} findings in {folder}")
-        dataset = read_dataset(folder)
-        counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-        typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
-
-
-@data_app.command("demo")
-def data_demo(
-    folder: Path,
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 1200,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
-    test_images: Annotated[int, typer.Option("--test", min=1)] = 200,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Write a small generated dataset of drawn garments."""
-    with _errors_in_one_line():
-        from trainer.demo import write_demo
-
-        write_demo(folder, train_images, val_images, test_images, seed)
-        typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
-
-
-@user_app.command("add")
-def user_add(
-    name: str,
-    role: Annotated[
-        str, typer.Option(help="viewer: looks; editor: also changes and deletes.")
-    ] = "viewer",
-    password_file: Annotated[
-        Path | None, typer.Option(help="Read the password from the first line; default: ask.")
-    ] = None,
-) -> None:
-    """Add somebody, or give a new role and password; older sessions end."""
-    with _errors_in_one_line():
-        from dashboards.accounts import Accounts
-        from search.study import InputError
-
-        if password_file is None:
-            password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
-        else:
-            try:
-                password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
-            except UnicodeDecodeError:
-                raise InputError(f"{password_file} is no text in UTF-8; give another file") from None
-        Accounts().put(name, role, password)
-        typer.echo(f"{name} may log in as {role}")
-
-
-@user_app.command("remove")
-def user_remove(name: str) -> None:
-    """Let somebody in no longer; their sessions end."""
-    with _errors_in_one_line():
-        from dashboards.accounts import Accounts
-
-        Accounts().remove(name)
-        typer.echo(f"{name} may not log in any more")
-
-
-@user_app.command("list")
-def user_list() -> None:
-    """Show who may log in."""
-    with _errors_in_one_line():
-        from dashboards.accounts import Accounts
-
-        accounts = Accounts().all()
-        for account in accounts.values():
-            typer.echo(f"{account.name}: {account.role}")
-        if not accounts:
-            _say("nobody yet; add somebody with: atelier user add NAME")
-
-
-@db_app.command("start")
-def db_start(
-    listen: Annotated[
-        str | None, typer.Option(help="Serve other machines too, at this address or host name.")
-    ] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="With --listen; 5432.")] = None,
-    tls: Annotated[
-        bool | None, typer.Option("--tls/--no-tls", help="With --listen: encrypt, the default, or not.")
-    ] = None,
-    postgres: Annotated[
-        Path | None, typer.Option(help="Folder of another PostgreSQL's programs, for a new home.")
-    ] = None,
-) -> None:
-    """Start the embedded server and leave it running."""
-    with _errors_in_one_line():
-        from search.study import InputError
-
-        server = _embedded()
-        if listen is None:
-            if (port, tls, postgres) != (None, None, None):
-                raise InputError("--port, --no-tls and --postgres go with --listen ADDRESS")
-            typer.echo(server.start())
-        else:
-            typer.echo(server.listen(listen, port or 5432, tls is not False, postgres))
-            _say("commands that share this home use it; elsewhere set ATELIER_DATABASE_URL")
-
-
-@db_app.command("stop")
-def db_stop(
-    force: Annotated[bool, typer.Option("--force", help="Even if a search uses it.")] = False,
-) -> None:
-    """Stop the embedded server."""
-    with _errors_in_one_line():
-        typer.echo("stopped" if _embedded().stop(force) else "it was not running")
-
-
-def _embedded() -> Any:
-    from search.study import InputError
-    from storage.database import home
-    from storage.embedded import EmbeddedPostgres
-
-    if os.environ.get("ATELIER_DATABASE_URL"):
-        raise InputError(
-            "ATELIER_DATABASE_URL names an external server, which its own tools start and stop; "
-            "unset it to use the embedded one"
-        )
-    return EmbeddedPostgres(home())
-
-
-@db_app.command("status")
-def db_status() -> None:
-    """Say where the database is and what it holds."""
-    with _errors_in_one_line():
-        from storage import database
-        from storage.ledger import study_names
-
-        if database.configured_url() is None and not _embedded().is_running():
-            typer.echo(f"embedded, in {database.home()}: not running")
-            return
-        engine = database.connect()
-        revision = database.schema_revision(engine)
-        typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
-        for name in study_names(engine) if revision else []:
-            typer.echo(f"  study {name}")
-
-
-@db_app.command("backup")
-def db_backup(
-    file: Annotated[Path, typer.Argument(help="The archive to write, as in atelier.tar.")],
-) -> None:
-    """Write the database and the files of its studies into one archive, while workers run."""
-    with _errors_in_one_line():
-        from search.study import InputError
-        from storage import backup, database
-
-        if not database.exists():  # looking must not make one
-            raise InputError(f"no database in {database.home()}; the first search makes one")
-        manifest = backup.back_up(database.connect(), file)
-        files = len(manifest.members) - len(manifest.columns)
-        typer.echo(
-            f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified"
-        )
-
-
-@db_app.command("restore")
-def db_restore(
-    file: Annotated[Path, typer.Argument(help="An archive that `atelier db backup` wrote.")],
-) -> None:
-    """Fill an empty database and home from an archive; workers of the time before get nothing more."""
-    with _errors_in_one_line():
-        from storage import backup, database
-
-        backup.read_backup(file)  # before a server is started for it
-        engine = database.connect()
-        manifest = backup.restore(engine, file)
-        typer.echo(
-            f"restored into {database.shown(engine.url)} as of {manifest.created}; search goes on"
-        )
-
-
-@db_app.command("prune")
-def db_prune(
-    study: StudyName,
-    keep: Annotated[
-        int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
-    ] = 20,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
-) -> None:
-    """Remove files of a study that no longer matter; whatever can be resumed stays."""
-    with _errors_in_one_line():
-        from search.confirmation import recorded
-        from storage import prune
-        from storage.runs import RunFolder, total_size
-
-        engine, entry = _study(study)
-        runs = RunFolder(entry.name, entry.created)
-        # A confirmation is made of all its predictions.
-        kept = None if recorded(entry) else keep
-        files = sorted(prune.superfluous(engine, entry.study_id, runs, kept))
-        size = total_size(files) / 1e6
-        if dry_run:
-            for path in files:
-                typer.echo(path)
-        else:
-            prune.remove(files)
-        typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
-
-
-@db_app.command("upgrade")
-def db_upgrade() -> None:
-    """Bring the tables up to this version of Atelier."""
-    with _errors_in_one_line():
-        from storage import database
-
-        engine = database.connect()
-        before = database.schema_revision(engine)
-        database.upgrade(engine)
-        typer.echo(f"schema {before or 'none'} -> {database.head_revision()}")
-
-
-@db_app.command("check")
-def db_check() -> None:
-    """Check that the database can be reached, is recent enough and has our tables."""
-    with _errors_in_one_line():
-        from search.study import InputError
-        from storage import database
-
-        if not database.exists():  # looking must not make one
-            raise InputError(f"no database in {database.home()}; the first search makes one")
-        engine = database.connect()
-        version = database.server_version(engine)
-        typer.echo(f"OK  server: PostgreSQL {version}")
-        typer.echo(f"OK  schema: {database.require_schema(engine)}")

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from search.cli import one_line
+from search.console import one_line
 
 if TYPE_CHECKING:
     from search.study import StudyFile

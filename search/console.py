@@ -1,0 +1,95 @@
+"""What all verbs share: errors in one line, and the study that a user names."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from storage.ledger import StudyEntry
+
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Known errors end the command with one line; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    except Exception as error:  # `one_line` tells the user's from ours, which are raised again
+        line = one_line(error)
+        if line is None:
+            raise
+        say(f"error: {line}")
+        raise typer.Exit(ExitCode.WRONG_INPUT) from None
+
+
+def one_line(error: Exception) -> str | None:
+    """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
+        from storage.database import home
+
+        return printable(
+            f"{error.strerror}; free some, or set ATELIER_HOME (now {home()}) to another disk"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        from storage.database import home
+
+        own = Path(str(error.filename)).absolute().is_relative_to(home())
+        other = "set ATELIER_HOME to another folder" if own else "choose another path"
+        return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
+    # By the module, not by the class, which would have to be imported, and torch with it.
+    ours = type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
+    return printable(str(error)) if ours else None
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would act on: it may quote any file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def existing_database() -> "sa.Engine":
+    """Connect to a database that has been used before: looking must not make one."""
+    from search.study import InputError
+    from storage import database
+
+    if not database.exists():
+        raise InputError(
+            f"no database in {database.home()}; atelier search STUDY.toml makes one, "
+            "or name another with ATELIER_HOME or ATELIER_DATABASE_URL"
+        )
+    return database.connect()
+
+
+def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
+    """Find a study that exists, by its name or its file."""
+    from search.study import InputError, load_study_file
+    from storage import database
+    from storage.ledger import study_entry, study_names
+
+    name = name_or_file
+    if name.endswith(".toml") and Path(name).is_file():
+        name = load_study_file(Path(name)).study.name
+    engine = existing_database()
+    if database.schema_revision(engine) is None:
+        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
+    database.require_schema(engine)
+    entry = study_entry(engine, name)
+    if entry is None:
+        known = ", ".join(study_names(engine)) or "none"
+        raise InputError(f"no study {name!r} in the database; it has: {known}")
+    return engine, entry

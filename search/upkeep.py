@@ -1,0 +1,246 @@
+"""`atelier data`, `db` and `user`: what a search needs to have, and to keep."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.console import StudyName, errors_in_one_line, existing_database, find_study, printable, say
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedPostgres
+
+data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
+db_app = typer.Typer(help="The database.", no_args_is_help=True)
+user_app = typer.Typer(help="Who may log in to the dashboard.", no_args_is_help=True)
+
+
+@data_app.command("check")
+def data_check(folder: Path) -> None:
+    """Validate a dataset; list every finding with file and line."""
+    with errors_in_one_line():
+        from trainer.dataset import DatasetError, check_dataset, read_dataset
+
+        findings = check_dataset(folder)
+        for finding in findings:
+            typer.echo(printable(finding))
+        if findings:
+            raise DatasetError(f"{len(findings)} findings in {folder}")
+        dataset = read_dataset(folder)
+        counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
+        typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
+
+
+@data_app.command("demo")
+def data_demo(
+    folder: Path,
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 1200,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
+    test_images: Annotated[int, typer.Option("--test", min=1)] = 200,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a small generated dataset of drawn garments."""
+    with errors_in_one_line():
+        from trainer.demo import write_demo
+
+        write_demo(folder, train_images, val_images, test_images, seed)
+        typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
+
+
+@user_app.command("add")
+def user_add(
+    name: str,
+    role: Annotated[
+        str, typer.Option(help="viewer: looks; editor: also changes and deletes.")
+    ] = "viewer",
+    password_file: Annotated[
+        Path | None, typer.Option(help="Read the password from the first line; default: ask.")
+    ] = None,
+) -> None:
+    """Add somebody, or give a new role and password; older sessions end."""
+    with errors_in_one_line():
+        from dashboards.accounts import Accounts
+        from search.study import InputError
+
+        if password_file is None:
+            password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+        else:
+            try:
+                password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
+            except UnicodeDecodeError:
+                raise InputError(f"{password_file} is no text in UTF-8; give another file") from None
+        Accounts().put(name, role, password)
+        typer.echo(f"{name} may log in as {role}")
+
+
+@user_app.command("remove")
+def user_remove(name: str) -> None:
+    """Let somebody in no longer; their sessions end."""
+    with errors_in_one_line():
+        from dashboards.accounts import Accounts
+
+        Accounts().remove(name)
+        typer.echo(f"{name} may not log in any more")
+
+
+@user_app.command("list")
+def user_list() -> None:
+    """Show who may log in."""
+    with errors_in_one_line():
+        from dashboards.accounts import Accounts
+
+        accounts = Accounts().all()
+        for account in accounts.values():
+            typer.echo(f"{account.name}: {account.role}")
+        if not accounts:
+            say("nobody yet; add somebody with: atelier user add NAME")
+
+
+@db_app.command("start")
+def db_start(
+    listen: Annotated[
+        str | None, typer.Option(help="Serve other machines too, at this address or host name.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="With --listen; 5432.")] = None,
+    tls: Annotated[
+        bool | None, typer.Option("--tls/--no-tls", help="With --listen: encrypt, the default, or not.")
+    ] = None,
+    postgres: Annotated[
+        Path | None, typer.Option(help="Folder of another PostgreSQL's programs, for a new home.")
+    ] = None,
+) -> None:
+    """Start the embedded server and leave it running."""
+    with errors_in_one_line():
+        from search.study import InputError
+
+        server = _embedded()
+        if listen is None:
+            if (port, tls, postgres) != (None, None, None):
+                raise InputError("--port, --no-tls and --postgres go with --listen ADDRESS")
+            typer.echo(server.start())
+        else:
+            typer.echo(server.listen(listen, port or 5432, tls is not False, postgres))
+            say("commands that share this home use it; elsewhere set ATELIER_DATABASE_URL")
+
+
+@db_app.command("stop")
+def db_stop(
+    force: Annotated[bool, typer.Option("--force", help="Even if a search uses it.")] = False,
+) -> None:
+    """Stop the embedded server."""
+    with errors_in_one_line():
+        typer.echo("stopped" if _embedded().stop(force) else "it was not running")
+
+
+def _embedded() -> "EmbeddedPostgres":
+    from search.study import InputError
+    from storage.database import home
+    from storage.embedded import EmbeddedPostgres
+
+    if os.environ.get("ATELIER_DATABASE_URL"):
+        raise InputError(
+            "ATELIER_DATABASE_URL names an external server, which its own tools start and stop; "
+            "unset it to use the embedded one"
+        )
+    return EmbeddedPostgres(home())
+
+
+@db_app.command("status")
+def db_status() -> None:
+    """Say where the database is and what it holds."""
+    with errors_in_one_line():
+        from storage import database
+        from storage.ledger import study_names
+
+        if database.configured_url() is None and not _embedded().is_running():
+            typer.echo(f"embedded, in {database.home()}: not running")
+            return
+        engine = database.connect()
+        revision = database.schema_revision(engine)
+        typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
+        for name in study_names(engine) if revision else []:
+            typer.echo(f"  study {name}")
+
+
+@db_app.command("backup")
+def db_backup(
+    file: Annotated[Path, typer.Argument(help="The archive to write, as in atelier.tar.")],
+) -> None:
+    """Write the database and the files of its studies into one archive, while workers run."""
+    with errors_in_one_line():
+        from storage import backup
+
+        manifest = backup.back_up(existing_database(), file)
+        files = len(manifest.members) - len(manifest.columns)
+        typer.echo(
+            f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified"
+        )
+
+
+@db_app.command("restore")
+def db_restore(
+    file: Annotated[Path, typer.Argument(help="An archive that `atelier db backup` wrote.")],
+) -> None:
+    """Fill an empty database and home from an archive; workers of the time before get nothing more."""
+    with errors_in_one_line():
+        from storage import backup, database
+
+        backup.read_backup(file)  # before a server is started for it
+        engine = database.connect()
+        manifest = backup.restore(engine, file)
+        typer.echo(
+            f"restored into {database.shown(engine.url)} as of {manifest.created}; search goes on"
+        )
+
+
+@db_app.command("prune")
+def db_prune(
+    study: StudyName,
+    keep: Annotated[
+        int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
+    ] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
+) -> None:
+    """Remove files of a study that no longer matter; whatever can be resumed stays."""
+    with errors_in_one_line():
+        from search.confirmation import recorded
+        from storage import prune
+        from storage.runs import RunFolder, total_size
+
+        engine, entry = find_study(study)
+        runs = RunFolder(entry.name, entry.created)
+        # A confirmation is made of all its predictions.
+        kept = None if recorded(entry) else keep
+        files = sorted(prune.superfluous(engine, entry.study_id, runs, kept))
+        size = total_size(files) / 1e6
+        if dry_run:
+            for path in files:
+                typer.echo(path)
+        else:
+            prune.remove(files)
+        typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
+
+
+@db_app.command("upgrade")
+def db_upgrade() -> None:
+    """Bring the tables up to this version of Atelier."""
+    with errors_in_one_line():
+        from storage import database
+
+        engine = database.connect()
+        before = database.schema_revision(engine)
+        database.upgrade(engine)
+        typer.echo(f"schema {before or 'none'} -> {database.head_revision()}")
+
+
+@db_app.command("check")
+def db_check() -> None:
+    """Check that the database can be reached, is recent enough and has our tables."""
+    with errors_in_one_line():
+        from storage import database
+
+        engine = existing_database()
+        version = database.server_version(engine)
+        typer.echo(f"OK  server: PostgreSQL {version}")
+        typer.echo(f"OK  schema: {database.require_schema(engine)}")
