@@ -84,8 +84,8 @@ def main() -> None:
         query = (
             sa.select(Worker.pid, new.claimed)
             .join(Attempt, Attempt.worker_id == Worker.id)
-            .join(new, (new.trial_id == Attempt.trial_id) & (new.number == 2))
-            .where(Attempt.number == 1)
+            .join(new, (new.trial_id == Attempt.trial_id) & (new.number == Attempt.number + 1))
+            .where(Attempt.outcome == "lost")
         )
         with engine.connect() as connection:
             waits = sorted((at - died[pid]).total_seconds() for pid, at in connection.execute(query))

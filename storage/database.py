@@ -21,7 +21,13 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg2.errors import InsufficientPrivilege
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
@@ -69,7 +75,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the database was away, so that the same may succeed later."""
     if isinstance(error, optuna.exceptions.StorageInternalError):
         error = error.__cause__ or error
-    return isinstance(error, (OperationalError, PoolTimeoutError)) or (
+    # The last is what Optuna meets that goes on in a transaction whose connection was lost.
+    return isinstance(error, (OperationalError, PoolTimeoutError, PendingRollbackError)) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
 

@@ -291,6 +291,24 @@ def test_a_claim_that_was_withdrawn_was_never_there(engine):
     assert second.record(again, RESULT | {"epoch": 0}, 0.5) is False
 
 
+def test_a_connection_that_is_lost_while_optuna_reads_is_no_error(engine):
+    study = make_study(engine, max_trials=1)
+    make_worker(engine, study).claim()
+    storage = database.optuna_storage(engine)
+    cut = []
+
+    @sa.event.listens_for(storage._backend.engine, "before_cursor_execute")
+    def end_it(connection, _cursor, statement, *_):
+        # Optuna's second query of three; after its error it goes on in the same transaction.
+        if "trial_intermediate_values" in statement and not cut:
+            cut.append(connection.connection.dbapi_connection.info.backend_pid)
+            with engine.connect() as other:
+                other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": cut[0]})
+
+    read = database.retrying(lambda: storage.get_all_trials(study._study_id))
+    assert len(read()) == len(cut) == 1
+
+
 def test_the_lease_keeper_renews_until_it_is_left(engine):
     study = make_study(engine)
     worker = make_worker(engine, study, lease_seconds=0.5, judge=nobody_knows)
