@@ -3,6 +3,7 @@ PYTHON ?= python3
 DATA ?= demo-data
 WORKERS ?= 2
 SECONDS ?= 600
+ROUNDS ?= 1
 RUNS ?= 100000
 BIN := .venv/bin
 
@@ -12,7 +13,8 @@ help:
 	@echo "make test     install, then run the tests"
 	@echo "make test-browser   those in a real Chromium"
 	@echo "make test-cluster   those on a real SLURM: half an hour, as root, with SLURM installed"
-	@echo "make chaos    a search under faults for SECONDS, then what holds is checked; as root with a full disk"
+	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
+	@echo "              then what holds is checked. As root with a full disk and a second host"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
@@ -20,10 +22,11 @@ help:
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml requirements.txt
 	@echo "Installing into .venv (PyTorch is large: some minutes) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --progress-bar off --require-hashes --requirement requirements.txt
+	$(BIN)/pip install --progress-bar off --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "Installed: $(BIN)/atelier"
 
@@ -44,6 +47,7 @@ test-cluster: venv
 
 chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.backups --rounds $(ROUNDS)
 
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz --runs $(RUNS)
