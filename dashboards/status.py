@@ -253,7 +253,15 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
         study = session.get_one(Study, study_id)
         end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(_NOW, Attempt.lease_until)))
         overdue = sa.func.max(_age(Attempt.lease_until)).filter(
-            Attempt.released.is_(None), Attempt.lease_until <= _NOW
+            Attempt.released.is_(None),
+            Attempt.lease_until <= _NOW,
+            # Nobody takes one over that somebody else has ended.
+            Attempt.trial_id.in_(
+                sa.select(TrialModel.trial_id).where(
+                    TrialModel.study_id == study_id,
+                    TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]),
+                )
+            ),
         )
         hours, seconds, overdue_seconds = session.execute(
             sa.select(

@@ -24,7 +24,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on where it stopped")
+        say("interrupted; the same command, given again, goes on")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     except Exception as error:  # `one_line` tells the user's from ours, which are raised again
         line = one_line(error)
@@ -40,7 +40,8 @@ def one_line(error: Exception) -> str | None:
         from storage.database import home
 
         return printable(
-            f"{error.strerror}; free some, or set ATELIER_HOME (now {home()}) to another disk"
+            f"{error.strerror}, in ATELIER_HOME ({home()}) or where the output goes; free some, or "
+            "choose another place"
         )
     if isinstance(error, OSError) and error.filename is not None:
         from storage.database import home

@@ -190,7 +190,8 @@ def db_restore(
         engine = database.connect()
         manifest = backup.restore(engine, file)
         typer.echo(
-            f"restored into {database.shown(engine.url)} as of {manifest.created}; search goes on"
+            f"restored into {database.shown(engine.url)} as of {manifest.created}; new workers go on "
+            "(atelier search, submit or worker), those of the time before get nothing"
         )
 
 
@@ -199,20 +200,24 @@ def db_prune(
     study: StudyName,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
-    ] = 20,
+    ] = 100,  # search.confirmation.MOST_RIVALS, whose import takes its time
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
 ) -> None:
     """Remove files of a study that no longer matter; whatever can be resumed stays."""
     with errors_in_one_line():
-        from search.confirmation import recorded
+        from search.confirmation import SUFFIX, recorded
         from storage import prune
+        from storage.ledger import study_entry
         from storage.runs import RunFolder, total_size
 
         engine, entry = find_study(study)
         runs = RunFolder(entry.name, entry.created)
         # A confirmation is made of all its predictions.
         kept = None if recorded(entry) else keep
-        files = sorted(prune.superfluous(engine, entry.study_id, runs, kept))
+        linked = study_entry(engine, entry.name + SUFFIX)
+        confirmation = linked and recorded(linked)
+        candidates = [one["number"] for one in confirmation.candidates] if confirmation else []
+        files = sorted(prune.superfluous(engine, entry.study_id, runs, kept, candidates))
         size = total_size(files) / 1e6
         if dry_run:
             for path in files:

@@ -13,6 +13,7 @@ before gets nothing more to do.
 import glob
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import optuna
+import psycopg2
 import pydantic
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
@@ -42,6 +44,8 @@ from storage import database
 from storage.ledger import RESTORED
 from storage.models import Attempt, Base, Study, Worker
 from storage.runs import RunFolder, artifacts, make_private
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -134,18 +138,21 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
     Raises BackupError, DatabaseError; then there is no study in the database.
     """
     manifest = read_backup(path)
-    _refuse_unless_empty(engine, manifest)
+    _refuse_unless_it_fits(engine, manifest)
     database.upgrade(engine, manifest.schema_revision)
     staging = database.home() / f".restore-{uuid.uuid4().hex}"
     make_private(staging)
     try:
         with tarfile.open(path, mode="r:") as tar, engine.begin() as connection:
+            connection.execute(sa.text(f"LOCK TABLE {StudyModel.__table__} IN EXCLUSIVE MODE"))
+            _refuse_unless_empty(connection)  # another restore may have come first
             for name in manifest.members:
                 if name.startswith("files/"):
                     target = staging / name
                     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     with target.open("xb") as file, _open(tar, name) as source:
                         shutil.copyfileobj(source, file)
+            connection.execute(sa.delete(Worker))  # of studies that have been deleted
             _load(connection, tar, manifest)
             _begin_incarnation(connection)
             _put_in_place(staging / "files")
@@ -207,17 +214,23 @@ def _held() -> Iterator[Callable[[], None]]:
         make_private(folder)
         results = ("runs/*/predictions/*", "artifacts/*")
 
-        def hold(*patterns: str) -> None:
-            for source in (path for pattern in patterns for path in home.glob(pattern)):
-                target = folder / source.relative_to(home)
-                # A leading dot is a file that is being written.
-                if source.is_file() and not source.name.startswith(".") and not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with suppress(FileNotFoundError):  # it has just been deleted
-                        _link(source, target)
+        def hold(source: Path) -> None:
+            target = folder / source.relative_to(home)
+            # A leading dot is a file that is being written.
+            if source.is_file() and not source.name.startswith(".") and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # it has just been deleted
+                    _link(source, target)
 
-        hold("runs/*/trial-*/*.pt", "runs/*/trial-*/*.sha256", *results)
-        yield lambda: hold(*results)
+        def hold_results() -> None:
+            for path in (path for pattern in results for path in home.glob(pattern)):
+                hold(path)
+
+        for digest in home.glob("runs/*/trial-*/*.sha256"):
+            hold(digest.with_suffix(""))
+            hold(digest)
+        hold_results()
+        yield hold_results
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
@@ -235,12 +248,12 @@ def _link(source: Path, target: Path) -> None:
 def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], list[str]]:
     """Add all tables as of one moment. Returns their columns, and patterns of the files they know of."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        _take_time(connection)
+        _prepare_copy(connection)
         columns = {}
         for table in TABLES:
             known = sa.inspect(connection).get_columns(table.name, schema=table.schema)
             names = columns[str(table)] = [column["name"] for column in known]
-            with tempfile.TemporaryFile() as file:
+            with tempfile.TemporaryFile(dir=_hold_folder()) as file:
                 _copy(connection, table, names, "TO STDOUT", file)
                 writer.add(f"tables/{table}", file)
         return columns, [
@@ -256,30 +269,51 @@ def _known_files(connection: sa.Connection) -> Iterator[tuple[Path, bool]]:
         .join(Study, Study.study_id == StudyModel.study_id)
         .join(TrialModel, TrialModel.study_id == StudyModel.study_id)
     )
+    elsewhere = set()
     for name, created, number, state in connection.execute(query):
         runs = RunFolder(name, created)
+        if not runs.path.is_dir():
+            elsewhere.add(name)
         if not state.is_finished():
             yield runs.checkpoints(number), True
         elif state == TrialState.COMPLETE:
             yield runs.predictions(number), False
+    if elsewhere:
+        log.warning(
+            "without the files of %s: no such folders in %s; is ATELIER_HOME that of the workers?",
+            ", ".join(sorted(elsewhere)),
+            database.home() / "runs",
+        )
     key = TrialSystemAttributeModel.key
     for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
         if _FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
             yield artifacts() / picture.partition(":")[2], False
 
 
-def _take_time(connection: sa.Connection) -> None:
-    for timeout in ("statement_timeout", "idle_in_transaction_session_timeout"):
-        connection.execute(sa.text(f"SET LOCAL {timeout} = 0"))
+def _prepare_copy(connection: sa.Connection) -> None:
+    """Let it take its time, and be the same text on every server: no number is rounded."""
+    for setting in (
+        "statement_timeout = 0",
+        "idle_in_transaction_session_timeout = 0",
+        "client_encoding = 'UTF8'",
+        "extra_float_digits = 1",
+    ):
+        connection.execute(sa.text(f"SET LOCAL {setting}"))
 
 
 def _copy(
     connection: sa.Connection, table: sa.Table, names: list[str], way: str, file: IO[bytes]
 ) -> None:
+    """Raises BackupError."""
     columns = ", ".join(connection.dialect.identifier_preparer.quote_identifier(name) for name in names)
     cursor: Any = connection.connection.cursor()  # psycopg2's
     with cursor:
-        cursor.copy_expert(f"COPY {table} ({columns}) {way}", file)
+        try:
+            cursor.copy_expert(f"COPY {table} ({columns}) {way}", file)
+        except psycopg2.Error as error:
+            raise BackupError(
+                f"table {table}: {str(error).splitlines()[0]}; nothing was kept"
+            ) from error
 
 
 def _check(tar: tarfile.TarFile, bytes_: int) -> Manifest:
@@ -326,7 +360,7 @@ def _open(tar: tarfile.TarFile, entry: tarfile.TarInfo | str) -> io.BufferedRead
     return file
 
 
-def _refuse_unless_empty(engine: sa.Engine, manifest: Manifest) -> None:
+def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
     """Raises BackupError, DatabaseError."""
     if manifest.optuna != optuna.__version__:
         raise BackupError(
@@ -342,17 +376,27 @@ def _refuse_unless_empty(engine: sa.Engine, manifest: Manifest) -> None:
     if revision is None:
         return
     with engine.connect() as connection:
-        studies = connection.scalar(sa.select(sa.func.count()).select_from(StudyModel))
-    if studies or revision != manifest.schema_revision:
-        raise BackupError(
-            f"the database {database.shown(engine.url)} is not empty ({studies} studies, schema "
-            f"{revision}); restore into a new one: set ATELIER_HOME or ATELIER_DATABASE_URL"
-        )
+        _refuse_unless_empty(connection)
+    if revision != manifest.schema_revision:
+        raise _occupied(engine, f"schema {revision}, not the backup's {manifest.schema_revision}")
+
+
+def _refuse_unless_empty(connection: sa.Connection) -> None:
+    """Raises BackupError."""
+    if studies := connection.scalar(sa.select(sa.func.count()).select_from(StudyModel)):
+        raise _occupied(connection.engine, f"{studies} studies")
+
+
+def _occupied(engine: sa.Engine, what: str) -> BackupError:
+    return BackupError(
+        f"the database {database.shown(engine.url)} has {what}; restore into a new one: set "
+        "ATELIER_HOME or ATELIER_DATABASE_URL"
+    )
 
 
 def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -> None:
     """Raises BackupError."""
-    _take_time(connection)
+    _prepare_copy(connection)
     for table in TABLES:
         if str(table) not in manifest.columns:
             continue  # newer than the backup
@@ -396,6 +440,7 @@ def _put_in_place(files: Path) -> None:
     for folder in sorted(files.glob("runs/*")):
         target = home / folder.relative_to(files)
         target.parent.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # as RunFolder.make does
         folder.rename(target)
     for picture in sorted(files.glob("artifacts/*")):
         make_private(artifacts())

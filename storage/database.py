@@ -5,6 +5,7 @@ that listens (`database.url` says where), or an embedded one that is started. Op
 schema `public`, ours in the schema `atelier`.
 """
 
+import ipaddress
 import logging
 import os
 import select
@@ -131,13 +132,25 @@ def database_url() -> URL:
 
 
 def server_host(url: URL) -> str:
-    """The host that libpq will connect to; empty for the default socket."""
-    return str(url.query.get("host", url.host or os.environ.get("PGHOST", "")))
+    """The host that libpq will connect to, or several with commas; empty for the default socket."""
+    service = url.query.get("service", os.environ.get("PGSERVICE"))
+    host = url.query.get("host", url.host or os.environ.get("PGHOST"))
+    address = url.query.get("hostaddr", os.environ.get("PGHOSTADDR"))
+    if service and not host:
+        return f"service {service}"
+    return str(address or host or "")
 
 
-def is_local(host: str) -> bool:
-    """Whether the way to it never leaves this machine."""
-    return host in ("", "localhost", "::1") or host.startswith(("/", "127."))
+def is_local(hosts: str) -> bool:
+    """Whether the way to all of them never leaves this machine."""
+    return all(host in ("", "localhost") or _is_here(host) for host in hosts.split(","))
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host.startswith("/") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _refuse_unprotected(url: URL) -> None:
@@ -190,7 +203,11 @@ def connect(
         reason = str(error.orig).strip().splitlines()[0]
         raise DatabaseError(
             f"cannot reach the database at {shown(engine.url)}: {reason}; "
-            "is it up (atelier db start), and is ATELIER_DATABASE_URL right?"
+            + (
+                "is it up, and is ATELIER_DATABASE_URL right?"
+                if os.environ.get("ATELIER_DATABASE_URL")
+                else "start it with: atelier db start"
+            )
         ) from error
 
 

@@ -466,11 +466,12 @@ class Ledger:
     def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> bool:
         """Give the trial back, unfinished, for the next worker. Returns False if it was lost."""
         with Session(self.engine) as session, session.begin():
-            try:
-                _close(self._fence(session, claim), outcome, reason)
-            except LeaseLost:
+            attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
+            if attempt is None or attempt.worker_id != self.worker_id:
                 return False
-        return True
+            if attempt.released is None:
+                _close(attempt, outcome, reason)
+            return attempt.outcome == outcome  # also of our own earlier call, whose reply was lost
 
     @retrying
     def withdraw(self, claim: Claim) -> None:

@@ -42,13 +42,15 @@ class Network:
         Raises NetworkError.
         """
         try:
-            return make_url(self._url.read_text(encoding="utf-8").strip())
+            url = make_url(self._url.read_text(encoding="utf-8").strip())
         except FileNotFoundError:
             return None
         except (ArgumentError, ValueError):
             raise NetworkError(
-                f"{self._url}: holds no URL; write it anew with: atelier db start --listen ADDRESS"
+                f"{self._url}: holds no URL; delete it, then: atelier db start --listen ADDRESS"
             ) from None
+        # Earlier versions wrote no mode for --no-tls.
+        return url if "sslmode" in url.query else url.update_query_dict({"sslmode": "disable"})
 
     def set_up(self, address: str, port: int, tls: bool) -> str:
         """Write the files. Returns the password, which is the same as before if there was one.
@@ -77,7 +79,9 @@ class Network:
         if url is None:
             self._url.unlink(missing_ok=True)
         else:
-            self._url.write_text(url.render_as_string() + "\n")
+            new = self._url.with_name(f".{self._url.name}")  # other machines read it at any moment
+            new.write_text(url.render_as_string() + "\n")
+            new.replace(self._url)
 
     def server_settings(self) -> dict[str, str]:
         """PostgreSQL's own settings for it."""

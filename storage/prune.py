@@ -1,7 +1,8 @@
 """What a study's folder holds that no longer matters: found by rule, removed only when told to.
 
 Kept are the checkpoints of every trial that is not finished, so that it can be resumed, and the
-predictions of the best trials, from which `atelier confirm` and `report` take their intervals.
+predictions of the best trials and of those that are being confirmed, from which `atelier confirm` and
+`report` compute.
 """
 
 import time
@@ -19,25 +20,30 @@ from storage.runs import RunFolder
 ABANDONED_SECONDS = 86400.0  # a file that somebody is writing is younger
 
 
-def superfluous(engine: sa.Engine, study_id: int, runs: RunFolder, keep: int | None) -> Iterator[Path]:
+def superfluous(
+    engine: sa.Engine, study_id: int, runs: RunFolder, keep: int | None, always: Iterable[int] = ()
+) -> Iterator[Path]:
     """Files that may go, in no order.
 
-    `keep` is how many of the best trials keep their predictions; None: all.
+    `keep` is how many of the best trials keep their predictions; None: all. Those of the trials
+    `always` keep them too.
     """
+    files = runs.files()  # before the trials are read: a later file may be of one that begins meanwhile
     ranked = _ranked(engine, study_id)
-    complete = [runs.predictions(n) for n, state in ranked if state == TrialState.COMPLETE]
+    complete = [number for number, state in ranked if state == TrialState.COMPLETE]
     unfinished = [number for number, state in ranked if not state.is_finished()]
     resumable = {runs.checkpoints(number) for number in unfinished}
     # A worker writes a trial's predictions just before its end.
-    wanted = {*complete[:keep], *map(runs.predictions, unfinished)}
-    for path in runs.files():
+    wanted = {runs.predictions(number) for number in (*complete[:keep], *always, *unfinished)}
+    for path in files:
         if path.name.startswith("."):
             may_go = _is_abandoned(path)
-        elif path.parent == runs.predictions(0).parent:
+        elif path.match("predictions/trial-*.npz"):
             may_go = path not in wanted
+        elif path.match("trial-*/attempt-*"):
+            may_go = path.parent not in resumable or path.suffix == ".damaged"
         else:
-            is_needed = path.parent in resumable and path.suffix != ".damaged"
-            may_go = path.parent != runs.logs and not is_needed
+            may_go = False  # logs, and what a user has put there
         if may_go:
             yield path
 
@@ -66,5 +72,5 @@ def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState]]:
 def _is_abandoned(path: Path) -> bool:
     """Whether it is the unfinished file of a writer that was killed."""
     with suppress(FileNotFoundError):
-        return path.name.startswith(".") and time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
     return False

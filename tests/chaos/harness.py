@@ -67,7 +67,7 @@ class Chaos:
             self._mend(now)
             if now >= next_fault and self.search.trials():
                 self._break_something()
-                next_fault = now + self.random.uniform(0.5, 4)
+                next_fault = now + self.random.uniform(1.5, 4.5)
             time.sleep(0.1)
         self._mend(math.inf)
 

@@ -1,8 +1,11 @@
 """A backup that is taken in the middle of a search, and what becomes of it elsewhere."""
 
+import hashlib
 import io
+import json
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -210,7 +213,7 @@ def test_only_an_empty_place_is_filled(engine, home, elsewhere, tmp_path):
     picture.touch()
     assert runner.invoke(app, ["db", "backup", str(path)]).exit_code == 0
     for words, expected in (
-        (["restore", str(path)], "is not empty (1 studies"),
+        (["restore", str(path)], "has 1 studies; restore into a new one"),
         (["restore", str(tmp_path / "none.tar")], "No such file"),
         (["backup", str(path)], "overwrites nothing"),
         (["backup", str(tmp_path / "none" / "b.tar")], "no such folder"),
@@ -226,7 +229,62 @@ def test_only_an_empty_place_is_filled(engine, home, elsewhere, tmp_path):
     shutil.rmtree(database.home() / "runs")
     backup.restore(other, path)  # what the attempt before has left is no hindrance
     assert ledger.study_names(other) == ["s"]
-    assert [*database.home().rglob("*.npz")]
+    [copy] = database.home().rglob("*.npz")
+    assert {folder.stat().st_mode & 0o777 for folder in (copy.parent, copy.parents[1])} == {0o700}
+
+
+def test_of_two_restores_at_once_one_is_refused(engine, home, elsewhere, tmp_path):
+    fill(engine, ["complete"], epochs=2, name="s")
+    backup.back_up(engine, tmp_path / "b.tar")
+    other = elsewhere()
+
+    def one(_):
+        try:
+            backup.restore(other, tmp_path / "b.tar")
+        except BackupError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        [refused] = filter(None, pool.map(one, range(2)))
+    assert "has 1 studies" in refused
+    assert ledger.study_names(other) == ["s"]
+
+
+def test_a_deleted_study_is_restored_into_the_database_that_it_was_in(engine, home, tmp_path):
+    fill(engine, ["complete"], epochs=2, name="s")  # its worker's row outlives it
+    backup.back_up(engine, tmp_path / "b.tar")
+    optuna.delete_study(study_name="s", storage=database.optuna_storage(engine))
+    backup.restore(engine, tmp_path / "b.tar")
+    assert ledger.study_names(engine) == ["s"]
+
+
+@pytest.mark.parametrize("spoil", [lambda rows: rows + b"9\n", lambda rows: rows + rows, lambda _: b""])
+def test_rows_that_postgresql_refuses_are_no_traceback(engine, home, elsewhere, tmp_path, spoil):
+    fill(engine, ["complete"], epochs=2, name="s")
+    backup.back_up(engine, tmp_path / "b.tar")
+    *members, (manifest, text) = entries(tmp_path / "b.tar")
+    number = next(i for i, (entry, _) in enumerate(members) if entry.name == "tables/trials")
+    entry, rows = members[number]
+    members[number] = (entry, spoil(rows))
+    entry.size = len(spoil(rows))
+    stated = json.loads(text)  # with the right digest
+    digest = hashlib.sha256(spoil(rows)).hexdigest()
+    stated["members"]["tables/trials"] = {"size": entry.size, "sha256": digest}
+    text = json.dumps(stated).encode()
+    manifest.size = len(text)
+    write(tmp_path / "spoilt.tar", [*members, (manifest, text)])
+    other = elsewhere()
+    result = runner.invoke(app, ["db", "restore", str(tmp_path / "spoilt.tar")])
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1), result.output
+    assert "nothing was kept" in result.output
+    assert ledger.study_names(other) == []
+    assert not [*database.home().rglob("*.npz")]
+
+
+def test_a_backup_from_another_home_says_so(engine, home, tmp_path, caplog):
+    fill(engine, ["complete"], epochs=2, name="s")
+    backup.back_up(engine, tmp_path / "b.tar")
+    assert "without the files of s" in caplog.text
 
 
 def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_path, monkeypatch):

@@ -291,6 +291,18 @@ def test_a_claim_that_was_withdrawn_was_never_there(engine):
     assert second.record(again, RESULT | {"epoch": 0}, 0.5) is False
 
 
+def test_a_release_may_be_repeated_after_a_lost_reply(engine):
+    study = make_study(engine)
+    worker, other = make_worker(engine, study), make_worker(engine, study)
+    claim = worker.claim()
+    assert worker.release(claim, reason="first")
+    assert worker.release(claim, reason="second")  # it is not told that another holds the trial
+    taken = other.claim()
+    assert worker.release(claim)
+    assert not other.release(claim)
+    assert (taken.attempt, other.release(taken)) == (2, True)
+
+
 def test_a_connection_that_is_lost_while_optuna_reads_is_no_error(engine):
     study = make_study(engine, max_trials=1)
     make_worker(engine, study).claim()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from storage import database, ledger
+from storage.prune import superfluous
 from storage.runs import RunFolder
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 from tests.studies import fill
@@ -122,6 +123,7 @@ def test_prune_removes_what_no_longer_matters_and_nothing_else(engine, home):
         runs.predictions(best),
         runs.predictions(3),  # its worker is about to finish it
         runs.logs / "1.log",
+        runs.path / "notes" / "mine.txt",
     ]
     remove = [
         runs.checkpoints(3) / "attempt-0001-epoch-0002-step-00000002.pt.damaged",
@@ -142,3 +144,5 @@ def test_prune_removes_what_no_longer_matters_and_nothing_else(engine, home):
     assert sorted(runs.files()) == sorted(keep)
     assert not runs.checkpoints(2).exists()
     assert atelier("db", "prune", "s", "--keep", "1") == "0 files, 0.0 MB: removed\n"
+    assert [*superfluous(engine, 1, runs, 0, [best])] == []
+    assert [*superfluous(engine, 1, runs, 0)] == [runs.predictions(best)]

@@ -269,6 +269,10 @@ def test_a_broken_dataset(damage, where, what, study_text, demo, tmp_path):
         ("postgresql://h:port/x", "is not a URL"),
         ("postgresql://u@127.0.0.1/x?foo=bar", "cannot reach the database"),
         ("postgresql://u:secret@db.invalid/x", "may be in clear (sslmode=prefer)"),
+        ("postgresql://u@localhost/x?hostaddr=192.0.2.1", "may be in clear (sslmode=prefer)"),
+        ("postgresql://u@/x?host=/tmp,db.invalid", "may be in clear (sslmode=prefer)"),
+        ("postgresql:///x?service=far", "may be in clear (sslmode=prefer)"),
+        ("postgresql://u@127.invalid/x", "may be in clear (sslmode=prefer)"),
         ("postgresql://u:secret@127.0.0.1/x?host=db.invalid", "may be in clear"),
         ("postgresql://u:secret@db.invalid/x?sslmode=disable", "cannot reach the database"),
         ("postgresql://u:secret@db.invalid/x?sslmode=verify-full", "cannot reach the database"),
@@ -447,7 +451,7 @@ def test_a_full_disk(folder, tiny):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         left = [path for path in (folder / "full").rglob("*") if path.suffix not in ("", ".lock")]
     assert result.returncode == 2, result.stderr
-    assert "error: No space left on device; free some" in result.stderr.splitlines()[-1]
+    assert "error: No space left on device, in ATELIER_HOME" in result.stderr.splitlines()[-1]
     assert left == []
 
 
