@@ -36,7 +36,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(db_app, name="db")
 app.add_typer(user_app, name="user")
 
-WATCH_SECONDS, SLURM_SECONDS = 2, 30
+WATCH_SECONDS, SITE_SECONDS = 2, 30
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
@@ -411,15 +411,16 @@ def status(
         engine, entry = find_study(study)
         runs = RunFolder(entry.name, entry.created)
 
+        # The controller and the shared disk serve the whole site: however often we look, ask them twice
+        # a minute.
         @lru_cache(maxsize=1)
-        def tasks(array_jobs: tuple[str, ...], _: int) -> dict[str, int] | None:
-            return slurm.task_states(array_jobs)
+        def site(array_jobs: tuple[str, ...], _: int) -> tuple[dict[str, int] | None, int]:
+            return slurm.task_states(array_jobs), total_size(runs.files())
 
         def now() -> "Status":
             status = read_status(engine, entry.study_id, entry.name)
-            status.disk_bytes = total_size(runs.files())
-            # A controller serves the whole site: however often we look, ask it twice a minute.
-            status.tasks = tasks(tuple(status.array_jobs), int(time.monotonic() / SLURM_SECONDS))
+            turn = int(time.monotonic() / SITE_SECONDS)
+            status.tasks, status.disk_bytes = site(tuple(status.array_jobs), turn)
             return status
 
         def picture(status: "Status") -> Group:

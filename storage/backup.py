@@ -10,7 +10,6 @@ A restored database is another incarnation: attempts that were open are lost, an
 before gets nothing more to do.
 """
 
-import glob
 import hashlib
 import io
 import logging
@@ -95,15 +94,15 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
         raise BackupError(f"{path}: no such folder; make it first")
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with _held() as hold, new.open("xb") as file:
+        with _alone(), _held() as hold, new.open("xb") as file:
             new.chmod(0o600)
             with tarfile.open(fileobj=file, mode="w") as tar:
                 writer = _Writer(tar)
                 columns, known = _dump(engine, writer)
                 hold()
-                for source in (path for name in known for path in sorted(_hold_folder().glob(name))):
-                    with source.open("rb") as held:
-                        writer.add(f"files/{source.relative_to(_hold_folder())}", held)
+                for source in (file for held in known for file in _files(held)):
+                    with source.open("rb") as content:
+                        writer.add(f"files/{source.relative_to(_hold_folder())}", content)
                 manifest = Manifest(
                     format=FORMAT,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,12 +123,16 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
 
 def read_backup(path: Path) -> Manifest:
     """The manifest of an archive, all of which has been read and is what it says. Raises BackupError."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BackupError(f"{path} is no file; give what atelier db backup wrote")
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             return _check(tar, path.stat().st_size)
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise BackupError(f"{path} is no whole backup: {reason}; use another") from error
+        raise BackupError(
+            f"{path} is no whole backup: {reason}; give what atelier db backup wrote"
+        ) from error
 
 
 def restore(engine: sa.Engine, path: Path) -> Manifest:
@@ -140,7 +143,16 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
     manifest = read_backup(path)
     _refuse_unless_it_fits(engine, manifest)
     database.upgrade(engine, manifest.schema_revision)
-    staging = database.home() / f".restore-{uuid.uuid4().hex}"
+    with _alone():
+        _fill(engine, path, manifest)
+    database.upgrade(engine)
+    return manifest
+
+
+def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
+    """Raises BackupError."""
+    staging = database.home() / ".restore"
+    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
     make_private(staging)
     try:
         with tarfile.open(path, mode="r:") as tar, engine.begin() as connection:
@@ -158,8 +170,6 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
             _put_in_place(staging / "files")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    database.upgrade(engine)
-    return manifest
 
 
 class _Writer:
@@ -197,18 +207,27 @@ def _hold_folder() -> Path:
 
 
 @contextmanager
+def _alone() -> Iterator[None]:
+    """Let one process at a time save or fill this home. Raises BackupError."""
+    lock = FileLock(database.home() / "backup.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BackupError("another backup or restore is at work; wait for its end") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _held() -> Iterator[Callable[[], None]]:
     """Keep all files that are there now for a backup; calling what it gives adds those that came since.
 
     Those are results only: a checkpoint that came after the tables were read may be of a trial that
-    they do not know. Raises BackupError.
+    they do not know.
     """
     home, folder = database.home(), _hold_folder()
-    lock = FileLock(home / "backup.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BackupError("another backup is being written; wait for its end") from None
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
         make_private(folder)
@@ -233,7 +252,6 @@ def _held() -> Iterator[Callable[[], None]]:
         yield hold_results
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -245,24 +263,28 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], list[str]]:
-    """Add all tables as of one moment. Returns their columns, and patterns of the files they know of."""
+def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], list[Path]]:
+    """Add all tables as of one moment. Returns their columns, and where what they know of is held."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
         _prepare_copy(connection)
         columns = {}
         for table in TABLES:
-            known = sa.inspect(connection).get_columns(table.name, schema=table.schema)
-            names = columns[str(table)] = [column["name"] for column in known]
+            present = sa.inspect(connection).get_columns(table.name, schema=table.schema)
+            names = columns[str(table)] = [column["name"] for column in present]
             with tempfile.TemporaryFile(dir=_hold_folder()) as file:
                 _copy(connection, table, names, "TO STDOUT", file)
                 writer.add(f"tables/{table}", file)
-        return columns, [
-            f"{glob.escape(str(path.relative_to(database.home())))}{'/*' if is_folder else ''}"
-            for path, is_folder in _known_files(connection)
-        ]
+        known = _known_files(connection)
+        return columns, [_hold_folder() / path.relative_to(database.home()) for path in known]
 
 
-def _known_files(connection: sa.Connection) -> Iterator[tuple[Path, bool]]:
+def _files(held: Path) -> list[Path]:
+    if held.is_dir():
+        return sorted(held.iterdir())
+    return [held] if held.exists() else []
+
+
+def _known_files(connection: sa.Connection) -> Iterator[Path]:
     """Folders of checkpoints, predictions and pictures: those that the rest of a search may need."""
     query = (
         sa.select(StudyModel.study_name, Study.created, TrialModel.number, TrialModel.state)
@@ -275,9 +297,9 @@ def _known_files(connection: sa.Connection) -> Iterator[tuple[Path, bool]]:
         if not runs.path.is_dir():
             elsewhere.add(name)
         if not state.is_finished():
-            yield runs.checkpoints(number), True
+            yield runs.checkpoints(number)
         elif state == TrialState.COMPLETE:
-            yield runs.predictions(number), False
+            yield runs.predictions(number)
     if elsewhere:
         log.warning(
             "without the files of %s: no such folders in %s; is ATELIER_HOME that of the workers?",
@@ -287,7 +309,7 @@ def _known_files(connection: sa.Connection) -> Iterator[tuple[Path, bool]]:
     key = TrialSystemAttributeModel.key
     for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
         if _FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
-            yield artifacts() / picture.partition(":")[2], False
+            yield artifacts() / picture.partition(":")[2]
 
 
 def _prepare_copy(connection: sa.Connection) -> None:
