@@ -44,6 +44,7 @@ class Evidence:
     file: StudyFile
     max_trials: int
     trials: list[Trial]
+    workers: list[Any]
     runs: RunFolder
 
 
@@ -84,14 +85,15 @@ def gather(connection: sa.Connection, file: StudyFile) -> Evidence:
         trials[row.trial_id].values.append(row.value)
     for row in rows(f"SELECT * FROM public.trial_intermediate_values {own} ORDER BY step"):
         trials[row.trial_id].told.append((row.step, row.intermediate_value))
-    workers = "JOIN (SELECT id AS worker_id, process FROM atelier.worker) AS w USING (worker_id)"
-    for row in rows(f"SELECT * FROM atelier.attempt {workers} {own} ORDER BY number"):
+    holders = "JOIN (SELECT id AS worker_id, process FROM atelier.worker) AS w USING (worker_id)"
+    for row in rows(f"SELECT * FROM atelier.attempt {holders} {own} ORDER BY number"):
         trials[row.trial_id].attempts.append(row)
     for row in rows(f"SELECT * FROM atelier.epoch {own} ORDER BY epoch"):
         trials[row.trial_id].epochs.append(row)
     [entry] = rows(f"SELECT * FROM atelier.study WHERE study_id = {study}")
     runs = RunFolder(file.study.name, entry.created)
-    return Evidence(file, entry.max_trials, list(trials.values()), runs)
+    workers = rows("SELECT * FROM atelier.worker")
+    return Evidence(file, entry.max_trials, list(trials.values()), workers, runs)
 
 
 def the_budget_is_kept(evidence: Evidence, _: References) -> Iterator[str]:
@@ -119,16 +121,28 @@ def nobody_held_what_another_held(evidence: Evidence, _: References) -> Iterator
         for one, other in zip(trial.attempts, trial.attempts[1:], strict=False):
             if one.released is None or other.claimed < one.released:
                 yield f"trial {trial.number}: attempt {other.number} began before {one.number} had ended"
-            if one.outcome == "lost" and other.claimed < one.lease_until and not _knows(other, one):
+            if (
+                one.outcome == "lost"
+                and other.claimed < one.lease_until
+                and not _was_seen(evidence, one, other)
+            ):
                 yield f"trial {trial.number}: {other.number} did not wait for the lease of {one.number}"
 
 
-def _knows(other: Any, one: Any) -> bool:
-    """Whether the worker of an attempt can tell if that of the one before still lives."""
+def _was_seen(evidence: Evidence, one: Any, other: Any) -> bool:
+    """Whether somebody on its machine could see that the holder had ended, before the other claim.
+
+    That need not be who claimed: the one who saw it may have withdrawn a claim of its own.
+    """
     if one.reason == RESTORED:
         return True
     machine, _, _ = one.process.rsplit(":", 2)  # pid and start follow
-    return bool(other.process.startswith(machine + ":"))
+    return any(
+        worker.process.startswith(machine + ":")
+        and worker.id != one.worker_id
+        and worker.started <= other.claimed
+        for worker in evidence.workers
+    )
 
 
 def each_attempt_ended_once(evidence: Evidence, _: References) -> Iterator[str]:
