@@ -33,7 +33,7 @@ class Trial:
     params: dict[str, Any] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
     told: list[tuple[int, float]] = field(default_factory=list)  # Optuna's intermediate values
-    attempts: list[Any] = field(default_factory=list)  # each with the `process` of its worker
+    attempts: list[Any] = field(default_factory=list)
     epochs: list[Any] = field(default_factory=list)
 
 
@@ -85,8 +85,7 @@ def gather(connection: sa.Connection, file: StudyFile) -> Evidence:
         trials[row.trial_id].values.append(row.value)
     for row in rows(f"SELECT * FROM public.trial_intermediate_values {own} ORDER BY step"):
         trials[row.trial_id].told.append((row.step, row.intermediate_value))
-    holders = "JOIN (SELECT id AS worker_id, process FROM atelier.worker) AS w USING (worker_id)"
-    for row in rows(f"SELECT * FROM atelier.attempt {holders} {own} ORDER BY number"):
+    for row in rows(f"SELECT * FROM atelier.attempt {own} ORDER BY number"):
         trials[row.trial_id].attempts.append(row)
     for row in rows(f"SELECT * FROM atelier.epoch {own} ORDER BY epoch"):
         trials[row.trial_id].epochs.append(row)
@@ -136,7 +135,8 @@ def _was_seen(evidence: Evidence, one: Any, other: Any) -> bool:
     """
     if one.reason == RESTORED:
         return True
-    machine, _, _ = one.process.rsplit(":", 2)  # pid and start follow
+    processes = {worker.id: worker.process for worker in evidence.workers}
+    machine, _, _ = processes[one.worker_id].rsplit(":", 2)  # pid and start follow
     return any(
         worker.process.startswith(machine + ":")
         and worker.id != one.worker_id
