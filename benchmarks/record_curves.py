@@ -1,0 +1,140 @@
+"""A table of real learning curves, on which searches are simulated (search_efficiency.py).
+
+    python -m benchmarks.record_curves --data FOLDER --lite0 FILE --work FOLDER -o curves.parquet
+
+Configurations are the first of Optuna's QMC sampler in the space of studies/fashion.toml. Each trains
+the report's head for 30 epochs, by the project's own loop, on the frozen trunk of tf_efficientnet_lite0.
+The trunk's output is computed once, for VIEWS augmented epochs; then each epoch draws one of them for
+each image, so that a run takes seconds. The first REPEATED configurations are trained with SEEDS seeds,
+for the noise that another seed brings. A row is an epoch of a run. What is done is kept in --work: the
+same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+from torch import nn
+
+from search.study import StudyFile, load_study_file
+from trainer.loop import train
+from trainer.workspace import Block, Workspace
+
+VIEWS = 8
+CONFIGURATIONS, REPEATED, SEEDS = 448, 64, 3
+
+
+class Views(Workspace):
+    """Serves augmented images' trunk output from a file, in place of the trunk's work."""
+
+    def __init__(self, file: StudyFile, work: Path) -> None:
+        super().__init__(file.shared, work / "cache")
+        path = work / "views.npy"
+        if not path.exists():
+            self._write(path)
+        self._views = np.load(path, mmap_mode="r")
+
+    def _write(self, path: Path) -> None:
+        partial = path.with_suffix(".partial.npy")
+        shape = (VIEWS, len(self.indices), self.backbone.features)
+        views = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        for view in range(VIEWS):
+            for features, indices in super().train_blocks(self.frozen, 0, view, 256):
+                views[view, indices.numpy()] = features.numpy()
+            print(f"view {view + 1} of {VIEWS}", flush=True)
+        views.flush()
+        partial.rename(path)
+
+    def train_blocks(
+        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
+    ) -> Iterator[Block]:
+        """One epoch in the order of (seed, epoch), each image in a view that they draw."""
+        order = self.stream.order(seed, epoch)
+        drawn = np.random.default_rng([seed, epoch, VIEWS]).integers(VIEWS, size=len(order))
+        for start in range(first * block, len(order), block):
+            part = slice(start, start + block)
+            features = torch.from_numpy(self._views[drawn[part], order[part]])
+            yield features, torch.from_numpy(order[part])
+
+
+def configurations(file: StudyFile) -> list[dict[str, Any]]:
+    """Parameters by configuration."""
+    sampler = optuna.samplers.QMCSampler(seed=0, warn_independent_sampling=False)
+    study = optuna.create_study(sampler=sampler)
+    found = []
+    for _ in range(CONFIGURATIONS):
+        trial = study.ask(file.distributions())
+        found.append(trial.params)
+        study.tell(trial, 0.0)
+    return found
+
+
+_workspace: Views  # of a process of the pool
+
+
+def _begin(file: StudyFile, work: Path) -> None:
+    global _workspace  # a process has one
+    torch.set_num_threads(1)
+    _workspace = Views(file, work)
+
+
+def _record(file: StudyFile, number: int, seed: int, params: dict[str, Any]) -> list[dict[str, Any]]:
+    config = file.config(params).model_copy(update={"seed": seed})
+    key = {"configuration": number, "seed": seed, **params}
+    return [key | result.columns() for result in train(config, _workspace)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--lite0", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    settings = {
+        "data": options.data,
+        "weights": options.lite0,
+        "backbone": "tf_efficientnet_lite0",
+        "trainable": "head",
+    }
+    file = load_study_file(
+        Path("studies/fashion.toml"),
+        [f"train.{name}={json.dumps(one)}" for name, one in settings.items()],
+    )
+    options.work.mkdir(exist_ok=True)
+    Views(file, options.work)  # once, before the pool
+    done = options.work / "runs.jsonl"
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    known = {(row["configuration"], row["seed"]) for row in rows}
+    params = configurations(file)
+    wanted = [(number, 0) for number in range(CONFIGURATIONS)]
+    wanted += [(number, seed) for seed in range(1, SEEDS) for number in range(REPEATED)]
+    missing = [run for run in wanted if run not in known]
+    context = multiprocessing.get_context("spawn")
+    arguments = (file, options.work)
+    with (
+        done.open("a") as kept,
+        ProcessPoolExecutor(os.cpu_count(), context, _begin, arguments) as pool,
+    ):
+        futures = [pool.submit(_record, file, number, seed, params[number]) for number, seed in missing]
+        for future in futures:
+            for row in future.result():
+                rows.append(row)
+                kept.write(json.dumps(row) + "\n")
+            kept.flush()
+    table = pd.DataFrame(rows).sort_values(["seed", "configuration", "epoch"], ignore_index=True)
+    table.to_parquet(options.output, index=False)
+    print(f"{len(wanted)} runs, {len(table)} epochs, {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
