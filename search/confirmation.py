@@ -118,7 +118,7 @@ def _confirmation_file(
         "name": search + SUFFIX,
         "score": "mean-last-5",
         "max_trials": len(candidates) * seeds,
-        "pruner": "none",
+        "strategy": "none",
     }
     own = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
     return validate(ConfirmationFile, tables | own, f"confirmation of {search!r}")

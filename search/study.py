@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +13,22 @@ from urllib.parse import quote
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from optuna.pruners import HyperbandPruner, MedianPruner
+from optuna.samplers import GPSampler, RandomSampler, TPESampler
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dashboards.note import leave_note
-from search.pruner import OptunaPruner, Pruner, RungPruner
+from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
+from search.strategy import REDUCTION_FACTOR, OptunasPruner, Rungs, Strategy
 from storage import ledger
 from storage.database import retrying
 from trainer.config import TUNABLE, TrainConfig
@@ -67,8 +79,11 @@ class StudySettings(_Table):
     max_gpu_hours: float | None = Field(None, gt=0)
     max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
-    pruner: Literal["asha", "median", "none"] = "asha"
+    strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
+        "asha", validation_alias=AliasChoices("strategy", "pruner")
+    )
     rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
+    first: list[dict[str, float | int]] = []  # parameters to begin with, not always all of them
 
     @field_validator("name")
     @classmethod
@@ -179,6 +194,16 @@ class StudyFile(_Table):
                 f"study.rungs = {rungs}; allowed are ascending epochs from 0 to {self.epochs - 1}"
             )
 
+    def check_first(self) -> None:
+        """Raises InputError."""
+        for name, value in (pair for params in self.study.first for pair in params.items()):
+            if name not in self.space:
+                raise InputError(f"study.first: {_unknown(name, self.space)}")
+            spec = self.space[name]
+            if not (value in spec if isinstance(spec, list) else spec.low <= value <= spec.high):
+                allowed = spec if isinstance(spec, list) else f"{spec.low} to {spec.high}"
+                raise InputError(f"study.first has {name} = {value}; allowed is {allowed}, see [space]")
+
     @property
     def largest(self) -> TrainConfig:
         """A configuration of the study with its largest batches, which need the most memory."""
@@ -210,11 +235,13 @@ class StudyFile(_Table):
         }
 
     def rungs_of(self) -> list[int]:
-        """Epochs at which the pruner decides: where the warm-up ends, then times 3.
+        """Epochs at which the strategy decides: where the warm-up ends, then times 3.
 
         The value inside the warm-up says nothing about the final score; at its end the rank
         correlation is 0.89 (docs/design.md).
         """
+        if self.study.strategy == "none":
+            return []
         if self.study.rungs is not None:
             return self.study.rungs
         rungs = [max(self.shared.warmup_epochs, 1)]
@@ -252,22 +279,32 @@ class StudyFile(_Table):
         )
 
     def make_sampler(self) -> optuna.samplers.BaseSampler:
-        """Unseeded on purpose: workers that share a seed would try the same start-up trials."""
+        """The sampler by name."""
+        # Unseeded: workers that share a seed would try the same trials.
         makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-            "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
-            "random": optuna.samplers.RandomSampler,
-            "gp": optuna.samplers.GPSampler,
-            "qmc": optuna.samplers.QMCSampler,
+            "tpe": lambda: TPESampler(n_startup_trials=1),
+            "gp": lambda: GPSampler(n_startup_trials=1),
+            "random": RandomSampler,
+            "qmc": RandomSampler,
         }
-        return makers[self.study.sampler]()
+        startup = {"random": 0, "qmc": math.inf}.get(self.study.sampler, STARTUP_TRIALS)
+        inner = makers[self.study.sampler]()
+        return Search(self.distributions(), inner, self.study.first, startup)
 
-    def make_pruner(self, study: optuna.Study, trials: ledger.Ledger) -> Pruner:
-        """The pruner by name; every one starts at the first rung."""
-        rungs = [] if self.study.pruner == "none" else self.rungs_of()
-        if self.study.pruner == "median" and rungs:
-            median = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0])
-            return OptunaPruner(study, trials, median, rungs[0])
-        return RungPruner(trials, rungs)
+    def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
+        """The strategy by name; every one starts at the first rung."""
+        name, rungs = self.study.strategy, self.rungs_of()
+        makers: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+            "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0]),
+            "hyperband": lambda: HyperbandPruner(
+                min_resource=max(rungs[0], 1),
+                max_resource=self.epochs,
+                reduction_factor=REDUCTION_FACTOR,
+            ),
+        }
+        if name in makers and rungs:
+            return OptunasPruner(study, trials, makers[name](), rungs[0])
+        return Rungs(trials, rungs, pauses=name == "promote")
 
     @property
     def made_on(self) -> str | None:
@@ -316,6 +353,7 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
     for params in file.corners():
         validate(TrainConfig, {**file.train, **params}, path, "train", dict.fromkeys(params, "space"))
     file.check_rungs()
+    file.check_first()
     return file
 
 

@@ -20,11 +20,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from dashboards.files import attach_curve
 from dashboards.status import TrialRow
 from search.exit_codes import ExitCode
+from search.sampling import Promises
 from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
+from search.strategy import Verdict
 from search.study import StudyFile
 from storage.database import retrying
-from storage.ledger import RENEW_SECONDS, Claim, LeaseKeeper, LeaseLost, Ledger
+from storage.ledger import PAUSED, RENEW_SECONDS, SPENT, STOPPED, Claim, LeaseKeeper, LeaseLost, Ledger
+from storage.prune import remove, superfluous
 from storage.runs import RunFolder
 from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
@@ -82,13 +85,14 @@ class Worker:
         self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self.stop = Stop(wall_end, pack)
         self._attributes = workspace.dataset.attribute_table("val")
-        self._pruner = file.make_pruner(study, ledger)
+        self._strategy = file.make_strategy(study, ledger)
         self.made_progress = False  # at least one optimizer step
         self._turn_seconds = 0.0  # as last measured in this process
         self._keeper = LeaseKeeper(ledger)
         self._trials: list[_Trial] = []  # the newest last
         self._ahead: Future[_Offer | None] | None = None
         self._ask_again = 0.0  # nothing to claim before
+        self._spent = False  # the study's GPU-hours are
 
     def run(self) -> ExitCode:
         """Work; returns why it ended, with the details in `stop.reason`."""
@@ -98,6 +102,8 @@ class Worker:
             with on_signals(self.stop), self._keeper, ThreadPoolExecutor(1) as self._executor:
                 self._run()
                 reason = self.stop.reason or "nothing left to claim"
+                if self.stop.end == ExitCode.DONE:
+                    self._sweep()
                 if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():
                     log.info("requeued: another run of this task goes on")
         finally:
@@ -146,11 +152,12 @@ class Worker:
                     with self._errors_of(trial.claim, trial.checkpoints):
                         self._hand_over(trial)
             self._release_all(self.stop.reason or "")
-        elif self._ahead and (offer := self._take_ahead()):
-            self._keeper.let_go(offer.claim)  # no place became free here, but maybe elsewhere
-            self.ledger.withdraw(offer.claim)
+        else:
+            self._withdraw_ahead()  # no place became free here, but maybe elsewhere
 
     def _next_offer(self) -> _Offer | None:
+        if self._spent:
+            self._withdraw_ahead()
         offer = self._take_ahead()
         if offer is None and (not self._trials or time.monotonic() >= self._ask_again):
             offer = self._obtain(self._held())
@@ -164,8 +171,13 @@ class Worker:
         ahead, self._ahead = self._ahead, None
         return ahead.result() if ahead else None
 
+    def _withdraw_ahead(self) -> None:
+        if offer := self._take_ahead():
+            self._keeper.let_go(offer.claim)
+            self.ledger.withdraw(offer.claim)
+
     def _obtain(self, held: Collection[int]) -> _Offer | None:
-        claim = self.ledger.claim(held)
+        claim = self.ledger.claim(held, self._strategy.promotes)
         if claim is None:
             return None
         self._keeper.hold(claim)
@@ -182,7 +194,7 @@ class Worker:
         ):
             return
         if any(
-            len(trial.run.history) == last or self._pruner.decides_at(len(trial.run.history))
+            len(trial.run.history) == last or self._strategy.decides_at(len(trial.run.history))
             for trial in self._trials
         ):
             self._ahead = self._executor.submit(self._obtain, self._held())
@@ -250,23 +262,26 @@ class Worker:
     def _hand_over(self, trial: _Trial) -> None:
         """Save and release a trial in the middle of its epoch."""
         trial.run.save()
+        self._give_back(trial, "released", self.stop.reason or "")
+
+    def _give_back(self, trial: _Trial, outcome: str, reason: str) -> None:
+        """Leave a trial, with its checkpoint, for another worker or another time."""
         self._trials.remove(trial)
         self._keeper.let_go(trial.claim)
-        if not self.ledger.release(trial.claim, reason=self.stop.reason or ""):
+        if not self.ledger.release(trial.claim, outcome, reason):
             trial.checkpoints.withdraw()
+
+    def _sweep(self) -> None:
+        """Remove the checkpoints of trials that waited to the end, or whose worker was killed before."""
+        files = superfluous(self.ledger.engine, self.ledger.study_id, self.runs, keep=None)
+        remove(files)
 
     def _epoch(self, trial: _Trial, result: EpochResult) -> None:
         """Record an epoch, and decide whether the trial goes on."""
         claim, value = trial.claim, self._value(result)
         if result.epoch > claim.last_epoch:
-            try:
-                stop_requested = self.ledger.record(claim, result.columns(), value)
-            except LeaseLost:
-                trial.checkpoints.withdraw()
-                raise
-            if stop_requested:
-                self.stop.ask("atelier stop", ExitCode.STOPPED)
-        elif result.epoch < claim.last_epoch:
+            self._record(trial, result, value)
+        elif result.epoch < claim.last_epoch or claim.promoted:
             return  # decided before
         if not result.finite:
             # Told as pruned, with the worst value: samplers do not see failed trials.
@@ -278,8 +293,26 @@ class Worker:
             every.save(self.runs.predictions(claim.trial_number))
             values = [self._value(one) for one in history]
             self._finish(trial, "complete", score(values, self.file.study.score))
-        elif self._pruner.decides_at(result.epoch) and self._pruner.prunes(claim, result.epoch, value):
-            self._finish(trial, "pruned", value, f"pruned after {result.epoch + 1} epochs")
+        elif self._spent:
+            self._give_back(trial, "released", SPENT)
+        elif self._strategy.decides_at(result.epoch):
+            verdict = self._strategy.decide(claim, result.epoch, value)
+            reason = f"{verdict.value} after {result.epoch + 1} epochs"
+            if verdict == Verdict.PRUNED:
+                self._finish(trial, "pruned", value, reason)
+            elif verdict == Verdict.PAUSED:
+                self._give_back(trial, PAUSED, reason)
+
+    def _record(self, trial: _Trial, result: EpochResult, value: float) -> None:
+        """Raises LeaseLost."""
+        try:
+            why = self.ledger.record(trial.claim, result.columns(), value)
+        except LeaseLost:
+            trial.checkpoints.withdraw()
+            raise
+        self._spent = why == SPENT
+        if why == STOPPED:
+            self.stop.ask(why, ExitCode.STOPPED)
 
     def _value(self, result: EpochResult) -> float:
         return epoch_value(result, self.file.study.score, self._attributes)
@@ -307,7 +340,9 @@ class Worker:
         """
         # A Study keeps the trials that it has seen until ask or tell, which are not used here: with
         # an old one the sampler would never learn.
-        study = optuna.Study(self.study.study_name, self.ledger.storage, self.study.sampler)
+        study = Promises(
+            self.study.study_name, self.ledger.storage, self.study.sampler, self.file.rungs_of()
+        )
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
         self.ledger.storage.get_all_trials(self.ledger.study_id, deepcopy=False)

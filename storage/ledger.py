@@ -36,7 +36,7 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from storage.database import retrying
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
@@ -45,6 +45,10 @@ LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
 
 RESTORED = "the database was restored from a backup"
+STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
+
+# The outcome of an attempt whose trial waits until its strategy lets it go on.
+PAUSED = "paused"
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
@@ -66,6 +70,15 @@ class Claim:
     trial_number: int
     attempt: int
     last_epoch: int  # the last one on record, -1 before the first
+    promoted: bool = False  # it was paused after that epoch, and goes on
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A trial's place at an epoch, among the trials that have been there."""
+
+    better: int  # how many were worth more
+    peers: int  # how many there are, itself included
 
 
 def _lost(claim: Claim) -> LeaseLost:
@@ -189,31 +202,54 @@ class Ledger:
             )
 
     @retrying
-    def claim(self, held: Collection[int] = ()) -> Claim | None:
-        """Take a trial that waits for a worker, else a new one if the budget allows, else None.
+    def claim(
+        self,
+        held: Collection[int] = (),
+        promotes: Callable[[Standing], bool] = lambda _: False,
+    ) -> Claim | None:
+        """Take a trial that was interrupted, else a paused one that `promotes`, else a new one.
 
-        None too if `stop_reason` gives one, or if the study was deleted. `held` are Optuna's ids of the
-        trials that this worker has in hand; another one of its own is from a claim whose reply was lost.
+        A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
+        goes on. None if the budget is spent, if `stop_reason` gives one, or if the study was deleted.
+        `held` are Optuna's ids of the trials that this worker has in hand; another one of its own is
+        from a claim whose reply was lost.
 
-        Claims of a study follow one another (the study's row is locked), so that any number of
-        workers neither overshoots the budget nor takes a trial twice.
+        Claims of a study follow one another (the study's row is locked), so that any number of workers
+        neither overshoots the budget nor takes a trial twice. The one that finds nothing more to do, for
+        itself or anybody, tells Optuna that the paused trials are pruned.
         """
         verdicts = self._judge(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
                 return None
-            for trial_id in self._unfinished(session, verdicts):
-                if trial_id in held:
-                    continue
-                claim = self._take(session, trial_id, verdicts)
-                if claim is not None:
-                    return claim
-            if not self._budget_left(session, study):
-                return None
-            # In a transaction of its own: if we die before the commit below, the trial is
+            if not self._is_spent(session):
+                for trial_id in self._claimable(session, study, verdicts, promotes):
+                    if trial_id not in held and (claim := self._take(session, trial_id, verdicts)):
+                        return claim
+            self._settle(session)
+            return None
+
+    def _claimable(
+        self,
+        session: Session,
+        study: Study,
+        verdicts: Verdicts,
+        promotes: Callable[[Standing], bool],
+    ) -> Iterator[int]:
+        """Trials to take, the first first; new ones begin when they are asked for."""
+        yield from self._unfinished(session, verdicts)
+        paused = self._paused(session)
+        for trial_id, standing in paused.items():
+            if promotes(standing):
+                yield trial_id
+        trials = sa.select(sa.func.count()).where(TrialModel.study_id == self.study_id)
+        if session.scalars(trials).one() < study.max_trials:
+            # In a transaction of its own: if we die before the commit of the claim, the trial is
             # RUNNING without an attempt, and the next claim takes it.
-            return self._take(session, self.storage.create_new_trial(self.study_id), verdicts)
+            yield self.storage.create_new_trial(self.study_id)
+        if study.max_gpu_seconds is not None:
+            yield from paused
 
     @retrying
     def _holders(self) -> list[Holder]:
@@ -243,6 +279,7 @@ class Ledger:
             )
             .where(TrialModel.study_id == self.study_id)
             .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+            .where(TrialModel.trial_id.not_in(self._waiting_at_rungs()))
             # `_take` judges them again, under a lock; this spares it those that are at work.
             .where(
                 holder.is_(None)
@@ -254,18 +291,65 @@ class Ledger:
         )
         return list(session.scalars(query))
 
-    def _budget_left(self, session: Session, study: Study) -> bool:
-        trials = session.scalar(
-            sa.select(sa.func.count())
-            .select_from(TrialModel)
-            .where(TrialModel.study_id == self.study_id)
+    def _waiting_at_rungs(self) -> sa.Select[Any]:
+        """The ids of the paused trials: nobody has taken them since."""
+        later = aliased(Attempt)
+        return sa.select(Attempt.trial_id).where(
+            Attempt.study_id == self.study_id,
+            Attempt.outcome == PAUSED,
+            ~sa.exists().where(later.trial_id == Attempt.trial_id, later.number > Attempt.number),
         )
-        if trials is not None and trials >= study.max_trials:
-            return False
-        return (
-            study.max_gpu_seconds is None
-            or (session.scalar(sa.select(gpu_seconds(self.study_id))) or 0.0) < study.max_gpu_seconds
+
+    def _paused(self, session: Session) -> dict[int, Standing]:
+        """The paused trials, by Optuna's id, with their standing: the furthest first, then the best."""
+        own = self._waiting_at_rungs()
+        rungs = (
+            sa.select(Epoch.trial_id, sa.func.max(Epoch.epoch).label("epoch"))
+            .where(Epoch.trial_id.in_(own))
+            .group_by(Epoch.trial_id)
+            .cte()
         )
+        at_epoch: dict[str, Any] = {"partition_by": Epoch.epoch}
+        places = (
+            sa.select(
+                Epoch.trial_id,
+                Epoch.epoch,
+                (sa.func.rank().over(**at_epoch, order_by=Epoch.value.desc().nulls_last()) - 1).label(
+                    "better"
+                ),
+                sa.func.count().over(**at_epoch).label("peers"),
+            )
+            .where(Epoch.study_id == self.study_id, Epoch.epoch.in_(sa.select(rungs.c.epoch)))
+            .subquery()
+        )
+        query = (
+            sa.select(places.c.trial_id, places.c.better, places.c.peers)
+            .join(rungs, sa.and_(rungs.c.trial_id == places.c.trial_id, rungs.c.epoch == places.c.epoch))
+            .order_by(places.c.epoch.desc(), places.c.better, places.c.trial_id)
+        )
+        return {trial_id: Standing(*place) for trial_id, *place in session.execute(query)}
+
+    def _is_spent(self, session: Session) -> bool:
+        return session.scalar(sa.select(is_spent(self.study_id))) or False
+
+    def _settle(self, session: Session) -> None:
+        """Tell Optuna that nothing of the study goes on, if nobody works at it."""
+        study = Attempt.study_id == self.study_id
+        if session.scalar(sa.select(sa.exists().where(study, Attempt.released.is_(None)))):
+            return
+        waiting = (
+            sa.select(TrialModel)
+            .where(TrialModel.study_id == self.study_id, TrialModel.state == TrialState.RUNNING)
+            .with_for_update()
+        )
+        for trial in session.scalars(waiting):
+            attempts = sa.select(Attempt).where(Attempt.trial_id == trial.trial_id)
+            last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
+            values = sa.select(Epoch.value).where(Epoch.trial_id == trial.trial_id)
+            value = session.scalar(values.order_by(Epoch.epoch.desc()).limit(1))
+            _end(session, trial, TrialState.PRUNED, value, {})
+            if last is not None:
+                last.outcome = "pruned"
 
     def _take(self, session: Session, trial_id: int, verdicts: Verdicts) -> Claim | None:
         """Hold the trial, unless it is finished or its holder lives.
@@ -310,14 +394,20 @@ class Ledger:
         return self._claim_of(session, trial, number)
 
     def _claim_of(self, session: Session, trial: TrialModel, number: int) -> Claim:
-        last = session.scalar(
-            sa.select(sa.func.max(Epoch.epoch)).where(Epoch.trial_id == trial.trial_id)
+        epochs = sa.select(Epoch.epoch, Epoch.attempt).where(Epoch.trial_id == trial.trial_id)
+        last = session.execute(epochs.order_by(Epoch.epoch.desc()).limit(1)).one_or_none()
+        epoch, recorded_by = last or (-1, 0)
+        paused_since = sa.exists().where(
+            Attempt.trial_id == trial.trial_id,
+            Attempt.number >= recorded_by,
+            Attempt.outcome == PAUSED,
         )
         return Claim(
             trial_id=int(trial.trial_id),
             trial_number=int(trial.number),
             attempt=number,
-            last_epoch=-1 if last is None else last,
+            last_epoch=epoch,
+            promoted=bool(session.scalar(sa.select(paused_since))),
         )
 
     def _lease(self) -> sa.ColumnElement[Any]:
@@ -351,21 +441,26 @@ class Ledger:
             .cte("held")
         )
 
-    def _while_held(self, claim: Claim, rows: Mapping[Any, Mapping[str, Any]]) -> bool:
+    def _while_held(self, claim: Claim, rows: Mapping[Any, Mapping[str, Any]]) -> str | None:
         """Prolong the lease and enter rows, by model: one statement, one round trip.
 
-        Returns whether all workers are to stop. Raises LeaseLost.
+        Returns why all workers are to stop. Raises LeaseLost.
         """
         held = self._held(claim)
         entries = [_entry(model, values, held) for model, values in rows.items()]
         seen = sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()).cte("seen")
         study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
-        statement = sa.select(study.scalar_subquery()).select_from(held).add_cte(held, seen, *entries)
+        statement = (
+            sa.select(study.scalar_subquery(), is_spent(self.study_id))
+            .select_from(held)
+            .add_cte(held, seen, *entries)
+        )
         with self._autocommitting() as connection:
             row = connection.execute(statement).one_or_none()
         if row is None:
             raise _lost(claim)
-        return row[0] is not None
+        stopped, spent = row
+        return STOPPED if stopped is not None else SPENT if spent else None
 
     @contextmanager
     def _autocommitting(self) -> Iterator[sa.Connection]:
@@ -386,11 +481,11 @@ class Ledger:
         self._while_held(claim, {})
 
     @retrying
-    def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> bool:
+    def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> str | None:
         """Enter one epoch, tell Optuna what it is worth, prolong the lease. Raises LeaseLost.
 
-        `result` has the columns that trainer.config.EpochResult.columns gives. Returns whether somebody
-        asked all workers of the study to stop.
+        `result` has the columns that trainer.config.EpochResult.columns gives. Returns why all workers
+        of the study are to stop, if they are: STOPPED or SPENT.
         """
         stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
         epoch = {
@@ -418,14 +513,13 @@ class Ledger:
             return list(connection.scalars(query.order_by(Epoch.epoch)))
 
     @retrying
-    def standing(self, epoch: int, value: float) -> tuple[int, int]:
-        """How many trials were worth more after this epoch, and how many have come so far."""
+    def standing(self, epoch: int, value: float) -> Standing:
+        """The standing of a trial that was worth this much after an epoch."""
         query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
             Epoch.study_id == self.study_id, Epoch.epoch == epoch
         )
         with self._autocommitting() as connection:
-            better, peers = connection.execute(query).one()
-        return better, peers
+            return Standing(*connection.execute(query).one())
 
     @retrying
     def finish(
@@ -494,7 +588,7 @@ class Ledger:
         ).one()
         if known is None:
             return RESTORED
-        return None if stopped is None else "atelier stop"
+        return None if stopped is None else STOPPED
 
     @retrying
     def failures(self, claim: Claim) -> int:
@@ -544,7 +638,8 @@ def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
     """Seconds in which workers have held trials of a study, any number at once: what it has spent."""
-    end = sa.func.greatest(sa.func.coalesce(Attempt.released, Attempt.renewed), Attempt.claimed)
+    held_until = sa.func.coalesce(Attempt.released, sa.func.least(_now(), Attempt.lease_until))
+    end = sa.func.greatest(held_until, Attempt.claimed)
     spans = (
         sa.select(
             sa.func.unnest(sa.func.range_agg(sa.func.tstzrange(Attempt.claimed, end))).label("span")
@@ -555,6 +650,14 @@ def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
     )
     seconds = sa.extract("epoch", sa.func.upper(spans.c.span) - sa.func.lower(spans.c.span))
     return sa.select(sa.func.coalesce(sa.func.sum(seconds), 0.0)).scalar_subquery()
+
+
+def is_spent(study_id: int) -> sa.ScalarSelect[bool]:
+    """Whether a study that has a budget in GPU-hours has used it up."""
+    budget = Study.max_gpu_seconds
+    # A CASE, so that without a budget nothing is summed.
+    spent = sa.case((budget.is_(None), sa.false()), else_=gpu_seconds(study_id) >= budget)
+    return sa.select(spent).where(Study.study_id == study_id).scalar_subquery()
 
 
 def _now() -> sa.ColumnElement[Any]:

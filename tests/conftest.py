@@ -123,7 +123,7 @@ STUDY = """
 [study]
 name = "{name}"
 max_trials = {trials}
-pruner = "none"
+strategy = "none"
 
 [space]
 lr = {{ low = 1e-3, high = 2e-3, log = true }}

@@ -173,7 +173,7 @@ def work(tmp_path, demo):
     """Starts a real worker on a study whose trials may be pruned after their second epoch."""
     path = tmp_path / "study.toml"
     text = STUDY.format(name="real", trials=12, size=32, epochs=4, data=demo)
-    path.write_text(text.replace('pruner = "none"', 'pruner = "asha"\nrungs = [1]'))
+    path.write_text(text.replace('strategy = "none"', 'strategy = "asha"\nrungs = [1]'))
 
     def begin():
         with (tmp_path / "worker.log").open("a") as output:

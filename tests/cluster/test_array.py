@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PRUNED = '\npruner = "asha"\nrungs = [1, 2]'
+PRUNED = '\nstrategy = "asha"\nrungs = [1, 2]'
 
 
 def consistent(status):
@@ -19,7 +19,7 @@ def consistent(status):
 
 def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
     study = campaign(
-        trials=24, epochs=4, size=32, change=lambda text: text.replace('\npruner = "none"', PRUNED)
+        trials=24, epochs=4, size=32, change=lambda text: text.replace('\nstrategy = "none"', PRUNED)
     )
     job = study.submit("0-7%4")
     queued = consistent(study.status)

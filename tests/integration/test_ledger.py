@@ -288,7 +288,7 @@ def test_a_claim_that_was_withdrawn_was_never_there(engine):
         first.finish(claim, "complete", 0.5)
     first.release(claim)
     first.withdraw(claim)
-    assert second.record(again, RESULT | {"epoch": 0}, 0.5) is False
+    assert second.record(again, RESULT | {"epoch": 0}, 0.5) is None
 
 
 def test_a_release_may_be_repeated_after_a_lost_reply(engine):

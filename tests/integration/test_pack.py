@@ -24,7 +24,7 @@ def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine):
     changes = (
         "study.max_trials=6",
         "space.batch_size=[16,32,64]",
-        "study.pruner=asha",
+        "study.strategy=asha",
         "study.rungs=[0]",
     )
     settings = [f"--set={change}" for change in changes]
@@ -76,7 +76,7 @@ def test_a_trial_that_does_not_fit_beside_the_others_waits(engine, make_worker, 
         return step(run, *arguments)
 
     monkeypatch.setattr(Run, "train_step", train_step)
-    worker = make_worker("study.max_trials=4", 'study.pruner="none"', pack=3)
+    worker = make_worker("study.max_trials=4", 'study.strategy="none"', pack=3)
     assert worker.run() == ExitCode.DONE
     assert worker.pack == 2
     assert sorted(attempts(engine)) == ["complete"] * 4 + ["released"]
@@ -93,7 +93,7 @@ def test_an_error_in_a_pack_is_one_trials_own(engine, make_worker, monkeypatch):
         return step(run, *arguments)
 
     monkeypatch.setattr(Run, "train_step", train_step)
-    worker = make_worker("study.max_trials=3", "study.max_failures=0", 'study.pruner="none"', pack=3)
+    worker = make_worker("study.max_trials=3", "study.max_failures=0", 'study.strategy="none"', pack=3)
     assert worker.run() == ExitCode.DONE
     assert [trial.state.name for trial in worker.study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
 
@@ -102,7 +102,7 @@ def test_a_pack_that_has_to_stop_gives_all_its_trials_back_and_loses_nothing(
     engine,
     make_worker,
 ):
-    settings = ("study.max_trials=3", 'study.pruner="none"')
+    settings = ("study.max_trials=3", 'study.strategy="none"')
     worker = make_worker(*settings, pack=3)
     cuts_epoch, steps = worker.stop.cuts_epoch, itertools.count()
 
@@ -149,7 +149,7 @@ def test_three_round_trips_to_the_database_per_trial_and_epoch(statements, make_
     counts = []
     for epochs in (5, 25):
         name = f'study.name="of {epochs}"'
-        settings = (f"train.epochs={epochs}", "train.warmup_epochs=0", 'study.pruner="asha"', name)
+        settings = (f"train.epochs={epochs}", "train.warmup_epochs=0", 'study.strategy="asha"', name)
         worker = make_worker("study.max_trials=1", "study.rungs=[1]", *settings)
         before = statements()
         assert worker.run() == ExitCode.DONE
@@ -185,7 +185,7 @@ def test_a_trial_whose_first_attempt_failed_is_tried_again(engine, make_worker, 
 
 
 def test_a_trial_that_cannot_be_sampled_is_charged_for_it(engine, make_worker, monkeypatch):
-    worker = make_worker("study.max_trials=2", "study.max_failures=0", 'study.pruner="none"', pack=2)
+    worker = make_worker("study.max_trials=2", "study.max_failures=0", 'study.strategy="none"', pack=2)
     params = worker._params
 
     def refuse(claim):
@@ -200,7 +200,7 @@ def test_a_trial_that_cannot_be_sampled_is_charged_for_it(engine, make_worker, m
 
 
 def test_a_claimed_trial_for_which_no_place_became_free_is_given_back(engine, make_worker):
-    settings = ('study.pruner="asha"', "study.rungs=[0]", "study.max_trials=2")
+    settings = ('study.strategy="asha"', "study.rungs=[0]", "study.max_trials=2")
     worker, withdrawn = make_worker(*settings), []
     withdraw = worker.ledger.withdraw
     worker.ledger.withdraw = lambda claim: withdrawn.append(claim.trial_number) or withdraw(claim)

@@ -58,7 +58,7 @@ STUDY_FILES = {
     "trials as text": (put("max_trials = 2", 'max_trials = "many"'), "study.max_trials"),
     "negative gpu hours": (add(STUDY_KEY, "max_gpu_hours = -1"), "max_gpu_hours"),
     "unknown sampler": (add(STUDY_KEY, 'sampler = "tpee"'), "study.sampler"),
-    "unknown pruner": (put('"none"', '"ashaa"'), "study.pruner"),
+    "unknown strategy": (put('"none"', '"ashaa"'), "study.strategy"),
     "unknown score": (add(STUDY_KEY, 'score = "mean"'), "study.score"),
     "rungs out of order": (add(STUDY_KEY, "rungs = [2, 1]"), "rungs"),
     "rung after the end": (add(STUDY_KEY, "rungs = [9]"), "rungs"),

@@ -1,23 +1,25 @@
-"""Pruning decides a search: what is pruned when, from the values on record alone."""
+"""Who goes on, who waits and who ends at a rung, from the values on record alone."""
 
 import math
 
 import pytest
 
+from search.strategy import Verdict
 from search.study import load_study_file
+from storage.ledger import Standing
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 
 
 @pytest.fixture
 def decide(engine, study_text, tmp_path):
-    """Trials with these values by epoch; returns for each whether the pruner stops it after its last."""
+    """Trials with these values by epoch; returns for each whether it is stopped after its last."""
 
     def decide(curves, *settings):
         study = make_study(engine, max_trials=len(curves))
         path = tmp_path / "study.toml"
         path.write_text(study_text)
-        file = load_study_file(path, ['study.pruner="asha"', "train.epochs=30", *settings])
-        pruner = file.make_pruner(study, make_worker(engine, study))
+        file = load_study_file(path, ['study.strategy="asha"', "train.epochs=30", *settings])
+        strategy = file.make_strategy(study, make_worker(engine, study))
         held = []
         for curve in curves:
             holder = make_worker(engine, study)
@@ -26,7 +28,7 @@ def decide(engine, study_text, tmp_path):
                 holder.record(claim, RESULT | {"epoch": epoch}, value)
             held.append((claim, len(curve) - 1, curve[-1]))
         return [
-            pruner.decides_at(epoch) and pruner.prunes(claim, epoch, value)
+            strategy.decides_at(epoch) and strategy.decide(claim, epoch, value) != Verdict.GOES_ON
             for claim, epoch, value in held
         ]
 
@@ -65,7 +67,7 @@ def test_another_studys_trials_do_not_count(engine, decide):
     worker = make_worker(engine, other)
     claim = worker.claim()
     worker.record(claim, RESULT | {"epoch": 0}, 0.1)
-    assert worker.standing(0, 0.1) == (0, 1)
+    assert worker.standing(0, 0.1) == Standing(0, 1)
 
 
 def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
@@ -77,9 +79,9 @@ def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
             worker.record(claim, RESULT | {"epoch": epoch}, value)
         worker.finish(claim, "complete", value)
     curves = [[0.25] * 6, [0.35] * 6, [0.25] * 3]
-    settings = ('study.pruner="median"', "study.rungs=[5]")
+    settings = ('study.strategy="median"', "study.rungs=[5]")
     assert decide(curves, *settings) == [True, False, False]  # the last is not there yet
-    assert decide([[0.1] * 6], 'study.pruner="none"') == [False]
+    assert decide([[0.1] * 6], 'study.strategy="none"') == [False]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""`strategy = "promote"`: a weak trial waits, and goes on if it is among the best after all."""
+
+from collections import defaultdict
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from search.exit_codes import ExitCode
+from storage.ledger import PAUSED, SPENT, update_study
+from storage.models import Attempt, Epoch
+from tests.integration import test_ledger
+from tests.integration.test_ledger import RESULT, make_study
+
+PROMOTE = ('study.strategy="promote"', "study.rungs=[0]")
+
+
+def top_third(standing):
+    return standing.better < standing.peers // 3
+
+
+class Trials:
+    """Trials that workers hold or that wait, by number."""
+
+    def __init__(self, engine, **values):
+        self.engine = engine
+        self.study = make_study(engine, **values)
+
+    def worker(self):
+        return test_ledger.make_worker(self.engine, self.study)
+
+    def pause(self, worker, value, epoch=0):
+        """The worker's next trial, paused after an epoch of this value."""
+        claim = worker.claim(promotes=top_third)
+        assert claim.last_epoch == epoch - 1
+        worker.record(claim, RESULT | {"epoch": epoch}, value)
+        assert worker.release(claim, PAUSED, f"paused after {epoch + 1} epochs")
+        return claim.trial_number
+
+    def states(self):
+        return [trial.state for trial in self.study.get_trials()]
+
+
+def outcomes(engine):
+    """By trial number, in order."""
+    found = defaultdict(list)
+    with engine.connect() as connection:
+        query = sa.select(Attempt.trial_id, Attempt.outcome).order_by(Attempt.trial_id, Attempt.number)
+        for trial_id, outcome in connection.execute(query):
+            found[trial_id].append(outcome)
+    return [*found.values()]
+
+
+def test_a_paused_trial_goes_on_before_a_new_one_as_soon_as_it_is_among_the_best(engine):
+    trials = Trials(engine, max_trials=9)
+    worker = trials.worker()
+    for value in (0.3, 0.5):
+        trials.pause(worker, value)
+    assert trials.pause(worker, 0.4) == 2  # of two, no third is a whole one
+    claim = worker.claim(promotes=top_third)
+    assert (claim.trial_number, claim.attempt, claim.last_epoch, claim.promoted) == (1, 2, 0, True)
+    assert worker.claim([claim.trial_id], top_third).trial_number == 3
+
+
+def test_those_that_are_furthest_go_on_first(engine):
+    trials = Trials(engine, max_trials=12)
+    worker = trials.worker()
+    for value in (0.9, 0.1, 0.1, 0.8, 0.1, 0.1, 0.7, 0.1, 0.1):
+        claim = worker.claim()
+        worker.record(claim, RESULT | {"epoch": 0}, value)
+        if value > 0.5:
+            worker.record(claim, RESULT | {"epoch": 1}, value)
+        worker.release(claim, PAUSED)
+    assert worker.claim(promotes=top_third).trial_number == 0
+
+
+def test_a_promoted_trial_whose_worker_died_is_still_promoted(engine):
+    trials = Trials(engine, max_trials=3)
+    worker = trials.worker()
+    for value in (0.5, 0.3, 0.4):
+        trials.pause(worker, value)
+    claim = worker.claim(promotes=top_third)
+    worker.release(claim, reason="killed before an epoch")
+    again = worker.claim(promotes=lambda _: False)  # it was interrupted: nobody is asked
+    assert (again.trial_number, again.promoted) == (0, True)
+    worker.record(again, RESULT | {"epoch": 1}, 0.5)
+    worker.release(again)
+    assert not worker.claim().promoted  # after an epoch of its own it is judged anew
+
+
+def test_the_last_one_out_tells_optuna_that_what_waits_is_pruned(engine):
+    trials = Trials(engine, max_trials=3)
+    worker, other = trials.worker(), trials.worker()
+    trials.pause(worker, 0.3)
+    trials.pause(worker, 0.2)
+    held = other.claim()
+    assert worker.claim(promotes=top_third) is None
+    assert trials.states() == [TrialState.RUNNING] * 3  # the other one may still change what is best
+    other.record(held, RESULT | {"epoch": 0}, 0.1)
+    other.release(held, PAUSED)
+    assert worker.claim(promotes=lambda _: False) is None
+    assert trials.states() == [TrialState.PRUNED] * 3
+    assert [trial.value for trial in trials.study.get_trials()] == [0.3, 0.2, 0.1]
+    assert outcomes(engine) == [["pruned"]] * 3
+
+
+def test_a_search_that_was_stopped_keeps_what_waits(engine):
+    trials = Trials(engine, max_trials=1)
+    worker = trials.worker()
+    trials.pause(worker, 0.3)
+    update_study(engine, worker.study_id, stop_requested=sa.func.now())
+    assert worker.claim() is None
+    assert trials.states() == [TrialState.RUNNING]
+
+
+def test_gpu_hours_are_spent_on_the_best_once_no_further_trial_may_begin(engine):
+    trials = Trials(engine, max_trials=3, max_gpu_seconds=1000.0)
+    worker = trials.worker()
+    for value in (0.3, 0.5, 0.4):
+        trials.pause(worker, value)
+    claim = worker.claim(promotes=lambda _: False)
+    assert (claim.trial_number, claim.promoted) == (1, True)
+
+
+def test_gpu_hours_that_are_spent_end_the_search(engine):
+    trials = Trials(engine, max_trials=3, max_gpu_seconds=1000.0)
+    worker = trials.worker()
+    trials.pause(worker, 0.3)
+    claim = worker.claim(promotes=lambda _: False)
+    assert worker.record(claim, RESULT | {"epoch": 0}, 0.4) is None
+    update_study(engine, worker.study_id, max_gpu_seconds=1e-9)
+    assert worker.record(claim, RESULT | {"epoch": 1}, 0.5) == SPENT
+    worker.release(claim, reason=SPENT)
+    assert worker.claim(promotes=lambda _: True) is None
+    assert trials.states() == [TrialState.PRUNED] * 2
+    assert [trial.value for trial in trials.study.get_trials()] == [0.3, 0.5]
+
+
+def test_a_whole_search(engine, make_worker):
+    worker = make_worker("study.max_trials=7", *PROMOTE)
+    assert worker.run() == ExitCode.DONE
+    trials = worker.study.get_trials()
+    best = sorted(trials, key=lambda trial: -trial.intermediate_values[0])[:2]
+    assert {trial.state for trial in best} == {TrialState.COMPLETE}
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial, own in zip(trials, outcomes(engine), strict=True):
+        ended = "complete" if trial.state == TrialState.COMPLETE else "pruned"
+        assert own in ([ended], [PAUSED, ended])
+        assert len(trial.intermediate_values) == (3 if ended == "complete" else 1)
+    assert [PAUSED, "complete"] in outcomes(engine)
+    assert not [*worker.runs.path.glob("trial-*")]  # no checkpoint is left
+
+
+def test_gpu_hours_are_a_hard_limit(engine, make_worker):
+    worker = make_worker("study.max_trials=7", "study.max_gpu_hours=1e-9")
+    # One that is already at work, and learns of the limit when it reports.
+    update_study(engine, worker.ledger.study_id, max_gpu_seconds=None)
+    record = worker.ledger.record
+
+    def then_limited(*arguments):
+        update_study(engine, worker.ledger.study_id, max_gpu_seconds=1e-9)
+        return record(*arguments)
+
+    worker.ledger.record = then_limited
+    assert worker.run() == ExitCode.DONE
+    [trial] = worker.study.get_trials()
+    assert (trial.state, [*trial.intermediate_values]) == (TrialState.PRUNED, [0])
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 1
