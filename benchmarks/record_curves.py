@@ -94,8 +94,8 @@ def _begin(file: StudyFile, work: Path) -> None:
 
 def _record(file: StudyFile, number: int, seed: int, params: dict[str, Any]) -> list[dict[str, Any]]:
     config = file.config(params).model_copy(update={"seed": seed})
-    key = {"configuration": number, "seed": seed, **params}
-    return [key | result.columns() for result in train(config, _workspace)]
+    key = {"configuration": number, "seed": seed}
+    return [result.columns() | key for result in train(config, _workspace)]
 
 
 class Recorder:
@@ -108,7 +108,9 @@ class Recorder:
 
     def table(self) -> pd.DataFrame:
         """A row per epoch."""
-        return pd.DataFrame([json.loads(line) for line in self._done.read_text().splitlines()])
+        rows = [json.loads(line) for line in self._done.read_text().splitlines()]
+        # The rate of the epoch goes, that of the configuration comes.
+        return pd.DataFrame([row | self._params[row["configuration"]] for row in rows])
 
     def record(self, runs: list[tuple[int, int]]) -> None:
         """Runs by configuration and seed."""
