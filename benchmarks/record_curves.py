@@ -28,11 +28,14 @@ from torch import nn
 
 from search.score import score
 from search.study import StudyFile, load_study_file
+from trainer.config import TUNABLE
 from trainer.loop import train
 from trainer.workspace import Block, Workspace
 
-# What no simulation asks for.
-DROPPED = ["stream_epoch", "images", "peak_memory", "val_category", "val_hits"]
+COLUMNS = (
+    *("configuration", "seed", *TUNABLE, "epoch", "train_loss", "train_accuracy"),
+    *("val_loss", "val_accuracy", "val_overall", "val_log_loss", "seconds"),
+)
 VIEWS = 8
 IMAGES = 2500
 CONFIGURATIONS, REPEATED, SEEDS = 400, 64, 3
@@ -106,16 +109,14 @@ class Recorder:
         self._params = configurations(file)
         done.touch()
 
-    def table(self) -> pd.DataFrame:
-        """A row per epoch."""
+    def _table(self) -> pd.DataFrame:
         rows = [json.loads(line) for line in self._done.read_text().splitlines()]
         # The rate of the epoch goes, that of the configuration comes.
-        return pd.DataFrame([row | self._params[row["configuration"]] for row in rows])
+        return pd.DataFrame([row | self._params[row["configuration"]] for row in rows], columns=COLUMNS)
 
-    def record(self, runs: list[tuple[int, int]]) -> None:
-        """Runs by configuration and seed."""
-        table = self.table()
-        known = set() if table.empty else {*zip(table.configuration, table.seed, strict=True)}
+    def record(self, runs: list[tuple[int, int]]) -> pd.DataFrame:
+        """Runs by configuration and seed. Returns a row per epoch."""
+        known = {*self._runs(self._table())}
         futures = [
             self._pool.submit(_record, self._file, number, seed, self._params[number])
             for number, seed in runs
@@ -125,6 +126,13 @@ class Recorder:
             for future in as_completed(futures):
                 done.writelines(json.dumps(row) + "\n" for row in future.result())
                 done.flush()
+        table = self._table()
+        wanted = [run in {*runs} for run in self._runs(table)]
+        return table[wanted].sort_values(["seed", "configuration", "epoch"])
+
+    @staticmethod
+    def _runs(table: pd.DataFrame) -> Iterator[tuple[int, int]]:
+        return zip(table.configuration, table.seed, strict=True)
 
 
 def main() -> None:
@@ -150,16 +158,14 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, _begin, (file, options.work)) as pool:
         recorder = Recorder(file, options.work / "runs.jsonl", pool)
-        recorder.record([(number, 0) for number in range(CONFIGURATIONS)])
-        best = (
-            recorder.table()
-            .groupby("configuration")
-            .val_accuracy.agg(lambda one: score([*one], "mean-last-5"))
+        table = recorder.record([(number, 0) for number in range(CONFIGURATIONS)])
+        scores = table.groupby("configuration").val_accuracy.agg(
+            lambda one: score([*one], "mean-last-5")
         )
-        repeated = best.nlargest(REPEATED).index
-        recorder.record([(number, seed) for seed in range(1, SEEDS) for number in repeated])
-    table = recorder.table().sort_values(["seed", "configuration", "epoch"], ignore_index=True)
-    table.drop(columns=DROPPED).to_parquet(options.output, index=False)
+        best = scores.nlargest(REPEATED).index
+        again = recorder.record([(number, seed) for seed in range(1, SEEDS) for number in best])
+    table = pd.concat([table, again], ignore_index=True)
+    table.to_parquet(options.output, index=False)
     print(f"{len(table)} epochs, {options.output.stat().st_size / 1e6:.1f} MB")
 
 
