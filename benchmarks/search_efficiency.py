@@ -4,22 +4,23 @@
 
 Searches are replayed on recorded learning curves (record_curves.py, data/curves.parquet): an epoch takes
 one unit of simulated time, and its numbers are looked up. All else is real: `atelier`'s searches run
-the worker's own code, claims, epochs and decisions on PostgreSQL; a rival is a script of Optuna's ask and
-tell. What a sampler suggests becomes the nearest configuration of the table that the search has not
+the worker's own code, claims, epochs and decisions on PostgreSQL; a rival is a script of Optuna's ask
+and tell. What a sampler suggests becomes the nearest configuration of the table that the search has not
 had; a configuration with several seeds gets one of them by chance.
 
 A search is done when the trial that it would export, the complete one with the highest score as it saw
 it, is in truth (the mean over the seeds) within TARGET of the table's best.
 """
 
+import argparse
 import heapq
 import itertools
+import multiprocessing
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from functools import cache
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ import numpy as np
 import optuna
 import pandas as pd
 import sqlalchemy as sa
+import torch
+from matplotlib import pyplot as plt
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
@@ -35,6 +38,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 import search.worker
 from benchmarks.server import temporary_home
+from dashboards.status import read_status
 from search.score import score
 from search.study import StudyFile, load_study_file
 from search.worker import Worker
@@ -47,7 +51,10 @@ CURVES = Path(__file__).parent / "data" / "curves.parquet"
 STUDY = Path("studies/fashion.toml")
 TARGET = 0.005
 WORKERS = 8
-OURS = [(sampler, strategy) for sampler in ("tpe", "gp") for strategy in ("asha", "promote")]
+OURS = {
+    "asha": ["study.strategy=asha"],
+    "fashion.toml": [],
+}
 MOST_EPOCHS = 12_000  # all of the table
 
 
@@ -264,21 +271,30 @@ search.worker.attach_curve = lambda *_: None
 
 
 def simulate(
-    workers: Sequence[Simulated], replay: Replay, random: np.random.Generator, target: float = TARGET
+    workers: Sequence[Simulated],
+    replay: Replay,
+    random: np.random.Generator,
+    target: float = TARGET,
+    at: Callable[[float], None] = lambda _: None,
 ) -> float:
-    """Epochs trained until the search is done; infinite if it never is."""
+    """Epochs trained until the search is done; infinite if it never is.
+
+    `at` is called with the time, in epochs, before anything happens at it.
+    """
     order = itertools.count()
     queue: list[tuple[float, int, Simulated]] = []
 
     def begin(worker: Simulated, now: float) -> None:
         if worker.begin():
             # Machines differ a little, so that nobody goes in step.
-            heapq.heappush(queue, (now + random.uniform(1.0, 1.1), next(order), worker))
+            heapq.heappush(queue, (now + random.uniform(0.9, 1.1), next(order), worker))
 
+    at(0.0)
     for worker in workers:
         begin(worker, 0.0)
     while queue and replay.epochs < MOST_EPOCHS:
         now, _, worker = heapq.heappop(queue)
+        at(now)
         worker.end_epoch()
         if replay.regret <= target:
             return replay.epochs
@@ -286,13 +302,9 @@ def simulate(
     return float("inf")
 
 
-def script(
-    sampler: Callable[[], BaseSampler], pruner: Callable[[], BasePruner], replay: Replay
-) -> list[Simulated]:
+def script(sampler: BaseSampler, pruner: BasePruner, replay: Replay) -> list[Simulated]:
     """Workers that share a study of Optuna's."""
-    study = optuna.create_study(
-        direction="maximize", sampler=OnTable(sampler(), replay), pruner=pruner()
-    )
+    study = optuna.create_study(direction="maximize", sampler=OnTable(sampler, replay), pruner=pruner)
     return [Script(study, replay) for _ in range(WORKERS)]
 
 
@@ -305,7 +317,11 @@ def atelier(
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )
-    values = {"max_trials": len(replay.table.params), "settings": {}, "dataset": ""}
+    values = {
+        "max_trials": file.study.max_trials,
+        "settings": {"train": {"epochs": file.epochs}},
+        "dataset": "",
+    }
     hours = file.study.max_gpu_hours
     seconds = None if hours is None else 3600 * hours
     ledger.enter_study(engine, study._study_id, max_gpu_seconds=seconds, **values)
@@ -315,45 +331,168 @@ def atelier(
     return [Atelier(file, study, engine, runs, replay) for _ in range(workers)]
 
 
-# By name: what makes the workers of one replay.
 def strategies() -> dict[str, Callable[[sa.Engine, Replay, str], list[Simulated]]]:
-    """Who competes, the reference first."""
+    """Who competes, the reference first: what makes the workers of a replay, whose name is given."""
     rivals = {
         "random": (RandomSampler, NopPruner),
-        "Optuna's defaults: TPE, median": (TPESampler, MedianPruner),
-        "Optuna: TPE, successive halving": (TPESampler, SuccessiveHalvingPruner),
+        "TPE, median": (TPESampler, MedianPruner),
+        "TPE, successive halving": (TPESampler, SuccessiveHalvingPruner),
     }
-    found: dict[str, Callable[[sa.Engine, Replay, str], list[Simulated]]] = {
-        name: lambda _, replay, __, parts=parts: script(*parts, replay) for name, parts in rivals.items()
+    return {f"Optuna: {name}": partial(_script, *parts) for name, parts in rivals.items()} | {
+        f"atelier: {name}": partial(_atelier, settings) for name, settings in OURS.items()
     }
-    for sampler, strategy in OURS:
-        settings = [f"study.sampler={sampler}", f"study.strategy={strategy}"]
-
-        def make(
-            engine: sa.Engine, replay: Replay, name: str, settings: list[str] = settings
-        ) -> list[Simulated]:
-            return atelier(load_study_file(STUDY, [*settings, f"study.name={name}"]), engine, replay)
-
-        found[f"atelier: {sampler}, {strategy}"] = make
-    return found
 
 
-def replay_once(name: str, number: int, home: Path, curves: Path) -> float:
+def _script(
+    sampler: type[BaseSampler], pruner: type[BasePruner], _: sa.Engine, replay: Replay, __: str
+) -> list[Simulated]:
+    return script(sampler(), pruner(), replay)
+
+
+def _atelier(settings: list[str], engine: sa.Engine, replay: Replay, name: str) -> list[Simulated]:
+    whole = [*settings, f"study.name={name}", f"study.max_trials={len(replay.table.params)}"]
+    return atelier(load_study_file(STUDY, whole), engine, replay)
+
+
+def replay_once(name: str, number: int, home: Path) -> float:
     """Epochs of one replay. To be called in any process."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")
-    engine = _engine(home)
-    replay = Replay(_table(curves), np.random.default_rng([number, 0]))
-    workers = strategies()[name](engine, replay, f"{name} {number} {time.time_ns()}".replace(":", ""))
+    warnings.simplefilter("ignore")  # Optuna's, of its experimental parts
+    replay = Replay(_table(), np.random.default_rng([number, 0]))
+    workers = strategies()[name](_engine(home), replay, f"replay {number} of {name}".replace(":", ""))
     return simulate(workers, replay, np.random.default_rng([number, 1]))
 
 
 @cache
 def _engine(home: Path) -> sa.Engine:
     os.environ["ATELIER_HOME"] = str(home)
+    torch.set_num_threads(1)
     return database.connect()
 
 
 @cache
-def _table(path: Path) -> Table:
-    return Table(path, load_study_file(STUDY).distributions())
+def _table() -> Table:
+    return Table(CURVES, load_study_file(STUDY).distributions())
+
+
+def efficiency(home: Path, replays: int, figure: Path | None) -> None:
+    """Prints epochs until the best is found, by strategy."""
+    context = multiprocessing.get_context("spawn")
+    names = [*strategies()]
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        jobs = {
+            name: [pool.submit(replay_once, name, number, home) for number in range(replays)]
+            for name in names
+        }
+        found: dict[str, np.ndarray] = {}
+        for name, futures in jobs.items():
+            found[name] = np.array([future.result() for future in futures])
+            times = [f"{_interval(found[name], found[rival])} x {rival}" for rival in names[:2]]
+            epochs = _interval(found[name])
+            never = int(np.isinf(found[name]).sum())
+            print(f"{name}: {epochs} epochs, never {never}; {', '.join(times)}", flush=True)
+    if figure:
+        draw(found, figure)
+
+
+def _interval(epochs: np.ndarray, rival: np.ndarray | None = None) -> str:
+    """The median, or how many times the rival's it is less, with a 95 % interval by the bootstrap."""
+    random = np.random.default_rng(0)
+
+    def median(values: np.ndarray, resample: bool) -> float:
+        # Not interpolated: infinity is a value here.
+        drawn = random.choice(values, len(values)) if resample else values
+        return float(np.quantile(drawn, 0.5, method="lower"))
+
+    def once(resample: bool) -> float:
+        own = median(epochs, resample)
+        return own if rival is None else median(rival, resample) / own
+
+    low, high = np.quantile([once(True) for _ in range(2000)], [0.025, 0.975], method="nearest")
+    return f"{once(False):.3g} ({low:.3g} to {high:.3g})"
+
+
+def draw(found: dict[str, np.ndarray], path: Path) -> None:
+    """The share of replays that are done, over the epochs."""
+    _, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, epochs in found.items():
+        known = np.sort(epochs[np.isfinite(epochs)])
+        share = np.arange(1, len(known) + 1) / len(epochs)
+        style = "-" if name.startswith("atelier") else "--"
+        axes.step([0, *known], [0, *share], style, where="post", label=name)
+    axes.set(xlabel="GPU-epochs", ylabel="searches that have found it", xlim=(0, 4000), ylim=(0, 1))
+    axes.legend(fontsize=8)
+    plt.savefig(path, dpi=120)
+
+
+SIMULATED_CLOCK = """
+CREATE SCHEMA simulated;
+CREATE TABLE simulated.clock AS SELECT now() AS beginning, now() AS now;
+CREATE FUNCTION simulated.clock_timestamp() RETURNS timestamptz
+    STABLE LANGUAGE sql AS 'SELECT now FROM simulated.clock'
+"""
+
+
+def crowd(home: Path, workers: int, epochs: int) -> None:
+    """Prints how well many workers are kept busy, and a budget of so many epochs for each is kept.
+
+    An epoch takes a minute, on a clock that the ledger takes for the database's.
+    """
+    warnings.simplefilter("ignore")
+    engine = _engine(home)
+    with engine.begin() as connection:
+        connection.execute(sa.text(SIMULATED_CLOCK))
+    engine.dispose()
+    sa.event.listen(engine, "connect", lambda raw, _: _use_simulated_clock(raw))
+    file = load_study_file(STUDY, [f"study.max_gpu_hours={workers * epochs / 60}"])
+    replay = Replay(_table(), np.random.default_rng(0))
+    everybody = atelier(file, engine, replay, workers)
+    entry = ledger.study_entry(engine, file.study.name)
+    assert entry is not None  # it was just entered
+    moments: list[tuple[int, bool]] = []
+
+    def at(now: float) -> None:
+        """Set the clock, and see who has nothing to do, and whether there is something."""
+        shift = "UPDATE simulated.clock SET now = beginning + make_interval(secs => :seconds)"
+        with engine.begin() as connection:
+            connection.execute(sa.text(shift), {"seconds": now * 60})
+        if now:
+            status = read_status(engine, entry.study_id, entry.name)
+            begun = len(status.trials)
+            more = status.counts["waiting"] + status.counts["paused"] + status.max_trials - begun
+            moments.append((workers - status.processes, more > 0 and not status.budget_spent))
+
+    simulate(everybody, replay, np.random.default_rng(1), target=-np.inf, at=at)
+    status = read_status(engine, entry.study_id, entry.name)
+    over = (status.gpu_hours - workers * epochs / 60) * 60
+    idle = sum(count for count, something_to_do in moments if something_to_do)
+    print(
+        f"{workers} workers, {status.counts}, {replay.epochs} epochs: idle although there was something to "
+        f"do: {idle} of {len(moments) * workers} looks; {over:.1f} epochs over the budget of "
+        f"{workers * epochs}, {over / workers:.2f} a worker"
+    )
+
+
+def _use_simulated_clock(connection: Any) -> None:
+    connection.autocommit = True  # else a rollback would take it back
+    with connection.cursor() as cursor:
+        cursor.execute("SET search_path = simulated, pg_catalog, public")
+    connection.autocommit = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--replays", type=int, default=50)
+    parser.add_argument("--only", choices=("efficiency", "crowd"))
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    with temporary_home() as home:
+        database.prepare(_engine(home))
+        if options.only != "crowd":
+            efficiency(home, options.replays, options.figure)
+        if options.only != "efficiency":
+            crowd(home, workers=64, epochs=20)
+
+
+if __name__ == "__main__":
+    main()

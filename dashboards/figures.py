@@ -112,10 +112,10 @@ def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> F
     for panel in panels:
         panel.epochs = _last(curves)
     legend = [
-        (_name(curve) + (", pruned" if curve.trial.state == "pruned" else ""), _color(number))
+        (_name(curve) + (f", {curve.trial.state}" if _is_cut(curve) else ""), _color(number))
         for number, curve in enumerate(curves)
     ]
-    return Figure(panels, legend, "solid: validation; dashed: training; cross: pruned")
+    return Figure(panels, legend, "solid: validation; dashed: training; cross: paused or pruned")
 
 
 def _last(curves: list[Curve]) -> int:
@@ -143,7 +143,7 @@ def _smoothed(
 def _line(curve: Curve, values: list[float], number: int, style: Style = "line") -> Series:
     # People count epochs from 1.
     line = Series(_name(curve), [e + 1 for e in curve.epochs], values, _color(number), style)
-    line.cut = curve.trial.state == "pruned" and bool(values)
+    line.cut = _is_cut(curve) and bool(values)
     return line
 
 
@@ -154,6 +154,11 @@ def _exponential_mean(values: list[float], weight: float) -> list[float]:
         mean = weight * mean + (1 - weight) * value
         means.append(mean / (1 - weight**count))
     return means
+
+
+def _is_cut(curve: Curve) -> bool:
+    """Whether it ends before its time, at least for now."""
+    return curve.trial.state in ("paused", "pruned")
 
 
 def _name(curve: Curve) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import HELD, gpu_seconds
+from storage.ledger import HELD, PAUSED, gpu_seconds
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
 
-STATES = ("running", "waiting", "complete", "pruned", "failed")
-FINISHED = STATES[2:]
+FINISHED = ("complete", "pruned", "failed")
+STATES = ("running", "waiting", "paused", *FINISHED)
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -38,7 +38,7 @@ _STATES = {
 
 @dataclass
 class TrialRow:
-    """One trial. `state`: waiting, running, complete, pruned or failed."""
+    """One trial. `state` is one of STATES; a paused one waits at a rung for its turn."""
 
     number: int
     state: str
@@ -71,6 +71,8 @@ class TrialRow:
             return f"waiting to go on, after: {why[0]}" if why else "waiting for a worker"
         if self.state == "running":
             return f"running, resumed (attempt {self.attempts})" if self.resumed else "running"
+        if self.state == "paused" and why:
+            return why[0]
         if self.state in ("failed", "pruned") and why:
             return f"{self.state}: {why[-1] if self.state == 'failed' else why[0]}"
         return self.state
@@ -274,7 +276,7 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
             sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
         )
         rows = _trials(session, study_id)
-        counts = dict.fromkeys(("waiting", "running", *FINISHED), 0)
+        counts = dict.fromkeys(STATES, 0)
         for row in rows:
             counts[row.state] += 1
         return Status(
@@ -357,6 +359,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             Epoch.val_accuracy,
             Attempt.number.label("attempts"),
             HELD.label("held"),
+            Attempt.outcome,
             Attempt.reason,
             _age(Attempt.renewed).label("age"),
             Worker.host,
@@ -380,9 +383,10 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
 
 def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
     held = bool(row.held) and row.state == TrialState.RUNNING
+    unfinished = "running" if held else "paused" if row.outcome == PAUSED else "waiting"
     return TrialRow(
         number=row.number,
-        state=_STATES.get(row.state, "running" if held else "waiting"),
+        state=_STATES.get(row.state, unfinished),
         params=params,
         epochs=0 if row.last is None else row.last + 1,
         seconds=row.seconds or 0.0,
@@ -461,7 +465,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             "" if row.value is None else f"{row.value:.4f}",
             *(_number(row.params.get(name)) for name in names),
-            style="dim" if row.state == "pruned" else None,
+            style="dim" if row.state in ("paused", "pruned") else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
     return Group(head, table, Text(_spent(status), style="dim"))

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from search.replay import Replayed
 from search.score import score
+from search.strategy import REDUCTION_FACTOR
 from search.study import StudyFile
 from storage.ledger import RESTORED
 from storage.runs import RunFolder, artifacts, image_cache
@@ -175,6 +176,18 @@ def optuna_was_told_the_same(evidence: Evidence, _: References) -> Iterator[str]
             yield f"trial {trial.number} has the score {trial.values}, its epochs {values}"
 
 
+def the_best_at_each_rung_went_on(evidence: Evidence, _: References) -> Iterator[str]:
+    """Of a search whose trials wait at rungs: none that belongs to the best third waited to the end."""
+    if evidence.file.study.strategy != "promote":
+        return
+    for rung in evidence.file.rungs_of():
+        been = [trial for trial in evidence.trials if len(trial.epochs) > rung]
+        for trial in been:
+            better = sum(one.epochs[rung].value > trial.epochs[rung].value for one in been)
+            if len(trial.epochs) == rung + 1 and better < len(been) // REDUCTION_FACTOR:
+                yield f"trial {trial.number} waits at epoch {rung}, where {better} of {len(been)} were better"
+
+
 def each_curve_is_that_of_an_undisturbed_run(evidence: Evidence, known: References) -> Iterator[str]:
     for trial in evidence.trials:
         for row, result in zip(trial.epochs, known.curve(evidence.file, trial), strict=False):
@@ -214,6 +227,7 @@ RULES = (
     each_attempt_ended_once,
     each_epoch_is_on_record_once,
     optuna_was_told_the_same,
+    the_best_at_each_rung_went_on,
     each_curve_is_that_of_an_undisturbed_run,
     each_complete_trial_has_its_predictions,
     nothing_is_left_on_disk,

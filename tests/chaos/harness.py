@@ -32,7 +32,7 @@ from tests.chaos.worker import LEASE_SECONDS
 from trainer.demo import write_demo
 
 SEEDS = (1, 2, 3)
-DISK = "64m"  # of the home folder
+DISK = "512m"  # of the home folder: every paused trial keeps its checkpoints
 WORKERS = (("a", "1"), ("a", "2"), ("b", "1"))  # host and --pack of each
 EXTRA_TRIALS = 5  # that are begun when nothing is disturbed any more
 

@@ -31,7 +31,7 @@ STUDY = """
 name = "{name}"
 max_trials = 100000
 sampler = "random"
-strategy = "asha"
+strategy = "promote"
 rungs = [1]
 
 [space]

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -47,7 +47,8 @@ def engine(server, demo, tmp_path_factory):
         patch.setenv("ATELIER_HOME", str(folder / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")
         study = folder / "study.toml"
-        study.write_text(STUDY.format(name="ended", data=demo).replace("100000", str(TRIALS)))
+        text = STUDY.format(name="ended", data=demo).replace("100000", str(TRIALS))
+        study.write_text(text.replace("promote", "asha"))  # so that a trial has one attempt
         subprocess.run(
             [sys.executable, "-m", "search", "worker", str(study)], check=True, env=os.environ
         )
@@ -157,6 +158,15 @@ def test_a_curve_that_is_off_by_one_bit_is_found(ended, column):
     off = sa.text(f"UPDATE atelier.epoch SET {column} = :value {where}")
     ended.connection.execute(off, {"value": math.nextafter(value, 2)})
     assert "each_curve_is_that_of_an_undisturbed_run" in ended.broken()
+
+
+def test_one_of_the_best_that_waited_to_the_end_is_found(ended):
+    settings = ended.file.study.model_copy(update={"strategy": "promote"})
+    promoting = replace(ended, file=ended.file.model_copy(update={"study": settings}))
+    assert promoting.broken() == set()
+    best = "(SELECT trial_id FROM atelier.epoch WHERE epoch = 1 ORDER BY value DESC LIMIT 1)"
+    ended.connection.execute(sa.text(f"DELETE FROM atelier.epoch WHERE epoch > 1 AND trial_id = {best}"))
+    assert "the_best_at_each_rung_went_on" in promoting.broken()
 
 
 @contextmanager

@@ -148,18 +148,25 @@ class Campaign:
         assert found
         return found
 
-    def assert_as_if_nothing_had_happened(self, trials, epochs):
-        """Every trial finished, none failed, no epoch twice, each curve that of an unbroken run."""
+    def assert_as_if_nothing_had_happened(self, trials, epochs, rung=None):
+        """Every trial finished, none failed, no epoch twice, each curve that of an unbroken run.
+
+        With `rung`, the trials that were never among the best there ended after it.
+        """
         status = self.status
-        assert status["counts"] == {
-            "waiting": 0,
-            "running": 0,
-            "complete": trials,
-            "pruned": 0,
-            "failed": 0,
-        }, self.logs
+        rows = status["trials"]
+        complete = sum(row["state"] == "complete" for row in rows)
+        counts = {"waiting": 0, "running": 0, "paused": 0, "failed": 0}
+        counts |= {"complete": complete, "pruned": trials - complete}
+        assert status["counts"] == counts, self.logs
         recorded = self.rows(Epoch.trial_id, Epoch.epoch, Epoch.attempt)
-        assert len({row[:2] for row in recorded}) == len(recorded) == trials * epochs
+        wanted = complete * epochs
+        if rung is None:
+            assert complete == trials
+        else:
+            assert 0 < trials // 3 <= complete < trials
+            wanted += (trials - complete) * (rung + 1)
+        assert len({row[:2] for row in recorded}) == len(recorded) == wanted
         # Each attempt went on at the epoch after the last one on record: none went back further.
         for trial, attempt, epoch in self.beginnings():
             done = [row for row in recorded if row.trial_id == trial and row.attempt < attempt]
@@ -171,7 +178,8 @@ class Campaign:
         entry = ledger.study_entry(self.engine, self.name)
         numbers = [row["number"] for row in status["trials"]]
         curves = [ledger.curve(self.engine, entry.study_id, number) for number in numbers]
-        assert curves == self.unbroken(numbers), numbers
+        unbroken = self.unbroken(numbers)
+        assert curves == [u[: len(c)] for u, c in zip(unbroken, curves, strict=True)], numbers
 
     def unbroken(self, trials):
         """The curves of the trials' configurations, each in one go with one thread as on the node."""

@@ -50,7 +50,14 @@ def test_a_released_trial_waits_and_is_not_failed(engine):
     worker = make_worker(engine, study)
     worker.release(worker.claim(), reason="wall time")
     status = json.loads(atelier("status", "s", "--json"))
-    assert status["counts"] == {"waiting": 1, "running": 0, "complete": 0, "pruned": 0, "failed": 0}
+    assert status["counts"] == {
+        "running": 0,
+        "waiting": 1,
+        "paused": 0,
+        "complete": 0,
+        "pruned": 0,
+        "failed": 0,
+    }
     assert status["trials"][0]["reason"] == "wall time"
     assert "waiting" in atelier("status", "s")
     worker.claim()
