@@ -317,14 +317,15 @@ def atelier(
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )
-    values = {
-        "max_trials": file.study.max_trials,
-        "settings": {"train": {"epochs": file.epochs}},
-        "dataset": "",
-    }
     hours = file.study.max_gpu_hours
-    seconds = None if hours is None else 3600 * hours
-    ledger.enter_study(engine, study._study_id, max_gpu_seconds=seconds, **values)
+    ledger.enter_study(
+        engine,
+        study._study_id,
+        max_trials=file.study.max_trials,
+        max_gpu_seconds=None if hours is None else 3600 * hours,
+        settings={"train": {"epochs": file.epochs}},
+        dataset="",
+    )
     entry = ledger.study_entry(engine, file.study.name)
     assert entry is not None  # it was just entered
     runs = RunFolder(entry.name, entry.created)
@@ -467,9 +468,9 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
     over = (status.gpu_hours - workers * epochs / 60) * 60
     idle = sum(count for count, something_to_do in moments if something_to_do)
     print(
-        f"{workers} workers, {status.counts}, {replay.epochs} epochs: idle although there was something to "
-        f"do: {idle} of {len(moments) * workers} looks; {over:.1f} epochs over the budget of "
-        f"{workers * epochs}, {over / workers:.2f} a worker"
+        f"{workers} workers, {status.counts}, {replay.epochs} epochs trained\n"
+        f"idle although there was something to do: {idle} of {len(moments) * workers} looks\n"
+        f"over the budget of {workers * epochs} epochs by {over:.1f}, {over / workers:.2f} a worker"
     )
 
 
@@ -491,7 +492,7 @@ def main() -> None:
         if options.only != "crowd":
             efficiency(home, options.replays, options.figure)
         if options.only != "efficiency":
-            crowd(home, workers=64, epochs=20)
+            crowd(home, workers=64, epochs=40)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def the_best_at_each_rung_went_on(evidence: Evidence, _: References) -> Iterator
         for trial in been:
             better = sum(one.epochs[rung].value > trial.epochs[rung].value for one in been)
             if len(trial.epochs) == rung + 1 and better < len(been) // REDUCTION_FACTOR:
-                yield f"trial {trial.number} waits at epoch {rung}, where {better} of {len(been)} were better"
+                yield f"trial {trial.number} waits at epoch {rung}, {better} of {len(been)} are better"
 
 
 def each_curve_is_that_of_an_undisturbed_run(evidence: Evidence, known: References) -> Iterator[str]:
