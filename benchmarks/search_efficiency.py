@@ -15,6 +15,7 @@ it, is in truth (the mean over the seeds) within TARGET of the table's best.
 import argparse
 import heapq
 import itertools
+import math
 import multiprocessing
 import os
 import warnings
@@ -103,8 +104,9 @@ class Replay:
         self._tried: set[int] = set()
         self._curves: dict[int, np.ndarray] = {}
         self.epochs = 0  # that were trained
-        self.regret = float(np.ptp(table.truth))  # of the trial that would be exported
-        self._best = -np.inf
+        self.regret = math.inf  # of the trial that would be exported
+        self.found = math.inf  # epochs until a trial within TARGET was complete, seen as best or not
+        self._best = -math.inf
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
         """The nearest configuration that it has not had."""
@@ -127,9 +129,12 @@ class Replay:
         """An epoch's value."""
         self.epochs += 1
         curve = self.curve(params)
-        if epoch + 1 == len(curve) and (found := score([*curve], "mean-last-5")) > self._best:
-            self._best = found
-            self.regret = float(self.table.truth.max() - self.table.truth[self.table.number(params)])
+        if epoch + 1 == len(curve):
+            regret = float(self.table.truth.max() - self.table.truth[self.table.number(params)])
+            if regret <= TARGET:
+                self.found = min(self.found, self.epochs)
+            if (seen := score([*curve], "mean-last-5")) > self._best:
+                self._best, self.regret = seen, regret
         return float(curve[epoch])
 
 
@@ -299,7 +304,7 @@ def simulate(
         if replay.regret <= target:
             return replay.epochs
         begin(worker, now)
-    return float("inf")
+    return math.inf
 
 
 def script(sampler: BaseSampler, pruner: BasePruner, replay: Replay) -> list[Simulated]:
@@ -355,13 +360,13 @@ def _atelier(settings: list[str], engine: sa.Engine, replay: Replay, name: str) 
     return atelier(load_study_file(STUDY, whole), engine, replay)
 
 
-def replay_once(name: str, number: int, home: Path) -> float:
-    """Epochs of one replay. To be called in any process."""
+def replay_once(name: str, number: int, home: Path) -> tuple[float, float]:
+    """Epochs of one replay until the best is found, and until it was trained. For any process."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")  # Optuna's, of its experimental parts
     replay = Replay(_table(), np.random.default_rng([number, 0]))
     workers = strategies()[name](_engine(home), replay, f"replay {number} of {name}".replace(":", ""))
-    return simulate(workers, replay, np.random.default_rng([number, 1]))
+    return simulate(workers, replay, np.random.default_rng([number, 1])), replay.found
 
 
 @cache
@@ -387,11 +392,16 @@ def efficiency(home: Path, replays: int, figure: Path | None) -> None:
         }
         found: dict[str, np.ndarray] = {}
         for name, futures in jobs.items():
-            found[name] = np.array([future.result() for future in futures])
-            times = [f"{_interval(found[name], found[rival])} x {rival}" for rival in names[:2]]
+            found[name], trained = np.array([future.result() for future in futures]).T
+            times = [
+                f"{_interval(found[name], found[rival])} times fewer than {rival}"
+                for rival in names[:2]
+                if rival in found and rival != name
+            ]
             epochs = _interval(found[name])
             never = int(np.isinf(found[name]).sum())
-            print(f"{name}: {epochs} epochs, never {never}; {', '.join(times)}", flush=True)
+            print(f"{name}: {epochs} epochs, never {never}; {'; '.join(times)}", flush=True)
+            print(f"    such a trial was complete after {_interval(trained)} epochs", flush=True)
     if figure:
         draw(found, figure)
 
@@ -463,7 +473,7 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
             more = status.counts["waiting"] + status.counts["paused"] + status.max_trials - begun
             moments.append((workers - status.processes, more > 0 and not status.budget_spent))
 
-    simulate(everybody, replay, np.random.default_rng(1), target=-np.inf, at=at)
+    simulate(everybody, replay, np.random.default_rng(1), target=-math.inf, at=at)
     status = read_status(engine, entry.study_id, entry.name)
     over = (status.gpu_hours - workers * epochs / 60) * 60
     idle = sum(count for count, something_to_do in moments if something_to_do)

@@ -80,7 +80,7 @@ class StudySettings(_Table):
     max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
     strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
-        "asha", validation_alias=AliasChoices("strategy", "pruner")
+        "promote", validation_alias=AliasChoices("strategy", "pruner")
     )
     rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
     first: list[dict[str, float | int]] = []  # parameters to begin with, not always all of them
@@ -235,16 +235,16 @@ class StudyFile(_Table):
         }
 
     def rungs_of(self) -> list[int]:
-        """Epochs at which the strategy decides: where the warm-up ends, then times 3.
+        """Epochs at which the strategy decides: the warm-up's last one, then times 3.
 
-        The value inside the warm-up says nothing about the final score; at its end the rank
-        correlation is 0.89 (docs/design.md).
+        A value from within the warm-up says little of the final score; from then on the rank
+        correlation is 0.8 and more (docs/search.md).
         """
         if self.study.strategy == "none":
             return []
         if self.study.rungs is not None:
             return self.study.rungs
-        rungs = [max(self.shared.warmup_epochs, 1)]
+        rungs = [max(self.shared.warmup_epochs - 1, 1)]
         while rungs[-1] * 3 < self.epochs:
             rungs.append(rungs[-1] * 3)
         return [rung for rung in rungs if rung < self.epochs - 1]

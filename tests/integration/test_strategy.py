@@ -56,6 +56,21 @@ def test_a_third_of_those_at_the_rung_goes_on(decide, values, pruned):
     assert decide([[value] for value in values], "study.rungs=[0]") == pruned
 
 
+@pytest.mark.parametrize(
+    ("values", "waits"),
+    [([0.5, 0.4], [True, True]), ([0.1, 0.3, 0.2], [True, False, True])],
+)
+def test_the_promoting_form_lets_nobody_pass_for_being_first(decide, values, waits):
+    settings = ('study.strategy="promote"', "study.rungs=[0]")
+    assert decide([[value] for value in values], *settings) == waits
+
+
+def test_optunas_hyperband_decides_by_brackets(decide):
+    curves = [[1 - 0.1 * number] * 9 for number in range(9)]
+    stopped = decide(curves, 'study.strategy="hyperband"', "study.rungs=[2]", "train.epochs=9")
+    assert True in stopped
+
+
 def test_trials_that_have_not_reached_the_rung_do_not_count(decide):
     curves = [[0.9], [0.8], [0.7], [0.1, 0.1]]
     assert decide(curves, "study.rungs=[1]") == [False] * 4
@@ -88,8 +103,8 @@ def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
     ("settings", "rungs"),
     [
         ([], [1]),
-        (["train.epochs=30", "train.warmup_epochs=5"], [5, 15]),  # the report's search
-        (["train.epochs=120", "train.warmup_epochs=5"], [5, 15, 45]),
+        (["train.epochs=30", "train.warmup_epochs=5"], [4, 12]),  # the report's search
+        (["train.epochs=120", "train.warmup_epochs=5"], [4, 12, 36, 108]),
         (["train.epochs=2", "train.warmup_epochs=1"], []),  # nothing could be saved
         (["train.epochs=10", "train.warmup_epochs=0"], [1, 3]),
         (["study.rungs=[2]"], [2]),
@@ -98,4 +113,10 @@ def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
 def test_rungs_begin_where_the_warmup_ends(settings, rungs, study_text, tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    assert load_study_file(path, settings).rungs_of() == rungs
+    assert load_study_file(path, ['study.strategy="asha"', *settings]).rungs_of() == rungs
+
+
+def test_without_a_strategy_there_are_no_rungs(study_text, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    assert load_study_file(path, ["study.rungs=[2]"]).rungs_of() == []

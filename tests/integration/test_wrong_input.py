@@ -62,6 +62,16 @@ STUDY_FILES = {
     "unknown score": (add(STUDY_KEY, 'score = "mean"'), "study.score"),
     "rungs out of order": (add(STUDY_KEY, "rungs = [2, 1]"), "rungs"),
     "rung after the end": (add(STUDY_KEY, "rungs = [9]"), "rungs"),
+    "a strategy under its old name and its new one": (add(STUDY_KEY, 'pruner = "asha"'), "pruner"),
+    "a first point of nothing": (add(STUDY_KEY, "first = [{ l_r = 0.001 }]"), "did you mean lr"),
+    "a first point outside": (
+        add(STUDY_KEY, "first = [{ lr = 1.0 }]"),
+        "study.first has lr = 1.0; allowed is 0.001 to 0.002",
+    ),
+    "a first choice that is none": (
+        add(STUDY_KEY, "first = [{ batch_size = 33 }]"),
+        "study.first has batch_size = 33; allowed is [32, 64]",
+    ),
     "low above high": (put("low = 1e-3", "low = 1.0"), "low = 1.0 is above"),
     "log of zero": (put("low = 1e-3", "low = 0.0"), "log"),
     "range without high": (put(", high = 2e-3", ""), "high"),
