@@ -101,7 +101,7 @@ class Attempt(Base):
     renewed: Mapped[datetime] = mapped_column(server_default=func.now())
     lease_until: Mapped[datetime]
     released: Mapped[datetime | None]
-    outcome: Mapped[str | None]  # complete, pruned, failed; released, error, lost
+    outcome: Mapped[str | None]  # complete, pruned, failed; paused, released, error, lost
     reason: Mapped[str | None]  # in words; the traceback of a failed attempt
 
 
@@ -110,7 +110,7 @@ class Epoch(Base):
 
     __tablename__ = "epoch"
     __table_args__ = (
-        Index("epoch_standing", "study_id", "epoch", "value"),  # for the pruner
+        Index("epoch_standing", "study_id", "epoch", "value"),  # for standings
         {"schema": SCHEMA},
     )
 
