@@ -400,8 +400,10 @@ def efficiency(home: Path, replays: int, figure: Path | None) -> None:
             ]
             epochs = _interval(found[name])
             never = int(np.isinf(found[name]).sum())
-            print(f"{name}: {epochs} epochs, never {never}; {'; '.join(times)}", flush=True)
-            print(f"    such a trial was complete after {_interval(trained)} epochs", flush=True)
+            print(f"{name}: {epochs} epochs, never in {never} of {replays} replays", flush=True)
+            print(f"    such a trial was complete after {_interval(trained)}", flush=True)
+            for line in times:
+                print(f"    {line}", flush=True)
     if figure:
         draw(found, figure)
 
@@ -420,7 +422,8 @@ def _interval(epochs: np.ndarray, rival: np.ndarray | None = None) -> str:
         return own if rival is None else median(rival, resample) / own
 
     low, high = np.quantile([once(True) for _ in range(2000)], [0.025, 0.975], method="nearest")
-    return f"{once(False):.3g} ({low:.3g} to {high:.3g})"
+    digits = 0 if rival is None else 2
+    return f"{once(False):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def draw(found: dict[str, np.ndarray], path: Path) -> None:
