@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
 
+STATES = ("running", "waiting", "complete", "paused", "pruned", "failed")  # as they are listed
 FINISHED = ("complete", "pruned", "failed")
-STATES = ("running", "waiting", "paused", *FINISHED)
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -140,9 +140,9 @@ class Status:
 
     @property
     def gpu_hours_saved(self) -> float:
-        """What pruned trials would still have taken, at their own seconds per epoch."""
-        pruned = [row for row in self.trials if row.state == "pruned" and row.epochs]
-        return sum((self.max_epochs - r.epochs) * r.seconds / r.epochs for r in pruned) / 3600
+        """What paused and pruned trials would still have taken, at their own seconds per epoch."""
+        cut = [row for row in self.trials if row.state in ("paused", "pruned") and row.epochs]
+        return sum((self.max_epochs - r.epochs) * r.seconds / r.epochs for r in cut) / 3600
 
     @property
     def budget_spent(self) -> bool:
@@ -152,10 +152,11 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """With the present workers, at what a trial has taken; None before the first is finished."""
-        if not self.finished or not self.workers:
+        ended = self.finished + self.counts["paused"]  # most of which go no further
+        if not ended or not self.workers:
             return None
-        each = self.gpu_hours * 3600 / self.finished
-        return each * max(self.max_trials - self.finished, 0) / self.processes
+        each = self.gpu_hours * 3600 / ended
+        return each * max(self.max_trials - ended, 0) / self.processes
 
     @property
     def processes(self) -> int:

@@ -109,13 +109,16 @@ def search(
         status = local.status()
         if status.best is not None:
             _export(engine, entry, None, output)
+        if status.budget_spent and not local.interrupted:
+            say(
+                f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and what had not ended is "
+                "pruned; with more study.max_gpu_hours further trials may begin"
+            )
+            return
         if status.finished >= status.max_trials:
             if status.best is None:
                 say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
                 raise typer.Exit(ExitCode.FAILED)
-            return
-        if status.budget_spent and not local.interrupted:
-            say(f"the budget of {status.max_gpu_hours:g} GPU-hours is spent; raise study.max_gpu_hours")
             return
         say("not finished; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)

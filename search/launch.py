@@ -160,9 +160,14 @@ class LocalSearch:
         """Wait for trials that other workers hold; take over what they leave."""
         if self.interrupted or self._failures or status.stopping or not self._done:
             return False
-        if status.counts["waiting"]:
+        running, waiting = status.counts["running"], status.counts["waiting"]
+        if status.budget_spent:
+            return bool(running)
+        if waiting or (status.counts["paused"] and not running):
+            # It goes on with them, or ends the search.
             self._slots.append(self._start(1))
-        return bool(status.counts["waiting"] + status.counts["running"])
+            return True
+        return bool(running)
 
 
 def _visible_gpus() -> list[str]:

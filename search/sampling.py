@@ -1,8 +1,10 @@
 """What to try next: Optuna's samplers, told where to begin, and shown what unfinished trials promise."""
 
 import copy
+import math
 import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
@@ -116,8 +118,9 @@ def promising(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> list[Froze
 
 
 def _marks(trial: FrozenTrial, rungs: Sequence[int]) -> list[float]:
-    """The values at the rungs that it has passed, and its score if it is complete."""
-    marks = [trial.intermediate_values[rung] for rung in rungs if rung in trial.intermediate_values]
+    """The values at the rungs that it has passed, while they are numbers; and its score if complete."""
+    values = (trial.intermediate_values.get(rung, math.nan) for rung in rungs)
+    marks = [*takewhile(math.isfinite, values)]
     if trial.state == TrialState.COMPLETE and len(marks) == len(rungs):
         marks.append(trial.values[0])
     return marks

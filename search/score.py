@@ -17,7 +17,7 @@ Attributes = Sequence[Mapping[str, Any]]  # see trainer.dataset.Dataset.attribut
 
 
 def epoch_value(result: EpochResult, kind: Kind, attributes: Attributes) -> float:
-    """What one epoch is worth, in [0, 1]: what Optuna is told of it and the pruner compares."""
+    """What one epoch is worth, in [0, 1]: what Optuna is told of it and the strategy compares."""
     if kind == "balanced-log-loss":
         # As a probability, so that more is better: the geometric mean, attributes weighing alike.
         return math.exp(-result.val_log_loss)

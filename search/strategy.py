@@ -61,12 +61,16 @@ class Rungs:
         return Verdict.GOES_ON if standing.better < places else Verdict.PRUNED
 
     def promotes(self, standing: Standing) -> bool:
-        """Whether it is in the top third by now."""
-        return standing.better < standing.peers // REDUCTION_FACTOR
+        """Whether it is in the top third by now. What another strategy has left waiting goes on."""
+        return not self._pauses or standing.better < standing.peers // REDUCTION_FACTOR
 
 
 class OptunasPruner:
-    """One of Optuna's pruners, from epoch `first` on; it reads all the study's trials."""
+    """One of Optuna's pruners, from epoch `first` on; it reads all the study's trials.
+
+    Hyperband notes in the trial's attributes which rungs it has passed before it answers: a trial whose
+    worker is killed just then is not asked again at that rung.
+    """
 
     def __init__(
         self, study: optuna.Study, ledger: Ledger, pruner: optuna.pruners.BasePruner, first: int
@@ -85,5 +89,5 @@ class OptunasPruner:
         return Verdict.PRUNED if prunes else Verdict.GOES_ON
 
     def promotes(self, standing: Standing) -> bool:
-        """Nothing waits."""
-        return False
+        """What another strategy has left waiting goes on."""
+        return True

@@ -285,7 +285,7 @@ class StudyFile(_Table):
             "tpe": lambda: TPESampler(n_startup_trials=1),
             "gp": lambda: GPSampler(n_startup_trials=1),
             "random": RandomSampler,
-            "qmc": RandomSampler,
+            "qmc": RandomSampler,  # never asked
         }
         startup = {"random": 0, "qmc": math.inf}.get(self.study.sampler, STARTUP_TRIALS)
         inner = makers[self.study.sampler]()

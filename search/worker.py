@@ -272,9 +272,15 @@ class Worker:
             trial.checkpoints.withdraw()
 
     def _sweep(self) -> None:
-        """Remove the checkpoints of trials that waited to the end, or whose worker was killed before."""
+        """Remove checkpoints of trials that waited to the end, or whose worker was killed at their end.
+
+        Damaged ones that were set aside go too.
+        """
         files = superfluous(self.ledger.engine, self.ledger.study_id, self.runs, keep=None)
-        remove(files)
+        try:
+            remove(path for path in files if path.match("trial-*/*"))
+        except OSError:
+            log.warning("checkpoints of ended trials are left", exc_info=True)
 
     def _epoch(self, trial: _Trial, result: EpochResult) -> None:
         """Record an epoch, and decide whether the trial goes on."""

@@ -223,11 +223,17 @@ class Ledger:
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
                 return None
-            if not self._is_spent(session):
+            spent = bool(session.scalar(sa.select(is_spent(self.study_id))))
+            if spent:
+                self._close_the_dead(session, verdicts, held)
+            # Asked first: what a worker releases meanwhile may be claimable, or make others so.
+            is_over = not self._somebody_is_at_work(session)
+            if not spent:
                 for trial_id in self._claimable(session, study, verdicts, promotes):
                     if trial_id not in held and (claim := self._take(session, trial_id, verdicts)):
                         return claim
-            self._settle(session)
+            if is_over:
+                self._settle(session, spent)
             return None
 
     def _claimable(
@@ -239,7 +245,7 @@ class Ledger:
     ) -> Iterator[int]:
         """Trials to take, the first first; new ones begin when they are asked for."""
         yield from self._unfinished(session, verdicts)
-        paused = self._paused(session)
+        paused = self._standings_of_paused(session)
         for trial_id, standing in paused.items():
             if promotes(standing):
                 yield trial_id
@@ -279,7 +285,7 @@ class Ledger:
             )
             .where(TrialModel.study_id == self.study_id)
             .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
-            .where(TrialModel.trial_id.not_in(self._waiting_at_rungs()))
+            .where(TrialModel.trial_id.not_in(self._paused()))
             # `_take` judges them again, under a lock; this spares it those that are at work.
             .where(
                 holder.is_(None)
@@ -291,7 +297,7 @@ class Ledger:
         )
         return list(session.scalars(query))
 
-    def _waiting_at_rungs(self) -> sa.Select[Any]:
+    def _paused(self) -> sa.Select[Any]:
         """The ids of the paused trials: nobody has taken them since."""
         later = aliased(Attempt)
         return sa.select(Attempt.trial_id).where(
@@ -300,12 +306,11 @@ class Ledger:
             ~sa.exists().where(later.trial_id == Attempt.trial_id, later.number > Attempt.number),
         )
 
-    def _paused(self, session: Session) -> dict[int, Standing]:
-        """The paused trials, by Optuna's id, with their standing: the furthest first, then the best."""
-        own = self._waiting_at_rungs()
+    def _standings_of_paused(self, session: Session) -> dict[int, Standing]:
+        """By Optuna's id; the furthest first, then the best."""
         rungs = (
             sa.select(Epoch.trial_id, sa.func.max(Epoch.epoch).label("epoch"))
-            .where(Epoch.trial_id.in_(own))
+            .where(Epoch.trial_id.in_(self._paused()))
             .group_by(Epoch.trial_id)
             .cte()
         )
@@ -329,38 +334,58 @@ class Ledger:
         )
         return {trial_id: Standing(*place) for trial_id, *place in session.execute(query)}
 
-    def _is_spent(self, session: Session) -> bool:
-        return session.scalar(sa.select(is_spent(self.study_id))) or False
-
-    def _settle(self, session: Session) -> None:
-        """Tell Optuna that nothing of the study goes on, if nobody works at it."""
-        study = Attempt.study_id == self.study_id
-        if session.scalar(sa.select(sa.exists().where(study, Attempt.released.is_(None)))):
-            return
-        waiting = (
-            sa.select(TrialModel)
-            .where(TrialModel.study_id == self.study_id, TrialModel.state == TrialState.RUNNING)
-            .with_for_update()
+    def _somebody_is_at_work(self, session: Session) -> bool:
+        """Whether an attempt is open at a trial that nobody has ended otherwise."""
+        query = (
+            sa.select(Attempt.trial_id)
+            .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
+            .where(Attempt.study_id == self.study_id, Attempt.released.is_(None))
+            .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
         )
-        for trial in session.scalars(waiting):
-            attempts = sa.select(Attempt).where(Attempt.trial_id == trial.trial_id)
-            last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
+        return session.scalar(query.limit(1)) is not None
+
+    def _close_the_dead(self, session: Session, verdicts: Verdicts, held: Collection[int]) -> None:
+        """Close the attempts of workers that ended without a word: nobody will take their trials."""
+        for trial_id in self._unfinished(session, verdicts):
+            row = self._open_attempt(session, trial_id)
+            if row is not None and trial_id not in held:
+                attempt, leased = row
+                own = attempt.worker_id == self.worker_id  # of a claim whose reply was lost
+                if own or not verdicts.get(attempt.worker_id, leased):
+                    _lose(attempt)
+
+    def _settle(self, session: Session, spent: bool) -> None:
+        """Tell Optuna that what is paused will not go on; nothing will, if the GPU-hours are spent."""
+        ending = sa.select(TrialModel).where(
+            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.RUNNING
+        )
+        if not spent:
+            ending = ending.where(TrialModel.trial_id.in_(self._paused()))
+        for trial in session.scalars(ending.with_for_update()).all():
             values = sa.select(Epoch.value).where(Epoch.trial_id == trial.trial_id)
             value = session.scalar(values.order_by(Epoch.epoch.desc()).limit(1))
             _end(session, trial, TrialState.PRUNED, value, {})
-            if last is not None:
+            attempts = sa.select(Attempt).where(Attempt.trial_id == trial.trial_id)
+            last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
+            if last is not None and last.outcome == PAUSED:
                 last.outcome = "pruned"
+                last.reason = f"{last.reason}, and {SPENT if spent else 'never among the best'}"
+
+    def _open_attempt(self, session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
+        """Locked, and whether its lease lasts."""
+        row = session.execute(
+            sa.select(Attempt, Attempt.lease_until > _now())
+            .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
+            .with_for_update()
+        ).one_or_none()
+        return None if row is None else (row[0], row[1])
 
     def _take(self, session: Session, trial_id: int, verdicts: Verdicts) -> Claim | None:
         """Hold the trial, unless it is finished or its holder lives.
 
         The rows are locked before they are judged, in the order in which `finish` locks them.
         """
-        row = session.execute(
-            sa.select(Attempt, Attempt.lease_until > _now())
-            .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
-            .with_for_update()
-        ).one_or_none()
+        row = self._open_attempt(session, trial_id)
         trial = session.get_one(TrialModel, trial_id, with_for_update=True, populate_existing=True)
         if trial.state.is_finished():
             return None
@@ -370,8 +395,7 @@ class Ledger:
                 return self._claim_of(session, trial, attempt.number)
             if verdicts.get(attempt.worker_id, leased):
                 return None
-            attempt.released = attempt.renewed  # the last moment that it is known to have lived
-            attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
+            _lose(attempt)
             session.flush()
         if trial.state == TrialState.WAITING:  # enqueued by hand
             trial.state = TrialState.RUNNING
@@ -634,6 +658,11 @@ def _entry(model: Any, values: Mapping[str, Any], held: sa.CTE) -> sa.CTE:
 def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
     attempt.released = attempt.renewed = _now()
     attempt.outcome, attempt.reason = outcome, reason
+
+
+def _lose(attempt: Attempt) -> None:
+    attempt.released = attempt.renewed  # the last moment that it is known to have lived
+    attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
 
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:

@@ -1,5 +1,6 @@
-"""What a study's folder holds that no longer matters: found by rule, removed only when told to.
+"""What a study's folder holds that no longer matters: found by rule.
 
+`atelier db prune` removes it; what it is of checkpoints, a worker removes that finds nothing more to do.
 Kept are the checkpoints of every trial that is not finished, so that it can be resumed, and the
 predictions of the best trials and of those that are being confirmed, from which `atelier confirm` and
 `report` compute.

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 
+import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from search.exit_codes import ExitCode
-from storage.ledger import PAUSED, SPENT, update_study
+from storage.ledger import PAUSED, SPENT, Standing, update_study
 from storage.models import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
@@ -101,6 +102,41 @@ def test_the_last_one_out_tells_optuna_that_what_waits_is_pruned(engine):
     assert trials.states() == [TrialState.PRUNED] * 3
     assert [trial.value for trial in trials.study.get_trials()] == [0.3, 0.2, 0.1]
     assert outcomes(engine) == [["pruned"]] * 3
+
+
+def test_what_was_interrupted_is_not_ended_with_what_waits(engine):
+    """A worker that releases its trial while another finds nothing to do."""
+    trials = Trials(engine, max_trials=2)
+    worker, other = trials.worker(), trials.worker()
+    trials.pause(worker, 0.3)
+    held = other.claim()
+    claimable = worker._claimable
+
+    def meanwhile(*arguments):
+        yield from claimable(*arguments)
+        other.release(held, reason="wall time")
+
+    worker._claimable = meanwhile
+    assert worker.claim(promotes=top_third) is None
+    assert trials.states() == [TrialState.RUNNING] * 2
+    assert other.claim().trial_number == held.trial_number
+
+
+def test_a_worker_that_was_killed_does_not_keep_a_spent_search_open(engine):
+    trials = Trials(engine, max_trials=3, max_gpu_seconds=1000.0)
+    worker = trials.worker()
+    dead = test_ledger.make_worker(engine, trials.study, lease_seconds=-1)
+    dead.claim()
+    update_study(engine, worker.study_id, max_gpu_seconds=0.0)
+    assert worker.claim() is None
+    assert trials.states() == [TrialState.PRUNED]
+    assert outcomes(engine) == [["lost"]]
+
+
+@pytest.mark.parametrize("strategy", ["none", "asha", "median"])
+def test_what_another_strategy_left_waiting_goes_on(make_worker, strategy):
+    worker = make_worker(f'study.strategy="{strategy}"', "study.rungs=[1]")
+    assert worker._strategy.promotes(Standing(better=8, peers=9))
 
 
 def test_a_search_that_was_stopped_keeps_what_waits(engine):

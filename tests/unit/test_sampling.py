@@ -1,5 +1,7 @@
 """Where a search begins, and what its sampler learns from trials that have not ended."""
 
+import math
+
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -55,6 +57,15 @@ def test_a_trial_promises_what_those_that_went_further_have_gained():
     assert {one.state for one in seen[:5]} == {TrialState.COMPLETE}
     assert seen[5].state == TrialState.RUNNING
     assert trials[3].state == TrialState.RUNNING  # what Optuna has on record stays
+
+
+def test_a_value_that_is_no_number_spoils_no_promise():
+    trials = [
+        trial([0.1, math.nan]),
+        trial([math.nan, 0.2]),
+        trial([0.2, 0.4], TrialState.COMPLETE, 0.5),
+    ]
+    assert [one.value for one in promising(trials, rungs=[0, 1])] == [pytest.approx(0.4), None, 0.5]
 
 
 @pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.FAIL])
