@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -10,10 +11,14 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, QMCSampler
 from optuna.trial import FrozenTrial, TrialState
 
 STARTUP_TRIALS = 10
+
+# In a worker's log it would say nothing to anybody.
+warnings.filterwarnings("ignore", "QMCSampler is experimental", ExperimentalWarning)
 
 
 class Search(BaseSampler):

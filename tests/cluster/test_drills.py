@@ -61,7 +61,7 @@ def test_an_epoch_longer_than_the_wall_time(campaign, seconds_per_epoch, tmp_pat
 
 def promoting(text):
     """The study file with trials that wait at a rung, and go on if they are among the best."""
-    return text.replace('"none"', '"promote"\nrungs = [1]')
+    return text.replace('strategy = "none"', 'strategy = "promote"\nrungs = [1]')
 
 
 def test_requeue_of_a_running_task(campaign):
