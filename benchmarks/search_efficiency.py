@@ -394,13 +394,13 @@ def efficiency(home: Path, replays: int, figure: Path | None) -> None:
         found: dict[str, np.ndarray] = {}
         for name, futures in jobs.items():
             found[name], trained = np.array([future.result() for future in futures]).T
+            epochs = _interval(found[name])
+            never = int(np.isinf(found[name]).sum())
             times = [
                 f"{_interval(found[name], found[rival])} times fewer than {rival}"
                 for rival in names[:2]
-                if rival in found and rival != name
+                if rival in found and rival != name and never < replays / 2
             ]
-            epochs = _interval(found[name])
-            never = int(np.isinf(found[name]).sum())
             print(f"{name}: {epochs} epochs, never in {never} of {replays} replays", flush=True)
             print(f"    such a trial was complete after {_interval(trained)}", flush=True)
             for line in times:
