@@ -178,11 +178,10 @@ class Campaign:
         entry = ledger.study_entry(self.engine, self.name)
         numbers = [row["number"] for row in status["trials"]]
         curves = [ledger.curve(self.engine, entry.study_id, number) for number in numbers]
-        unbroken = self.unbroken(numbers)
-        assert curves == [u[: len(c)] for u, c in zip(unbroken, curves, strict=True)], numbers
+        assert curves == self.unbroken({n: len(c) for n, c in zip(numbers, curves, strict=True)})
 
     def unbroken(self, trials):
-        """The curves of the trials' configurations, each in one go with one thread as on the node."""
+        """The curves of trials, so many epochs of each, in one go and with one thread as on the node."""
         for trial in trials:
             self.atelier("export", self.name, "--trial", str(trial), "-o", f"{trial}.toml")
         code = (
@@ -190,14 +189,15 @@ class Campaign:
             "from search.export import load_bundle\n"
             "from trainer.loop import train\n"
             "from trainer.workspace import Workspace\n"
-            "cache, *bundles = map(Path, sys.argv[1:])\n"
-            "configs = [load_bundle(bundle).config for bundle in bundles]\n"
+            "cache, lengths = Path(sys.argv[1]), json.loads(sys.argv[2])\n"
+            "configs = [load_bundle(Path(f'{trial}.toml')).config for trial in lengths]\n"
             "workspace = Workspace(configs[0], cache)\n"
-            "curves = [[one.val_accuracy for one in train(config, workspace)] for config in configs]\n"
+            "runs = zip(lengths.values(), (train(config, workspace) for config in configs))\n"
+            "curves = [[next(run).val_accuracy for _ in range(length)] for length, run in runs]\n"
             "print(json.dumps(curves))"
         )
         result = subprocess.run(
-            [sys.executable, "-c", code, self.home / "cache", *(f"{trial}.toml" for trial in trials)],
+            [sys.executable, "-c", code, self.home / "cache", json.dumps(trials)],
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
