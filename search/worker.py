@@ -268,7 +268,7 @@ class Worker:
         """Leave a trial, with its checkpoint, for another worker or another time."""
         self._trials.remove(trial)
         self._keeper.let_go(trial.claim)
-        if not self.ledger.release(trial.claim, outcome, reason):
+        if not self.ledger.release(trial.claim, outcome=outcome, reason=reason):
             trial.checkpoints.withdraw()
 
     def _sweep(self) -> None:
