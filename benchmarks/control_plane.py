@@ -147,7 +147,7 @@ class Simulated(threading.Thread):
                 started = time.perf_counter()
                 self.ledger.record(claim, result(epoch, value).columns(), value)
                 self.records.append(time.perf_counter() - started)
-                if epoch == 5 and self.ledger.standing(epoch, value)[0] > 3:
+                if epoch == 5 and self.ledger.standing(epoch, value).better > 3:
                     break
                 if time.monotonic() > self.until:
                     break
