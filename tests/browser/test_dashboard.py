@@ -21,7 +21,7 @@ MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "p
 
 def wait_until(condition):
     # Not Playwright's wait_for_function, whose eval our pages' policy forbids.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
