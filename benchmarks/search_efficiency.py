@@ -40,6 +40,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 import search.worker
 from benchmarks.server import temporary_home
 from dashboards.status import read_status
+from search.sampling import whole_sample
 from search.score import score
 from search.study import StudyFile, load_study_file
 from search.worker import Worker
@@ -149,11 +150,7 @@ class OnTable(BaseSampler):
         return self._replay.table.space
 
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-        known = self._inner.infer_relative_search_space(study, trial)
-        params = self._inner.sample_relative(study, trial, known)
-        for name in search_space.keys() - params.keys():
-            params[name] = self._inner.sample_independent(study, trial, name, search_space[name])
-        return self._replay.place(params)
+        return self._replay.place(whole_sample(self._inner, study, trial, search_space))
 
     def sample_independent(self, *_: Any) -> Any:
         raise AssertionError("the whole space is relative")

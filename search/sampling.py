@@ -52,11 +52,7 @@ class Search(BaseSampler):
             sequence = _Sequence(trial.number, seed=zlib.crc32(study.study_name.encode()))
             params = sequence.sample_relative(study, trial, search_space)
             return params | dict(next(iter(self._first[trial.number : trial.number + 1]), {}))
-        known = self._inner.infer_relative_search_space(study, trial)
-        params = self._inner.sample_relative(study, trial, known)
-        for name in search_space.keys() - params.keys():
-            params[name] = self._inner.sample_independent(study, trial, name, search_space[name])
-        return params
+        return whole_sample(self._inner, study, trial, search_space)
 
     def sample_independent(
         self,
@@ -66,6 +62,20 @@ class Search(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def whole_sample(
+    sampler: BaseSampler,
+    study: optuna.Study,
+    trial: FrozenTrial,
+    search_space: Mapping[str, BaseDistribution],
+) -> dict[str, Any]:
+    """All parameters at once: what the sampler leaves out of its relative ones, independently."""
+    known = sampler.infer_relative_search_space(study, trial)
+    params = sampler.sample_relative(study, trial, known)
+    for name in search_space.keys() - params.keys():
+        params[name] = sampler.sample_independent(study, trial, name, search_space[name])
+    return params
 
 
 class _Sequence(QMCSampler):
