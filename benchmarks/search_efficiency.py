@@ -53,11 +53,7 @@ CURVES = Path(__file__).parent / "data" / "curves.parquet"
 STUDY = Path("studies/fashion.toml")
 TARGET = 0.005
 WORKERS = 8
-# Changes to studies/fashion.toml; without the points that it begins with, which rivals do not have.
-OURS = {
-    "TPE, asha": ["study.strategy=asha", "study.first=[]"],
-    "TPE, promote": ["study.first=[]"],
-}
+OURS = {"TPE, asha": ["study.strategy=asha"], "TPE, promote": []}  # changes to studies/fashion.toml
 MOST_EPOCHS = 12_000  # all of the table
 
 
@@ -316,6 +312,7 @@ def atelier(
 ) -> list[Simulated]:
     """Workers of a study of ours; `file` names it."""
     storage = database.optuna_storage(engine)
+    # Without the points that the study begins with, which rivals do not have.
     sampler = OnTable(file.make_sampler(), replay)
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler

@@ -1,5 +1,6 @@
 """What a study is doing now, read from the database and drawn for a terminal."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -9,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import StudyModel, TrialModel, TrialParamModel, TrialValueModel
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialModel,
+    TrialParamModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
 from optuna.trial import TrialState
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,7 +24,7 @@ from rich.text import Text
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import HELD, PAUSED, gpu_seconds
+from storage.ledger import AUDIT, HELD, PAUSED, gpu_seconds
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -51,6 +58,7 @@ class TrialRow:
     worker: str | None = None  # host:pid of the holder
     renewed: float | None = None  # seconds since the holder last renewed its lease
     reason: str | None = None  # of the last attempt's end
+    audit: str | None = None  # what the strategy would have done with it, had it not been audited
 
     @property
     def resumed(self) -> bool:
@@ -137,6 +145,10 @@ class Status:
     def ranked(self) -> list[TrialRow]:
         """The trials, those in work first, then the best."""
         return sorted(self.trials, key=lambda row: (STATES.index(row.state), -row.worth, row.number))
+
+    def audited(self) -> list[tuple[int, TrialRow]]:
+        """The complete trials that would have been stopped, each with its place among all complete."""
+        return [(place, row) for place, row in enumerate(self.completed(), 1) if row.audit]
 
     @property
     def gpu_hours_saved(self) -> float:
@@ -365,6 +377,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             _age(Attempt.renewed).label("age"),
             Worker.host,
             Worker.pid,
+            TrialUserAttributeModel.value_json.label("audit"),
         )
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .outerjoin(epochs, epochs.c.trial_id == TrialModel.trial_id)
@@ -375,6 +388,13 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.number == attempts.c.number),
         )
         .outerjoin(Worker, Worker.id == Attempt.worker_id)
+        .outerjoin(
+            TrialUserAttributeModel,
+            sa.and_(
+                TrialUserAttributeModel.trial_id == TrialModel.trial_id,
+                TrialUserAttributeModel.key == AUDIT,
+            ),
+        )
         .where(TrialModel.study_id == study_id)
         .order_by(TrialModel.number)
     )
@@ -397,6 +417,7 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
         worker=f"{row.host}:{row.pid}" if held else None,
         renewed=float(row.age) if held else None,
         reason=row.reason,
+        audit=row.audit and json.loads(row.audit),
     )
 
 
@@ -469,7 +490,21 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             style="dim" if row.state in ("paused", "pruned") else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
-    return Group(head, table, Text(_spent(status), style="dim"))
+    lines = [_spent(status), *audit_lines(status)]
+    return Group(head, table, *(Text(line, style="dim") for line in lines))
+
+
+def audit_lines(status: Status) -> list[str]:
+    """How often the strategy would have been wrong, if trials were audited and have ended."""
+    audited, complete = status.audited(), len(status.completed())
+    if not audited:
+        return []
+    (place, best), n = audited[0], len(audited)
+    good = sum(3 * place <= complete for place, _ in audited)
+    return [
+        f"audit: of {_count(n, 'trial')} that would have been stopped, {good} ended in the best third "
+        f"of {complete} complete ones; trial {best.number} is the best of them, in place {place}"
+    ]
 
 
 def render_workers(status: Status) -> RenderableType:

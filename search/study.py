@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import quote
@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from dashboards.note import leave_note
+from dashboards.status import read_status
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
 from search.strategy import REDUCTION_FACTOR, OptunasPruner, Rungs, Strategy
@@ -63,7 +64,9 @@ class Range(_Table):
 
 Choices = Annotated[list[float | int], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
-PLACES = {"places", "slurm"}  # of a study's settings: what may change from one command to the next
+# Of a study's settings: what may change from one command to the next, and where the search has begun.
+INCIDENTAL = {"places", "slurm", "first"}
+WARM_STARTS = 3  # trials of an earlier study with which one begins
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 # What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
 # Python can neither print an integer of 5,000 digits nor a table inside 1,000 others.
@@ -84,6 +87,8 @@ class StudySettings(_Table):
     )
     rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
     first: list[dict[str, float | int]] = []  # parameters to begin with, not always all of them
+    warm_start: list[str] = []  # earlier studies, with whose best parameters it begins
+    audit: float = Field(0.0, ge=0, le=1)  # the share of trials that are not stopped when they would be
 
     @field_validator("name")
     @classmethod
@@ -204,6 +209,19 @@ class StudyFile(_Table):
                 allowed = spec if isinstance(spec, list) else f"{spec.low} to {spec.high}"
                 raise InputError(f"study.first has {name} = {value}; allowed is {allowed}, see [space]")
 
+    def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of another study as far as the space has them, numbers moved to its bounds."""
+        return {
+            name: value if isinstance(spec, list) else min(max(value, spec.low), spec.high)
+            for name, spec in self.space.items()
+            if (value := params.get(name)) is not None
+            and not (isinstance(spec, list) and value not in spec)
+        }
+
+    def audits(self, number: int) -> bool:
+        """Whether this trial is one of those that are not stopped: the share of them, evenly spread."""
+        return int((number + 1) * self.study.audit) > int(number * self.study.audit)
+
     @property
     def largest(self) -> TrainConfig:
         """A configuration of the study with its largest batches, which need the most memory."""
@@ -278,8 +296,8 @@ class StudyFile(_Table):
             slurm=settings.get("slurm", {}),
         )
 
-    def make_sampler(self) -> optuna.samplers.BaseSampler:
-        """The sampler by name."""
+    def make_sampler(self, first: Sequence[Mapping[str, Any]] = ()) -> optuna.samplers.BaseSampler:
+        """The sampler by name, which begins with the parameters `first`."""
         # Unseeded: workers that share a seed would try the same trials.
         makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
             "tpe": lambda: TPESampler(n_startup_trials=1),
@@ -289,7 +307,7 @@ class StudyFile(_Table):
         }
         startup = {"random": 0, "qmc": math.inf}.get(self.study.sampler, STARTUP_TRIALS)
         inner = makers[self.study.sampler]()
-        return Search(self.distributions(), inner, self.study.first, startup)
+        return Search(self.distributions(), inner, first, startup)
 
     def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
         """The strategy by name; every one starts at the first rung."""
@@ -484,12 +502,9 @@ def open_study(
         _same(identity, existing, dataset.fingerprint)
     if file.made_on not in (None, dataset.fingerprint):
         raise other_dataset(name, str(file.made_on), dataset.fingerprint)
+    first = existing.settings.get("first", file.study.first) if existing else _beginning(file, engine)
     study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        direction="maximize",
-        load_if_exists=True,
-        sampler=file.make_sampler(),
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
     if existing is None:  # first, so that what is on record has its note
         leave_note(study)
@@ -497,7 +512,8 @@ def open_study(
     changeable = {
         "max_trials": file.study.max_trials,
         "max_gpu_seconds": None if hours is None else hours * 3600,
-        "settings": identity | {"places": file.places(), "slurm": file.model_dump()["slurm"]},
+        "settings": identity
+        | {"places": file.places(), "slurm": file.model_dump()["slurm"], "first": first},
     }
     ledger.enter_study(
         engine,
@@ -511,7 +527,22 @@ def open_study(
     if lead:
         ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
         entry = _entered(engine, name)
+    study.sampler = file.make_sampler(entry.settings.get("first", first))
     return study, entry
+
+
+def _beginning(file: StudyFile, engine: sa.Engine) -> list[dict[str, Any]]:
+    """The parameters that a new study begins with. Raises InputError."""
+    first = [*file.study.first]
+    for name in file.study.warm_start:
+        earlier = ledger.study_entry(engine, name)
+        best = read_status(engine, earlier.study_id, name).completed() if earlier else []
+        if not best:
+            raise InputError(
+                f"study.warm_start: {name!r} has no complete trial here; see: atelier status"
+            )
+        first += filter(None, (file.within(row.params) for row in best[:WARM_STARTS]))
+    return first
 
 
 def _entered(engine: sa.Engine, name: str) -> ledger.StudyEntry:
@@ -528,7 +559,7 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
             f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
             f"{optuna.__version__}; install the same version on every machine"
         )
-    for table in identity.keys() | (existing.settings.keys() - PLACES):
+    for table in identity.keys() | (existing.settings.keys() - INCIDENTAL):
         settings, saved = identity.get(table, {}), existing.settings.get(table, {})
         for key in settings.keys() | saved.keys():
             # Settings that a study of an earlier version does not mention had the default.

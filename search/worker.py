@@ -26,7 +26,17 @@ from search.stopping import Stop, on_signals
 from search.strategy import Verdict
 from search.study import StudyFile
 from storage.database import retrying
-from storage.ledger import PAUSED, RENEW_SECONDS, SPENT, STOPPED, Claim, LeaseKeeper, LeaseLost, Ledger
+from storage.ledger import (
+    AUDIT,
+    PAUSED,
+    RENEW_SECONDS,
+    SPENT,
+    STOPPED,
+    Claim,
+    LeaseKeeper,
+    LeaseLost,
+    Ledger,
+)
 from storage.prune import remove, superfluous
 from storage.runs import RunFolder
 from trainer.allocation import is_device_fault, is_out_of_memory
@@ -302,12 +312,20 @@ class Worker:
         elif self._spent:
             self._give_back(trial, "released", SPENT)
         elif self._strategy.decides_at(result.epoch):
-            verdict = self._strategy.decide(claim, result.epoch, value)
-            reason = f"{verdict.value} after {result.epoch + 1} epochs"
-            if verdict == Verdict.PRUNED:
-                self._finish(trial, "pruned", value, reason)
-            elif verdict == Verdict.PAUSED:
-                self._give_back(trial, PAUSED, reason)
+            self._decide(trial, result.epoch, value)
+
+    def _decide(self, trial: _Trial, epoch: int, value: float) -> None:
+        """Do with a trial what the strategy says, unless it is audited."""
+        verdict = self._strategy.decide(trial.claim, epoch, value)
+        reason = f"{verdict.value} after {epoch + 1} epochs"
+        if verdict == Verdict.GOES_ON:
+            return
+        if self.file.audits(trial.claim.trial_number):
+            self.ledger.note(trial.claim, AUDIT, reason)
+        elif verdict == Verdict.PRUNED:
+            self._finish(trial, "pruned", value, reason)
+        else:
+            self._give_back(trial, PAUSED, reason)
 
     def _record(self, trial: _Trial, result: EpochResult, value: float) -> None:
         """Raises LeaseLost."""

@@ -32,6 +32,7 @@ from optuna.storages._rdb.models import (
     TrialIntermediateValueModel,
     TrialModel,
     TrialSystemAttributeModel,
+    TrialUserAttributeModel,
     TrialValueModel,
 )
 from optuna.trial import TrialState
@@ -49,6 +50,9 @@ STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
 
 # The outcome of an attempt whose trial waits until its strategy lets it go on.
 PAUSED = "paused"
+
+# The user attribute of a trial that goes on although its strategy would have stopped it: what that said.
+AUDIT = "audit"
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
@@ -579,6 +583,14 @@ class Ledger:
             _close(attempt, outcome, reason)
         if ended_elsewhere:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
+
+    @retrying
+    def note(self, claim: Claim, key: str, text: str) -> None:
+        """Leave a user attribute at the trial, unless it has it. Raises LeaseLost."""
+        with Session(self.engine) as session, session.begin():
+            self._fence(session, claim)
+            row = {"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(text)}
+            session.execute(insert(TrialUserAttributeModel).values(row).on_conflict_do_nothing())
 
     @retrying
     def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> bool:

@@ -6,8 +6,9 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from dashboards.status import audit_lines, read_status
 from search.exit_codes import ExitCode
-from storage.ledger import PAUSED, SPENT, Standing, update_study
+from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing, update_study
 from storage.models import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
@@ -202,3 +203,37 @@ def test_gpu_hours_are_a_hard_limit(engine, make_worker):
     assert (trial.state, [*trial.intermediate_values]) == (TrialState.PRUNED, [0])
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 1
+
+
+def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine, make_worker):
+    worker = make_worker("study.max_trials=6", "study.audit=0.5", *PROMOTE)
+    assert worker.run() == ExitCode.DONE
+    trials = worker.study.get_trials()
+    assert [trial.state for trial in trials[1::2]] == [TrialState.COMPLETE] * 3
+    assert not any("audit" in trial.user_attrs for trial in trials[0::2])
+    # The second comes to the rung where of two none is in the top third.
+    assert trials[1].user_attrs["audit"] == "paused after 1 epochs"
+    status = read_status(engine, worker.ledger.study_id, "tiny")
+    assert [row.audit for row in status.trials] == [trial.user_attrs.get("audit") for trial in trials]
+    complete = sorted(
+        (t for t in trials if t.value is not None and len(t.intermediate_values) == 3),
+        key=lambda trial: -trial.value,
+    )
+    audited = [(place, t) for place, t in enumerate(complete, 1) if "audit" in t.user_attrs]
+    [line] = audit_lines(status)
+    place, best = audited[0]
+    assert f"of {len(audited)} trial" in line
+    assert f"trial {best.number} is the best of them, in place {place}" in line
+
+
+def test_a_worker_that_was_replaced_leaves_no_note(engine):
+    trials = Trials(engine, max_trials=1)
+    dead = test_ledger.make_worker(engine, trials.study, lease_seconds=-1)
+    claim = dead.claim()
+    worker = trials.worker()
+    own = worker.claim()
+    with pytest.raises(LeaseLost):
+        dead.note(claim, AUDIT, "pruned after 1 epochs")
+    worker.note(own, AUDIT, "pruned after 2 epochs")
+    worker.note(own, AUDIT, "pruned after 3 epochs")  # only the first says when it would have ended
+    assert trials.study.get_trials()[0].user_attrs == {AUDIT: "pruned after 2 epochs"}

@@ -72,6 +72,7 @@ STUDY_FILES = {
         add(STUDY_KEY, "first = [{ batch_size = 33 }]"),
         "study.first has batch_size = 33; allowed is [32, 64]",
     ),
+    "no share of trials": (add(STUDY_KEY, "audit = 2"), "study.audit"),
     "low above high": (put("low = 1e-3", "low = 1.0"), "low = 1.0 is above"),
     "log of zero": (put("low = 1e-3", "low = 0.0"), "log"),
     "range without high": (put(", high = 2e-3", ""), "high"),
@@ -366,6 +367,20 @@ def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp
         open_study(load_study_file(path), engine, storage, read_dataset(tmp_path / "other"))
     assert_one_line(runner.invoke(app, ["export", "tiny"]), "no complete trial")
     assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
+
+
+def test_a_warm_start_from_nothing(engine, demo, study_text, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_text)
+    storage = database.optuna_storage(engine)
+    open_study(load_study_file(path, ["study.name=empty"]), engine, storage, read_dataset(demo))
+    for name in ("missing", "empty"):
+        file = load_study_file(path, [f'study.warm_start=["{name}"]'])
+        with pytest.raises(
+            InputError, match=f"'{name}' has no complete trial here; see: atelier status"
+        ):
+            open_study(file, engine, storage, read_dataset(demo))
+    assert ledger.study_names(engine) == ["empty"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "{file}"), ("{file}", "none")])
