@@ -53,7 +53,11 @@ CURVES = Path(__file__).parent / "data" / "curves.parquet"
 STUDY = Path("studies/fashion.toml")
 TARGET = 0.005
 WORKERS = 8
-OURS = {"TPE, asha": ["study.strategy=asha"], "TPE, promote": []}  # changes to studies/fashion.toml
+OURS = {  # changes to studies/fashion.toml
+    "TPE, asha": ["study.strategy=asha"],
+    "TPE, promote": [],
+    "GP, promote": ["study.sampler=gp"],
+}
 MOST_EPOCHS = 12_000  # all of the table
 
 
@@ -357,8 +361,6 @@ def _atelier(settings: list[str], engine: sa.Engine, replay: Replay, name: str) 
 
 def replay_once(name: str, number: int, home: Path) -> tuple[float, float]:
     """Epochs of one replay until the best is found, and until it was trained. For any process."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")  # Optuna's, of its experimental parts
     replay = Replay(_table(), np.random.default_rng([number, 0]))
     workers = strategies()[name](_engine(home), replay, f"replay {number} of {name}".replace(":", ""))
     return simulate(workers, replay, np.random.default_rng([number, 1])), replay.found
@@ -366,6 +368,9 @@ def replay_once(name: str, number: int, home: Path) -> tuple[float, float]:
 
 @cache
 def _engine(home: Path) -> sa.Engine:
+    """For this process, which is made quiet."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")  # Optuna's, of its experimental parts
     os.environ["ATELIER_HOME"] = str(home)
     torch.set_num_threads(1)
     return database.connect()
@@ -447,7 +452,6 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
 
     An epoch takes a minute, on a clock that the ledger takes for the database's.
     """
-    warnings.simplefilter("ignore")
     engine = _engine(home)
     with engine.begin() as connection:
         connection.execute(sa.text(SIMULATED_CLOCK))
