@@ -99,7 +99,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")
             storage = database.optuna_storage(engine)
-            study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler())
+            study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler([]))
             worker = Worker(
                 file,
                 study,

@@ -316,8 +316,7 @@ def atelier(
 ) -> list[Simulated]:
     """Workers of a study of ours; `file` names it."""
     storage = database.optuna_storage(engine)
-    # Without the points that the study begins with, which rivals do not have.
-    sampler = OnTable(file.make_sampler(), replay)
+    sampler = OnTable(file.make_sampler(first=[]), replay)  # rivals are not told where to begin
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )

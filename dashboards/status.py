@@ -24,7 +24,7 @@ from rich.text import Text
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import AUDIT, HELD, PAUSED, gpu_seconds
+from storage.ledger import AUDIT, HELD, PAUSED, Standing, gpu_seconds, standings
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TrialRow:
     worker: str | None = None  # host:pid of the holder
     renewed: float | None = None  # seconds since the holder last renewed its lease
     reason: str | None = None  # of the last attempt's end
-    audit: str | None = None  # what the strategy would have done with it, had it not been audited
+    audit: str | None = None  # what would have been done with it, were it not audited
 
     @property
     def resumed(self) -> bool:
@@ -145,10 +145,6 @@ class Status:
     def ranked(self) -> list[TrialRow]:
         """The trials, those in work first, then the best."""
         return sorted(self.trials, key=lambda row: (STATES.index(row.state), -row.worth, row.number))
-
-    def audited(self) -> list[tuple[int, TrialRow]]:
-        """The complete trials that would have been stopped, each with its place among all complete."""
-        return [(place, row) for place, row in enumerate(self.completed(), 1) if row.audit]
 
     @property
     def gpu_hours_saved(self) -> float:
@@ -377,7 +373,6 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             _age(Attempt.renewed).label("age"),
             Worker.host,
             Worker.pid,
-            TrialUserAttributeModel.value_json.label("audit"),
         )
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .outerjoin(epochs, epochs.c.trial_id == TrialModel.trial_id)
@@ -388,21 +383,42 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.number == attempts.c.number),
         )
         .outerjoin(Worker, Worker.id == Attempt.worker_id)
-        .outerjoin(
-            TrialUserAttributeModel,
-            sa.and_(
-                TrialUserAttributeModel.trial_id == TrialModel.trial_id,
-                TrialUserAttributeModel.key == AUDIT,
-            ),
-        )
         .where(TrialModel.study_id == study_id)
         .order_by(TrialModel.number)
     )
-    params = _params(session, study_id)
-    return [_trial_row(row, params.get(row.trial_id, {})) for row in session.execute(query)]
+    params, audits = _params(session, study_id), _audits(session, study_id)
+    return [
+        _trial_row(row, params.get(row.trial_id, {}), audits.get(row.trial_id))
+        for row in session.execute(query)
+    ]
 
 
-def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
+def _audits(session: Session, study_id: int) -> dict[int, str]:
+    """What would have been done with audited trials, by Optuna's id.
+
+    One that would have been paused may be among the best by now, and then it would have gone on.
+    """
+    query = (
+        sa.select(TrialUserAttributeModel.trial_id, TrialUserAttributeModel.value_json)
+        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
+    )
+    noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
+    places = standings(study_id, {note["epoch"] for note in noted.values()})
+    by_now = {
+        (trial_id, epoch): Standing(better, peers)
+        for trial_id, epoch, better, peers in session.execute(
+            sa.select(places).where(places.c.trial_id.in_(noted))
+        )
+    }
+    return {
+        trial_id: f"{note['verdict']} after {note['epoch'] + 1} epochs"
+        for trial_id, note in noted.items()
+        if note["verdict"] != PAUSED or not by_now[trial_id, note["epoch"]].is_among_the_best
+    }
+
+
+def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> TrialRow:
     held = bool(row.held) and row.state == TrialState.RUNNING
     unfinished = "running" if held else "paused" if row.outcome == PAUSED else "waiting"
     return TrialRow(
@@ -417,7 +433,7 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any]) -> TrialRow:
         worker=f"{row.host}:{row.pid}" if held else None,
         renewed=float(row.age) if held else None,
         reason=row.reason,
-        audit=row.audit and json.loads(row.audit),
+        audit=audit,
     )
 
 
@@ -490,21 +506,23 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             style="dim" if row.state in ("paused", "pruned") else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
-    lines = [_spent(status), *audit_lines(status)]
+    lines = filter(None, [_spent(status), audit_line(status)])
     return Group(head, table, *(Text(line, style="dim") for line in lines))
 
 
-def audit_lines(status: Status) -> list[str]:
-    """How often the strategy would have been wrong, if trials were audited and have ended."""
-    audited, complete = status.audited(), len(status.completed())
-    if not audited:
-        return []
-    (place, best), n = audited[0], len(audited)
-    good = sum(3 * place <= complete for place, _ in audited)
-    return [
-        f"audit: of {_count(n, 'trial')} that would have been stopped, {good} ended in the best third "
-        f"of {complete} complete ones; trial {best.number} is the best of them, in place {place}"
-    ]
+def audit_line(status: Status) -> str:
+    """How often the strategy would have been wrong; empty if no audited trial tells yet."""
+    complete = status.completed()
+    stopped = [(place, row) for place, row in enumerate(complete, 1) if row.audit]
+    if not stopped or len(complete) < 3:
+        return ""
+    place, best = stopped[0]
+    good = sum(place <= len(complete) / 3 for place, _ in stopped)
+    return (
+        f"Audit: {_count(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
+        f"the best third of all {len(complete)} (by chance {len(stopped) / 3:.0f}); the best, trial "
+        f"{best.number}, would have been {best.audit} and has place {place}"
+    )
 
 
 def render_workers(status: Status) -> RenderableType:

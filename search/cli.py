@@ -455,7 +455,8 @@ def trials(
         if frame.empty:
             say(f"study {entry.name!r} has no trials yet")
         elif csv is None:
-            typer.echo(frame.drop(columns="reason", errors="ignore").to_string(index=False))
+            apart = {"reason"} | ({"audit"} if frame["audit"].isna().all() else set())
+            typer.echo(frame.drop(columns=apart).to_string(index=False))
         else:
             csv.write_text(frame.to_csv(index=False))
 

@@ -96,7 +96,7 @@ class ConfirmationFile(StudyFile):
         """As of the search, and the candidates, which must not change."""
         return super().identity() | {"confirms": {"study": self.confirms, "candidates": self.candidates}}
 
-    def make_sampler(self, first: Sequence[Mapping[str, Any]] = ()) -> BaseSampler:
+    def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
         return Plan(self.candidates, self.shared.seed)
 
 

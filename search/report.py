@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from markdown_it import MarkdownIt
 
 from dashboards.files import plot_study
-from dashboards.status import audit_lines, parameter_names, read_machines, read_status
+from dashboards.status import audit_line, parameter_names, read_machines, read_status
 from search.confirmation import COLUMNS, cells, read_confirmation, verdict
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study import InputError, StudyFile
@@ -53,7 +53,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         verdicts=verdict(confirmation) if confirmation else [],
         counts=", ".join(f"{n} {state}" for state, n in status.counts.items() if n),
         gpu_hours=status.gpu_hours,
-        audit=audit_lines(status),
+        audit=audit_line(status),
         score=file.study.score,
         compared=compared,
         train=train,

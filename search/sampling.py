@@ -97,7 +97,7 @@ class Promises(optuna.Study):
 
     Its score is the one that it promises: its value at the last rung that it has passed, and from there
     the mean gain of those that went further, rung by rung. Most trials of a good search never end, and
-    Optuna's samplers learn from complete trials alone (gp, cmaes), or rank the others last (tpe).
+    Optuna's samplers learn from complete trials alone (gp), or rank the others last (tpe).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which trials get further epochs. The decision follows from values on record alone.
 
 A trial may be killed between a report and its decision, and be resumed by another worker, which takes
-the decision again; so nothing is remembered beside the values.
+the decision again; so nothing that decides is remembered beside the values.
 """
 
 from enum import Enum
@@ -10,9 +10,7 @@ from typing import Protocol
 import optuna
 
 from storage.database import retrying
-from storage.ledger import Claim, Ledger, Standing
-
-REDUCTION_FACTOR = 3
+from storage.ledger import REDUCTION_FACTOR, Claim, Ledger, Standing
 
 
 class Verdict(Enum):
@@ -62,7 +60,7 @@ class Rungs:
 
     def promotes(self, standing: Standing) -> bool:
         """Whether it is in the top third by now. What another strategy has left waiting goes on."""
-        return not self._pauses or standing.better < standing.peers // REDUCTION_FACTOR
+        return not self._pauses or standing.is_among_the_best
 
 
 class OptunasPruner:

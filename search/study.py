@@ -29,7 +29,7 @@ from dashboards.note import leave_note
 from dashboards.status import read_status
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
-from search.strategy import REDUCTION_FACTOR, OptunasPruner, Rungs, Strategy
+from search.strategy import OptunasPruner, Rungs, Strategy
 from storage import ledger
 from storage.database import retrying
 from trainer.config import TUNABLE, TrainConfig
@@ -64,9 +64,9 @@ class Range(_Table):
 
 Choices = Annotated[list[float | int], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
-# Of a study's settings: what may change from one command to the next, and where the search has begun.
-INCIDENTAL = {"places", "slurm", "first"}
-WARM_STARTS = 3  # trials of an earlier study with which one begins
+# Of a study's settings: what does not make its trials incomparable.
+NOT_COMPARED = {"places", "slurm", "search"}
+WARM_START_TRIALS = 3  # of each earlier study
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 # What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
 # Python can neither print an integer of 5,000 digits nor a table inside 1,000 others.
@@ -88,7 +88,7 @@ class StudySettings(_Table):
     rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
     first: list[dict[str, float | int]] = []  # parameters to begin with, not always all of them
     warm_start: list[str] = []  # earlier studies, with whose best parameters it begins
-    audit: float = Field(0.0, ge=0, le=1)  # the share of trials that are not stopped when they would be
+    audit: float = Field(0.0, ge=0, le=1)  # the share of trials that go on whatever the strategy says
 
     @field_validator("name")
     @classmethod
@@ -205,22 +205,23 @@ class StudyFile(_Table):
             if name not in self.space:
                 raise InputError(f"study.first: {_unknown(name, self.space)}")
             spec = self.space[name]
-            if not (value in spec if isinstance(spec, list) else spec.low <= value <= spec.high):
+            if self.within({name: value}) != {name: value}:
                 allowed = spec if isinstance(spec, list) else f"{spec.low} to {spec.high}"
                 raise InputError(f"study.first has {name} = {value}; allowed is {allowed}, see [space]")
 
     def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters of another study as far as the space has them, numbers moved to its bounds."""
+        """Parameters as far as the space has them: what is beyond a bound of a range moves to it."""
+        known = {name: params[name] for name in self.space if name in params}
         return {
             name: value if isinstance(spec, list) else min(max(value, spec.low), spec.high)
-            for name, spec in self.space.items()
-            if (value := params.get(name)) is not None
-            and not (isinstance(spec, list) and value not in spec)
+            for name, value in known.items()
+            if isinstance(spec := self.space[name], Range) or value in spec
         }
 
     def audits(self, number: int) -> bool:
-        """Whether this trial is one of those that are not stopped: the share of them, evenly spread."""
-        return int((number + 1) * self.study.audit) > int(number * self.study.audit)
+        """Whether this trial goes on whatever the strategy says: the share of them, evenly spread."""
+        audited_before, audited_then = (int(n * self.study.audit + 0.5) for n in (number, number + 1))
+        return audited_then > audited_before
 
     @property
     def largest(self) -> TrainConfig:
@@ -289,14 +290,15 @@ class StudyFile(_Table):
     def from_record(cls, entry: ledger.StudyEntry) -> "StudyFile":
         """The file that a study on record was last opened with."""
         settings = entry.settings
+        study = settings["study"] | settings.get("search", {})
         return cls(
-            study=StudySettings(name=entry.name, max_trials=entry.max_trials, **settings["study"]),
+            study=StudySettings(name=entry.name, max_trials=entry.max_trials, **study),
             space=settings["space"],
             train=settings["train"] | settings["places"],
             slurm=settings.get("slurm", {}),
         )
 
-    def make_sampler(self, first: Sequence[Mapping[str, Any]] = ()) -> optuna.samplers.BaseSampler:
+    def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> optuna.samplers.BaseSampler:
         """The sampler by name, which begins with the parameters `first`."""
         # Unseeded: workers that share a seed would try the same trials.
         makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -317,7 +319,7 @@ class StudyFile(_Table):
             "hyperband": lambda: HyperbandPruner(
                 min_resource=max(rungs[0], 1),
                 max_resource=self.epochs,
-                reduction_factor=REDUCTION_FACTOR,
+                reduction_factor=ledger.REDUCTION_FACTOR,
             ),
         }
         if name in makers and rungs:
@@ -328,6 +330,18 @@ class StudyFile(_Table):
     def made_on(self) -> str | None:
         """The fingerprint of the dataset that it belongs to; None for any."""
         return None
+
+    def settings(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What goes on record: what makes trials comparable, how to search, and where things are.
+
+        Raises InputError if the weights file cannot be read.
+        """
+        apart = {"name", "score", "max_trials", "max_gpu_hours", "warm_start"}
+        return self.identity() | {
+            "search": self.study.model_dump(exclude=apart) | {"first": first},
+            "slurm": self.model_dump()["slurm"],
+            "places": self.places(),
+        }
 
     def places(self) -> dict[str, str]:
         """Where the files are, for whoever starts from another folder."""
@@ -502,47 +516,60 @@ def open_study(
         _same(identity, existing, dataset.fingerprint)
     if file.made_on not in (None, dataset.fingerprint):
         raise other_dataset(name, str(file.made_on), dataset.fingerprint)
-    first = existing.settings.get("first", file.study.first) if existing else _beginning(file, engine)
+    first = _recorded_first(file, existing) if existing else _first(file, engine)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
     if existing is None:  # first, so that what is on record has its note
         leave_note(study)
     hours = file.study.max_gpu_hours
-    changeable = {
+    budget = {
         "max_trials": file.study.max_trials,
         "max_gpu_seconds": None if hours is None else hours * 3600,
-        "settings": identity
-        | {"places": file.places(), "slurm": file.model_dump()["slurm"], "first": first},
     }
     ledger.enter_study(
         engine,
         study._study_id,
         dataset=dataset.fingerprint,
         attributes=dataset.attribute_table("val"),
-        **changeable,
+        settings=file.settings(first),
+        **budget,
     )
     entry = _entered(engine, name)
     _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
+    first = _recorded_first(file, entry)
     if lead:
-        ledger.update_study(engine, study._study_id, stop_requested=None, **changeable)
+        ledger.update_study(
+            engine, study._study_id, stop_requested=None, settings=file.settings(first), **budget
+        )
         entry = _entered(engine, name)
-    study.sampler = file.make_sampler(entry.settings.get("first", first))
+    study.sampler = file.make_sampler(first)
     return study, entry
 
 
-def _beginning(file: StudyFile, engine: sa.Engine) -> list[dict[str, Any]]:
+def _first(file: StudyFile, engine: sa.Engine) -> list[dict[str, Any]]:
     """The parameters that a new study begins with. Raises InputError."""
     first = [*file.study.first]
     for name in file.study.warm_start:
         earlier = ledger.study_entry(engine, name)
-        best = read_status(engine, earlier.study_id, name).completed() if earlier else []
+        if earlier is None:
+            raise InputError(f"study.warm_start: no study {name!r}; see: atelier status")
+        best = read_status(engine, earlier.study_id, name).completed()
         if not best:
             raise InputError(
-                f"study.warm_start: {name!r} has no complete trial here; see: atelier status"
+                f"study.warm_start: {name!r} has no complete trial; wait for one, or leave it out"
             )
-        first += filter(None, (file.within(row.params) for row in best[:WARM_STARTS]))
+        # What that study held fixed may be open here.
+        points = [file.within(earlier.settings["train"] | row.params) for row in best]
+        distinct = list({tuple(point.items()): point for point in points}.values())
+        first += [point for point in distinct[:WARM_START_TRIALS] if point not in first]
     return first
+
+
+def _recorded_first(file: StudyFile, entry: ledger.StudyEntry) -> list[dict[str, Any]]:
+    """As of the study's beginning; of one that was made by an earlier version, the file's."""
+    recorded: list[dict[str, Any]] = entry.settings.get("search", {}).get("first", file.study.first)
+    return recorded
 
 
 def _entered(engine: sa.Engine, name: str) -> ledger.StudyEntry:
@@ -559,7 +586,7 @@ def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: st
             f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
             f"{optuna.__version__}; install the same version on every machine"
         )
-    for table in identity.keys() | (existing.settings.keys() - INCIDENTAL):
+    for table in identity.keys() | (existing.settings.keys() - NOT_COMPARED):
         settings, saved = identity.get(table, {}), existing.settings.get(table, {})
         for key in settings.keys() | saved.keys():
             # Settings that a study of an earlier version does not mention had the default.

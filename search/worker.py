@@ -27,7 +27,6 @@ from search.strategy import Verdict
 from search.study import StudyFile
 from storage.database import retrying
 from storage.ledger import (
-    AUDIT,
     PAUSED,
     RENEW_SECONDS,
     SPENT,
@@ -204,7 +203,11 @@ class Worker:
         ):
             return
         if any(
-            len(trial.run.history) == last or self._strategy.decides_at(len(trial.run.history))
+            len(trial.run.history) == last
+            or (
+                self._strategy.decides_at(len(trial.run.history))
+                and not self.file.audits(trial.claim.trial_number)
+            )
             for trial in self._trials
         ):
             self._ahead = self._executor.submit(self._obtain, self._held())
@@ -315,13 +318,13 @@ class Worker:
             self._decide(trial, result.epoch, value)
 
     def _decide(self, trial: _Trial, epoch: int, value: float) -> None:
-        """Do with a trial what the strategy says, unless it is audited."""
+        """Apply the strategy's verdict; of an audited trial it is only noted."""
         verdict = self._strategy.decide(trial.claim, epoch, value)
-        reason = f"{verdict.value} after {epoch + 1} epochs"
         if verdict == Verdict.GOES_ON:
             return
+        reason = f"{verdict.value} after {epoch + 1} epochs"
         if self.file.audits(trial.claim.trial_number):
-            self.ledger.note(trial.claim, AUDIT, reason)
+            self.ledger.note_audit(trial.claim, epoch, verdict.value)
         elif verdict == Verdict.PRUNED:
             self._finish(trial, "pruned", value, reason)
         else:

@@ -51,8 +51,10 @@ STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
 # The outcome of an attempt whose trial waits until its strategy lets it go on.
 PAUSED = "paused"
 
-# The user attribute of a trial that goes on although its strategy would have stopped it: what that said.
-AUDIT = "audit"
+# The user attribute of an audited trial: {"epoch", "verdict"} of when its strategy would first have
+# stopped it.
+AUDIT = "atelier:audit"
+REDUCTION_FACTOR = 3
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
@@ -83,6 +85,11 @@ class Standing:
 
     better: int  # how many were worth more
     peers: int  # how many there are, itself included
+
+    @property
+    def is_among_the_best(self) -> bool:
+        """Whether it is in the top third."""
+        return self.better < self.peers // REDUCTION_FACTOR
 
 
 def _lost(claim: Claim) -> LeaseLost:
@@ -318,19 +325,7 @@ class Ledger:
             .group_by(Epoch.trial_id)
             .cte()
         )
-        at_epoch: dict[str, Any] = {"partition_by": Epoch.epoch}
-        places = (
-            sa.select(
-                Epoch.trial_id,
-                Epoch.epoch,
-                (sa.func.rank().over(**at_epoch, order_by=Epoch.value.desc().nulls_last()) - 1).label(
-                    "better"
-                ),
-                sa.func.count().over(**at_epoch).label("peers"),
-            )
-            .where(Epoch.study_id == self.study_id, Epoch.epoch.in_(sa.select(rungs.c.epoch)))
-            .subquery()
-        )
+        places = standings(self.study_id, sa.select(rungs.c.epoch))
         query = (
             sa.select(places.c.trial_id, places.c.better, places.c.peers)
             .join(rungs, sa.and_(rungs.c.trial_id == places.c.trial_id, rungs.c.epoch == places.c.epoch))
@@ -585,11 +580,12 @@ class Ledger:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
 
     @retrying
-    def note(self, claim: Claim, key: str, text: str) -> None:
-        """Leave a user attribute at the trial, unless it has it. Raises LeaseLost."""
+    def note_audit(self, claim: Claim, epoch: int, verdict: str) -> None:
+        """Note when a trial would have been stopped, if that was not noted before. Raises LeaseLost."""
         with Session(self.engine) as session, session.begin():
             self._fence(session, claim)
-            row = {"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(text)}
+            noted = json.dumps({"epoch": epoch, "verdict": verdict})
+            row = {"trial_id": claim.trial_id, "key": AUDIT, "value_json": noted}
             session.execute(insert(TrialUserAttributeModel).values(row).on_conflict_do_nothing())
 
     @retrying
@@ -675,6 +671,22 @@ def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
 def _lose(attempt: Attempt) -> None:
     attempt.released = attempt.renewed  # the last moment that it is known to have lived
     attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
+
+
+def standings(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Subquery:
+    """The standing of every trial at these epochs: trial_id, epoch, better, peers."""
+    at_epoch: dict[str, Any] = {"partition_by": Epoch.epoch}
+    rank = sa.func.rank().over(**at_epoch, order_by=Epoch.value.desc().nulls_last())
+    return (
+        sa.select(
+            Epoch.trial_id,
+            Epoch.epoch,
+            (rank - 1).label("better"),
+            sa.func.count().over(**at_epoch).label("peers"),
+        )
+        .where(Epoch.study_id == study_id, Epoch.epoch.in_(epochs))
+        .subquery()
+    )
 
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:

@@ -12,9 +12,8 @@ import sqlalchemy as sa
 
 from search.replay import Replayed
 from search.score import score
-from search.strategy import REDUCTION_FACTOR
 from search.study import StudyFile
-from storage.ledger import RESTORED
+from storage.ledger import REDUCTION_FACTOR, RESTORED
 from storage.runs import RunFolder, artifacts, image_cache
 from trainer.config import EpochResult
 from trainer.loop import train

@@ -116,7 +116,7 @@ def _read_override(path: Path) -> None:
 def _use(file: "StudyFile") -> None:
     """What every command does next with a study file."""
     file.distributions(), file.rungs_of(), file.largest, file.identity(), file.places()
-    file.make_sampler()
+    file.make_sampler(file.study.first)
 
 
 def _read_config(path: Path) -> None:

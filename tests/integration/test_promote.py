@@ -6,9 +6,10 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from dashboards.status import audit_lines, read_status
+from dashboards.status import audit_line, read_status
 from search.exit_codes import ExitCode
-from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing, update_study
+from search.study import StudyFile
+from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing, study_entry, update_study
 from storage.models import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
@@ -205,35 +206,44 @@ def test_gpu_hours_are_a_hard_limit(engine, make_worker):
         assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 1
 
 
-def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine, make_worker):
-    worker = make_worker("study.max_trials=6", "study.audit=0.5", *PROMOTE)
+@pytest.mark.parametrize("strategy", ["promote", "asha"])
+def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine, make_worker, strategy):
+    worker = make_worker("study.max_trials=7", "study.audit=0.5", *PROMOTE, f"study.strategy={strategy}")
     assert worker.run() == ExitCode.DONE
     trials = worker.study.get_trials()
-    assert [trial.state for trial in trials[1::2]] == [TrialState.COMPLETE] * 3
-    assert not any("audit" in trial.user_attrs for trial in trials[0::2])
-    # The second comes to the rung where of two none is in the top third.
-    assert trials[1].user_attrs["audit"] == "paused after 1 epochs"
+    assert {trial.state for trial in trials[0::2]} == {TrialState.COMPLETE}  # the audited ones
+    at_rung = [trial.intermediate_values[0] for trial in trials]
     status = read_status(engine, worker.ledger.study_id, "tiny")
-    assert [row.audit for row in status.trials] == [trial.user_attrs.get("audit") for trial in trials]
-    complete = sorted(
-        (t for t in trials if t.value is not None and len(t.intermediate_values) == 3),
-        key=lambda trial: -trial.value,
-    )
-    audited = [(place, t) for place, t in enumerate(complete, 1) if "audit" in t.user_attrs]
-    [line] = audit_lines(status)
-    place, best = audited[0]
-    assert f"of {len(audited)} trial" in line
-    assert f"trial {best.number} is the best of them, in place {place}" in line
+    for trial, row in zip(trials, status.trials, strict=True):
+        verdict = trial.user_attrs.get(AUDIT, {}).get("verdict")
+        assert verdict is None or trial.number % 2 == 0
+        # A wait would have ended by now, if it is among the best two of seven.
+        among_the_best = sum(value > at_rung[trial.number] for value in at_rung) < 2
+        would_go_on = verdict is None or (verdict == PAUSED and among_the_best)
+        assert row.audit == (None if would_go_on else f"{verdict} after 1 epochs")
+    scores = sorted((t.value for t in trials if t.state == TrialState.COMPLETE), reverse=True)
+    places = [scores.index(row.value) + 1 for row in status.completed() if row.audit]
+    good = sum(3 * place <= len(scores) for place in places)
+    line = audit_line(status)
+    assert f"{len(places)} complete trial" in line
+    assert f"stopped, {good} of them in the best third of all {len(scores)} (" in line
+    assert line.endswith(f"has place {places[0]}")
 
 
-def test_a_worker_that_was_replaced_leaves_no_note(engine):
+def test_a_worker_that_was_replaced_notes_nothing(engine):
     trials = Trials(engine, max_trials=1)
     dead = test_ledger.make_worker(engine, trials.study, lease_seconds=-1)
     claim = dead.claim()
     worker = trials.worker()
     own = worker.claim()
     with pytest.raises(LeaseLost):
-        dead.note(claim, AUDIT, "pruned after 1 epochs")
-    worker.note(own, AUDIT, "pruned after 2 epochs")
-    worker.note(own, AUDIT, "pruned after 3 epochs")  # only the first says when it would have ended
-    assert trials.study.get_trials()[0].user_attrs == {AUDIT: "pruned after 2 epochs"}
+        dead.note_audit(claim, 0, "pruned")
+    worker.note_audit(own, 1, "pruned")
+    worker.note_audit(own, 2, "pruned")  # only the first says when it would have ended
+    assert trials.study.get_trials()[0].user_attrs == {AUDIT: {"epoch": 1, "verdict": "pruned"}}
+
+
+def test_a_worker_by_name_searches_as_the_study_does(engine, make_worker):
+    worker = make_worker("study.max_trials=7", "study.audit=0.5", "study.sampler=qmc", *PROMOTE)
+    entry = study_entry(engine, "tiny")
+    assert StudyFile.from_record(entry).study == worker.file.study

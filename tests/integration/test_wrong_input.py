@@ -369,17 +369,21 @@ def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp
     assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
 
 
-def test_a_warm_start_from_nothing(engine, demo, study_text, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing", "no study 'missing'; see: atelier status"),
+        ("empty", "'empty' has no complete trial; wait for one, or leave it out"),
+    ],
+)
+def test_a_warm_start_from_nothing(engine, demo, study_text, tmp_path, name, expected):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
     storage = database.optuna_storage(engine)
     open_study(load_study_file(path, ["study.name=empty"]), engine, storage, read_dataset(demo))
-    for name in ("missing", "empty"):
-        file = load_study_file(path, [f'study.warm_start=["{name}"]'])
-        with pytest.raises(
-            InputError, match=f"'{name}' has no complete trial here; see: atelier status"
-        ):
-            open_study(file, engine, storage, read_dataset(demo))
+    file = load_study_file(path, [f'study.warm_start=["{name}"]'])
+    with pytest.raises(InputError, match=expected):
+        open_study(file, engine, storage, read_dataset(demo))
     assert ledger.study_names(engine) == ["empty"]
 
 
