@@ -331,13 +331,10 @@ class StudyFile(_Table):
         """The fingerprint of the dataset that it belongs to; None for any."""
         return None
 
-    def settings(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What goes on record: what makes trials comparable, how to search, and where things are.
-
-        Raises InputError if the weights file cannot be read.
-        """
+    def incidentals(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What goes on record beside the identity: how to search, and where things are."""
         apart = {"name", "score", "max_trials", "max_gpu_hours", "warm_start"}
-        return self.identity() | {
+        return {
             "search": self.study.model_dump(exclude=apart) | {"first": first},
             "slurm": self.model_dump()["slurm"],
             "places": self.places(),
@@ -532,16 +529,15 @@ def open_study(
         study._study_id,
         dataset=dataset.fingerprint,
         attributes=dataset.attribute_table("val"),
-        settings=file.settings(first),
+        settings=identity | file.incidentals(first),
         **budget,
     )
     entry = _entered(engine, name)
     _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
     first = _recorded_first(file, entry)
     if lead:
-        ledger.update_study(
-            engine, study._study_id, stop_requested=None, settings=file.settings(first), **budget
-        )
+        settings = identity | file.incidentals(first)
+        ledger.update_study(engine, study._study_id, stop_requested=None, settings=settings, **budget)
         entry = _entered(engine, name)
     study.sampler = file.make_sampler(first)
     return study, entry
