@@ -221,9 +221,9 @@ class Ledger:
         """Take a trial that was interrupted, else a paused one that `promotes`, else a new one.
 
         A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
-        goes on. None if the budget is spent, if `stop_reason` gives one, or if the study was deleted.
-        `held` are Optuna's ids of the trials that this worker has in hand; another one of its own is
-        from a claim whose reply was lost.
+        goes on. So it does if nobody is at work and no trial is complete. None if the budget is spent,
+        if `stop_reason` gives one, or if the study was deleted. `held` are Optuna's ids of the trials
+        that this worker has in hand; another one of its own is from a claim whose reply was lost.
 
         Claims of a study follow one another (the study's row is locked), so that any number of workers
         neither overshoots the budget nor takes a trial twice. The one that finds nothing more to do, for
@@ -240,7 +240,7 @@ class Ledger:
             # Asked first: what a worker releases meanwhile may be claimable, or make others so.
             is_over = not self._somebody_is_at_work(session)
             if not spent:
-                for trial_id in self._claimable(session, study, verdicts, promotes):
+                for trial_id in self._claimable(session, study, verdicts, promotes, is_over):
                     if trial_id not in held and (claim := self._take(session, trial_id, verdicts)):
                         return claim
             if is_over:
@@ -253,6 +253,7 @@ class Ledger:
         study: Study,
         verdicts: Verdicts,
         promotes: Callable[[Standing], bool],
+        is_over: bool,
     ) -> Iterator[int]:
         """Trials to take, the first first; new ones begin when they are asked for."""
         yield from self._unfinished(session, verdicts)
@@ -265,8 +266,15 @@ class Ledger:
             # In a transaction of its own: if we die before the commit of the claim, the trial is
             # RUNNING without an attempt, and the next claim takes it.
             yield self.storage.create_new_trial(self.study_id)
-        if study.max_gpu_seconds is not None:
+        # A small search may have nobody in the top third at a rung, and must not end with nothing.
+        if study.max_gpu_seconds is not None or (is_over and not self._has_complete(session)):
             yield from paused
+
+    def _has_complete(self, session: Session) -> bool:
+        query = sa.select(TrialModel.trial_id).where(
+            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.COMPLETE
+        )
+        return session.scalar(query.limit(1)) is not None
 
     @retrying
     def _holders(self) -> list[Holder]:

@@ -91,19 +91,30 @@ def test_a_promoted_trial_whose_worker_died_is_still_promoted(engine):
 
 
 def test_the_last_one_out_tells_optuna_that_what_waits_is_pruned(engine):
-    trials = Trials(engine, max_trials=3)
+    trials = Trials(engine, max_trials=4)
     worker, other = trials.worker(), trials.worker()
+    worker.finish(worker.claim(), "complete", 0.5)
     trials.pause(worker, 0.3)
     trials.pause(worker, 0.2)
     held = other.claim()
     assert worker.claim(promotes=top_third) is None
-    assert trials.states() == [TrialState.RUNNING] * 3  # the other one may still change what is best
+    # The other one may still change what is best.
+    assert trials.states() == [TrialState.COMPLETE, *[TrialState.RUNNING] * 3]
     other.record(held, RESULT | {"epoch": 0}, 0.1)
     other.release(held, PAUSED)
     assert worker.claim(promotes=lambda _: False) is None
-    assert trials.states() == [TrialState.PRUNED] * 3
-    assert [trial.value for trial in trials.study.get_trials()] == [0.3, 0.2, 0.1]
-    assert outcomes(engine) == [["pruned"]] * 3
+    assert trials.states() == [TrialState.COMPLETE, *[TrialState.PRUNED] * 3]
+    assert [trial.value for trial in trials.study.get_trials()] == [0.5, 0.3, 0.2, 0.1]
+    assert outcomes(engine) == [["complete"], *[["pruned"]] * 3]
+
+
+def test_a_small_search_does_not_end_with_nothing(make_worker):
+    worker = make_worker("study.max_trials=2", *PROMOTE)  # of two, none is in the top third
+    assert worker.run() == ExitCode.DONE
+    trials = worker.study.get_trials()
+    assert sorted(trial.state.name for trial in trials) == ["COMPLETE", "PRUNED"]
+    best = max(trials, key=lambda trial: trial.intermediate_values[0])
+    assert best.state == TrialState.COMPLETE
 
 
 def test_what_was_interrupted_is_not_ended_with_what_waits(engine):
