@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.allocation import is_out_of_memory
+from trainer.device import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ AS_EAGER: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 # Pixels that a CPU works on at once, so that they stay in its cache; uncompiled steps leave
 # intermediate results, of four bytes each, there too.
-CACHED_PIXELS, TEMPORARIES = 1 << 20, 12
+CACHED_PIXELS, TEMPORARIES = 1 << 20, 5
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ STEPS = (brightness, contrast, saturation, hue)
 
 def _groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.ndarray, int]]:
     """The images that take a step together, and the step's number, in an order that is each image's."""
-    if one_by_one:  # in place, and in the CPU's cache
+    if one_by_one:  # in place
         for image, steps in enumerate(order.tolist()):
             yield from ((slice(image, image + 1), step) for step in steps)
     else:
@@ -203,20 +203,22 @@ class Augmentation:
     def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 [n, 3, s, s] on any device to the same, another tensor."""
         if images.device.type != "cpu":
-            return self._augmented(images, draws)
+            return self._augmented(images, draws, one_by_one=False)
         pixels = CACHED_PIXELS * (1 if self._compiled else 1 / TEMPORARIES)
         images_at_once = max(round(pixels / images[0, 0].numel()), 1)
+        # A few images would nearly all be alone in their groups, which only spare calls.
+        one_by_one = self._compiled or images_at_once < len(STEPS) ** 2
         starts = range(0, len(images), images_at_once)
         parts = [slice(start, start + images_at_once) for start in starts]
-        return torch.cat([self._augmented(images[part], draws[part]) for part in parts])
+        return torch.cat([self._augmented(images[part], draws[part], one_by_one) for part in parts])
 
-    def _augmented(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def _augmented(self, images: torch.Tensor, draws: Draws, one_by_one: bool) -> torch.Tensor:
         def there(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(images.device, non_blocking=True)
 
         jittered = images.float()
         factors = there(draws.factors).view(-1, 4, 1, 1, 1)
-        for chosen, number in _groups(draws.order, one_by_one=images.device.type == "cpu"):
+        for chosen, number in _groups(draws.order, one_by_one):
             rows = chosen if isinstance(chosen, slice) else there(chosen)
             jittered[rows] = self._run(STEPS[number], jittered[rows], factors[rows, number])
         shown = self._run(sources, there(draws.affine), there(draws.flip), images.shape[-1])

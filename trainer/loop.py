@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.allocation import available_memory, is_out_of_memory, peak_memory, release_memory
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
+from trainer.device import available_memory, is_out_of_memory, peak_memory, release_memory
 from trainer.loss import AttributeLoss, accuracy, class_weights, predict
 from trainer.model import make_head
 from trainer.predictions import Predictions

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from trainer.allocation import pick_device
 from trainer.config import TrainConfig
+from trainer.device import pick_device
 from trainer.model import Backbone, fold_batchnorm, load_backbone
 
 # Pixels that the trunk takes at once on a CPU, so that the wide first layers' output stays in its cache.

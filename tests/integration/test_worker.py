@@ -17,7 +17,7 @@ from search.exit_codes import ExitCode
 from search.stopping import KILL_SECONDS, SAVE_SECONDS, Stop
 from storage import ledger
 from storage.models import Attempt, Epoch
-from trainer.allocation import is_out_of_memory
+from trainer.device import is_out_of_memory
 
 KEEPER = ledger.LeaseKeeper.__init__
 
