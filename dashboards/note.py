@@ -1,12 +1,11 @@
 """The note that optuna-dashboard shows with a study: the way to our pages."""
 
 import optuna
+import optuna_dashboard
 
 
 def leave_note(study: optuna.Study) -> None:
     """Write the note of a new study."""
-    import optuna_dashboard  # here: it takes a second, and most commands find the study made
-
     # Relative to /dashboard/studies/ID/note, so that it is right under a proxy's prefix too.
     pages = f"../../../atelier/studies/{study._study_id}"
     optuna_dashboard.save_note(

@@ -2,4 +2,5 @@
 
 from search.cli import main
 
-main()
+if __name__ == "__main__":  # processes that are forked import it too
+    main()

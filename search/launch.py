@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
@@ -14,13 +13,47 @@ from rich.console import Console
 from rich.live import Live
 
 from dashboards.status import Status, progress_line, render
+from search import forking
 from search.exit_codes import ExitCode
-from search.stopping import PARENT_VARIABLE
-from storage.runs import RunFolder
+from search.study import StudyFile
+from storage.database import home
+from storage.embedded import EmbeddedPostgres
+from storage.runs import RunFolder, image_cache
 from trainer.allocation import cpu_count
+from trainer.config import TrainConfig
+from trainer.dataset import Dataset, read_dataset
 
 POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
+
+
+def rehearse(file: StudyFile) -> Dataset:
+    """Prepare the images and build the network once, for the errors that this brings.
+
+    Returns the dataset. Raises DatasetError, ModelError, CallFailedError.
+    """
+    dataset = read_dataset(file.shared.data)
+    import dashboards.note  # noqa: F401  # takes a second, which is free while the server imports
+
+    forking.call(prepare, file.shared, image_cache())
+    return dataset
+
+
+def prepare(config: TrainConfig, cache: Path) -> None:
+    """What `rehearse` does in a process of its own."""
+    from trainer.workspace import rehearse
+
+    rehearse(config, cache)
+
+
+def work(arguments: list[str]) -> None:
+    """`atelier worker` with these arguments, in a process that was forked for it."""
+    from search.cli import main
+
+    try:
+        main(["worker", *arguments])
+    finally:
+        EmbeddedPostgres(home()).release()  # multiprocessing leaves out what atexit would do
 
 
 class WorkersFailedError(RuntimeError):
@@ -35,7 +68,7 @@ class _Slot:
     """One place for a worker; a killed worker's place is filled again."""
 
     number: int
-    process: subprocess.Popen[bytes]
+    process: ForkServerProcess
     log: Path
 
 
@@ -76,9 +109,8 @@ class LocalSearch:
             self._watch()
         finally:
             for slot in self._slots:
-                if slot.process.poll() is None:
-                    slot.process.kill()
-                    slot.process.wait()
+                slot.process.kill()
+                slot.process.join()
             signal.signal(signal.SIGINT, old)
             signal.signal(signal.SIGTERM, old_term)
         status = self.status()
@@ -92,20 +124,10 @@ class LocalSearch:
         environment = {
             **os.environ,
             "ATELIER_CPUS": str(max(cpu_count() // self._n_workers, 1)),
-            PARENT_VARIABLE: str(os.getpid()),
         }
         if gpus := _visible_gpus():
             environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                # -P: a folder named search, where the user stands, is not this package.
-                [sys.executable, "-P", "-m", "search", "worker", *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-            )
+        process = forking.start(work, self._arguments, environment=environment, output=log)
         return _Slot(number, process, log)
 
     def _interrupt(self, _: int, __: FrameType | None) -> None:
@@ -115,9 +137,8 @@ class LocalSearch:
                 "Stopping: the workers finish their epoch and release. Once more stops at once."
             )
         for slot in self._slots:
-            if slot.process.poll() is None:
-                number = signal.SIGTERM if self._interrupts == 1 else signal.SIGKILL
-                slot.process.send_signal(number)
+            if slot.process.is_alive():
+                slot.process.terminate() if self._interrupts == 1 else slot.process.kill()
 
     def _watch(self) -> None:
         if not self._console.is_terminal:
@@ -144,7 +165,7 @@ class LocalSearch:
         if epochs > self._epochs:
             self._epochs, self._restarts = epochs, 0
         for slot in list(self._slots):
-            code = slot.process.poll()
+            code = slot.process.exitcode
             if code is None:
                 continue
             self._slots.remove(slot)
@@ -179,7 +200,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _why(slot: _Slot) -> str:
-    code = slot.process.returncode
+    code = slot.process.exitcode or 0
     if code < 0:
         return f"workers are killed by {signal.Signals(-code).name} before they finish an epoch"
     lines = slot.log.read_text(errors="replace").strip().splitlines()

@@ -49,9 +49,11 @@ class Search(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         if trial.number < self._startup:
+            point = dict(next(iter(self._first[trial.number : trial.number + 1]), {}))
+            if search_space.keys() <= point.keys():
+                return point  # without the sequence, for which scipy would be imported
             sequence = _Sequence(trial.number, seed=zlib.crc32(study.study_name.encode()))
-            params = sequence.sample_relative(study, trial, search_space)
-            return params | dict(next(iter(self._first[trial.number : trial.number + 1]), {}))
+            return sequence.sample_relative(study, trial, search_space) | point
         return whole_sample(self._inner, study, trial, search_space)
 
     def sample_independent(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -13,8 +14,6 @@ from search.exit_codes import ExitCode
 
 log = logging.getLogger(__name__)
 
-# Set by `atelier search` for its workers: they stop when it is gone.
-PARENT_VARIABLE = "ATELIER_SEARCH_PID"
 SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
 SAVE_ANOTHER_SECONDS = 5.0  # each further trial's
 KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
@@ -31,7 +30,7 @@ class Stop:
         self.end = ExitCode.DONE
         self._deadline = math.inf if wall_end is None else wall_end
         self._save_seconds = SAVE_SECONDS + SAVE_ANOTHER_SECONDS * (trials - 1)
-        self._parent = int(os.environ.get(PARENT_VARIABLE, 0))
+        self._search = multiprocessing.parent_process()  # that has started this worker, if one has
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
@@ -49,7 +48,7 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        if self._parent and os.getppid() != self._parent:
+        if self._search is not None and not self._search.is_alive():
             self.ask("the search that started this worker has ended", ExitCode.STOPPED)
         return self.reason is not None
 

@@ -25,7 +25,6 @@ from pydantic import (
     model_validator,
 )
 
-from dashboards.note import leave_note
 from dashboards.status import read_status
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
@@ -518,6 +517,8 @@ def open_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
     if existing is None:  # first, so that what is on record has its note
+        from dashboards.note import leave_note  # here: most commands find the study made
+
         leave_note(study)
     hours = file.study.max_gpu_hours
     budget = {

@@ -38,9 +38,9 @@ from storage.ledger import (
 )
 from storage.prune import remove, superfluous
 from storage.runs import RunFolder
-from trainer.allocation import is_device_fault, is_out_of_memory
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
+from trainer.device import is_device_fault, is_out_of_memory
 from trainer.loop import Run, turn
 from trainer.predictions import Predictions
 from trainer.workspace import Workspace
@@ -258,7 +258,9 @@ class Worker:
         self._turn_seconds = time.monotonic() - started
 
     def _interrupt(self, run: Run, seconds_left: float) -> bool:
-        self.made_progress = True
+        if not self.made_progress:
+            log.info("first optimizer step")  # all that goes before it is over: imports, compilers
+            self.made_progress = True
         for trial in self._trials:
             if trial.run is run and self._keeper.has_lost(trial.claim):
                 raise LeaseLost(f"trial {trial.claim.trial_number} is held by another worker now")

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor
 from trainer.allocation import memory_limit
 from trainer.augment import Augmentation
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, DatasetError, Split, read_dataset
+from trainer.dataset import DatasetError, Split, read_dataset
 from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
@@ -112,12 +112,12 @@ class Workspace(Runtime):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
 
-def rehearse(config: TrainConfig, cache: Path) -> Dataset:
+def rehearse(config: TrainConfig, cache: Path) -> None:
     """Prepare the images and build the network once, on the CPU, for the errors that this brings.
 
-    Returns the dataset. Raises DatasetError, ModelError.
+    Raises DatasetError, ModelError.
     """
-    return Workspace(config, cache, torch.device("cpu")).dataset
+    Workspace(config, cache, torch.device("cpu"))
 
 
 def _prepare_compiler(cache: Path) -> None:
