@@ -35,6 +35,7 @@ demo-data: | venv
 
 search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	$(BIN)/atelier search studies/demo.toml --data "$(DATA)" --workers $(WORKERS)
+	@echo "(atelier is $(BIN)/atelier, until you say: export PATH=\$$PWD/$(BIN):\$$PATH)"
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration tests/chaos tests/fuzz

@@ -164,7 +164,11 @@ class Status:
         if not ended or not self.workers:
             return None
         each = self.gpu_hours * 3600 / ended
-        return each * max(self.max_trials - ended, 0) / self.processes
+        left = each * max(self.max_trials - ended, 0) / self.processes
+        if self.processes == 1:
+            return left
+        # The last worker is still busy when the others find nothing more to do.
+        return left + max((row.seconds for row in self.completed()), default=0.0) / 2
 
     @property
     def processes(self) -> int:
@@ -480,8 +484,9 @@ def progress_line(status: Status) -> str:
     counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
     best = status.best
     leader = f"; best {best.value:.4f} (trial {best.number})" if best else ""
-    left = status.seconds_left
-    ahead = f"; about {duration(left)} left" if left else ""
+    # Before a trial is complete nobody knows how long one takes.
+    left = status.seconds_left if best else None
+    ahead = f"; about {duration(math.ceil(left / 10) * 10)} left" if left else ""
     done = f"{status.finished}/{status.max_trials} trials"
     return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{ahead}"
 

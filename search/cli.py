@@ -1,7 +1,6 @@
 """The `atelier` command. Each verb imports what it needs, so that login nodes load no torch."""
 
 import logging
-import os
 import shlex
 import sys
 import time
@@ -52,14 +51,14 @@ Pack = Annotated[
 ]
 
 
-def main() -> None:
-    """Run the command, with its log on stderr."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command, or the one with these arguments, with its log on stderr."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app()
+    app(arguments)
 
 
 def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
@@ -90,18 +89,18 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
+        from search import forking
+
+        forking.start_server()  # imports torch, beside this process, which needs none
+        from search.launch import rehearse
         from search.study import open_study
         from storage import database
-        from storage.runs import image_cache
 
         file = _load(study, data, weights, set_)
         _check_export(output)
         _check_pack(pack, workers)
-        # Not before: torch takes seconds to import, and wrong input is told at once.
-        from trainer.workspace import rehearse
-
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
-        dataset = rehearse(file.shared, image_cache())
+        dataset = rehearse(file)
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
@@ -119,6 +118,8 @@ def search(
             if status.best is None:
                 say(f"error: no trial was completed; see why with: atelier logs {entry.name}")
                 raise typer.Exit(ExitCode.FAILED)
+            say(f"see it in the browser with: {_command('dashboard')}")
+            say(f"see whether it was luck with: {_command('confirm', entry.name)}")
             return
         say("not finished; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
@@ -195,15 +196,17 @@ def worker_(
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
     """
     with errors_in_one_line():
+        import multiprocessing
+
+        import search.preload  # noqa: F401  # quicker than one by one
         from search import slurm
         from search.confirmation import ConfirmationFile, cannot_win
-        from search.stopping import PARENT_VARIABLE
         from search.study import open_study
         from search.worker import Worker
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
-        from trainer.allocation import prepare_process
+        from trainer.device import prepare_process
         from trainer.loop import pack_that_fits
         from trainer.workspace import Workspace
 
@@ -224,7 +227,7 @@ def worker_(
         worker = Worker(file, opened, ledger, workspace, runs, wall_end, together)
         if isinstance(file, ConfirmationFile):
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
-        if PARENT_VARIABLE not in os.environ:  # else the task is the search's, not ours
+        if multiprocessing.parent_process() is None:  # else the task is the search's, not ours
             worker.requeue = slurm.requeue_own_job
         end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
@@ -280,9 +283,9 @@ def confirm(
 
         from search import slurm
         from search.confirmation import plan, read_confirmation, render
+        from search.launch import rehearse
         from search.study import InputError, open_study
         from storage import database
-        from storage.runs import image_cache
 
         if (show or as_json) and (submit or top or seeds):
             raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
@@ -296,26 +299,24 @@ def confirm(
             if submit:
                 job = slurm.submit_study(file, profile or "tuning", array or "0-7%4", arguments)
                 typer.echo(f"job {job}")
-                typer.echo(f"  {shlex.join(['atelier', 'status', '--watch', file.study.name])}")
-                typer.echo(f"  {shlex.join(['atelier', 'confirm', '--show', entry.name])}")
+                typer.echo(f"  {_command('status', '--watch', file.study.name)}")
+                typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
-            from trainer.workspace import rehearse
-
-            dataset = rehearse(file.shared, image_cache())
+            dataset = rehearse(file)
             _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)
         if confirmation is None:
             raise InputError(
                 f"nothing of study {entry.name!r} is confirmed yet; start with: "
-                f"{shlex.join(['atelier', 'confirm', entry.name])}"
+                f"{_command('confirm', entry.name)}"
             )
         if as_json:
             typer.echo(json.dumps(confirmation.as_dict(), indent=2))
             return
         Console().print(render(confirmation), soft_wrap=True)
         if not confirmation.finished:
-            say(f"not finished; it goes on with: {shlex.join(['atelier', 'confirm', entry.name])}")
+            say(f"not finished; it goes on with: {_command('confirm', entry.name)}")
             if not show:
                 raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
@@ -344,7 +345,7 @@ def submit(
         job = slurm.submit_study(file, profile, array, options)
         typer.echo(f"job {job}")
         for verb in (["status", "--watch"], ["logs"], ["stop"]):
-            typer.echo(f"  {shlex.join(['atelier', *verb, str(study)])}")
+            typer.echo(f"  {_command(*verb, str(study))}")
         typer.echo("  atelier dashboard")
 
 
@@ -555,7 +556,7 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
-    say(f"it is in {output}; train it with: {shlex.join(['atelier', 'train', str(output)])}")
+    say(f"it is in {output}; train it with: {_command('train', str(output))}")
 
 
 def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
@@ -642,15 +643,15 @@ def train(
         if end != ExitCode.DONE:
             say("not finished; the same command goes on where it stopped")
             raise typer.Exit(end)
-        say(f"the run is in {folder}; predict with: {shlex.join(['atelier', 'predict', str(folder)])}")
+        say(f"the run is in {folder}; predict with: {_command('predict', str(folder))}")
 
 
 def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: list[str]) -> ExitCode:
     from search.export import check_origin
     from search.final import run_to_end
     from storage.runs import image_cache
-    from trainer.allocation import prepare_process
     from trainer.config import EpochResult
+    from trainer.device import prepare_process
     from trainer.workspace import Workspace
 
     def show(result: EpochResult) -> None:
@@ -669,6 +670,11 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     check_origin(bundle, settings, workspace.dataset.fingerprint)
     _say_each(notes)
     return run_to_end(settings, workspace, folder, show)
+
+
+def _command(*words: str) -> str:
+    """A command that a user may copy."""
+    return shlex.join(["atelier", *words])
 
 
 def _say_each(lines: list[str]) -> None:
@@ -690,7 +696,7 @@ def replay(
     with errors_in_one_line():
         from search.replay import replay as replayed
         from storage.runs import image_cache
-        from trainer.allocation import prepare_process
+        from trainer.device import prepare_process
 
         engine, entry = find_study(study)
         prepare_process()
@@ -727,7 +733,7 @@ def predict(
         from search import final
         from search.study import InputError
         from storage.runs import image_cache
-        from trainer.allocation import prepare_process
+        from trainer.device import prepare_process
 
         if tta not in ("none", "flip"):
             raise InputError(f"--tta {tta!r}: allowed are none and flip")

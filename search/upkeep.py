@@ -35,9 +35,9 @@ def data_check(folder: Path) -> None:
 @data_app.command("demo")
 def data_demo(
     folder: Path,
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 1200,
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 1000,
     val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
-    test_images: Annotated[int, typer.Option("--test", min=1)] = 200,
+    test_images: Annotated[int, typer.Option("--test", min=1)] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a small generated dataset of drawn garments."""
