@@ -1,8 +1,10 @@
-"""How long the login node's commands take, beside a Python that imports torch.
+"""How long commands take to begin, beside a Python that imports what they build on.
 
     python benchmarks/startup.py
 
-Each command runs five times on the embedded database of a folder of its own; the figures are medians.
+The login node's commands run beside `import torch`. `atelier search` with two workers runs up to its
+first optimizer step, beside the import of torch, torchvision, timm and Optuna. Each runs five times, in
+turns with what it is compared to, on the embedded database of a folder of its own. Figures are medians.
 """
 
 import os
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from storage import database
@@ -29,46 +33,102 @@ weights = "none"
 [slurm.tuning]
 """
 RUNS = 5
+ATELIER = [sys.executable, "-m", "search"]
+DEMO = Path(__file__).parents[1] / "studies" / "demo.toml"
+FIRST_STEP = "first optimizer step"  # what a worker's log says
 
 
-def median_seconds(command: list[str], folder: Path, environment: dict[str, str]) -> float:
-    seconds = []
-    for _ in range(RUNS):
+class Place:
+    """A folder with a dataset and a database, in which commands are timed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.environment = os.environ | {"PYTHONPATH": os.getcwd(), "ATELIER_HOME": str(self.home)}
+
+    def seconds(self, command: list[str], **environment: str) -> float:
+        """Until the command has ended."""
         started = time.perf_counter()
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            check=True,
+            capture_output=True,
+        )
+        return time.perf_counter() - started
+
+    def seconds_to_first_step(self, name: str) -> float:
+        """Until a worker of a new search has made a step; then the search is stopped."""
+        command = [*ATELIER, "search", str(DEMO), "--data", "data", "--set", f"study.name={name}"]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        logs = self.home / "runs"
+        while not any(FIRST_STEP in log.read_text() for log in logs.glob(f"{name}-*/logs/*.log")):
+            if process.poll() is not None:
+                sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - started
+        process.terminate()
+        process.wait()
+        return seconds
 
 
 def main() -> None:
-    atelier = [sys.executable, "-m", "search"]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        write_demo(folder / "data", train=50, val=20, test=0)
-        (folder / "study.toml").write_text(STUDY)
-        os.environ["ATELIER_HOME"] = str(folder / "home")
-        server = EmbeddedPostgres(folder / "home")
-        server.start()
-        enter_study(folder)
-        environment = os.environ | {"PYTHONPATH": os.getcwd()}
-        far = environment | {
-            "ATELIER_DATABASE_URL": "postgresql://atelier@db.example.org/atelier?sslmode=disable"
-        }
-        figures = {
-            "python -c 'import torch'": median_seconds(
-                [sys.executable, "-c", "import torch"], folder, environment
+        place = Place(Path(name))
+        place.folder.chmod(0o755)
+        write_demo(place.folder / "data")
+        (place.folder / "study.toml").write_text(STUDY)
+        show("import torch", login_node(place))
+        place.seconds_to_first_step("warm")  # prepares the images
+        timed = in_turns(
+            {
+                "import torch, torchvision, timm, optuna": lambda: place.seconds(
+                    [sys.executable, "-c", "import torch, torchvision, timm, optuna"]
+                ),
+                "atelier search, to its first step": lambda: place.seconds_to_first_step(
+                    uuid.uuid4().hex
+                ),
+            }
+        )
+        show("import torch, torchvision, timm, optuna", timed)
+
+
+def login_node(place: Place) -> dict[str, float]:
+    os.environ["ATELIER_HOME"] = str(place.home)
+    server = EmbeddedPostgres(place.home)
+    server.start()
+    enter_study(place.folder)
+    far = "postgresql://atelier@db.example.org/atelier?sslmode=disable"
+    timed = in_turns(
+        {
+            "import torch": lambda: place.seconds([sys.executable, "-c", "import torch"]),
+            "atelier status": lambda: place.seconds([*ATELIER, "status", "startup"]),
+            "atelier submit --dry-run": lambda: place.seconds(
+                [*ATELIER, "submit", "study.toml", "--dry-run"], ATELIER_DATABASE_URL=far
             ),
-            "atelier status": median_seconds([*atelier, "status", "startup"], folder, environment),
-            "atelier submit --dry-run": median_seconds(
-                [*atelier, "submit", "study.toml", "--dry-run"], folder, far
-            ),
-            "atelier --help": median_seconds([*atelier, "--help"], folder, environment),
+            "atelier --help": lambda: place.seconds([*ATELIER, "--help"]),
         }
-        server.stop()
-    torch = figures["python -c 'import torch'"]
-    for command, seconds in figures.items():
-        print(f"{command:<26}{seconds:6.2f} s  {seconds / torch:5.2f} of torch's import")
+    )
+    server.stop()
+    return timed
+
+
+def in_turns(timed: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The median seconds of each."""
+    rounds = [{name: measure() for name, measure in timed.items()} for _ in range(RUNS)]
+    return {name: statistics.median(one[name] for one in rounds) for name in timed}
+
+
+def show(base: str, timed: dict[str, float]) -> None:
+    for name, seconds in timed.items():
+        print(f"{name:<42}{seconds:6.2f} s  {seconds / timed[base]:5.2f} of {base}", flush=True)
 
 
 def enter_study(folder: Path) -> None:

@@ -23,18 +23,19 @@ context.set_forkserver_preload(["search.preload"])
 
 def start_server() -> None:
     """Begin with the imports, beside whatever this process does next. Nothing to do if it runs."""
-    # A folder named search, where the user stands, is not this package.
-    os.environ["PYTHONSAFEPATH"] = "1"
-    folder = tempfile.gettempdir()
+    folder, safe = tempfile.gettempdir(), os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = (
+        "1"  # a folder named search, where the user stands, is not this package
+    )
     if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"
     # Ctrl-C in the terminal is for this process alone, also while the server is starting.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        tempfile.tempdir = folder
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        tempfile.tempdir, os.environ["PYTHONSAFEPATH"] = folder, safe  # empty is as good as unset
 
 
 def start(

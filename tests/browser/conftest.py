@@ -1,4 +1,7 @@
-"""Real Chromium before a real `atelier dashboard`. Screenshots go to screenshots/, which git ignores."""
+"""Real Chromium before the dashboard: the application in a thread of ours, or `atelier dashboard`.
+
+Screenshots go to screenshots/, which git ignores.
+"""
 
 import os
 import re
@@ -6,15 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from werkzeug.serving import WSGIRequestHandler, make_server
 
+from dashboards.accounts import session_key
+from dashboards.server import open_doors
+from dashboards.web import make_app
 from tests.conftest import PASSWORD, free_port
 
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
+PATIENCE = 180  # seconds, of a browser and of us, on a machine that has other things to do
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +42,45 @@ def chromium():
         browser.close()
 
 
-class Server:
+class Quiet(WSGIRequestHandler):
+    """Writes no line for each request."""
+
+    def log_request(self, *_):
+        pass
+
+
+class Thread:
+    """The dashboard's whole application, served by threads of this process.
+
+    What is left out is `atelier dashboard` itself: its start and gunicorn.
+    """
+
+    def __init__(self, accounts):
+        self._doors = open_doors()
+        app = make_app(self._doors, accounts, session_key())
+        self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
+        self.base = f"http://127.0.0.1:{self._server.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.05])
+        self._thread.start()
+
+    def stop(self):
+        """Nobody listens any more."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        for door in self._doors.values():
+            door.engine.dispose()
+
+
+@pytest.fixture
+def dashboard(accounts, engine):
+    """The dashboard of the test's database."""
+    thread = Thread(accounts)
+    yield thread
+    thread.stop()
+
+
+class Process:
     """A running `atelier dashboard`."""
 
     def __init__(self, log, port, options, scheme="http", prefix=""):
@@ -45,7 +92,7 @@ class Server:
             )
 
     def wait(self, context=None):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 urllib.request.urlopen(f"{self.base}/healthz", timeout=5, context=context).close()
@@ -61,28 +108,29 @@ class Server:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log.read_text()
+        assert self.process.wait(PATIENCE) == 0, self.log.read_text()
 
 
 @pytest.fixture
 def start(tmp_path, engine):
-    """Starts a dashboard on the test's database."""
-    servers = []
+    """Starts `atelier dashboard` on the test's database."""
+    processes = []
 
     def begin(*options, context=None, **more):
-        server = Server(tmp_path / f"dashboard-{len(servers)}.log", free_port(), options, **more)
-        servers.append(server)
-        return server.wait(context)
+        process = Process(tmp_path / f"dashboard-{len(processes)}.log", free_port(), options, **more)
+        processes.append(process)
+        return process.wait(context)
 
     yield begin
-    for server in servers:
-        server.stop()
+    for process in processes:
+        process.stop()
 
 
 @pytest.fixture
 def page(chromium):
     """A page whose script must not fail."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900}, ignore_https_errors=True)
+    context.set_default_timeout(1000 * PATIENCE)
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))

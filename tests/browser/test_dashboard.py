@@ -1,27 +1,33 @@
 """What people see and do in the dashboard."""
 
+import os
 import re
 import signal
 import ssl
 import subprocess
-import sys
 import time
 
+import optuna
 import psycopg2
 import pytest
 
+from dashboards.note import leave_note
 from dashboards.status import read_status
+from search import forking, launch
+from search.exit_codes import ExitCode
+from search.study import load_study_file, open_study
 from storage import database, ledger
-from tests.browser.conftest import SCREENSHOTS, log_in
+from tests.browser.conftest import PATIENCE, SCREENSHOTS, log_in
 from tests.conftest import PASSWORD, STUDY
 from tests.studies import fill
+from trainer.dataset import read_dataset
 
 MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "pruned"] * 12
 
 
 def wait_until(condition):
     # Not Playwright's wait_for_function, whose eval our pages' policy forbids.
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -39,15 +45,14 @@ def drawn(page):
     return page.locator(".plot").count()
 
 
-def test_a_viewer_logs_in_and_cannot_delete(page, start, accounts, engine):
+def test_a_viewer_logs_in_and_cannot_delete(dashboard, page, engine):
     study = fill(engine, ["complete"])
-    server = start()
-    page.goto(f"{server.base}/dashboard/studies/{study}")
-    assert page.url.startswith(f"{server.base}/login")
-    log_in(page, server, "vera", "wrong password")
+    page.goto(f"{dashboard.base}/dashboard/studies/{study}")
+    assert page.url.startswith(f"{dashboard.base}/login")
+    log_in(page, dashboard, "vera", "wrong password")
     assert "Wrong name or password" in page.inner_text("[role=alert]")
-    log_in(page, server, "vera")
-    page.wait_for_url(f"{server.base}/atelier/")
+    log_in(page, dashboard, "vera")
+    page.wait_for_url(f"{dashboard.base}/atelier/")
     status = page.evaluate(
         f"fetch('/api/studies/{study}', {{method: 'DELETE', body: '{{}}'}}).then((r) => r.status)"
     )
@@ -56,41 +61,35 @@ def test_a_viewer_logs_in_and_cannot_delete(page, start, accounts, engine):
     page.click("text=filled")
     drawn(page)
     page.click("text=Log out")
-    page.wait_for_url(f"{server.base}/login")
-    page.goto(f"{server.base}/atelier/")
+    page.wait_for_url(f"{dashboard.base}/login")
+    page.goto(f"{dashboard.base}/atelier/")
     assert "/login" in page.url
 
 
-def test_optuna_dashboards_own_delete_button_is_refused(page, start, accounts, engine):
+def test_optuna_dashboards_own_delete_button_is_refused(dashboard, page, engine):
     fill(engine, ["complete"], name="precious")
-    server = start()
-    log_in(page, server, "vera")
-    page.goto(f"{server.base}/dashboard")
+    log_in(page, dashboard, "vera")
+    page.goto(f"{dashboard.base}/dashboard")
     page.locator("button:has([data-testid=DeleteIcon])").first.click()
     page.get_by_role("button", name="Yes").click()
     page.get_by_text("Failed to delete study").wait_for()
     assert ledger.study_entry(engine, "precious") is not None
 
 
-def test_optuna_dashboards_study_page_opens_through_the_login(page, start, accounts, engine):
+def test_optuna_dashboards_study_page_opens_through_the_login(dashboard, page, engine):
     study = fill(engine, MIXED, name="linked")
-    optuna_study = database.optuna_storage(engine)
-    import optuna
-
-    from dashboards.note import leave_note
-
-    leave_note(optuna.load_study(study_name="linked", storage=optuna_study))
-    server = start()
-    log_in(page, server, "vera")
-    page.goto(f"{server.base}/dashboard/studies/{study}")
+    storage = database.optuna_storage(engine)
+    leave_note(optuna.load_study(study_name="linked", storage=storage))
+    log_in(page, dashboard, "vera")
+    page.goto(f"{dashboard.base}/dashboard/studies/{study}")
     page.get_by_text("Hyperparameter Importance").first.wait_for()
     page.screenshot(path=SCREENSHOTS / "optuna-dashboard.png")
-    page.goto(f"{server.base}/dashboard/studies/{study}/note")
+    page.goto(f"{dashboard.base}/dashboard/studies/{study}/note")
     page.get_by_role("link", name="curves").click()
-    page.wait_for_url(f"{server.base}/atelier/studies/{study}/curves")
-    page.goto(f"{server.base}/dashboard")
+    page.wait_for_url(f"{dashboard.base}/atelier/studies/{study}/curves")
+    page.goto(f"{dashboard.base}/dashboard")
     page.get_by_role("link", name="Atelier’s pages").click()
-    page.wait_for_url(f"{server.base}/atelier/")
+    page.wait_for_url(f"{dashboard.base}/atelier/")
 
 
 PAGES = {
@@ -104,18 +103,17 @@ PAGES = {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_our_pages_are_drawn_and_fit(page, start, accounts, engine, home, width, scheme):
+def test_our_pages_are_drawn_and_fit(dashboard, page, engine, home, width, scheme):
     log = home / "slurm" / "12_3.log"
     log.parent.mkdir(parents=True)
     log.write_text("2026-01-01 10:00:00 INFO trial 0: attempt 1\n" * 9)
     study = fill(engine, MIXED, name="fashion", max_trials=60, log=str(log))
     fill(engine, [], name="<b>empty</b> & more", max_trials=5)
-    server = start()
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
-    log_in(page, server, "vera")
+    log_in(page, dashboard, "vera")
     for name, (path, plots) in PAGES.items():
-        page.goto(server.base + path.format(study=study))
+        page.goto(dashboard.base + path.format(study=study))
         assert drawn(page) == plots
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide"
         page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
@@ -124,16 +122,15 @@ def test_our_pages_are_drawn_and_fit(page, start, accounts, engine, home, width,
     assert (brightness < 150) == (scheme == "dark")
 
 
-def test_filters_are_in_the_address(page, start, accounts, engine):
+def test_filters_are_in_the_address(dashboard, page, engine):
     study = fill(engine, MIXED)
-    server = start()
-    log_in(page, server, "vera")
-    page.goto(f"{server.base}/atelier/studies/{study}")
+    log_in(page, dashboard, "vera")
+    page.goto(f"{dashboard.base}/atelier/studies/{study}")
     page.check("label:has-text('failed') input")
     page.click("button:has-text('Show')")
     assert page.url.endswith("?state=failed")
     assert page.locator("[data-live=trials] tbody tr").count() == 1
-    page.goto(f"{server.base}/atelier/studies/{study}/curves")
+    page.goto(f"{dashboard.base}/atelier/studies/{study}/curves")
     page.fill("input[name=trials]", "0, 1")
     page.click("button:has-text('Show')")
     assert drawn(page) == 9
@@ -141,108 +138,125 @@ def test_filters_are_in_the_address(page, start, accounts, engine):
     assert "trials=0%2C+1" in page.url
 
 
-def test_a_page_follows_a_worker_without_a_reload(page, start, accounts, engine, demo, tmp_path, home):
-    study = tmp_path / "study.toml"
-    study.write_text(STUDY.format(name="live", trials=1, size=32, epochs=40, data=demo))
-    with (tmp_path / "worker.log").open("w") as output:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "search", "worker", str(study)], stdout=output, stderr=output
-        )
-    try:
-        server = start()
-        log_in(page, server, "vera")
-        wait_until(lambda: ledger.study_names(engine))
-        page.goto(f"{server.base}/atelier/studies/1/curves")
-        assert page.locator(".plot").count() == 0  # opened too early; it shows them by itself
-        page.locator("#curves-1 .main-svg").first.wait_for(timeout=60_000)
-        page.goto(f"{server.base}/atelier/studies/1/trials/0")
-        drawn(page)
-        page.evaluate("window.sameDocument = true")
-        before = points(page, "curve-1")
-        shown = page.inner_text("[data-live=head]")
-        wait_until(lambda: points(page, "curve-1") > before)
-        assert page.evaluate("window.sameDocument")
-        assert page.inner_text("[data-live=head]") != shown
-    finally:
-        worker.terminate()
-        assert worker.wait(60) == 3, (tmp_path / "worker.log").read_text()
-
-
 @pytest.fixture
-def work(tmp_path, demo):
-    """Starts a real worker on a study whose trials may be pruned after their second epoch."""
-    path = tmp_path / "study.toml"
-    text = STUDY.format(name="real", trials=12, size=32, epochs=4, data=demo)
-    path.write_text(text.replace('strategy = "none"', 'strategy = "asha"\nrungs = [1]'))
+def work_on(engine, home, demo, tmp_path):
+    """Forks a real worker on a study that is open already. Returns its process."""
+    path, log, workers = tmp_path / "study.toml", tmp_path / "worker.log", []
 
-    def begin():
-        with (tmp_path / "worker.log").open("a") as output:
-            command = [sys.executable, "-m", "search", "worker", str(path)]
-            return subprocess.Popen(command, stdout=output, stderr=output)
+    def begin(text):
+        text = text.replace("resnet10t", "test_resnet")  # timm's smallest
+        path.write_text(text.replace("[train]", "[train]\ntrain_images = 64"))
+        file = load_study_file(path)
+        open_study(file, engine, database.optuna_storage(engine), read_dataset(demo))
 
-    return begin
+        def start():
+            worker = forking.start(
+                launch.work, [str(path)], environment=os.environ | {"OMP_NUM_THREADS": "1"}, output=log
+            )
+            workers.append(worker)
+            return worker
+
+        return start
+
+    yield begin
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
-def test_a_real_study_with_every_kind_of_trial(page, start, accounts, engine, work):
+def end(worker):
+    """As SLURM or a person does; it gives its trial back."""
+    worker.terminate()
+    worker.join(PATIENCE)
+    assert worker.exitcode == ExitCode.STOPPED
+
+
+def test_a_page_follows_a_worker_without_a_reload(dashboard, page, work_on, demo):
+    start = work_on(STUDY.format(name="live", trials=1, size=32, epochs=5000, data=demo))
+    log_in(page, dashboard, "vera")
+    page.goto(f"{dashboard.base}/atelier/studies/1/curves")
+    assert page.locator(".plot").count() == 0  # opened too early; it shows them by itself
+    worker = start()
+    page.locator("#curves-1 .main-svg").first.wait_for()
+    page.goto(f"{dashboard.base}/atelier/studies/1/trials/0")
+    drawn(page)
+    page.evaluate("window.sameDocument = true")
+    before = points(page, "curve-1")
+    shown = page.inner_text("[data-live=head]")
+    wait_until(lambda: points(page, "curve-1") > before)
+    assert page.evaluate("window.sameDocument")
+    assert page.inner_text("[data-live=head]") != shown
+    end(worker)
+
+
+def test_a_real_study_with_every_kind_of_trial(dashboard, page, engine, work_on, demo):
+    text = STUDY.format(name="real", trials=12, size=32, epochs=30, data=demo)
+    start = work_on(text.replace('strategy = "none"', 'strategy = "asha"\nrungs = [1]'))
+
     def counts():
-        entry = ledger.study_entry(engine, "real")
-        return read_status(engine, entry.study_id, "real").counts if entry else {}
+        return read_status(engine, 1, "real").counts
 
-    first = work()
-    wait_until(lambda: counts().get("running"))
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 3
+    def has_every_kind():
+        return all(counts()[state] for state in ("complete", "pruned", "running", "failed"))
+
+    def stopped_with_every_kind():
+        """Stops the worker when the time has come, so that it stays in work while we look."""
+        if has_every_kind():
+            os.kill(second.pid, signal.SIGSTOP)
+            if has_every_kind():  # still
+                return True
+            os.kill(second.pid, signal.SIGCONT)
+        return False
+
+    first = start()
+    wait_until(lambda: counts()["running"])
+    end(first)
     assert counts()["waiting"] == 1
     # Nobody holds it, so an editor may give it up, in optuna-dashboard's way.
-    server = start()
-    log_in(page, server, "ed")
-    page.wait_for_url(f"{server.base}/atelier/")
+    log_in(page, dashboard, "ed")
+    page.wait_for_url(f"{dashboard.base}/atelier/")
     tell = (
         "{method: 'POST', body: '{\"state\": \"Fail\"}', headers: {'Content-Type': 'application/json'}}"
     )
     assert page.evaluate(f"fetch('/api/trials/1/tell', {tell}).then((r) => r.status)") == 204
-    second = work()
-    wait_until(lambda: counts()["complete"] and counts()["pruned"] and counts()["running"])
-    second.send_signal(signal.SIGSTOP)  # it stays in work while we look
-    try:
-        assert counts()["failed"] == 1
-        page.goto(f"{server.base}/atelier/studies/1")
-        shown = set(page.locator("[data-live=trials] .state").all_inner_texts())
-        assert {"running", "complete", "pruned", "failed"} <= shown
-        for path, plots in (("", 2), ("/curves", 9), ("/compare?by=batch_size", None)):
-            page.goto(f"{server.base}/atelier/studies/1{path}")
-            assert drawn(page) == plots or plots is None
-        for number in range(sum(counts().values())):
-            page.goto(f"{server.base}/atelier/studies/1/trials/{number}")
-            drawn(page)
-            if number == 1:
-                assert page.locator(".plot").count() == 10  # with the bars of the attributes
-        page.screenshot(path=SCREENSHOTS / "real-trial.png", full_page=True)
-    finally:
-        second.send_signal(signal.SIGCONT)
-        second.terminate()
-        second.wait(60)
+    second = start()
+    wait_until(stopped_with_every_kind)
+    assert counts()["failed"] == 1
+    look_at_every_page(page, f"{dashboard.base}/atelier/studies/1", sum(counts().values()))
+    os.kill(second.pid, signal.SIGCONT)
+    end(second)
 
 
-def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(page, start, accounts, engine):
+def look_at_every_page(page, study, trials):
+    page.goto(study)
+    shown = set(page.locator("[data-live=trials] .state").all_inner_texts())
+    assert {"running", "complete", "pruned", "failed"} <= shown
+    for path, plots in (("", 2), ("/curves", 9), ("/compare?by=batch_size", None)):
+        page.goto(study + path)
+        assert drawn(page) == plots or plots is None
+    for number in range(trials):
+        page.goto(f"{study}/trials/{number}")
+        drawn(page)
+        if number == 1:
+            assert page.locator(".plot").count() == 10  # with the bars of the attributes
+    page.screenshot(path=SCREENSHOTS / "real-trial.png", full_page=True)
+
+
+def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(dashboard, page, engine):
     study = fill(engine, ["complete"])
-    server = start()
-    log_in(page, server, "vera")
-    page.goto(f"{server.base}/atelier/studies/{study}")
+    log_in(page, dashboard, "vera")
+    page.goto(f"{dashboard.base}/atelier/studies/{study}")
     drawn(page)
     database.optuna_storage(engine).delete_study(study)
-    page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for(timeout=15_000)
-    page.goto(f"{server.base}/atelier/")
-    server.process.kill()
-    server.process.wait()
-    server.stop = lambda: None
-    page.get_by_text("The dashboard does not answer").wait_for(timeout=15_000)
+    page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for()
+    page.goto(f"{dashboard.base}/atelier/")
+    dashboard.stop()
+    page.get_by_text("The dashboard does not answer").wait_for()
 
 
-def test_a_page_of_an_error_asks_again_by_itself(page, start, accounts, engine):
+def test_a_page_of_an_error_asks_again_by_itself(dashboard, page, engine):
     study = fill(engine, ["complete"])
-    server = start()
-    log_in(page, server, "vera")
+    log_in(page, dashboard, "vera")
     admin = psycopg2.connect(host=engine.url.query["host"], user="postgres", dbname="postgres")
     admin.autocommit = True
     cursor, name = admin.cursor(), engine.url.database
@@ -251,12 +265,12 @@ def test_a_page_of_an_error_asks_again_by_itself(page, start, accounts, engine):
         cursor.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
         )
-        page.goto(f"{server.base}/atelier/studies/{study}")
+        page.goto(f"{dashboard.base}/atelier/studies/{study}")
         page.get_by_text("asks again by itself").wait_for()
     finally:
         cursor.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         admin.close()
-    page.locator("#history-1 .main-svg").first.wait_for(timeout=30_000)
+    page.locator("#history-1 .main-svg").first.wait_for()
 
 
 def test_the_first_start_prints_a_link_and_how_to_reach_it_on_a_cluster(page, start, engine, home):

@@ -18,14 +18,16 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 from storage.embedded import EmbeddedPostgres
 from tests.chaos.checker import References
-from tests.chaos.harness import scene
-from tests.chaos.search import STUDY, Search
+from tests.chaos.harness import SERVER_DISK, scene, small_disk
+from tests.chaos.search import STUDY, Search, Stopwatch, begin_imports
 
 WORKERS = (("a", "1"),) * 8
 FINISHERS = (("a", "4"),) * 2
+RESTORED_DISK = "8g"  # at most: all files and a server of its own
 EXTRA_TRIALS = 2  # that are begun after the restore
 
 
@@ -46,12 +48,13 @@ def wrong_digests(archive: Path) -> list[str]:
     return [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
 
 
-def finish(archive: Path, study: Path, references: References) -> dict[str, object]:
+def finish(archive: Path, home: Path, study: Path, references: References) -> dict[str, Any]:
     """Restore a backup into an empty home, end its search, and judge it."""
-    home = archive.with_suffix(".home")
+    watch = Stopwatch()
     # Without a URL, as on a machine that has no database yet.
     alone = {name: text for name, text in os.environ.items() if name != "ATELIER_DATABASE_URL"}
     atelier(alone | {"ATELIER_HOME": str(home)}, "db", "restore", str(archive))
+    watch.lap("restore")
     server = EmbeddedPostgres(home)
     try:
         search = Search(archive.with_suffix(".logs"), study, home, server.acquire(), FINISHERS)
@@ -60,10 +63,35 @@ def finish(archive: Path, study: Path, references: References) -> dict[str, obje
             search.end(EXTRA_TRIALS)
         finally:
             search.close()
+        watch.lap("end")
         evidence, found = search.judge(references)
+        watch.lap("judgement")
     finally:
         server.stop()
-    return {"trials": len(evidence.trials), "of them in the middle": begun, "violations": found}
+    return {
+        "trials": len(evidence.trials),
+        "of them in the middle": begun,
+        "violations": found,
+        "seconds": watch.seconds,
+    }
+
+
+def back_up_and_finish(search: Search, archive: Path, study: Path, references: References) -> None:
+    """One round. Ends the program if something does not hold."""
+    watch = Stopwatch()
+    atelier(search.places[0].host.environment, "db", "backup", str(archive))
+    watch.lap("backup")
+    for place in search.places:
+        place.signal(signal.SIGSTOP)
+    with small_disk(archive.with_suffix(".home"), RESTORED_DISK) as home:
+        result = finish(archive, home, study, references)
+        result["wrong digests"] = wrong_digests(archive)
+        result["seconds"] |= watch.seconds
+        print(json.dumps({"backup": archive.stem} | result), flush=True)
+        if result["violations"] or result["wrong digests"]:
+            sys.exit(f"violations; the workers' logs and all else are in {archive.parent}")
+    for place in search.places:
+        place.signal(signal.SIGCONT)
 
 
 def main() -> None:
@@ -71,28 +99,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    moment, references = random.Random(arguments.seed), References()
-    with scene() as (folder, data):
+    begin_imports()
+    moment = random.Random(arguments.seed)
+    with scene() as (folder, data), small_disk(folder / "server", SERVER_DISK):
+        references = References(folder / "references")
         study = folder / "chaos.toml"
         study.write_text(STUDY.format(name=study.stem, data=data))
         server = EmbeddedPostgres(folder / "server")
         search = Search(folder / "logs", study, folder / "home", server.acquire(), WORKERS)
         try:
-            search.tend()
+            search.begin()
             while search.trials() < len(WORKERS):
-                time.sleep(0.5)
+                time.sleep(0.1)
             for number in range(arguments.rounds):
-                time.sleep(moment.uniform(0, 4))
+                time.sleep(moment.uniform(0, 2))
                 archive = folder / f"{number}.tar"
-                atelier(search.places[0].host.environment, "db", "backup", str(archive))
-                for place in search.places:
-                    place.signal(signal.SIGSTOP)
-                result = finish(archive, study, references) | {"wrong digests": wrong_digests(archive)}
-                print(json.dumps({"round": number} | result), flush=True)
-                if result["violations"] or result["wrong digests"]:
-                    sys.exit(f"violations; the workers' logs are in {folder}")
-                for place in search.places:
-                    place.signal(signal.SIGCONT)
+                back_up_and_finish(search, archive, study, references)
+                archive.unlink()
                 search.tend()
         finally:
             search.close()

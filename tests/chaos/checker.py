@@ -4,8 +4,11 @@ Read from the tables as they lie in PostgreSQL and from the files, not through t
 only the training, which gives the reference of each curve, is the project's own.
 """
 
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +18,7 @@ from search.score import score
 from search.study import StudyFile
 from storage.ledger import REDUCTION_FACTOR, RESTORED
 from storage.runs import RunFolder, artifacts, image_cache
-from trainer.config import EpochResult
+from trainer.config import EpochResult, TrainConfig
 from trainer.loop import train
 from trainer.predictions import Predictions
 from trainer.workspace import Workspace
@@ -48,21 +51,53 @@ class Evidence:
     runs: RunFolder
 
 
-class References:
-    """What each configuration learns, alone and undisturbed, through given epochs of the stream."""
+class Reference:
+    """A run of one configuration, trained as far as it is asked for."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, tuple[int, ...]], list[EpochResult]] = {}
+    def __init__(self, config: TrainConfig, workspace: Workspace, stream: list[int]) -> None:
+        self._epochs = train(config, workspace, stream_epochs=stream)
+        self._results: list[EpochResult] = []
+        # After those that are given, it goes on through the next ones.
+        beyond = range(stream[-1] + 1 if stream else 0, sys.maxsize)
+        self._stream = [*stream, *beyond[: config.epochs]][: config.epochs]
+
+    def begins_with(self, stream: list[int]) -> bool:
+        """Whether it goes through these epochs of the stream first."""
+        return self._stream[: len(stream)] == stream
+
+    def first(self, epochs: int) -> list[EpochResult]:
+        """So many, or all that there are."""
+        self._results += itertools.islice(self._epochs, max(epochs - len(self._results), 0))
+        return self._results[:epochs]
+
+
+class References:
+    """What each configuration learns, alone and undisturbed, through given epochs of the stream.
+
+    `cache` is the folder for prepared images; that of the home, if unset, which must then stay.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
+        self._workspaces: dict[str, Workspace] = {}
+        self._known: dict[str, list[Reference]] = {}
 
     def curve(self, file: StudyFile, trial: Trial) -> list[EpochResult]:
-        """At least as many epochs as are on record."""
+        """As many epochs as are on record, if a run has so many."""
         config = file.config(trial.params)
-        stream = tuple(row.stream_epoch for row in trial.epochs)
-        key = config.model_dump_json(), stream
-        if key not in self._known:
-            results = train(config, Workspace(config, image_cache()), stream_epochs=stream)
-            self._known[key] = [result for result, _ in zip(results, stream, strict=False)]
-        return self._known[key]
+        stream = [row.stream_epoch for row in trial.epochs]
+        known = self._known.setdefault(config.model_dump_json(), [])
+        reference = next((one for one in known if one.begins_with(stream)), None)
+        if reference is None:
+            reference = Reference(config, self._workspace(file), stream)
+            known.append(reference)
+        return reference.first(len(stream))
+
+    def _workspace(self, file: StudyFile) -> Workspace:
+        key = file.shared.model_dump_json()
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(file.shared, self._cache or image_cache())
+        return self._workspaces[key]
 
 
 def gather(connection: sa.Connection, file: StudyFile) -> Evidence:

@@ -6,22 +6,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
 import psycopg2
 from sqlalchemy.engine import make_url
 
+from search import forking
 from search.exit_codes import ExitCode
 from search.study import load_study_file
 from storage import database
 from tests.chaos.checker import Evidence, References, gather, violations
 from tests.chaos.proxy import Proxy
-from tests.chaos.worker import CLOCK_VARIABLE
+from tests.chaos.worker import CLOCK_VARIABLE, PROCESS_NAME, work
 
 PATIENCE = 300  # seconds for a study to end once nothing disturbs it
+AGAIN_AFTER = 1.0  # seconds until a worker that found nothing to do is replaced
 ALONE = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
 # How a worker may end: for want of trials or space, asked to, or killed. Else the fault is its own.
 ENDS = {ExitCode.DONE, ExitCode.WRONG_INPUT, ExitCode.STOPPED, -signal.SIGTERM, -signal.SIGKILL}
@@ -36,17 +39,28 @@ rungs = [1]
 
 [space]
 lr = [1e-3, 3e-3]
-batch_size = [64, 128]
+batch_size = [32, 64]
 
 [train]
 data = "{data}"
-backbone = "resnet10t"
+backbone = "test_resnet"
 weights = "none"
 trainable = "head"
 image_size = 32
-epochs = 4
+epochs = 6
 warmup_epochs = 1
 """
+
+Process = subprocess.Popen[bytes] | ForkServerProcess
+
+
+def begin_imports() -> None:
+    """Let the server that workers are forked from import what they need, beside what is done here."""
+    root = str(Path(__file__).parents[2])
+    # The server does not see where this process stands; without this, each worker would import its own.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    forking.context.set_forkserver_preload(["search.preload", __name__])
+    forking.start_server()
 
 
 class Host:
@@ -54,22 +68,26 @@ class Host:
 
     def __init__(self, name: str, socket: str, user: str, home: Path) -> None:
         self.network = Proxy(socket)
-        # The shell stays, and exits with 128 + the signal that has ended the worker.
-        own_names = [*ALONE, "sh", "-c", f'hostname {name} && "$@"; exit $?', "sh"]
-        self._prefix = own_names if name != "a" and os.geteuid() == 0 else []
+        self._own_name = name if name != "a" and os.geteuid() == 0 else None
         self.environment = os.environ | {
             "ATELIER_HOME": str(home),
             "ATELIER_DATABASE_URL": f"postgresql://{user}@127.0.0.1:{self.network.port}/atelier",
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, study: Path, pack: str, log: Path, clock: Path) -> subprocess.Popen[bytes]:
-        """A worker, whose time of day is off by what the file `clock` says."""
-        command = [sys.executable, "-m", "tests.chaos.worker", "worker", str(study), "--pack", pack]
+    def start(self, study: Path, pack: str, log: Path, clock: Path, fresh: bool) -> Process:
+        """A worker, whose time of day is off by what the file `clock` says; not forked, if `fresh`."""
+        arguments = [str(study), "--pack", pack]
+        environment = self.environment | {CLOCK_VARIABLE: str(clock)}
+        if not fresh:
+            return forking.start(work, arguments, self._own_name, environment=environment, output=log)
+        # The shell stays, and exits with 128 + the signal that has ended the worker.
+        shell = [*ALONE, "sh", "-c", f'hostname {self._own_name} && "$@"; exit $?', "sh"]
+        command = [sys.executable, "-m", "tests.chaos.worker", *arguments]
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*self._prefix, *command],
-                env=self.environment | {CLOCK_VARIABLE: str(clock)},
+                [*(shell if self._own_name else []), *command],
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -78,28 +96,40 @@ class Host:
 
 
 class Place:
-    """Where a worker runs; one that has ended is replaced."""
+    """Where a worker runs; one that has ended is replaced. With `fresh` its first one is not forked."""
 
-    def __init__(self, host: Host, pack: str, log: Path) -> None:
+    def __init__(self, host: Host, pack: str, log: Path, fresh: bool = False) -> None:
         self.host, self.pack, self.log = host, pack, log
+        self.log.touch()
         self.clock = log.with_suffix(".clock")
         self.set_clock(0)
-        self._process: subprocess.Popen[bytes] | None = None
+        self.started = 0.0  # when the present worker was, in seconds since 1970
+        self._process: Process | None = None
+        self._fresh = fresh
+        self._empty_until = 0.0
         self.paused = False
         self.ends: Counter[int] = Counter()  # exit codes
 
     def tend(self, study: Path) -> None:
         """See to it that a worker runs here."""
-        if not self.has_worker():
+        if not self.has_worker() and time.monotonic() >= self._empty_until:
             self.paused = False
-            self._process = self.host.start(study, self.pack, self.log, self.clock)
+            self.started = time.time()
+            self._process = self.host.start(study, self.pack, self.log, self.clock, self._fresh)
+            self._fresh = False
 
     def has_worker(self) -> bool:
         """Whether one runs; notes how it has ended."""
-        if self._process is not None and (code := self._process.poll()) is not None:
+        if self._process is not None and (code := _exit_code(self._process)) is not None:
             self.ends[128 - code if code > 128 else code] += 1
             self._process = None
+            if code == ExitCode.DONE:  # the next one may find the same
+                self.leave_empty(AGAIN_AFTER)
         return self._process is not None
+
+    def leave_empty(self, seconds: float) -> None:
+        """Replace no worker for so long."""
+        self._empty_until = time.monotonic() + seconds
 
     def set_clock(self, offset: int) -> None:
         """Let the worker's time of day be off by so many seconds."""
@@ -112,7 +142,7 @@ class Place:
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self._process.pid)
             for one in (parent, *parent.children(recursive=True)):
-                if one.cmdline()[1:3] == ["-m", "tests.chaos.worker"]:
+                if one.name() == PROCESS_NAME:
                     one.send_signal(number)
                     return True
         return False
@@ -122,14 +152,37 @@ class Place:
         if self._process is not None:
             self.signal(signal.SIGKILL)
             self._process.kill()
-            self._process.wait()
+            _wait(self._process)
             self._process = None
+
+
+def _exit_code(process: Process) -> int | None:
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+
+
+def _wait(process: Process) -> None:
+    process.wait() if isinstance(process, subprocess.Popen) else process.join()
+
+
+class Stopwatch:
+    """The seconds that each part has taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """What has gone by since the last call, or the beginning, was this part."""
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._since, 1)
+        self._since = now
 
 
 class Search:
     """One study, its workers, and the database under it.
 
-    `workers` are the host and `--pack` of each. What is written goes to `folder`, `home` and `url`.
+    `workers` are the host and `--pack` of each, `fresh` the numbers of those that begin with a process
+    that was not forked. What is written goes to `folder`, `home` and `url`.
     """
 
     def __init__(
@@ -139,6 +192,7 @@ class Search:
         home: Path,
         url: str,
         workers: Sequence[tuple[str, str]],
+        fresh: Collection[int] = (),
     ) -> None:
         self.study, self.home, self._url = study, home, make_url(url)
         socket = f"{self._url.query['host']}/.s.PGSQL.{self._url.query.get('port', 5432)}"
@@ -147,7 +201,7 @@ class Search:
         self.logs = folder
         self.logs.mkdir()
         self.places = [
-            Place(self.hosts[host], pack, self.logs / f"{number}-{host}.log")
+            Place(self.hosts[host], pack, self.logs / f"{number}-{host}.log", number in fresh)
             for number, (host, pack) in enumerate(workers)
         ]
 
@@ -155,6 +209,13 @@ class Search:
         """Replace the workers that have ended."""
         for place in self.places:
             place.tend(self.study)
+
+    def begin(self) -> None:
+        """Wait until a worker is at work. Raises TimeoutError."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.at_work():
+            self._wait(deadline, "no worker begins")
+            self.tend()
 
     def end(self, more: int) -> None:
         """Allow so many further trials, and wait for the end of all and of the workers.
@@ -172,7 +233,7 @@ class Search:
     def _wait(self, deadline: float, reason: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{reason}; the workers' logs are in {self.logs}")
-        time.sleep(0.5)
+        time.sleep(0.1)
 
     def close(self) -> None:
         """Kill the workers."""
@@ -208,6 +269,30 @@ class Search:
                 yield cursor
         finally:
             connection.close()
+
+    def at_work(self) -> dict[Place, list[int]] | None:
+        """The numbers of the trials that each worker holds. None while the database is away."""
+        held: dict[Place, list[int]] = {}
+        try:
+            with self.connection() as cursor:
+                cursor.execute(
+                    "SELECT log, extract(epoch FROM started), trials.number FROM atelier.worker "
+                    "JOIN (SELECT * FROM atelier.attempt WHERE released IS NULL) AS open "
+                    "ON worker_id = id JOIN public.trials USING (trial_id) ORDER BY trials.number"
+                )
+                rows = cursor.fetchall()
+        except (psycopg2.OperationalError, psycopg2.errors.UndefinedTable):
+            return None
+        for log, started, number in rows:
+            for place in self.places:
+                # Not what its predecessor there holds still.
+                if log == str(place.log) and started > place.started:
+                    held.setdefault(place, []).append(number)
+        return held
+
+    def said(self, words: str) -> int:
+        """How often these words are in the workers' logs."""
+        return sum(place.log.read_text(errors="replace").count(words) for place in self.places)
 
     def trials(self, condition: str = "true") -> int:
         """How many there are in this study."""

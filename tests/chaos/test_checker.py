@@ -1,21 +1,22 @@
 """The checker finds what is planted, and nothing where nothing is."""
 
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
+import torch
+from typer.testing import CliRunner
 
+from search.cli import app
 from search.study import StudyFile, load_study_file
 from storage import database
 from storage.runs import artifacts
 from tests.chaos.checker import References, gather, violations
 from tests.chaos.search import STUDY
+from tests.conftest import copied_database
 from trainer.predictions import Predictions
 
 TRIALS = 4
@@ -40,21 +41,22 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def engine(server, demo, tmp_path_factory):
+def engine(server, template, demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ended")
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATELIER_DATABASE_URL", server)
+        patch.setenv("ATELIER_DATABASE_URL", copied_database(server, "ended", template))
         patch.setenv("ATELIER_HOME", str(folder / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")
         study = folder / "study.toml"
         text = STUDY.format(name="ended", data=demo).replace("100000", str(TRIALS))
         study.write_text(text.replace("promote", "asha"))  # so that a trial has one attempt
-        subprocess.run(
-            [sys.executable, "-m", "search", "worker", str(study)], check=True, env=os.environ
-        )
+        result = CliRunner().invoke(app, ["worker", str(study)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
         engine = database.connect()
         yield engine, load_study_file(study, []), References()
         engine.dispose()
+    torch.set_num_threads(threads)  # the worker has set its own
 
 
 @pytest.fixture

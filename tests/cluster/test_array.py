@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-PRUNED = '\nstrategy = "asha"\nrungs = [1, 2]'
+from tests.cluster.conftest import BEFORE_OTHERS
+
+
+def pruned(text):
+    return text.replace('strategy = "none"', 'strategy = "asha"\nrungs = [1, 2]')
 
 
 def consistent(status):
@@ -18,10 +22,9 @@ def consistent(status):
 
 
 def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
-    study = campaign(
-        trials=24, epochs=4, size=32, change=lambda text: text.replace('\nstrategy = "none"', PRUNED)
-    )
-    job = study.submit("0-7%4")
+    study = campaign(trials=24, epochs=4, change=pruned)
+    job = study.command("submit", "study.toml", "--array", "0-7%4").split()[1]
+    study.jobs.append(job)
     queued = consistent(study.status)
     assert queued["max_trials"] == 24
     assert queued["array_jobs"] == [job]
@@ -56,8 +59,8 @@ def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
     assert all(row["attempts"] == 1 for row in after["trials"])
     assert nowhere_the_password(study, job, server.home)
     study.atelier("submit", "study.toml", code=2)  # nothing is left to do
-    assert "24/24 trials" in study.atelier("status", study.name)
-    shown = study.atelier("logs", study.name, "--trial", "3")
+    assert "24/24 trials" in study.command("status", study.name)
+    shown = study.command("logs", study.name, "--trial", "3")
     assert f"{job}_" in shown
     assert str(server.home / "slurm") in shown
 
@@ -85,7 +88,7 @@ def nowhere_the_password(study, job, home):
 
 @pytest.mark.parametrize("unreachable", ["data", "database"])
 def test_what_would_fail_in_the_queue_fails_at_once(campaign, unreachable, monkeypatch):
-    study = campaign(trials=1, epochs=2, size=32)
+    study = campaign(trials=1, epochs=2)
     if unreachable == "database":
         monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://atelier@127.0.0.1:9/atelier")
         words = ()
@@ -104,7 +107,9 @@ def all_jobs():
 
 
 def test_a_warning_that_comes_while_the_worker_starts_does_not_end_it(campaign):
-    """SLURM may warn a minute early: here at the very beginning."""
-    study = campaign(trials=1, epochs=2, size=32, time="1", warning=59)
+    """SLURM may warn a minute early: here in the first half minute, which may be too late for this."""
+    # So two more come for certain: while the script runs, and while Python imports.
+    warnings = ["kill -USR2 $$", "(sleep 1; kill -USR2 $$) &"]
+    study = campaign(trials=1, epochs=2, time="1", warning=59, setup=BEFORE_OTHERS + warnings)
     study.wait_for_the_end(study.submit("0"))
     assert study.status["counts"]["complete"] == 1

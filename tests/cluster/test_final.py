@@ -1,20 +1,30 @@
 """From the search to the long run on the cluster: reruns in an array, then a job past its wall time."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 
-from storage.models import Epoch
-from tests.cluster.conftest import task_states, wait_for
+from tests.cluster.conftest import BEFORE_OTHERS, task_states, wait_for
 
-LONGER = 90  # seconds that the long run takes, with a minute of wall time
+FINAL = """
+[slurm.final]
+gpus = 1
+memory = "1G"
+warning = 0
+setup = {setup}
+"""
 
 
-def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, tmp_path):
-    study = campaign(trials=2, epochs=3, time="1", warning=10)
-    study.wait_for_the_end(study.submit("0-1"))
+def with_final(text):
+    """The study file with one batch size, and with a profile for the long run."""
+    setup = json.dumps([*BEFORE_OTHERS, "export STEP_SECONDS=2", "export WALL_SECONDS=35"])
+    return text.replace("[8, 16]", "[16]") + FINAL.format(setup=setup)
+
+
+def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, slow_python, tmp_path):
+    study = campaign(trials=2, epochs=3, change=with_final)
+    study.wait_for_the_end(study.submit("0"))
     words = ["--top", "2", "--seeds", "2", "--submit", "--array", "0-1"]
     said = study.atelier("confirm", study.name, *words)
     study.jobs.append(said.split()[1])
@@ -24,18 +34,20 @@ def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, tmp_path)
     assert [one["seeds"] for one in known["candidates"]] == [2, 2]
 
     study.atelier("export", study.name, "-o", "best.toml")
-    seconds = min(seconds for (seconds,) in study.rows(Epoch.seconds))
-    options = ["--epochs", str(math.ceil(LONGER / seconds)), "--profile", "tuning"]
-    job = study.atelier("train", "best.toml", *options, "--submit").split()[1].rstrip(";")
+    study.python = str(slow_python)
+    length = ["--epochs", "8"]  # of eight seconds: longer than a run of the job
+    said = study.atelier("train", "best.toml", *length, "--profile", "final", "--submit")
+    job = said.split()[1].rstrip(";")
     log = study.home / "slurm" / f"train-{job}.log"
-    wait_for(lambda: (task_states(job) or {"?"}) <= {"COMPLETED"}, f"job {job}", study, 400)
-    text = log.read_text()
-    assert "requeued: the job goes on where it stopped" in text, text
-    assert "goes on after" in text
+    requeued = "requeued: the job goes on where it stopped"
+    wait_for(lambda: log.exists() and requeued in log.read_text(), "its first wall time", study)
+    study.hurry()
+    wait_for(lambda: (task_states(job) or {"?"}) <= {"COMPLETED"}, f"job {job}", study)
+    assert "goes on after" in log.read_text()
 
     # The same in one go, with one thread as on the node.
     subprocess.run(
-        [sys.executable, "-m", "search", "train", "best.toml", *options[:2], "--run", "whole"],
+        [sys.executable, "-m", "search", "train", "best.toml", *length, "--run", "whole"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,

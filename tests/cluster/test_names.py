@@ -33,7 +33,7 @@ def place(campaign, tmp_path, monkeypatch):
     """A study of this name, or in a folder of this name which is also the home's parent."""
 
     def make(name, where):
-        study = campaign(trials=1, epochs=2, size=32, name=name if where == "study" else "s")
+        study = campaign(trials=1, epochs=2, name=name if where == "study" else "s")
         if where == "folder":
             folder = tmp_path / name
             folder.mkdir()

@@ -1,36 +1,55 @@
-"""The command as a user types it, in a folder of the test's own; and a worker inside the test."""
+"""The command as a user types it, in the test's process; and a worker inside the test."""
 
-import os
 import subprocess
-import sys
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+import search.launch
+import search.worker
+from dashboards.files import attach_curve
+from search.cli import app
 from search.study import load_study_file, open_study
 from search.worker import Worker
 from storage import database, ledger
+from storage.embedded import EmbeddedPostgres
 from storage.runs import RunFolder
 from trainer.workspace import Workspace
 
 
 @pytest.fixture
-def atelier(tmp_path, study_text, database_url, home):
-    """Runs `atelier WORDS` beside a study.toml, and checks the exit code."""
+def atelier(tmp_path, study_text, prepared_url, home, monkeypatch):
+    """Runs `atelier WORDS` beside a study.toml, in this process, and checks the exit code."""
     (tmp_path / "study.toml").write_text(study_text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search.launch, "POLL_SECONDS", 0.1)
+    threads = torch.get_num_threads()
 
     def run(*words, code=0):
-        result = subprocess.run(
-            [sys.executable, "-m", "search", *map(str, words)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == code, result.stderr + result.stdout
+        result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+        assert result.exit_code == code, result.output
         return result
 
-    return run
+    yield run
+    torch.set_num_threads(threads)  # a verb that trains has set its own
+
+
+@pytest.fixture(scope="session")
+def give_data(tmp_path_factory):
+    """Puts the data of a server that was made before into a home: quicker than to make them."""
+    made = EmbeddedPostgres(tmp_path_factory.mktemp("made"))
+    made.acquire()
+    made.release()
+    with (made.data / "postgresql.auto.conf").open("a") as file:
+        file.write("fsync = off\n")  # no test crashes the machine
+
+    def give(home):
+        home.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-a", made.data, home], check=True)  # they belong to the system user
+        return home
+
+    return give
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +65,19 @@ def workspaces(tmp_path_factory):
     return workspace
 
 
+def no_picture(*_):
+    return None
+
+
 @pytest.fixture
 def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
     path = tmp_path / "study.toml"
     path.write_text(study_text)
 
-    def worker(*settings, wall_end=None, pack=1):
+    def worker(*settings, wall_end=None, pack=1, pictures=False):
+        # A picture of each trial's curve takes as long as its training.
+        monkeypatch.setattr(search.worker, "attach_curve", attach_curve if pictures else no_picture)
         file = load_study_file(path, list(settings))
         storage = database.optuna_storage(engine)
         workspace = workspaces(file.shared)

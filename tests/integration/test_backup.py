@@ -63,7 +63,9 @@ def stop_after(worker, epochs):
 def test_a_search_goes_on_elsewhere_where_the_backup_was_taken(
     engine, make_worker, elsewhere, tmp_path, monkeypatch
 ):
-    assert stop_after(make_worker(), 5).run() == ExitCode.STOPPED  # one trial, and two epochs of three
+    assert (
+        stop_after(make_worker(pictures=True), 5).run() == ExitCode.STOPPED
+    )  # one trial, and two epochs of three
     taken = runner.invoke(app, ["db", "backup", str(tmp_path / "b.tar")])
     assert taken.exit_code == 0, taken.output
     assert make_worker().run() == ExitCode.DONE

@@ -18,8 +18,10 @@ import pytest
 import sqlalchemy as sa
 import yaml
 from sqlalchemy.engine import make_url
+from typer.testing import CliRunner
 
 from dashboards.accounts import Accounts
+from search.cli import app
 from storage import backup, database
 from tests.conftest import PASSWORD, empty_database, free_port
 from tests.studies import fill
@@ -99,9 +101,9 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     words = [str(port) if word == "8080" else word for word in service["command"]]
     command = [sys.executable, "-m", "search", *words]
     # Without a user it must not start: the file's head says to add one first.
-    refused = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "atelier user add" in refused.stderr
+    refused = CliRunner(env=variables).invoke(app, words)
+    assert refused.exit_code == 2
+    assert "atelier user add" in refused.output
     monkeypatch.setenv("ATELIER_HOME", variables["ATELIER_HOME"])
     Accounts().put("ed", "editor", PASSWORD)
     log = tmp_path / "log"
@@ -158,9 +160,9 @@ def test_the_commands_in_its_head_work(environment, tmp_path):
     words = shlex.split(line.split("dashboard", 1)[1], comments=True)
     assert words[:2] == ["user", "add"]
     (tmp_path / "password").write_text("correct horse battery\n")
-    command = [sys.executable, "-m", "search", *words, "--password-file", str(tmp_path / "password")]
-    result = subprocess.run(command, env=environment("dashboard"), capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "NAME may log in as editor\n")
+    words += ["--password-file", str(tmp_path / "password")]
+    result = CliRunner(env=environment("dashboard")).invoke(app, words)
+    assert (result.exit_code, result.output) == (0, "NAME may log in as editor\n")
     secrets = [line.strip("# ") for line in head.splitlines() if "secrets/" in line]
     subprocess.run(["bash", "-euc", "\n".join(secrets)], cwd=tmp_path, check=True)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets").iterdir()} == {0o600}

@@ -2,23 +2,48 @@
 
 import csv
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
+from search.cli import app
 from storage.ledger import study_entry
 from storage.runs import RunFolder
+from tests.conftest import STUDY, copied_database
 from trainer.predictions import Predictions
 
 
+@pytest.fixture(scope="module")
+def search_once(server, template, demo, tmp_path_factory):
+    """The name of the database, and the folder, of a study with three complete trials."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "study.toml").write_text(STUDY.format(name="tiny", trials=3, size=32, epochs=3, data=demo))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATELIER_DATABASE_URL", copied_database(server, "searched", template))
+        patch.setenv("ATELIER_HOME", str(folder / "home"))
+        patch.chdir(folder)
+        result = CliRunner().invoke(app, ["search", "study.toml"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return "searched", folder
+
+
 @pytest.fixture
-def searched(atelier, study_text, tmp_path):
-    """A study with three complete trials."""
-    (tmp_path / "study.toml").write_text(study_text.replace("max_trials = 2", "max_trials = 3"))
-    atelier("search", "study.toml")
+def prepared_url(server, database_name, search_once, monkeypatch):
+    """A copy of its database of this test's own."""
+    text = copied_database(server, database_name, search_once[0])
+    monkeypatch.setenv("ATELIER_DATABASE_URL", text)
+    return text
+
+
+@pytest.fixture
+def searched(atelier, search_once, tmp_path):
+    """Runs the command beside the study, its results and a run folder of the test's own."""
+    shutil.copytree(search_once[1], tmp_path, dirs_exist_ok=True)
     return atelier
 
 

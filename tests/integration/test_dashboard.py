@@ -6,22 +6,24 @@ import threading
 import time
 from html import unescape
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import optuna_dashboard
 import pytest
 import sqlalchemy as sa
+from flask import Flask
 from flask.testing import FlaskClient
 from optuna.trial import TrialState
 from werkzeug.test import Client as WerkzeugClient
 from werkzeug.test import EnvironBuilder
 
 from dashboards.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
-from dashboards.server import open_doors
+from dashboards.server import Door, open_doors
 from dashboards.web import make_app
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
-from tests.conftest import PASSWORD
+from tests.conftest import PASSWORD, copied_database, give_accounts
 from tests.studies import fill
 
 MIXED = ["complete", "pruned", "failed", "running", "waiting", "complete"]
@@ -41,6 +43,47 @@ def app(doors, accounts):
     app = make_app(doors, accounts, b"k" * 32)
     app.test_client_class = Client
     return app
+
+
+class Shown(NamedTuple):
+    """The application before one study with every kind of trial."""
+
+    app: Flask
+    doors: dict[str, Door]
+    engine: sa.Engine
+    accounts: Accounts
+    study: int
+    seen: dict[str, FlaskClient]
+
+    def by(self, name):
+        """Somebody's browser; each logs in once."""
+        if name not in self.seen:
+            self.seen[name] = log_in(self.app, name)
+        return self.seen[name]
+
+
+@pytest.fixture(scope="module")
+def shown(server, template, tmp_path_factory):
+    """For tests that change nothing: to begin anew takes longer than to look."""
+    home = tmp_path_factory.mktemp("shown")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATELIER_HOME", str(home))
+        patch.setenv("ATELIER_DATABASE_URL", copied_database(server, "shown", template))
+        accounts = give_accounts(home, patch)
+        engine = database.connect()
+        study = fill(engine, MIXED, name="secret name")
+        doors = open_doors()
+        app = make_app(doors, accounts, b"k" * 32)
+        app.test_client_class = Client
+        yield Shown(app, doors, engine, accounts, study, {})
+    for one in (engine, *(door.engine for door in doors.values())):
+        one.dispose()
+
+
+def is_whole(shown):
+    """Whether nobody has changed what is shown."""
+    states = [trial.state for trial in database.optuna_storage(shown.engine).get_all_trials(shown.study)]
+    return len(states) == len(MIXED) and states.count(TrialState.RUNNING) == 2
 
 
 class Client(FlaskClient):
@@ -74,12 +117,10 @@ def test_there_are_mutating_routes_to_guard():
 
 
 @pytest.mark.parametrize(("method", "path"), list(mutating_routes()))
-def test_no_mutating_route_is_open_to_strangers_or_viewers(app, engine, method, path):
-    fill(engine, ["complete"])
-    assert app.test_client().open(path, method=method, json={}).status_code == 401
-    viewer = log_in(app, "vera")
-    assert viewer.open(path, method=method, json={}).status_code == 403
-    assert database.prepare(engine).get_all_studies()
+def test_no_mutating_route_is_open_to_strangers_or_viewers(shown, method, path):
+    assert shown.app.test_client().open(path, method=method, json={}).status_code == 401
+    assert shown.by("vera").open(path, method=method, json={}).status_code == 403
+    assert is_whole(shown)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +132,16 @@ def test_no_mutating_route_is_open_to_strangers_or_viewers(app, engine, method, 
         *("/login/../api/studies", "/login;/api/studies", "/%2e%2e/api/studies"),
     ],
 )
-def test_nothing_is_shown_without_a_login(app, engine, path):
-    fill(engine, ["complete"], name="secret name")
-    response = app.test_client().get(path)
+def test_nothing_is_shown_without_a_login(shown, path):
+    response = shown.app.test_client().get(path)
     assert response.status_code == 401
     assert b"secret name" not in response.data
-    page = app.test_client().get(path, headers=HTML)
+    page = shown.app.test_client().get(path, headers=HTML)
     assert page.status_code == 302
 
 
-def test_what_needs_no_login(app):
-    client = app.test_client()
+def test_what_needs_no_login(shown):
+    client = shown.app.test_client()
     assert client.get("/login").status_code == 200
     assert client.get("/atelier/static/atelier.css").status_code == 200
     assert client.get("/healthz").data == b"ok\n"
@@ -169,17 +209,17 @@ def test_a_session_ends_with_its_account_its_password_and_its_time(app, accounts
     assert client.get("/atelier/").status_code == 401
 
 
-def test_a_forged_or_foreign_cookie_opens_nothing(app, doors, accounts):
-    other = make_app(doors, accounts, b"x" * 32).test_client()
+def test_a_forged_or_foreign_cookie_opens_nothing(shown):
+    other = make_app(shown.doors, shown.accounts, b"x" * 32).test_client()
     other.post("/login", data={"name": "ed", "password": PASSWORD})
     [cookie] = other._cookies.values()
-    client = app.test_client()
-    client.set_cookie(app.config["SESSION_COOKIE_NAME"], cookie.value)
+    client = shown.app.test_client()
+    client.set_cookie(shown.app.config["SESSION_COOKIE_NAME"], cookie.value)
     assert client.get("/atelier/").status_code == 401
 
 
-def test_the_cookie_is_for_this_site_only(app):
-    response = app.test_client().post("/login", data={"name": "ed", "password": PASSWORD})
+def test_the_cookie_is_for_this_site_only(shown):
+    response = shown.app.test_client().post("/login", data={"name": "ed", "password": PASSWORD})
     cookie = response.headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
@@ -196,15 +236,15 @@ def test_the_cookie_is_for_this_site_only(app):
         "/\t/evil.example",
     ],
 )
-def test_a_login_leads_to_no_other_site(app, target):
-    response = app.test_client().post(
+def test_a_login_leads_to_no_other_site(shown, target):
+    response = shown.app.test_client().post(
         "/login", data={"name": "ed", "password": PASSWORD, "next": target}
     )
     assert response.headers["Location"] == "/atelier/"
 
 
-def test_a_login_leads_to_the_page_that_was_asked_for(app):
-    client = app.test_client()
+def test_a_login_leads_to_the_page_that_was_asked_for(shown):
+    client = shown.app.test_client()
     asked = client.get("/atelier/studies/1/curves?trials=3&smooth=40", headers=HTML)
     page = client.get(asked.headers["Location"])
     target = unescape(re.search(r'name="next" value="([^"]*)"', page.text)[1])
@@ -221,12 +261,13 @@ CROSS_SITE = [
 
 
 @pytest.mark.parametrize("headers", CROSS_SITE)
-def test_other_sites_cannot_act_in_an_editors_name(app, engine, headers):
-    study = fill(engine, ["complete"])
-    client = log_in(app, "ed")
+def test_other_sites_cannot_act_in_an_editors_name(shown, headers):
+    client = shown.by("ed")
+    # Nobody holds a trial of it, so the editor himself might delete it.
+    study = fill(shown.engine, ["complete"], name=f"idle {CROSS_SITE.index(headers)}")
     assert client.delete(f"/api/studies/{study}", json={}, headers=headers).status_code == 403
     assert client.post("/logout", headers=headers).status_code == 403
-    assert app.test_client().post("/login", headers=headers).status_code == 403
+    assert shown.app.test_client().post("/login", headers=headers).status_code == 403
     if "Sec-Fetch-Site" in headers:
         read = client.get("/api/studies", headers=headers | {"Sec-Fetch-Mode": "cors"})
         assert read.status_code == 403
@@ -318,9 +359,8 @@ def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
     assert ledger.study_entry(engine, "filled") is not None
 
 
-def test_headers_that_protect_are_everywhere(app, engine, home):
-    fill(engine, ["complete"])
-    client = log_in(app, "vera")
+def test_headers_that_protect_are_everywhere(shown):
+    client = shown.by("vera")
     for path in ("/atelier/", "/dashboard", "/api/studies", "/nowhere", "/login"):
         headers = client.get(path).headers
         assert "Access-Control-Allow-Origin" not in headers
@@ -357,17 +397,15 @@ PAGES += [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_of_a_study_with_every_kind_of_trial(app, engine, page):
-    study = fill(engine, MIXED)
-    response = log_in(app, "vera").get(f"/atelier/studies/{study}{page}")
+def test_pages_of_a_study_with_every_kind_of_trial(shown, page):
+    response = shown.by("vera").get(f"/atelier/studies/{shown.study}{page}")
     assert response.status_code == 200
     for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', response.text, re.S):
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_states_have_words_of_their_own(app, engine):
-    study = fill(engine, MIXED)
-    client = log_in(app, "vera")
+def test_states_have_words_of_their_own(shown):
+    study, client = shown.study, shown.by("vera")
     words = {
         "failed": "failed: ValueError: x",
         "running": "running, resumed (attempt 2)",
@@ -380,11 +418,16 @@ def test_states_have_words_of_their_own(app, engine):
     assert "interrupted, given back" in client.get(f"/atelier/studies/{study}/trials/3").text
 
 
+@pytest.fixture(scope="module")
+def hollow(shown):
+    """A study without trials, and one whose trials have no epochs."""
+    empty = fill(shown.engine, [], name="empty", max_trials=3)
+    return empty, fill(shown.engine, ["waiting", "running"], epochs=0, name="bare")
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_a_study_without_trials_and_one_whose_trials_have_no_epochs(app, engine, page):
-    empty = fill(engine, [], name="empty", max_trials=3)
-    bare = fill(engine, ["waiting", "running"], epochs=0, name="bare")
-    client = log_in(app, "vera")
+def test_a_study_without_trials_and_one_whose_trials_have_no_epochs(shown, hollow, page):
+    (empty, bare), client = hollow, shown.by("vera")
     expected = 404 if "/trials/" in page else 200
     assert client.get(f"/atelier/studies/{empty}{page}").status_code == expected
     assert client.get(f"/atelier/studies/{bare}{page}").status_code == 200
@@ -456,27 +499,29 @@ def test_a_study_that_is_deleted_while_its_pages_are_open(app, engine):
     assert client.get(f"/api/studies/{study}").status_code == 404
 
 
-def test_our_pages_are_found_without_the_last_slash(app):
-    answer = log_in(app, "vera").get("/atelier")
+def test_our_pages_are_found_without_the_last_slash(shown):
+    answer = shown.by("vera").get("/atelier")
     assert (answer.status_code, answer.headers["Location"]) == (308, "http://localhost/atelier/")
 
 
-@pytest.mark.parametrize("number", ["7", "2147483648", "9" * 5000, "0" * 5000 + "7", "١" * 12])
-def test_numbers_of_nothing_are_not_found(app, engine, number):
-    fill(engine, ["complete"])
-    client = log_in(app, "ed")
+@pytest.mark.parametrize("number", ["999", "2147483648", "9" * 5000, "0" * 5000 + "999", "١" * 12])
+def test_numbers_of_nothing_are_not_found(shown, number):
+    client = shown.by("ed")
     for path in (
         *(f"/atelier/studies/{number}{page}" for page in ("", "/curves", "/compare", "/trials/0")),
-        *(f"/atelier/studies/1/trials/{number}", f"/api/studies/{number}", f"/artifacts/1/{number}/ab"),
+        *(
+            f"/atelier/studies/{shown.study}/trials/{number}",
+            f"/api/studies/{number}",
+            f"/artifacts/1/{number}/ab",
+        ),
     ):
         assert client.get(path).status_code == 404, path
     assert client.delete(f"/api/studies/{number}", json={}).status_code == 404
     assert client.post(f"/api/trials/{number}/tell", json={"state": "Fail"}).status_code == 404
 
 
-def test_what_has_not_changed_is_not_sent_again(app, engine):
-    study = fill(engine, ["complete"])
-    client = log_in(app, "vera")
+def test_what_has_not_changed_is_not_sent_again(shown):
+    study, client = shown.study, shown.by("vera")
     first = client.get(f"/atelier/studies/{study}/curves")
     again = client.get(
         f"/atelier/studies/{study}/curves", headers={"If-None-Match": first.headers["ETag"]}
@@ -484,9 +529,9 @@ def test_what_has_not_changed_is_not_sent_again(app, engine):
     assert again.status_code == 304
 
 
-def test_a_restart_of_the_database_is_an_answer_not_an_error(home, monkeypatch):
+def test_a_restart_of_the_database_is_an_answer_not_an_error(home, give_data, monkeypatch):
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
-    server = EmbeddedPostgres(home / "own")
+    server = EmbeddedPostgres(give_data(home / "own"))
     monkeypatch.setenv("ATELIER_HOME", str(home / "own"))
     server.start()
     engine = database.connect()
@@ -519,14 +564,18 @@ class Statements:
         self.count += 1
 
 
+@pytest.fixture(scope="module")
+def small_and_large(shown):
+    """Studies of 3 and of 200 trials."""
+    return [fill(shown.engine, ["complete"] * size, epochs=3, name=f"of {size}") for size in (3, 200)]
+
+
 @pytest.mark.parametrize("page", ["", "/curves", "/compare", "/trials/0"])
-def test_the_number_of_statements_does_not_grow_with_the_trials(app, doors, engine, page):
-    small = fill(engine, ["complete"] * 3, epochs=3, name="small")
-    large = fill(engine, ["complete"] * 200, epochs=3, name="large")
-    client = log_in(app, "vera")
+def test_the_number_of_statements_does_not_grow_with_the_trials(shown, small_and_large, page):
+    client = shown.by("vera")
     counts = []
-    for study in (small, large):
-        statements = Statements(doors["viewer"].engine)
+    for study in small_and_large:
+        statements = Statements(shown.doors["viewer"].engine)
         assert client.get(f"/atelier/studies/{study}{page}").status_code == 200
         counts.append(statements.count)
     # The second counter's engine has the first one's listener too; each counts for itself.

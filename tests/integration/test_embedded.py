@@ -30,6 +30,12 @@ def home():
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def used_home(home, give_data):
+    """The same with the data of a server that ran before."""
+    return give_data(home)
+
+
 def query(url, sql="SELECT 1"):
     parts = make_url(url)
     connection = psycopg2.connect(
@@ -83,8 +89,8 @@ def user(home):
         process.join()
 
 
-def test_the_last_one_out_stops_it(home, user):
-    server = EmbeddedPostgres(home)
+def test_the_last_one_out_stops_it(used_home, user):
+    server = EmbeddedPostgres(used_home)
     assert not server.is_running()
     assert query(server.acquire()) == [(1,)]
     process, ready, leave = user()
@@ -97,12 +103,12 @@ def test_the_last_one_out_stops_it(home, user):
     assert not server.is_running()
 
 
-def test_a_killed_user_does_not_keep_it_alive(home, user):
+def test_a_killed_user_does_not_keep_it_alive(used_home, user):
     process, ready, _ = user()
     assert ready.acquire(timeout=60)
     process.kill()
     process.join()
-    server = EmbeddedPostgres(home)
+    server = EmbeddedPostgres(used_home)
     assert server.is_running()
     server.acquire()
     server.release()
@@ -130,8 +136,8 @@ def test_four_processes_at_once_on_an_empty_folder_share_one_cluster(home, user)
     assert not EmbeddedPostgres(home).is_running()
 
 
-def test_data_survive_a_crash_of_the_server(home):
-    server = EmbeddedPostgres(home)
+def test_data_survive_a_crash_of_the_server(used_home):
+    server = EmbeddedPostgres(used_home)
     url = server.acquire()
     query(url, "CREATE TABLE kept AS SELECT 42 AS x")
     kill_with_children(pid_of(server))
@@ -139,31 +145,31 @@ def test_data_survive_a_crash_of_the_server(home):
     assert query(server.acquire(), "SELECT x FROM kept") == [(42,)]
 
 
-def test_data_survive_stop_and_start(home):
-    server = EmbeddedPostgres(home)
+def test_data_survive_stop_and_start(used_home):
+    server = EmbeddedPostgres(used_home)
     query(server.start(), "CREATE TABLE kept AS SELECT 42 AS x")
     assert server.stop()
     assert query(server.start(), "SELECT x FROM kept") == [(42,)]
 
 
-def test_a_killed_postmaster_whose_backends_still_live_is_followed_at_once(home):
-    server = EmbeddedPostgres(home)
+def test_a_killed_postmaster_whose_backends_still_live_is_followed_at_once(used_home):
+    server = EmbeddedPostgres(used_home)
     server.acquire()
     os.kill(pid_of(server), signal.SIGKILL)
     assert query(server.acquire()) == [(1,)]
     server.release()
 
 
-def test_a_server_that_is_just_stopping_is_waited_for_and_started_again(home):
-    server = EmbeddedPostgres(home)
+def test_a_server_that_is_just_stopping_is_waited_for_and_started_again(used_home):
+    server = EmbeddedPostgres(used_home)
     query(server.acquire(), "CREATE TABLE kept AS SELECT generate_series(1, 1000000) AS x")
     os.kill(pid_of(server), signal.SIGINT)
     assert query(server.acquire()) == [(1,)]
     server.release()
 
 
-def test_a_start_that_was_killed_before_it_made_the_database_is_finished(home):
-    server = EmbeddedPostgres(home)
+def test_a_start_that_was_killed_before_it_made_the_database_is_finished(used_home):
+    server = EmbeddedPostgres(used_home)
     url = make_url(server.start())
     query(url.set(database="postgres"), "DROP DATABASE atelier")
     assert query(server.acquire()) == [(1,)]
@@ -178,8 +184,10 @@ def stranger():
     process.wait()
 
 
-def test_a_stranger_with_the_pid_of_a_crashed_server_is_neither_taken_for_it_nor_hurt(home, stranger):
-    server = EmbeddedPostgres(home)
+def test_a_stranger_with_the_pid_of_a_crashed_server_is_neither_taken_for_it_nor_hurt(
+    used_home, stranger
+):
+    server = EmbeddedPostgres(used_home)
     url = server.start()
     locks = [server.data / "postmaster.pid", Path(make_url(url).query["host"]) / ".s.PGSQL.5432.lock"]
     kill_with_children(pid_of(server))
@@ -193,8 +201,8 @@ def test_a_stranger_with_the_pid_of_a_crashed_server_is_neither_taken_for_it_nor
     server.release()
 
 
-def test_a_forked_child_neither_leaves_for_its_parent_nor_holds_the_server_for_it(home):
-    server = EmbeddedPostgres(home)
+def test_a_forked_child_neither_leaves_for_its_parent_nor_holds_the_server_for_it(used_home):
+    server = EmbeddedPostgres(used_home)
     server.acquire()
     leave, wait = os.pipe()
     child = os.fork()
@@ -234,8 +242,10 @@ def test_a_name_that_a_shell_would_expand_works(home):
     server.release()
 
 
-def test_users_with_other_names_for_a_long_path_and_for_tmp_find_the_socket(home, user, tmp_path):
-    server = EmbeddedPostgres(home / ("x" * 120))
+def test_users_with_other_names_for_a_long_path_and_for_tmp_find_the_socket(
+    home, give_data, user, tmp_path
+):
+    server = EmbeddedPostgres(give_data(home / ("x" * 120)))
     server.acquire()
     (home / "link").symlink_to(server.home)
     for path, environment in ((server.home, {"TMPDIR": str(tmp_path)}), (home / "link", {})):
@@ -249,10 +259,11 @@ def test_users_with_other_names_for_a_long_path_and_for_tmp_find_the_socket(home
 
 
 @pytest.mark.parametrize("kind", ["open", "link"])
-def test_a_socket_folder_that_somebody_else_could_have_made_is_refused(home, kind, monkeypatch):
-    home.mkdir()
+def test_a_socket_folder_that_somebody_else_could_have_made_is_refused(
+    home, give_data, kind, monkeypatch
+):
+    server = EmbeddedPostgres(give_data(home / ("x" * 120)))
     monkeypatch.setattr(tempfile, "tempdir", str(home))
-    server = EmbeddedPostgres(home / ("x" * 120))
     digest = hashlib.sha256(os.fsencode(server.home)).hexdigest()[:12]
     sockets, target = home / f"atelier-{os.geteuid()}-{digest}", home / "target"
     target.mkdir(mode=0o700)
@@ -267,8 +278,8 @@ def test_a_socket_folder_that_somebody_else_could_have_made_is_refused(home, kin
     assert not server.is_running()
 
 
-def test_only_the_owner_reaches_the_socket_and_there_is_no_port(home):
-    server = EmbeddedPostgres(home)
+def test_only_the_owner_reaches_the_socket_and_there_is_no_port(used_home):
+    server = EmbeddedPostgres(used_home)
     url = server.acquire()
     assert query(url, "SHOW listen_addresses") == [("",)]
     assert Path(make_url(url).query["host"]).stat().st_mode & 0o077 == 0
@@ -291,8 +302,8 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(home):
     assert [path.name for path in (home / "postgres").iterdir()] == ["mine"]
 
 
-def test_a_failed_start_says_why_in_one_line(home):
-    server = EmbeddedPostgres(home)
+def test_a_failed_start_says_why_in_one_line(used_home):
+    server = EmbeddedPostgres(used_home)
     server.start()
     server.stop()
     with (server.data / "postgresql.auto.conf").open("a") as file:
@@ -300,14 +311,14 @@ def test_a_failed_start_says_why_in_one_line(home):
     with pytest.raises(EmbeddedPostgresError, match='invalid value for parameter "work_mem"') as caught:
         server.acquire()
     assert len(str(caught.value).splitlines()) == 1
-    assert str(home / "postgres.log") in str(caught.value)
+    assert str(used_home / "postgres.log") in str(caught.value)
 
 
-def test_the_server_of_another_host_is_left_alone(home):
-    server = EmbeddedPostgres(home)
+def test_the_server_of_another_host_is_left_alone(used_home):
+    server = EmbeddedPostgres(used_home)
     server.acquire()
     server.release()
-    (home / "postgres.host").write_text("elsewhere\n")
+    (used_home / "postgres.host").write_text("elsewhere\n")
     (server.data / "postmaster.pid").write_text("1\n")
     for use_it in (server.acquire, server.stop):
         with pytest.raises(EmbeddedPostgresError, match="runs on host elsewhere"):

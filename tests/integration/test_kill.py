@@ -10,6 +10,8 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
+from search import forking
+from search.launch import work
 from storage.models import Attempt, Epoch
 
 COLUMNS = [
@@ -20,33 +22,47 @@ COLUMNS = [
 
 
 @pytest.fixture
-def start(tmp_path, study_text, database_url):
-    """Starts a real `atelier worker`; kills what is left at the end."""
+def study_file(tmp_path, study_text):
+    """Writes a study of one trial, the same under any name, and slow enough to hit."""
+
+    def write(name):
+        text = study_text.replace('"tiny"', f'"{name}"').replace("max_trials = 2", "max_trials = 1")
+        text = text.replace("{ low = 1e-3, high = 2e-3, log = true }", "[1e-3]")
+        text = text.replace("[32, 64]", "[32]").replace("image_size = 32", "image_size = 96")
+        (tmp_path / f"{name}.toml").write_text(text)
+        return str(tmp_path / f"{name}.toml")
+
+    return write
+
+
+@pytest.fixture
+def environment(engine, tmp_path):
+    return os.environ | {"ATELIER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def start(tmp_path, study_file, environment):
+    """Starts `atelier worker` in a process of its own; kills what is left at the end."""
     processes = []
 
     def start_worker(name):
-        study = tmp_path / f"{name}.toml"
-        text = study_text.replace('"tiny"', f'"{name}"').replace("max_trials = 2", "max_trials = 1")
-        # One choice each, so that both studies train the same configuration; slow enough to hit.
-        text = text.replace("{ low = 1e-3, high = 2e-3, log = true }", "[1e-3]").replace(
-            "[32, 64]", "[32]"
-        )
-        study.write_text(text.replace("image_size = 32", "image_size = 96"))
-        environment = os.environ | {"ATELIER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "search", "worker", str(study)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        output = tmp_path / f"{len(processes)}.log"
+        process = forking.start(work, [study_file(name)], environment=environment, output=output)
+        process.output = output
         processes.append(process)
         return process
 
     yield start_worker
     for process in processes:
         process.kill()
-        process.wait()
-        process.stderr.close()
+        process.join()
+
+
+def end_of(process, seconds=120):
+    """The exit code of a worker that ends by itself."""
+    process.join(seconds)
+    assert process.exitcode is not None, process.output.read_text()
+    return process.exitcode
 
 
 def rows(engine, *columns, study="killed"):
@@ -59,10 +75,10 @@ def rows(engine, *columns, study="killed"):
         ).all()
 
 
-def wait_for(condition, process):
+def wait_for(condition, ended, log):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert not ended(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -75,17 +91,22 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
         return len(rows(engine, Epoch.__table__.c.epoch))
 
     whole = start("whole")
-    assert whole.wait(120) == 0, whole.stderr.read()
+    assert end_of(whole) == 0, whole.output.read_text()
     # Killed inside epoch 1, then twice inside epoch 2.
     for number, recorded in enumerate((1, 2, 2), 1):
         worker = start("killed")
-        wait_for(lambda n=number, r=recorded,: attempts() == n and epochs() == r, worker)
+        there = (number, recorded)
+        wait_for(
+            lambda there=there: (attempts(), epochs()) == there,
+            lambda worker=worker: worker.exitcode is not None,
+            worker.output,
+        )
         time.sleep(0.3)  # into the epoch
         assert epochs() == recorded
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        worker.kill()
+        assert end_of(worker) == -signal.SIGKILL
     last = start("killed")
-    assert last.wait(120) == 0, last.stderr.read()
+    assert end_of(last) == 0, last.output.read_text()
 
     assert rows(engine, *COLUMNS) == rows(engine, *COLUMNS, study="whole")
     assert len(rows(engine, *COLUMNS)) == 3
@@ -100,12 +121,21 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
     assert trials["killed"][0].intermediate_values == trials["whole"][0].intermediate_values
 
 
-def test_sigterm_finishes_the_epoch_and_releases(engine, start):
-    worker = start("killed")
-    wait_for(lambda: len(rows(engine, Epoch.__table__.c.epoch)) == 1, worker)
-    time.sleep(0.3)  # into the next epoch
-    worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 3, worker.stderr.read()
+def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment, tmp_path):
+    """The command that a SLURM array task runs, started as SLURM starts it."""
+    log = tmp_path / "worker.log"
+    command = [sys.executable, "-m", "search", "worker", study_file("killed")]
+    with log.open("w") as output:
+        worker = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        one_epoch = lambda: len(rows(engine, Epoch.__table__.c.epoch)) == 1  # noqa: E731
+        wait_for(one_epoch, lambda: worker.poll() is not None, log)
+        time.sleep(0.3)  # into the next epoch
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 3, log.read_text()
+    finally:
+        worker.kill()
+        worker.wait()
     [attempt] = rows(engine, Attempt.__table__.c.outcome, Attempt.__table__.c.reason)
     assert attempt == ("released", "SIGTERM")
     assert len(rows(engine, Epoch.__table__.c.epoch)) == 2

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from search import forking
 from storage import database, ledger
 from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_identity
 from storage.models import Attempt, Epoch
@@ -363,18 +364,25 @@ def work(barrier) -> None:
         worker.finish(claim, "complete", 0.5)
 
 
-def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine):
+@pytest.fixture
+def start(tmp_path):
+    """Calls a function of this module in a process of its own, which finds this test's database."""
+
+    def start(function, *arguments):
+        output = tmp_path / "processes.log"
+        return forking.start(function, *arguments, environment=os.environ, output=output)
+
+    return start
+
+
+def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
     study = make_study(engine, max_trials=50)
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(8)
-    workers = [context.Process(target=work, args=(barrier,)) for _ in range(8)]
-    for worker in workers:
-        worker.start()
+    barrier = forking.context.Barrier(8)
+    workers = [start(work, barrier) for _ in range(8)]
     for worker in workers:
         worker.join(120)
-    last = context.Process(target=work, args=(context.Barrier(1),))
-    last.start()  # a trial whose worker was killed after all others had left
-    last.join(60)
+    # A trial whose worker was killed after all others had left.
+    start(work, forking.context.Barrier(1)).join(60)
     killed = sum(worker.exitcode == -9 for worker in workers)
     assert killed == 5  # trials 3, 13, 23, 33, 43
     assert sorted(worker.exitcode for worker in workers) == [-9] * 5 + [0] * 3
@@ -404,12 +412,9 @@ def prepare_once(barrier) -> None:
     assert database.schema_revision(engine) == database.head_revision()
 
 
-def test_processes_that_start_at_once_on_an_empty_database_do_not_race(database_url):
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(4)
-    processes = [context.Process(target=prepare_once, args=(barrier,)) for _ in range(4)]
-    for process in processes:
-        process.start()
+def test_processes_that_start_at_once_on_an_empty_database_do_not_race(database_url, start):
+    barrier = forking.context.Barrier(4)
+    processes = [start(prepare_once, barrier) for _ in range(4)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4

@@ -31,6 +31,12 @@ def home(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def used_home(home, give_data):
+    """The same with the data of a server that ran before."""
+    return give_data(home)
+
+
+@pytest.fixture
 def port():
     return free_port()
 
@@ -79,9 +85,9 @@ def test_the_network_needs_the_password_and_serves_no_superuser(home, port):
     assert not any(password in text for text in shown)
 
 
-def test_a_server_that_listens_does_so_again_with_the_same_password(home, port):
+def test_a_server_that_listens_does_so_again_with_the_same_password(used_home, port):
     start(port, "--no-tls")
-    password = (home / "database.pass").read_text()
+    password = (used_home / "database.pass").read_text()
     assert runner.invoke(app, ["db", "stop"]).output == "stopped\n"
     down = runner.invoke(app, ["status", "x"])
     assert down.exit_code == 2
@@ -89,38 +95,38 @@ def test_a_server_that_listens_does_so_again_with_the_same_password(home, port):
     assert runner.invoke(app, ["db", "start"]).exit_code == 0
     database.connect().dispose()
     assert start(port, "--no-tls").exit_code == 0
-    assert (home / "database.pass").read_text() == password
+    assert (used_home / "database.pass").read_text() == password
     database.connect().dispose()
 
 
-def test_without_listen_there_is_no_port(home):
-    url = make_url(EmbeddedPostgres(home).acquire())
+def test_without_listen_there_is_no_port(used_home):
+    url = make_url(EmbeddedPostgres(used_home).acquire())
     connection = psycopg2.connect(host=url.query["host"], user=url.username, dbname=url.database)
     with connection.cursor() as cursor:
         cursor.execute("SHOW listen_addresses")
         assert cursor.fetchone() == ("",)
     connection.close()
-    EmbeddedPostgres(home).release()
+    EmbeddedPostgres(used_home).release()
 
 
-def test_no_tls_has_to_be_said(home, port):
+def test_no_tls_has_to_be_said(used_home, port):
     result = start(port)
     assert result.exit_code == 2
     assert result.output.startswith("error: this PostgreSQL was built without TLS")
     assert len(result.output.splitlines()) == 1
-    assert not (home / "database.url").exists()
+    assert not (used_home / "database.url").exists()
 
 
-def test_an_address_that_is_not_this_machines_leaves_the_server_as_it_was(home):
-    EmbeddedPostgres(home).start()
+def test_an_address_that_is_not_this_machines_leaves_the_server_as_it_was(used_home):
+    EmbeddedPostgres(used_home).start()
     result = runner.invoke(app, ["db", "start", "--listen", "203.0.113.9", "--no-tls"])
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
     assert "could not create any TCP/IP sockets" in result.output
     database.connect().dispose()  # by its socket
-    assert not (home / "database.url").exists()
+    assert not (used_home / "database.url").exists()
 
 
-def test_a_port_that_is_taken_leaves_the_server_where_it_listened(home, port):
+def test_a_port_that_is_taken_leaves_the_server_where_it_listened(used_home, port):
     start(port, "--no-tls")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -132,7 +138,7 @@ def test_a_port_that_is_taken_leaves_the_server_where_it_listened(home, port):
     engine.dispose()
 
 
-def test_a_server_in_use_is_not_taken_from_its_users(home, port):
+def test_a_server_in_use_is_not_taken_from_its_users(used_home, port):
     start(port, "--no-tls")
     user = psycopg2.connect(database.configured_url())
     for refusal in (start(port, "--no-tls"), runner.invoke(app, ["db", "stop"])):
@@ -189,11 +195,11 @@ def test_with_tls_nothing_goes_in_the_clear_and_the_server_is_verified(home, por
         database.connect()
 
 
-def test_programs_of_another_version_are_for_a_new_home(home, port, tmp_path):
-    EmbeddedPostgres(home).start()
+def test_programs_of_another_version_are_for_a_new_home(used_home, port, tmp_path):
+    EmbeddedPostgres(used_home).start()
     (tmp_path / "initdb").touch()
     result = start(port, "--no-tls", "--postgres", str(tmp_path))
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
     assert "is for a new home" in result.output
-    empty = start(port, "--no-tls", "--postgres", str(home))
+    empty = start(port, "--no-tls", "--postgres", str(used_home))
     assert "no initdb in it" in empty.output

@@ -14,7 +14,9 @@ from storage.models import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
 
-PROMOTE = ('study.strategy="promote"', "study.rungs=[0]")
+# A network whose first epochs tell trials apart.
+NETWORK = 'train.backbone="resnet10t"'
+PROMOTE = ('study.strategy="promote"', "study.rungs=[0]", NETWORK)
 
 
 def top_third(standing):

@@ -8,6 +8,12 @@ import tomllib
 import pytest
 
 
+@pytest.fixture
+def prepared_url(database_url):
+    """The search makes its tables itself."""
+    return database_url
+
+
 def test_from_search_to_a_trained_winner(atelier, tmp_path, home, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else workers share the CPUs, which `train` has alone
     first = atelier("search", "study.toml", "--workers", "2")

@@ -107,9 +107,9 @@ STUDY_FILES = {
     "unknown smoothing": (add(TRAIN_KEY, 'smoothing = "more"'), "smoothing"),
     "unknown precision": (add(TRAIN_KEY, 'precision = "fp8"'), "precision"),
     "tiny image": (put("image_size = 32", "image_size = 3"), "image_size"),
-    "unknown backbone": (put("resnet10t", "resnet10x"), "did you mean"),
-    "unknown backbone tag": (put("resnet10t", "resnet10t.nobody"), "no weights 'nobody'"),
-    "backbone of another family": (put("resnet10t", "vit_tiny_patch16_224"), "allowed are timm's"),
+    "unknown backbone": (put("test_resnet", "test_resnot"), "did you mean"),
+    "unknown backbone tag": (put("test_resnet", "test_resnet.nobody"), "no weights 'nobody'"),
+    "backbone of another family": (put("test_resnet", "vit_tiny_patch16_224"), "allowed are timm's"),
     "unknown stage": (put('"layer4"', '"layer9"'), "allowed is one of stem"),
     "missing weights": (put('weights = "none"', 'weights = "w.pth"'), "no such file"),
     "weights of another kind": (put('weights = "none"', 'weights = "w.txt"'), "allowed is"),
@@ -138,6 +138,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
     monkeypatch.delenv("ATELIER_HOME", raising=False)
     return work
+
+
+def with_own_lists(dataset, copy):
+    """A dataset with the same images, whose lists can be spoilt."""
+    shutil.copytree(dataset / "split", copy / "split")
+    (copy / "img").symlink_to(dataset / "img")
 
 
 @pytest.fixture
@@ -256,8 +262,6 @@ def missing_list(data):
     ],
 )
 def test_a_broken_dataset(damage, where, what, study_text, demo, tmp_path):
-    from trainer.demo import write_demo
-
     data = tmp_path / "data"
     write_demo(data, 20, 10, 0)
     damage(data)
@@ -536,7 +540,7 @@ def change_of(key, value):
 )
 def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, words, expected):
     no_val = tmp_path / "no_val"
-    shutil.copytree(demo, no_val)
+    with_own_lists(demo, no_val)
     (no_val / "split" / "val.txt").unlink()
     tables = {
         "format": 1,
@@ -556,7 +560,7 @@ def finished_run(tmp_path_factory, demo):
     folder = tmp_path_factory.mktemp("run")
     config = TrainConfig(
         data=str(demo),
-        backbone="resnet10t",
+        backbone="test_resnet",
         weights="none",
         trainable="head",
         image_size=32,
@@ -597,7 +601,7 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
     places["unfinished"] = tmp_path / "unfinished"
     shutil.copy(finished_run / "best.safetensors", places["unfinished"])
     for name in ("no_test", "other"):
-        shutil.copytree(demo, places[name])
+        with_own_lists(demo, places[name])
     (places["no_test"] / "split" / "test.txt").unlink()
     names = places["other"] / "split" / "list_attr_cloth.txt"
     names.write_text(names.read_text().replace("floral", "flowery"))

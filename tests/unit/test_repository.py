@@ -40,12 +40,12 @@ def test_imports_point_one_way(package):
         assert not used & FORBIDDEN[package], path
 
 
-@pytest.mark.parametrize("verb", ["submit", "status", "export", "search", "trials", "db"])
-def test_commands_start_without_torch(verb):
+def test_commands_start_without_torch():
     code = (
         "import sys; from search.cli import app\n"
-        f"try: app(['{verb}', '--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
+        "for verb in ['submit', 'status', 'export', 'search', 'trials', 'db']:\n"
+        "    try: app([verb, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
         "import search.study, search.slurm, dashboards.status, search.export\n"
         "assert not {'torch', 'timm', 'torchvision'} & sys.modules.keys()"
     )

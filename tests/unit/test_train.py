@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import time
 from dataclasses import replace
 
@@ -20,14 +21,64 @@ from trainer.predictions import Predictions
 from trainer.workspace import Workspace
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Prepared images, for all workspaces."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def workspace(tiny, tmp_path):
-    return Workspace(tiny, tmp_path / "cache")
+def workspace(tiny, cache):
+    return Workspace(tiny, cache)
 
 
 def curve(results):
     """All that must be equal: everything but the time and the memory."""
     return [replace(result, seconds=0.0, peak_memory=0) for result in results]
+
+
+@pytest.fixture(scope="module")
+def unbroken_curves(cache):
+    """Gives the curve of a configuration, trained once, in one go and in a workspace of its own."""
+    known = {}
+
+    def unbroken(config):
+        key = config.model_dump_json()
+        known[key] = known.get(key) or curve(train(config, Workspace(config, cache)))
+        return known[key]
+
+    return unbroken
+
+
+@pytest.fixture
+def unbroken(unbroken_curves, tiny):
+    """The curve of `tiny`."""
+    return unbroken_curves(tiny)
+
+
+@pytest.fixture
+def interrupted(interrupted_runs, tiny, tmp_path):
+    """Makes a folder with the checkpoints of a run of `tiny` that was left after so many epochs."""
+
+    def copy(epochs):
+        shutil.copytree(interrupted_runs(tiny, epochs), tmp_path / "run")
+        return Checkpoints(tmp_path / "run")
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def interrupted_runs(cache, tmp_path_factory):
+    known = {}
+
+    def run(config, epochs):
+        if epochs not in known:
+            known[epochs] = tmp_path_factory.mktemp("interrupted")
+            results = train(config, Workspace(config, cache), Checkpoints(known[epochs]))
+            assert len(list(itertools.islice(results, epochs))) == epochs
+        return known[epochs]
+
+    return run
 
 
 def test_the_reports_model_trains_17242394_parameters(tiny):
@@ -69,9 +120,9 @@ def test_only_the_tail_changes(tiny, workspace):
     assert {k for k in tail if k.endswith("weight")} <= set(changed)
 
 
-def test_training_batchnorm_updates_the_runs_own_trunk(tiny, tmp_path):
+def test_training_batchnorm_updates_the_runs_own_trunk(tiny, cache):
     config = tiny.model_copy(update={"frozen_batchnorm": "train"})
-    workspace = Workspace(config, tmp_path)
+    workspace = Workspace(config, cache)
     run = Run(config, workspace)
     list(turn([run]))
     mine, shared = run.trunk.state_dict(), workspace.trunk.state_dict()
@@ -80,21 +131,21 @@ def test_training_batchnorm_updates_the_runs_own_trunk(tiny, tmp_path):
     assert all("running" in name or "num_batches" in name for name in differing)
 
 
-def test_same_config_same_curve_other_seed_other_curve(tiny, workspace, tmp_path):
-    first = curve(train(tiny, workspace))
-    assert curve(train(tiny, workspace)) == first
-    other = tiny.model_copy(update={"seed": 1})
-    assert curve(train(other, Workspace(other, tmp_path / "cache"))) != first
+def test_same_config_same_curve_other_seed_other_curve(tiny, workspace, unbroken, unbroken_curves):
+    assert curve(train(tiny, workspace)) == unbroken
+    assert unbroken_curves(tiny.model_copy(update={"seed": 7})) != unbroken
 
 
 @pytest.mark.parametrize("frozen_batchnorm", ["eval", "train"])
-def test_a_run_resumed_after_every_epoch_equals_the_unbroken_one(tiny, tmp_path, frozen_batchnorm):
+def test_a_run_resumed_after_every_epoch_equals_the_unbroken_one(
+    tiny, cache, unbroken_curves, tmp_path, frozen_batchnorm
+):
     config = tiny.model_copy(update={"frozen_batchnorm": frozen_batchnorm})
-    unbroken = curve(train(config, Workspace(config, tmp_path / "cache")))
+    unbroken = unbroken_curves(config)
     checkpoints = Checkpoints(tmp_path / "run")
     for epoch in range(config.epochs):
         results = []
-        for result in train(config, Workspace(config, tmp_path / "cache"), checkpoints):
+        for result in train(config, Workspace(config, cache), checkpoints):
             results.append(result)
             if result.epoch == epoch:
                 break
@@ -108,24 +159,26 @@ def after(steps):
 
 
 @pytest.mark.parametrize("change", [{}, {"augment": "none"}, {"frozen_batchnorm": "train"}])
-def test_a_run_interrupted_inside_its_epochs_equals_the_unbroken_one(tiny, tmp_path, change):
+def test_a_run_interrupted_inside_its_epochs_equals_the_unbroken_one(
+    tiny, cache, unbroken_curves, tmp_path, change
+):
     # 10 steps an epoch, 8 a block: interrupted inside a block, at its end, and before an evaluation.
     config = tiny.model_copy(update={"batch_size": 32, "epochs": 2, **change})
-    unbroken = curve(train(config, Workspace(config, tmp_path / "cache")))
     checkpoints = Checkpoints(tmp_path / "run")
     lengths, names = [], []
     for steps in (3, 5, 1, 1, 4):
-        workspace = Workspace(config, tmp_path / "cache")
+        workspace = Workspace(config, cache)
         lengths.append(len(list(train(config, workspace, checkpoints, after(steps)))))
         names.append(max(path.name for path in (tmp_path / "run").glob("*.pt")))
     assert lengths == [0, 0, 0, 0, 1]
     steps = (3, 8, 9, 10, 14)
     assert names == [f"attempt-0001-epoch-{step // 11:04d}-step-{step:08d}.pt" for step in steps]
-    assert curve(train(config, Workspace(config, tmp_path / "cache"), checkpoints)) == unbroken
+    assert curve(train(config, Workspace(config, cache), checkpoints)) == unbroken_curves(config)
 
 
-def test_a_checkpoint_that_forgets_half_an_epochs_losses_gives_another_curve(tiny, workspace, tmp_path):
-    unbroken = curve(train(tiny, workspace))
+def test_a_checkpoint_that_forgets_half_an_epochs_losses_gives_another_curve(
+    tiny, workspace, unbroken, tmp_path
+):
     checkpoints = Checkpoints(tmp_path / "run")
     assert list(train(tiny, workspace, checkpoints, after(3))) == []
     state = checkpoints.latest()
@@ -165,10 +218,10 @@ def forget_weights(state, fresh):
 
 
 @pytest.mark.parametrize("forget", [forget_generator, forget_optimizer, forget_schedule, forget_weights])
-def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace, tmp_path, forget):
-    unbroken = curve(train(tiny, workspace))
-    checkpoints = Checkpoints(tmp_path / "run")
-    next(iter(train(tiny, workspace, checkpoints)))
+def test_a_checkpoint_that_forgets_anything_gives_another_curve(
+    tiny, workspace, unbroken, interrupted, forget
+):
+    checkpoints = interrupted(1)
     state = checkpoints.latest()
     forget(state, Run(tiny, workspace).state())
     checkpoints.save(1, 5, state)
@@ -181,11 +234,8 @@ def test_a_checkpoint_that_forgets_anything_gives_another_curve(tiny, workspace,
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no digest", "digest"])
-def test_a_damaged_checkpoint_does_not_count(tiny, workspace, tmp_path, damage):
-    unbroken = curve(train(tiny, workspace))
-    checkpoints = Checkpoints(tmp_path / "run")
-    run = iter(train(tiny, workspace, checkpoints))
-    next(run), next(run)
+def test_a_damaged_checkpoint_does_not_count(interrupted, tmp_path, damage):
+    checkpoints = interrupted(2)
     before, path = sorted((tmp_path / "run").glob("*.pt"))
     data = path.read_bytes()
     if damage == "no digest":
@@ -200,30 +250,41 @@ def test_a_damaged_checkpoint_does_not_count(tiny, workspace, tmp_path, damage):
     assert path.with_name(path.name + ".damaged").exists() == (damage != "no digest")
     before.write_bytes(b"")
     assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_run_with_damaged_checkpoints_goes_on_where_it_can(
+    tiny, workspace, unbroken, interrupted, tmp_path, damaged
+):
+    """From the one before, or anew if no checkpoint is whole."""
+    checkpoints = interrupted(2)
+    for path in sorted((tmp_path / "run").glob("*.pt"))[-damaged:]:
+        path.write_bytes(b"")
     assert curve(train(tiny, workspace, checkpoints)) == unbroken
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tiny, workspace, tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run")
-    next(iter(train(tiny, workspace, checkpoints)))
+def test_a_checkpoint_of_another_configuration_is_refused(tiny, workspace, interrupted):
+    checkpoints = interrupted(1)
     other = tiny.model_copy(update={"lr": 0.5})
     with pytest.raises(CheckpointError, match=r"lr = 0.001, this run has 0.5"):
         next(iter(train(other, workspace, checkpoints)))
 
 
-def test_unaugmented_training_uses_its_features_again(tiny, tmp_path):
+def test_unaugmented_training_uses_its_features_again(tiny, cache):
     config = tiny.model_copy(update={"augment": "none"})
-    workspace = Workspace(config, tmp_path)
+    workspace = Workspace(config, cache)
     first = curve(train(config, workspace))
     assert len(workspace._constant["train"]) == 300
     assert curve(train(config, workspace)) == first
 
 
 @pytest.mark.parametrize("augment", ["none", "report"])
-def test_features_that_do_not_fit_are_made_again_with_the_same_result(tiny, tmp_path, augment):
+def test_features_that_do_not_fit_are_made_again_with_the_same_result(
+    tiny, cache, unbroken_curves, augment
+):
     config = tiny.model_copy(update={"augment": augment, "train_images": 70})
-    first = curve(train(config, Workspace(config, tmp_path)))
-    workspace = Workspace(config, tmp_path)
+    first = unbroken_curves(config)
+    workspace = Workspace(config, cache)
     workspace._cache_bytes = 1000
     again = curve(train(config, workspace))
     assert not any(features is not None for features in workspace._constant.values())
@@ -238,15 +299,26 @@ def test_a_stage_that_does_not_exist_is_refused(tiny):
         load_backbone(tiny).split("layer9")
 
 
+def first_images(data, folder, **counts):
+    """A dataset of the first images of each split; the images themselves are not copied."""
+    (folder / "split").mkdir(parents=True)
+    (folder / "img").symlink_to(data / "img")
+    shutil.copy(data / "split" / "list_attr_cloth.txt", folder / "split")
+    for split, count in counts.items():
+        for name in (f"{split}.txt", f"{split}_attr.txt"):
+            lines = (data / "split" / name).read_text().splitlines(keepends=True)
+            (folder / "split" / name).write_text("".join(lines[:count]))
+    return str(folder)
+
+
 def test_real_weights_learn_on_the_real_data(real_data, real_weights, tiny, tmp_path):
     config = tiny.model_copy(
         update={
-            "data": str(real_data),
+            "data": first_images(real_data, tmp_path / "data", train=1500, val=400),
             "backbone": "tf_efficientnet_lite0",
             "weights": str(real_weights),
             "trainable": "head",
             "image_size": 64,
-            "train_images": 1500,
             "augment": "none",
             "epochs": 6,
             "weight_decay": 1e-5,
@@ -258,11 +330,12 @@ def test_real_weights_learn_on_the_real_data(real_data, real_weights, tiny, tmp_
     assert results[-1].images == 1500
 
 
-def test_predictions_are_those_of_every_epoch_also_after_a_resume(tiny, workspace, tmp_path):
+def test_predictions_are_those_of_every_epoch_also_after_a_resume(
+    tiny, workspace, unbroken, interrupted, tmp_path
+):
     sizes = workspace.sizes
-    whole = [result.predictions for result in train(tiny, workspace)]
-    checkpoints = Checkpoints(tmp_path / "run")
-    assert len(list(itertools.islice(train(tiny, workspace, checkpoints), 2))) == 2
+    whole = [result.predictions for result in unbroken]
+    checkpoints = interrupted(2)
     results = list(train(tiny, workspace, checkpoints))
     joined = Predictions.join([result.predictions for result in results])
     for epoch, (result, expected) in enumerate(zip(results, whole, strict=True)):
@@ -287,16 +360,15 @@ def test_predictions_are_those_of_every_epoch_also_after_a_resume(tiny, workspac
     assert all(np.array_equal(vars(loaded)[name], vars(joined)[name]) for name in vars(joined))
 
 
-def test_two_seeds_in_one_workspace_are_as_each_in_its_own(tiny, workspace, tmp_path):
+def test_two_seeds_in_one_workspace_are_as_each_in_its_own(tiny, workspace, unbroken, unbroken_curves):
     other = tiny.model_copy(update={"seed": 7})
-    alone = curve(train(other, Workspace(other, tmp_path / "cache")))
-    assert curve(train(other, workspace)) == alone
-    assert curve(train(tiny, workspace)) != alone
+    assert curve(train(tiny, workspace)) == unbroken
+    assert curve(train(other, workspace)) == unbroken_curves(other) != unbroken
 
 
-def test_training_on_both_splits_validates_nothing(tiny, demo, tmp_path):
+def test_training_on_both_splits_validates_nothing(tiny, demo, cache, tmp_path):
     config = tiny.model_copy(update={"train_on": "train+val", "epochs": 2})
-    workspace = Workspace(config, tmp_path / "cache")
+    workspace = Workspace(config, cache)
     checkpoints = Checkpoints(tmp_path / "run")
     results = list(train(config, workspace, checkpoints))
     assert [result.images for result in results] == [380, 380]  # 300 and 80
@@ -309,21 +381,18 @@ def test_training_on_both_splits_validates_nothing(tiny, demo, tmp_path):
     assert [r.train_loss for r in again] == [r.train_loss for r in results]
 
 
-def test_a_mirror_image_has_its_say(tiny, workspace, tmp_path):
+def test_a_mirror_image_has_its_say(tiny, workspace, cache, tmp_path):
     files = ModelFiles(tmp_path / "run", workspace.dataset)
     list(train(tiny, workspace, keep=files.keep))
     model, dataset = SavedModel(tmp_path / "run" / "last.safetensors"), workspace.dataset
-    one, both = (
-        model.predict(dataset, dataset.split("train"), tmp_path / "cache", flip)
-        for flip in (False, True)
-    )
+    one, both = (model.predict(dataset, dataset.split("train"), cache, flip) for flip in (False, True))
     assert 0.5 < (one == both).mean() < 1
 
 
 @pytest.mark.parametrize("frozen_batchnorm", ["eval", "train"])
-def test_a_model_file_predicts_what_the_run_predicted(tiny, tmp_path, frozen_batchnorm):
+def test_a_model_file_predicts_what_the_run_predicted(tiny, cache, tmp_path, frozen_batchnorm):
     config = tiny.model_copy(update={"frozen_batchnorm": frozen_batchnorm})
-    workspace = Workspace(config, tmp_path / "cache")
+    workspace = Workspace(config, cache)
     files = ModelFiles(tmp_path / "run", workspace.dataset)
     results = list(train(config, workspace, keep=files.keep))
     accuracies = [result.val_accuracy for result in results]
@@ -332,7 +401,7 @@ def test_a_model_file_predicts_what_the_run_predicted(tiny, tmp_path, frozen_bat
         assert model.config == config
         assert (model.description.epoch, model.description.val_accuracy) == (epoch, accuracies[epoch])
         dataset = workspace.dataset
-        classes = model.predict(dataset, dataset.split("val"), tmp_path / "cache")
+        classes = model.predict(dataset, dataset.split("val"), cache)
         assert np.array_equal(classes, results[epoch].predictions.classes[0])
 
 
@@ -394,9 +463,10 @@ def test_the_trunk_that_runs_has_no_batchnorm_left_and_says_the_same(tiny, backb
         assert (folded(images) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_a_compiled_network_learns_the_same_but_for_rounding(tiny, tmp_path):
-    uncompiled = tiny.model_copy(update={"epochs": 2})
-    plain = list(train(uncompiled, Workspace(uncompiled, tmp_path)))
+def test_a_compiled_network_learns_the_same_but_for_rounding(tiny, unbroken_curves, tmp_path):
+    # One batch an epoch: each shape is compiled for itself, which takes seconds.
+    uncompiled = tiny.model_copy(update={"epochs": 2, "train_images": 64})
+    plain = unbroken_curves(uncompiled)
     config = uncompiled.model_copy(update={"compile": "network"})
     workspace = Workspace(config, tmp_path)
     first = list(train(config, workspace))
