@@ -2,17 +2,18 @@
 PYTHON ?= python3
 DATA ?= demo-data
 WORKERS ?= 2
-SECONDS ?= 600
+SECONDS ?= 90
 ROUNDS ?= 1
 RUNS ?= 100000
 BIN := .venv/bin
+SLOWEST := --durations=10 --durations-min=1
 
 .PHONY: help venv search test test-browser test-cluster chaos fuzz check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
 	@echo "make test-browser   those in a real Chromium"
-	@echo "make test-cluster   those on a real SLURM: half an hour, as root, with SLURM installed"
+	@echo "make test-cluster   those on a real SLURM, as root, with SLURM installed"
 	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
 	@echo "              then what holds is checked. As root with a full disk and a second host"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
@@ -38,13 +39,15 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	@echo "(atelier is $(BIN)/atelier, until you say: export PATH=\$$PWD/$(BIN):\$$PATH)"
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/integration tests/chaos tests/fuzz
+	@echo "Running the tests in two processes; a dot is a passed test. The first ones take a minute ..."
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(SLOWEST) \
+		tests/unit tests/integration tests/chaos tests/fuzz
 
 test-browser: venv
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest $(SLOWEST) tests/browser
 
 test-cluster: venv
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest --numprocesses 6 --maxschedchunk 1 $(SLOWEST) tests/cluster
 
 chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)

@@ -296,7 +296,9 @@ class EmbeddedPostgres:
             server = psutil.Process(int(self._pid_file()[0]))
             if server.name() == "postgres":  # dying, it has no folder any more
                 family.append(server)
-        psutil.wait_procs(family, timeout=10)
+        deadline = time.monotonic() + 10
+        while any(map(_is_alive, family)) and time.monotonic() < deadline:
+            time.sleep(0.05)
         if not any(self._serves(process) for process in family):
             self._remove_strangers_locks()
 
@@ -442,6 +444,14 @@ class EmbeddedPostgres:
             )
             output.seek(0)
             return subprocess.CompletedProcess(command, code, output.read())
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it may still hold something; a zombie, for which nobody has waited yet, holds nothing."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _last(text: str) -> str:

@@ -107,12 +107,6 @@ def tiny(demo: Path) -> TrainConfig:
     )
 
 
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`atelier search` in this process keeps its folder from Python's path; later tests need theirs."""
-    monkeypatch.setenv("PYTHONSAFEPATH", "")
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL for all tests of this process. Its data need not outlive the machine."""

@@ -315,7 +315,7 @@ def wait_for(condition, what, campaign, seconds=600):
 def campaign(slurm, server, demo, slow_python, tmp_path, monkeypatch, request):
     """Makes a study file, with the environment of a user of the cluster.
 
-    With `step_seconds` its jobs run `slow_worker`. When the drill has ended, no worker may be left.
+    With `step_seconds` its jobs run `slow_worker`. When the drill has ended, no process may be left.
     """
     monkeypatch.setenv("ATELIER_HOME", str(server.home))
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
@@ -335,7 +335,7 @@ def campaign(slurm, server, demo, slow_python, tmp_path, monkeypatch, request):
         return Campaign(name, tmp_path, server.home, engine, python)
 
     yield make
-    left = workers_of(tmp_path)
+    left = processes_in(tmp_path)
     engine.dispose()
     gc.collect()  # closes the connections of the verbs
     subprocess.run(["scancel", "--signal=KILL", "--full", f"--user={os.environ.get('USER', 'root')}"])
@@ -343,8 +343,7 @@ def campaign(slurm, server, demo, slow_python, tmp_path, monkeypatch, request):
     assert left == [], "they train on without a job"
 
 
-def workers_of(folder):
-    """The processes that work at a study in this folder."""
-    every = psutil.process_iter(["cmdline"])
-    words = [(process, process.info["cmdline"] or []) for process in every]
-    return [p for p, cmdline in words if "worker" in cmdline and cmdline[-1].startswith(str(folder))]
+def processes_in(folder):
+    """What works in this folder, as a study's jobs do: workers, and the long run."""
+    every = psutil.process_iter(["cwd"])
+    return [process for process in every if (process.info["cwd"] or "").startswith(str(folder))]

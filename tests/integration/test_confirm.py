@@ -5,12 +5,14 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+import search.launch
 from search.cli import app
 from storage.ledger import study_entry
 from storage.runs import RunFolder
@@ -18,33 +20,71 @@ from tests.conftest import STUDY, copied_database
 from trainer.predictions import Predictions
 
 
+class Stage(NamedTuple):
+    """What a command has left: the name of the database, the folder, and what it said."""
+
+    database: str
+    folder: Path
+    said: str
+
+
 @pytest.fixture(scope="module")
-def search_once(server, template, demo, tmp_path_factory):
-    """The name of the database, and the folder, of a study with three complete trials."""
-    folder = tmp_path_factory.mktemp("searched")
-    (folder / "study.toml").write_text(STUDY.format(name="tiny", trials=3, size=32, epochs=3, data=demo))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATELIER_DATABASE_URL", copied_database(server, "searched", template))
-        patch.setenv("ATELIER_HOME", str(folder / "home"))
-        patch.chdir(folder)
-        result = CliRunner().invoke(app, ["search", "study.toml"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return "searched", folder
+def after(server, template, tmp_path_factory):
+    """Runs a command in a new folder, or in a copy of what another command has left."""
+
+    def run(before, name, *words, study=""):
+        folder = tmp_path_factory.mktemp(name)
+        if before is None:
+            (folder / "study.toml").write_text(study)
+        else:
+            shutil.copytree(before.folder, folder, dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            original = before.database if before else template
+            patch.setenv("ATELIER_DATABASE_URL", copied_database(server, name, original))
+            patch.setenv("ATELIER_HOME", str(folder / "home"))
+            patch.setattr(search.launch, "POLL_SECONDS", 0.1)
+            patch.chdir(folder)
+            result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return Stage(name, folder, result.output)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def search_stage(after, demo):
+    study = STUDY.format(name="tiny", trials=3, size=32, epochs=2, data=demo)
+    return after(None, "searched", "search", "study.toml", study=study)
+
+
+@pytest.fixture(scope="module")
+def confirm_stage(after, search_stage):
+    words = ("confirm", "study.toml", "--top", "2", "--seeds", "2")
+    return after(search_stage, "confirmed", *words)
 
 
 @pytest.fixture
-def prepared_url(server, database_name, search_once, monkeypatch):
-    """A copy of its database of this test's own."""
-    text = copied_database(server, database_name, search_once[0])
-    monkeypatch.setenv("ATELIER_DATABASE_URL", text)
-    return text
+def take_over(atelier, server, database_name, tmp_path):
+    """Gives this test a copy of what a stage has left. Returns the command."""
+
+    def take(stage):
+        copied_database(server, database_name, stage.database)
+        shutil.copytree(stage.folder, tmp_path, dirs_exist_ok=True)
+        return atelier
+
+    return take
 
 
 @pytest.fixture
-def searched(atelier, search_once, tmp_path):
-    """Runs the command beside the study, its results and a run folder of the test's own."""
-    shutil.copytree(search_once[1], tmp_path, dirs_exist_ok=True)
-    return atelier
+def searched(take_over, search_stage):
+    """The command beside a study with three complete trials."""
+    return take_over(search_stage)
+
+
+@pytest.fixture
+def confirmed(take_over, confirm_stage):
+    """The command beside a study whose best two trials ran again with two seeds."""
+    return take_over(confirm_stage)
 
 
 def confirmation(atelier):
@@ -57,15 +97,13 @@ def trials(atelier, tmp_path, name):
         return list(csv.DictReader(file))
 
 
-def test_the_leaders_run_again_with_the_same_fresh_seeds(searched, tmp_path, monkeypatch):
-    atelier = searched
+def test_the_leaders_run_again_with_the_same_fresh_seeds(
+    confirmed, confirm_stage, tmp_path, monkeypatch
+):
+    atelier = confirmed
     ranked = sorted(trials(atelier, tmp_path, "tiny"), key=lambda row: -float(row["value"]))
     leaders = [int(row["number"]) for row in ranked[:2]]
-    error = atelier("confirm", "tiny", "--show", code=2).stderr
-    assert "nothing of study 'tiny' is confirmed yet" in error
-    shown = atelier("confirm", "study.toml", "--top", "2", "--seeds", "2").stdout
-    assert "is expected to be too high by" in shown
-
+    assert "is expected to be too high by" in confirm_stage.said
     reruns = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in reruns] == ["complete"] * 4
     pairs = [(int(row["candidate"]), int(row["seed"])) for row in reruns]
@@ -116,9 +154,8 @@ def turn_wrong(*paths):
         Predictions(predictions.labels, classes, predictions.log_probs).save(path)
 
 
-def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searched, engine, tmp_path):
-    atelier = searched
-    atelier("confirm", "tiny", "--top", "2", "--seeds", "2")
+def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirmed, engine, tmp_path):
+    atelier = confirmed
     entry = study_entry(engine, "tiny-confirm")
     folder = RunFolder(entry.name, entry.created)
     [loser, winner] = (one["number"] for one in entry.settings["confirms"]["candidates"])
@@ -176,11 +213,9 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(searche
     assert [row["state"] for row in rows] == ["pruned", "complete"]
 
 
-def test_reruns_that_fail_bar_a_win(searched, engine, tmp_path):
+def test_reruns_that_fail_bar_a_win(confirmed, engine, tmp_path):
     """Whose reruns diverge must not win by the seeds that are left, nor by having no rivals left."""
-    atelier = searched
-    assert "only 3 complete trials" in atelier("confirm", "tiny", "--top", "4", code=2).stderr
-    atelier("confirm", "tiny", "--top", "2", "--seeds", "2")
+    atelier = confirmed
     entry = study_entry(engine, "tiny-confirm")
     [first, second] = (one["number"] for one in entry.settings["confirms"]["candidates"])
     with engine.begin() as connection:  # the second's last rerun diverged
@@ -199,6 +234,9 @@ def test_reruns_that_fail_bar_a_win(searched, engine, tmp_path):
 
 
 def test_an_unconfirmed_export_says_so(searched, tmp_path):
+    error = searched("confirm", "tiny", "--show", code=2).stderr
+    assert "nothing of study 'tiny' is confirmed yet" in error
+    assert "only 3 complete trials" in searched("confirm", "tiny", "--top", "4", code=2).stderr
     said = searched("export", "tiny").stderr
     assert said.startswith("warning: ")
     assert "unconfirmed" in said

@@ -47,6 +47,7 @@ def start(tmp_path, study_file, environment):
 
     def start_worker(name):
         output = tmp_path / f"{len(processes)}.log"
+        output.touch()
         process = forking.start(work, [study_file(name)], environment=environment, output=output)
         process.output = output
         processes.append(process)

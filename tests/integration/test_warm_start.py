@@ -55,7 +55,7 @@ def test_of_two_commands_that_make_a_study_at_once_the_first_says_where_it_begin
     make_worker, monkeypatch
 ):
     add(make_worker("study.max_trials=99"), 0.5, lr=1.2e-3, batch_size=32)
-    note = "search.study.leave_note"
+    note = "dashboards.note.leave_note"
 
     def meanwhile(study):
         monkeypatch.setattr(note, lambda _: None)
