@@ -81,15 +81,15 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start,
 
 
 def test_the_schedule_is_stretched_and_that_is_said(config, atelier, tmp_path):
-    text = config.read_text().replace("image_size = 96", "image_size = 32\ntrain_images = 64")
-    config.write_text(text)  # 4 epochs of 2 steps, 1 of them warm-up
+    text = config.read_text().replace("image_size = 96", "image_size = 32")
+    config.write_text(text)  # 4 epochs, 1 of them warm-up
     result = atelier("train", "c.toml", "--epochs", "8", "--run", "long")
     [note] = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert "stretched from 4 to 8 epochs, its warm-up from 1 to 2 epochs" in note
     rates = [float(line.split("lr ")[1].split()[0]) for line in result.stdout.splitlines()]
     assert len(rates) == 8
     assert max(rates) == rates[1]
-    assert rates[1] == pytest.approx(0.001 * (4 - 1) / 4, rel=0.01)
+    assert rates[1] == pytest.approx(0.001 * (20 - 1) / 20, rel=0.01)
     kept = atelier("train", "c.toml", "--epochs", "8", "--warmup-epochs", "1", "--run", "short")
     assert "note:" not in kept.stderr
 
