@@ -81,8 +81,12 @@ def slurm(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-        yield folder
-        subprocess.run([SLURM, "down", folder], check=True)
+        # In a session of its own: it comes down even if pytest is interrupted or killed.
+        command = [SLURM, "down", folder, "--at-eof"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as down:
+            yield folder
+            down.communicate()
+        assert down.returncode == 0
 
 
 @pytest.fixture(scope="session")

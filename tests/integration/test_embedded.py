@@ -115,8 +115,8 @@ def test_a_killed_user_does_not_keep_it_alive(used_home, user):
     assert not server.is_running()
 
 
-def test_start_keeps_it_and_stop_ends_it(home):
-    server = EmbeddedPostgres(home)
+def test_start_keeps_it_and_stop_ends_it(used_home):
+    server = EmbeddedPostgres(used_home)
     url = server.start()
     server.acquire()
     server.release()
