@@ -40,7 +40,7 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 
 test: venv
 	@echo "Running the tests in two processes; a dot is a passed test. The first ones take a minute ..."
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(SLOWEST) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(SLOWEST) \
 		tests/unit tests/integration tests/chaos tests/fuzz
 
 test-browser: venv

@@ -2,5 +2,4 @@
 
 from search.cli import main
 
-if __name__ == "__main__":  # processes that are forked import it too
-    main()
+main()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from search.study import StudyFile
     from storage.ledger import StudyEntry
     from trainer.config import TrainConfig
+    from trainer.dataset import Dataset
 
 app = typer.Typer(
     help="Hyperparameter search for a fashion-attribute model.",
@@ -89,10 +90,6 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
-        from search import forking
-
-        forking.start_server()  # imports torch, beside this process, which needs none
-        from search.launch import rehearse
         from search.study import open_study
         from storage import database
 
@@ -100,7 +97,7 @@ def search(
         _check_export(output)
         _check_pack(pack, workers)
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
-        dataset = rehearse(file)
+        dataset = _rehearse(file)
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
@@ -123,6 +120,17 @@ def search(
             return
         say("not finished; the same command goes on where it stopped")
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
+
+
+def _rehearse(file: "StudyFile") -> "Dataset":
+    from search.forking import CallFailedError
+    from search.launch import rehearse
+
+    try:
+        return rehearse(file)
+    except CallFailedError as error:
+        say(f"error: {error}")
+        raise typer.Exit(ExitCode.FAILED) from None
 
 
 def _run_here(
@@ -283,7 +291,6 @@ def confirm(
 
         from search import slurm
         from search.confirmation import plan, read_confirmation, render
-        from search.launch import rehearse
         from search.study import InputError, open_study
         from storage import database
 
@@ -302,7 +309,7 @@ def confirm(
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
-            dataset = rehearse(file)
+            dataset = _rehearse(file)
             _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)

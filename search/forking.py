@@ -1,21 +1,25 @@
 """Processes that begin at once: forked by a server that has imported torch, timm and Optuna.
 
 Those imports take seconds. The standard library's fork server pays for them once, and what it forks
-shares the memory of it. It starts no thread and touches no GPU, so its children are as good as new.
+shares the memory of it. It runs no thread of Python's and touches no GPU, so a child is as good as new.
 """
 
 import multiprocessing
 import os
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing import forkserver
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-LONGEST_SOCKET_FOLDER = 75  # bytes; what the fork server adds to it must stay below the kernel's 107
+LONGEST_SOCKET_FOLDER = 75  # bytes; with what the fork server adds, it must be within the kernel's 107
+# Ctrl-C, and what ends a whole job: for this process, which passes it on. The server only forks.
+NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM}
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["search.preload"])
@@ -29,8 +33,8 @@ def start_server() -> None:
     )
     if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"
-    # Ctrl-C in the terminal is for this process alone, also while the server is starting.
-    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # else the server's start does it, which unblocks the signals
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_SERVER)
     try:
         forkserver.ensure_running()
     finally:
@@ -59,19 +63,24 @@ def _run(
     environment: dict[str, str],
     output: str,
 ) -> None:
-    os.setsid()
+    _leave_group()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     target(*arguments)
 
 
+def _leave_group() -> None:
+    """Signals to the terminal's or the job's processes do not come here; those to this one do."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_SERVER)
+
+
 class CallFailedError(RuntimeError):
-    """The process of a call was killed; the message is one line."""
+    """The process of a call has ended without an answer; the message is one line."""
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
@@ -88,31 +97,34 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
         result, error = receiver.recv()
     except EOFError:
         process.join()
+        memory = "; is there enough memory?" if process.exitcode == -signal.SIGKILL else ""
         raise CallFailedError(
-            f"the process that had to {function.__name__} was killed ({_end(process)}); is there enough "
-            "memory?"
+            f"the process of {function.__name__} has ended with {process.exitcode}{memory}"
         ) from None
     except KeyboardInterrupt:
-        os.kill(process.pid or 0, signal.SIGINT)  # it cleans up
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, signal.SIGINT)  # it cleans up
+        try:
+            process.join()
+        except KeyboardInterrupt:
+            process.kill()
         raise
     finally:
-        process.join()
         receiver.close()
+    process.join()
     if error is not None:
         raise error
     return result
 
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        sender.send((function(*arguments), None))
-    except KeyboardInterrupt:
-        pass  # the caller was interrupted, and does not wait for the answer
-    except Exception as error:  # the caller's to judge
-        sender.send((None, error))
-
-
-def _end(process: ForkServerProcess) -> str:
-    code = process.exitcode or 0
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    _leave_group()
+    # The caller that was interrupted, or killed, does not wait for the answer.
+    with suppress(KeyboardInterrupt, BrokenPipeError):
+        answer: tuple[Any, Exception | None]
+        try:
+            answer = function(*arguments), None
+        except Exception as error:  # the caller's to judge
+            error.add_note(traceback.format_exc())
+            answer = None, error
+        sender.send(answer)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -17,7 +18,7 @@ from search import forking
 from search.exit_codes import ExitCode
 from search.study import StudyFile
 from storage.database import home
-from storage.embedded import EmbeddedPostgres
+from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.runs import RunFolder, image_cache
 from trainer.allocation import cpu_count
 from trainer.config import TrainConfig
@@ -33,17 +34,18 @@ def rehearse(file: StudyFile) -> Dataset:
     Returns the dataset. Raises DatasetError, ModelError, CallFailedError.
     """
     dataset = read_dataset(file.shared.data)
-    import dashboards.note  # noqa: F401  # takes a second, which is free while the server imports
+    forking.start_server()  # imports torch, beside this process, which needs none
+    import dashboards.note  # noqa: F401  # of a new study; it takes a second, which is free meanwhile
 
-    forking.call(prepare, file.shared, image_cache())
+    forking.call(preparation, file.shared, image_cache())
     return dataset
 
 
-def prepare(config: TrainConfig, cache: Path) -> None:
-    """What `rehearse` does in a process of its own."""
-    from trainer.workspace import rehearse
+def preparation(config: TrainConfig, cache: Path) -> None:
+    """What `rehearse` has done in a process of its own."""
+    from trainer.workspace import prepare
 
-    rehearse(config, cache)
+    prepare(config, cache)
 
 
 def work(arguments: list[str]) -> None:
@@ -53,7 +55,8 @@ def work(arguments: list[str]) -> None:
     try:
         main(["worker", *arguments])
     finally:
-        EmbeddedPostgres(home()).release()  # multiprocessing leaves out what atexit would do
+        with suppress(EmbeddedPostgresError):  # the exit code says more
+            EmbeddedPostgres(home()).release()  # multiprocessing leaves out what atexit would do
 
 
 class WorkersFailedError(RuntimeError):
@@ -121,6 +124,7 @@ class LocalSearch:
     def _start(self, number: int) -> _Slot:
         log = self._runs.logs / f"worker-{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()  # what fails is told here, and not in the worker
         environment = {
             **os.environ,
             "ATELIER_CPUS": str(max(cpu_count() // self._n_workers, 1)),

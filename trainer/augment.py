@@ -206,7 +206,7 @@ class Augmentation:
             return self._augmented(images, draws, one_by_one=False)
         pixels = CACHED_PIXELS * (1 if self._compiled else 1 / TEMPORARIES)
         images_at_once = max(round(pixels / images[0, 0].numel()), 1)
-        # A few images would nearly all be alone in their groups, which only spare calls.
+        # Groups pay only where several images share a step.
         one_by_one = self._compiled or images_at_once < len(STEPS) ** 2
         starts = range(0, len(images), images_at_once)
         parts = [slice(start, start + images_at_once) for start in starts]

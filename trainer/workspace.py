@@ -112,7 +112,7 @@ class Workspace(Runtime):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
 
-def rehearse(config: TrainConfig, cache: Path) -> None:
+def prepare(config: TrainConfig, cache: Path) -> None:
     """Prepare the images and build the network once, on the CPU, for the errors that this brings.
 
     Raises DatasetError, ModelError.

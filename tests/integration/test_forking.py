@@ -92,9 +92,35 @@ def test_a_process_sees_that_its_starter_was_killed(tmp_path):
         time.sleep(0.01)
 
 
+def test_a_signal_to_the_whole_group_leaves_the_server(tmp_path):
+    """As SLURM and `timeout` send it: the starter goes on, and still hears how its processes end."""
+    spawn = multiprocessing.get_context("spawn")
+    starter = spawn.Process(target=hears_of_its_processes, args=(tmp_path / "log",))
+    starter.start()
+    starter.join()
+    assert starter.exitcode == 0
+
+
+def hears_of_its_processes(log):
+    os.setsid()
+    heard = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: heard.append(number))
+    forking.start_server()
+    os.killpg(0, signal.SIGINT)  # while it imports
+    process = forking.start(sleeps, environment={}, output=log)
+    os.killpg(0, signal.SIGTERM)
+    assert heard == [signal.SIGINT, signal.SIGTERM]
+    assert process.is_alive()
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert forking.call(os.path.join, "a", "b") == "a/b"
+
+
 def test_a_call_returns_or_raises_what_the_function_does():
     assert forking.call(os.path.join, "a", "b") == "a/b"
     with pytest.raises(DatasetError, match="no images"):
         forking.call(refuse, "images")
-    with pytest.raises(forking.CallFailedError, match=r"had to killed was killed \(SIGKILL\)"):
+    with pytest.raises(forking.CallFailedError, match="process of killed has ended with -9; is there"):
         forking.call(killed)
