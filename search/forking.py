@@ -28,9 +28,8 @@ context.set_forkserver_preload(["search.preload"])
 def start_server() -> None:
     """Begin with the imports, beside whatever this process does next. Nothing to do if it runs."""
     folder, safe = tempfile.gettempdir(), os.environ.get("PYTHONSAFEPATH", "")
-    os.environ["PYTHONSAFEPATH"] = (
-        "1"  # a folder named search, where the user stands, is not this package
-    )
+    # A folder named search, where the user stands, is not this package.
+    os.environ["PYTHONSAFEPATH"] = "1"
     if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"
     resource_tracker.ensure_running()  # else the server's start does it, which unblocks the signals
@@ -92,6 +91,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
+    assert process.pid is not None  # it has started
     sender.close()
     try:
         result, error = receiver.recv()
@@ -103,7 +103,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
         ) from None
     except KeyboardInterrupt:
         with suppress(ProcessLookupError):
-            os.kill(process.pid or 0, signal.SIGINT)  # it cleans up
+            os.kill(process.pid, signal.SIGINT)  # it cleans up
         try:
             process.join()
         except KeyboardInterrupt:

@@ -285,7 +285,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)], check=True)
     try:
         yield path
-    except BaseException:
+    except BaseException:  # also sys.exit, by which a violation ends the run
         shutil.copytree(path, path.with_suffix(".kept"), symlinks=True, ignore=_sockets)
         raise
     finally:

@@ -87,7 +87,7 @@ def _be_fuzzed(readers: Readers, name: str, options: list[str], output: Path) ->
         readers.try_inputs(name, options, MEGABYTES)
     except SystemExit:
         pass  # how atheris ends after a fault, which it has told
-    except BaseException:
+    except BaseException:  # nothing may leave this fork but by the exit below
         traceback.print_exc()
     sys.stderr.flush()
     # C's exit, in which libFuzzer keeps the input. Python's would also end what is the parent's to end.
