@@ -129,6 +129,7 @@ class Status:
     overdue_seconds: float | None  # since the end of the oldest lease whose trial nobody has taken over
     disk_bytes: int | None = None  # of its run folder
     tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if it does not answer
+    tasks_problem: str | None = None  # why these may not be all
 
     @property
     def finished(self) -> int:
@@ -548,11 +549,15 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines: list[RenderableType] = [Text(), table] if status.workers else []
     if status.array_jobs:
-        tasks = "does not answer"
+        tasks = "not understood, or no answer"
         if status.tasks is not None:
             states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
             tasks = ", ".join(states) or "no task known any more"
         lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks}"))
+        if status.tasks_problem is not None:
+            lines.append(
+                Text(f"of SLURM's tasks not all may be counted: {status.tasks_problem}", "yellow")
+            )
     if status.overdue_seconds is not None:
         ago = duration(status.overdue_seconds)
         lines.append(

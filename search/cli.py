@@ -207,8 +207,9 @@ def worker_(
         import multiprocessing
 
         import search.preload  # noqa: F401  # quicker than one by one
-        from search import slurm
         from search.confirmation import ConfirmationFile, cannot_win
+        from search.slurm.job import own_job
+        from search.slurm.queue import judge
         from search.study import open_study
         from search.worker import Worker
         from storage import database
@@ -220,7 +221,7 @@ def worker_(
 
         file = _worker_file(study, data, weights, set_)
         wanted = _pack(pack)
-        wall_end = slurm.wall_end()
+        job = own_job()
         prepare_process()
         workspace = Workspace(file.shared, image_cache())
         owner = database.connect(patience=database.PATIENCE)
@@ -228,15 +229,15 @@ def worker_(
         engine, storage, _ = database.for_worker(owner)
         owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)
-        ledger = Ledger(engine, storage, entry.study_id, judge=slurm.judge)
+        ledger = Ledger(engine, storage, entry.study_id, judge=judge, job=job.columns() if job else None)
         runs = RunFolder(entry.name, entry.created).make()
         together = wanted or pack_that_fits(file.largest, workspace)
         logging.info("trials at once: %d", together)
-        worker = Worker(file, opened, ledger, workspace, runs, wall_end, together)
+        worker = Worker(file, opened, ledger, workspace, runs, job.end if job else None, together)
         if isinstance(file, ConfirmationFile):
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
-        if multiprocessing.parent_process() is None:  # else the task is the search's, not ours
-            worker.requeue = slurm.requeue_own_job
+        if job and multiprocessing.parent_process() is None:  # else the task is the search's, not ours
+            worker.requeue = job.requeue
         end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
         if end == ExitCode.WALL_TIME and not worker.made_progress:
@@ -289,8 +290,8 @@ def confirm(
 
         from rich.console import Console
 
-        from search import slurm
         from search.confirmation import plan, read_confirmation, render
+        from search.slurm.submit import submit_study
         from search.study import InputError, open_study
         from storage import database
 
@@ -304,8 +305,8 @@ def confirm(
             _check_pack(pack, 1 if submit else workers)
             arguments = [*_repeat(data, weights, None, pack), "--", file.study.name]
             if submit:
-                job = slurm.submit_study(file, profile or "tuning", array or "0-7%4", arguments)
-                typer.echo(f"job {job}")
+                job = submit_study(file, profile or "tuning", array or "0-7%4", arguments)
+                typer.echo(f"job {_shown(job)}")
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
@@ -341,16 +342,19 @@ def submit(
 ) -> None:
     """Start workers as a SLURM array job, after checking what would fail in the queue."""
     with errors_in_one_line():
-        from search import slurm
+        from search.slurm.script import array_script
+        from search.slurm.submit import about_environment, submit_study
 
         file = _load(study, data, weights, set_)
         _check_pack(pack)
         options = [str(study.absolute()), *_repeat(data, weights, set_, pack)]
         if dry_run:
-            typer.echo(slurm.array_script(file, profile, array, options), nl=False)
+            script = array_script(file, profile, array, options)
+            _say_each(about_environment(script))
+            typer.echo(script, nl=False)
             return
-        job = slurm.submit_study(file, profile, array, options)
-        typer.echo(f"job {job}")
+        job = submit_study(file, profile, array, options)
+        typer.echo(f"job {_shown(job)}")
         for verb in (["status", "--watch"], ["logs"], ["stop"]):
             typer.echo(f"  {_command(*verb, str(study))}")
         typer.echo("  atelier dashboard")
@@ -387,7 +391,7 @@ def logs(
         from rich.console import Console
 
         from dashboards.status import read_attempts, render_attempts
-        from search import slurm
+        from search.slurm.submit import newest_log
         from search.study import InputError
         from storage.ledger import array_jobs
 
@@ -395,7 +399,7 @@ def logs(
         attempts = read_attempts(engine, entry.study_id, trial)
         # Of tasks that ended before they claimed a trial there is only the log.
         jobs = array_jobs(engine, entry.study_id) if trial is None else []
-        newest = slurm.newest_log(jobs)
+        newest = newest_log(jobs)
         if not attempts and newest is None:
             what = "any trial" if trial is None else f"trial {trial}"
             raise InputError(f"no attempt at {what} yet, and no log of an array task")
@@ -416,7 +420,7 @@ def status(
         from rich.live import Live
 
         from dashboards.status import read_status, render, render_workers
-        from search import slurm
+        from search.slurm.queue import Tasks, task_states
         from storage.runs import RunFolder, total_size
 
         engine, entry = find_study(study)
@@ -425,13 +429,14 @@ def status(
         # The controller and the shared disk serve the whole site: however often we look, ask them twice
         # a minute.
         @lru_cache(maxsize=1)
-        def site(array_jobs: tuple[str, ...], _: int) -> tuple[dict[str, int] | None, int]:
-            return slurm.task_states(array_jobs), total_size(runs.files())
+        def site(array_jobs: tuple[str, ...], _: int) -> tuple[Tasks, int]:
+            return task_states(array_jobs), total_size(runs.files())
 
         def now() -> "Status":
             status = read_status(engine, entry.study_id, entry.name)
             turn = int(time.monotonic() / SITE_SECONDS)
-            status.tasks, status.disk_bytes = site(tuple(status.array_jobs), turn)
+            tasks, status.disk_bytes = site(tuple(status.array_jobs), turn)
+            status.tasks, status.tasks_problem = tasks.states, tasks.problem
             return status
 
         def picture(status: "Status") -> Group:
@@ -617,8 +622,9 @@ def train(
 ) -> None:
     """Train one configuration to its end; the same command resumes an interrupted run."""
     with errors_in_one_line():
-        from search import slurm
         from search.export import changed, load_bundle
+        from search.slurm.script import log_folder, run_script
+        from search.slurm.submit import about_environment, submit_run
         from search.study import InputError
 
         changes = {
@@ -640,11 +646,14 @@ def train(
             words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
             arguments = [*words, "--", str(config.absolute())]
             if dry_run:
-                typer.echo(slurm.run_script(settings, bundle.slurm, profile, arguments), nl=False)
+                script = run_script(settings, bundle.slurm, profile, arguments)
+                _say_each(about_environment(script))
+                typer.echo(script, nl=False)
                 return
-            job = slurm.submit_run(bundle, settings, profile, arguments)
+            job = submit_run(bundle, settings, profile, arguments)
             _say_each(notes)
-            typer.echo(f"job {job}; its log is {slurm.log_folder() / f'train-{job}.log'}")
+            log = log_folder() / f"train-{job.partition(';')[0]}.log"
+            typer.echo(f"job {_shown(job)}; its log is {log}")
             return
         end = _train_here(bundle, settings, folder, notes)
         if end != ExitCode.DONE:
@@ -682,6 +691,11 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
 def _command(*words: str) -> str:
     """A command that a user may copy."""
     return shlex.join(["atelier", *words])
+
+
+def _shown(job: str) -> str:
+    number, _, cluster = job.partition(";")
+    return f"{number} of cluster {cluster}" if cluster else number
 
 
 def _say_each(lines: list[str]) -> None:

@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 from dashboards import drawing, figures
 from dashboards.curves import Curve
 from dashboards.status import TrialRow
-from search import slurm
 from search.bootstrap import Interval, of_hits, of_mean
 from search.exit_codes import ExitCode
+from search.slurm.job import own_job
 from search.stopping import Stop, on_signals
 from search.study import InputError
 from trainer.checkpoint import Checkpoints
@@ -56,7 +56,8 @@ def run_to_end(
 def _run(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
 ) -> ExitCode:
-    stop, steps = Stop(slurm.wall_end()), 0
+    job, steps = own_job(), 0
+    stop = Stop(job.end if job else None)
 
     def interrupt(*_: object) -> bool:
         nonlocal steps
@@ -78,7 +79,7 @@ def _run(
             if stop.requested:
                 break
         if len(results) < config.epochs:
-            if stop.end == ExitCode.WALL_TIME and steps and slurm.requeue_own_job():
+            if stop.end == ExitCode.WALL_TIME and steps and job and job.requeue():
                 log.info("requeued: the job goes on where it stopped")
             return ExitCode.INTERRUPTED if stop.reason == "SIGINT" else stop.end
     _write_curve(folder, results)

@@ -10,7 +10,7 @@ import gc
 gc.disable()
 
 import search.confirmation
-import search.slurm
+import search.slurm.job
 import search.worker
 import trainer.workspace
 

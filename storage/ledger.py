@@ -134,12 +134,6 @@ def is_gone(process: str) -> bool:
         return True
 
 
-def is_slurm_job() -> bool:
-    """Whether this process is its SLURM job: not a step of it, and not one of several processes."""
-    own = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
-    return own and not os.environ.get("SLURM_STEP_ID")
-
-
 @dataclass(frozen=True)
 class Holder:
     """The worker that holds a trial, told apart from later processes of the same job."""
@@ -164,6 +158,7 @@ class Ledger:
     """The trials of one study, as one worker (or an onlooker) sees them.
 
     `judge` says which holders are alive and which are gone; where it cannot say, the lease decides.
+    `job` are the columns of this worker's SLURM job.
     """
 
     def __init__(
@@ -173,8 +168,10 @@ class Ledger:
         study_id: int,
         lease_seconds: float = LEASE_SECONDS,
         judge: Callable[[list[Holder]], Verdicts] = gone_here,
+        job: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.storage, self.study_id = engine, storage, study_id
+        self._job = job or {}
         self.lease_seconds = lease_seconds
         self._judge = judge
         self.worker_id: str | None = None
@@ -183,20 +180,14 @@ class Ledger:
     def register(self, gpu: str | None = None, log: str | None = None) -> str:
         """Enter this process as a worker. Returns its id, which is new for every process."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
-        # Only of a process that is the job may SLURM's word on the job be taken.
-        is_job = is_slurm_job()
         values = {
             "id": self.worker_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": process_identity(),
-            "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME") if is_job else None,
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "slurm_array_job": os.environ.get("SLURM_ARRAY_JOB_ID"),
-            "slurm_array_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
-            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "gpu": gpu,
             "log": log,
+            **self._job,
         }
         with self.engine.begin() as connection:
             connection.execute(insert(Worker).values(values).on_conflict_do_nothing())

@@ -4,8 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from search.slurm.script import TASK_LOG, log_pattern, render_script
+from search.slurm.submit import submit_script
+from search.study import SlurmProfile
 
 NAMES = [
     "a b",
@@ -73,11 +78,6 @@ def test_sbatch_accepts_the_script_and_runs_no_name(place, name, where, tmp_path
 @pytest.mark.parametrize("name", ["a b", 'q"q', "é ☃", "50%A", "-rf", "'"])
 def test_the_log_lies_where_it_was_wanted(slurm, name, tmp_path):
     """SLURM has its own rules for names of log files: quotes, % and backslashes."""
-    from pathlib import Path
-
-    from search.slurm import TASK_LOG, log_pattern, render_script, submit_script
-    from search.study import SlurmProfile
-
     folder = tmp_path / name
     folder.mkdir()
     script = render_script(

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from search.slurm import _check_weights
+from search.slurm.submit import _check_weights
 from search.study import InputError
 
 NAME = "resnet10t.c3_in1k"

@@ -8,9 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.slurm import judge, render_script, requeue_own_job, task_states, wall_end
+from search.slurm.script import render_script
 from search.study import InputError, SlurmProfile
-from storage.ledger import Holder
 
 GOLDEN = """\
 #!/bin/bash
@@ -167,99 +166,3 @@ def test_a_dry_run_prints_a_script_that_bash_accepts(monkeypatch):
     assert result.exit_code == 0
     assert "--qos=q_dmsai" in result.output
     subprocess.run(["bash", "-n"], input=result.output, text=True, check=True)
-
-
-OWN = "7|RUNNING|0|0|1795505788|"
-
-
-@pytest.fixture
-def squeue(tmp_path, monkeypatch):
-    """A squeue that prints what a test says; tests/cluster has the real one."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SQUEUE_PARTITION", "cpu")  # it would hide jobs
-
-    def says(text, code=0, error=""):
-        script = tmp_path / "squeue"
-        script.write_text(
-            '#!/bin/sh\n[ -z "$SQUEUE_PARTITION" ] || exit 9\n'
-            f"cat <<'EOF'\n{text}\nEOF\necho '{error}' >&2\nexit {code}\n"
-        )
-        script.chmod(0o755)
-
-    return says
-
-
-def holder(job="5", restarts=0, cluster="here"):
-    return Holder("w", "another-machine:ns:1:1", cluster, job, restarts)
-
-
-@pytest.mark.parametrize(
-    ("answer", "verdict"),
-    [
-        (f"{OWN}\n5|RUNNING|0|0|1|", True),
-        (f"{OWN}\n5|SUSPENDED|0|0|NONE|", True),
-        (f"{OWN}\n5|RUNNING|0|1|1|", False),  # its id has begun anew
-        (f"{OWN}\n5|PENDING|0|1|NONE|", False),
-        (f"{OWN}\n5|COMPLETING|0|1|1|", None),  # it may be saving its work
-        (f"{OWN}\n5|CANCELLED|0|0|1|", False),
-        (f"{OWN}\n5|NODE_FAIL|0|0|1|", False),
-        (f"{OWN}\n5|OUT_OF_MEMORY|0|0|1|", False),
-        (f"{OWN}\n5|SOMETHING_NEW|0|0|1|", False),
-        (OWN, False),  # forgotten
-        ("", None),  # not even our own job: it hides jobs
-        ("5|RUNNING|0|0|1|", None),
-        (f"{OWN}\nslurm is being upgraded", None),
-    ],
-)
-def test_what_slurm_says_of_a_holder(squeue, answer, verdict):
-    squeue(answer)
-    assert judge([holder()]).get("w") is verdict
-
-
-def test_a_requeued_task_does_not_vouch_for_its_predecessor(squeue):
-    squeue(f"{OWN}\n5|RUNNING|0|1|1|")
-    before, now = holder(restarts=0), Holder("v", "another-machine:ns:2:2", "here", "5", 1)
-    assert judge([before, now]) == {"w": False, "v": True}
-
-
-def test_without_an_answer_the_lease_decides(squeue, monkeypatch):
-    squeue("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
-    assert judge([holder()]) == {}
-    squeue(f"{OWN}\n5|CANCELLED|0|0|1|")
-    assert judge([holder(cluster="there")]) == {}  # another cluster's job 5
-    assert judge([holder(cluster=None)]) == {}  # a process that is not the job
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert judge([holder()]) == {}
-    monkeypatch.delenv("SLURM_JOB_ID")
-    assert judge([holder()]) == {}
-
-
-@pytest.mark.parametrize(
-    ("answer", "end"), [(OWN, 1795505788.0), ("7|RUNNING|0|0|NONE|", None), ("7|RUNNING|0|0|N/A|", None)]
-)
-def test_when_the_own_job_ends(squeue, answer, end):
-    squeue(answer)
-    assert wall_end() == end
-
-
-def test_outside_slurm_there_is_no_end(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert wall_end() is None
-    assert not requeue_own_job()
-
-
-def test_tasks_are_counted_by_state(squeue):
-    squeue(
-        "5|RUNNING|0|0|1|\n6|RUNNING|0|0|1|\n4|PENDING|0|0|N/A|\n4|PENDING|0|0|N/A|\n4|PENDING|0|0|N/A|"
-    )
-    assert task_states(["4"]) == {"RUNNING": 2, "PENDING": 3}
-    squeue("", 1, "slurm_load_jobs error: Invalid job id specified")
-    assert task_states(["4"]) == {}
-    assert task_states([]) == {}
-
-
-def test_a_task_that_was_asked_to_stop_has_not_failed(squeue):
-    squeue("5|FAILED|256|0|1|\n6|FAILED|768|0|1|\n7|FAILED|1024|0|1|\n8|CANCELLED|15|0|1|")
-    assert task_states(["4"]) == {"FAILED": 1, "RELEASED": 2, "CANCELLED": 1}

@@ -1,0 +1,168 @@
+"""The batch script of workers, or of a long run: what it asks for, and what it runs."""
+
+import os
+import re
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from search.slurm.commands import SlurmError, call
+from search.study import InputError, SlurmProfile, StudyFile
+from storage.database import configured_url, database_url, home, is_local, server_host
+from trainer.config import TrainConfig
+
+ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
+TASK_LOG = "%A_%a.log"  # array and task
+
+
+def render_script(
+    profile: SlurmProfile,
+    array: str | None,
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    log: str,
+) -> str:
+    """The batch script as text; nothing is run or written. Raises InputError for a bad `array`.
+
+    `command` is what one array task, or the one job, runs in `folder`. It replaces the shell, so that it
+    is the process that SLURM signals. `log` is the path of the log, with SLURM's %A and %a, or %j.
+    """
+    if array is not None and not ARRAY.fullmatch(array):
+        raise InputError(f"--array {array!r}: allowed is SLURM's form, as in 0-7%4")
+    options = {
+        "job-name": "atelier",
+        "array": array,
+        "output": log,
+        "qos": profile.qos,
+        "partition": profile.partition,
+        "account": profile.account,
+        "cpus-per-task": profile.cpus,
+        "gres": f"gpu:{profile.gpus}" if profile.gpus else None,
+        "mem": profile.memory,
+        "time": profile.time,
+        "signal": f"B:USR2@{profile.warning}",
+    }
+    lines = [f"#SBATCH --{key}={_word(value)}" for key, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += [f"#SBATCH {option}" for option in profile.options]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            "trap '' USR2  # SLURM's warning must not end a worker that has just started",
+            *exports,
+            *profile.setup,
+            f"cd {shlex.quote(str(folder))} || exit 1",
+            f"exec {shlex.join(command)}",
+            "",
+        ]
+    )
+
+
+def _word(value: object) -> str:
+    """A value for an #SBATCH line, which sbatch splits as a shell would: by blanks and quotes."""
+    text = str(value)
+    if "\n" in text:
+        raise InputError(f"{text!r} has a line break, which no #SBATCH line can hold; rename it")
+    if re.fullmatch(r"[\w@%+=:,./-]*", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def array_script(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+    """The batch script of workers for a study file, as this user would submit it from here.
+
+    `options` are the worker's arguments, the study's path or name among them. Raises InputError.
+    """
+    chosen = _profile(file.slurm, profile)
+    environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared, chosen)
+    return _script(chosen, array, ["worker", *options], environment, TASK_LOG)
+
+
+def run_script(
+    config: TrainConfig, slurm: Mapping[str, SlurmProfile], profile: str, options: list[str]
+) -> str:
+    """The batch script of `atelier train` with these arguments. Raises InputError."""
+    chosen = _profile(slurm, profile)
+    return _script(chosen, None, ["train", *options], _environment(config, chosen), "train-%j.log")
+
+
+def _profile(slurm: Mapping[str, SlurmProfile], name: str) -> SlurmProfile:
+    if name not in slurm:
+        known = ", ".join(slurm) or "none"
+        raise InputError(f"--profile {name!r}: the file has {known}; add [slurm.{name}]")
+    return slurm[name]
+
+
+def _script(
+    profile: SlurmProfile,
+    array: str | None,
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+) -> str:
+    # -P: a folder named search, where the user stands, is not this package.
+    command = [sys.executable, "-P", "-m", "search", *arguments]
+    path = log_pattern(log_folder(), log)
+    return render_script(profile, array, command, Path.cwd(), environment, path)
+
+
+def log_pattern(folder: Path, name: str) -> str:
+    """The path of a log in this folder, its name with SLURM's %A and the like. Raises InputError."""
+    if "\\" in str(folder):
+        raise InputError(f"{folder}: SLURM writes no log to a path with a backslash; set ATELIER_HOME")
+    return f"{str(folder).replace('%', '%%')}/{name}"
+
+
+def log_folder() -> Path:
+    """Where array tasks write their logs."""
+    return home() / "slurm"
+
+
+def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:
+    """What a job needs to find the same files: with no secret, for anybody may read the script."""
+    given = {"ATELIER_HOME": str(home())}
+    if profile.gpus:
+        # What was asked of SLURM is to be used: no worker falls back to a CPU unasked.
+        given["ATELIER_DEVICE"] = os.environ.get("ATELIER_DEVICE") or "cuda"
+    for name in ("PGPASSFILE", "HF_HOME", "HF_HUB_CACHE"):
+        if value := os.environ.get(name):
+            given[name] = value
+    if config.weights == "timm":
+        given["HF_HUB_OFFLINE"] = "1"  # they are in the cache: see search.slurm.submit
+    return given
+
+
+def _node_url() -> str:
+    """The database's URL, if a compute node can use it and anybody may see it. Raises InputError."""
+    text = configured_url()
+    if text is None:
+        raise InputError(
+            "the embedded database is reachable on this machine only; let it listen with "
+            "atelier db start --listen ADDRESS, or set ATELIER_DATABASE_URL (docs/cluster.md)"
+        )
+    url = database_url()
+    if url.password is not None or "password" in url.query:
+        raise InputError(
+            "the database URL holds a password, which the job's script would show; "
+            "put it into ~/.pgpass and leave it out of the URL"
+        )
+    host = server_host(url)
+    if is_local(host) and not _cluster_is_this_machine():
+        raise InputError(
+            f"the database URL names {host or 'a local socket'}, which on a compute node is "
+            "another machine; write the address that the nodes reach"
+        )
+    return text
+
+
+def _cluster_is_this_machine() -> bool:
+    try:
+        nodes = call("sinfo", "--noheader", "--Node", "--format=%N").output.split()
+    except SlurmError:
+        return False
+    return set(nodes) == {socket.gethostname().split(".")[0]}

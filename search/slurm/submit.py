@@ -1,0 +1,172 @@
+"""Submit: check what would fail in the queue, then give SLURM the script."""
+
+import logging
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import huggingface_hub
+
+from dashboards.status import read_status
+from search.export import Bundle, check_origin
+from search.slurm.commands import (
+    FOREIGN,
+    NEEDED,
+    Answer,
+    SilenceError,
+    SlurmError,
+    call,
+    clean_environment,
+    not_understood,
+    one_line,
+)
+from search.slurm.script import array_script, log_folder, run_script
+from search.study import InputError, StudyFile, open_study
+from storage.database import connect, prepare
+from storage.ledger import enter_array_job
+from storage.runs import make_private
+from trainer.config import TrainConfig
+from trainer.dataset import read_dataset
+
+log = logging.getLogger(__name__)
+
+# What a site or a lab sets for all of its jobs, and the options that say the same. sbatch takes it from
+# the environment where the script leaves it open. All else of SBATCH_* and SLURM_* would beat the
+# profile unseen, or pass for what the new job is.
+LEFT_OPEN = {
+    "SBATCH_ACCOUNT": ("--account", "-A"),
+    "SBATCH_PARTITION": ("--partition", "-p"),
+    "SBATCH_QOS": ("--qos", "-q"),
+    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
+    "SBATCH_RESERVATION": ("--reservation",),
+    "SBATCH_WCKEY": ("--wckey",),
+    "SBATCH_CLUSTERS": ("--clusters", "--cluster", "-M"),
+    "SLURM_CLUSTERS": ("--clusters", "--cluster", "-M"),
+}
+MOST_NAMES = 5
+
+
+def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+    """Check what would fail in the queue, create the study if need be, submit. Returns the job id.
+
+    Raises InputError, DatasetError, DatabaseError; then nothing was submitted.
+    """
+    script = array_script(file, profile, array, options)
+    file.identity()  # reads the weights file
+    _check_weights(file.shared)
+    dataset = read_dataset(file.shared.data)
+    engine = connect()
+    _make_log_folder()
+    check_script(script)
+    _, entry = open_study(file, engine, prepare(engine), dataset, lead=True)
+    status = read_status(engine, entry.study_id, entry.name)
+    if status.finished >= status.max_trials:
+        raise InputError(
+            f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials (of a "
+            f"confirmation, --seeds), or see: atelier status {shlex.quote(entry.name)}"
+        )
+    job = submit_script(script)
+    enter_array_job(engine, entry.study_id, job, array)
+    return job
+
+
+def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[str]) -> str:
+    """Check what would fail in the queue and submit `atelier train`. Returns the job id.
+
+    Raises InputError, DatasetError; then nothing was submitted.
+    """
+    script = run_script(config, bundle.slurm, profile, options)
+    _check_weights(config)
+    check_origin(bundle, config, read_dataset(config.data).fingerprint)
+    _make_log_folder()
+    check_script(script)
+    return submit_script(script)
+
+
+def _make_log_folder() -> None:
+    try:
+        make_private(log_folder())
+        tempfile.TemporaryFile(dir=log_folder()).close()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {log_folder()} ({error.strerror}); set ATELIER_HOME"
+        ) from None
+
+
+def _check_weights(config: TrainConfig) -> None:
+    """Raises InputError unless the nodes will find the weights without the internet."""
+    if config.weights != "timm":
+        return  # a file, or none
+    name = config.backbone
+    if "." not in name:
+        raise InputError(f"backbone = {name!r}: name the weights' tag too, as in {name}.TAG")
+    cached = huggingface_hub.try_to_load_from_cache(f"timm/{name}", "model.safetensors")
+    if not isinstance(cached, str):
+        raise InputError(
+            f"weights = 'timm': {name} is not in the cache, and compute nodes may have no internet; "
+            f"get it with: hf download timm/{name} config.json model.safetensors, or give a file "
+            "with --weights"
+        )
+
+
+def check_script(script: str) -> None:
+    """Let sbatch look at the script without submitting it. Raises InputError."""
+    try:
+        _sbatch(script, "--test-only")
+    except SilenceError as error:
+        raise InputError(f"{error}; run this on a login node of the cluster") from None
+    except SlurmError as error:
+        raise InputError(f"{error}; change the [slurm.*] table, or what it needs") from None
+
+
+def submit_script(script: str) -> str:
+    """Submit the script. Returns the job's id, with `;CLUSTER` after it where sbatch names one.
+
+    Raises InputError.
+    """
+    try:
+        output, complaint = _sbatch(script, "--parsable")
+        # Plug-ins may print lines of their own before it.
+        ids = re.findall(r"^\s*(\d+(?:;[^;\s]+)?)\s*$", output, re.MULTILINE)
+        if not ids:
+            raise not_understood("sbatch", f"{output}\n{complaint}")
+    except SlurmError as error:
+        raise InputError(
+            f"{error}; look with squeue --me whether the job is there before you try again"
+        ) from None
+    if complaint:
+        log.warning("sbatch said: %s", one_line(complaint))
+    return str(ids[-1])
+
+
+def _sbatch(script: str, option: str) -> Answer:
+    return call("sbatch", option, text=script, environment=clean_environment(*_taken(script)))
+
+
+def _taken(script: str) -> list[str]:
+    """The variables that sbatch gets of this environment, for what the script leaves open."""
+    said = set(re.findall(r"^#SBATCH\s+(--[a-z-]+|-[A-Za-z])", script, re.MULTILINE))
+    return [name for name, options in LEFT_OPEN.items() if name in os.environ and not said & {*options}]
+
+
+def about_environment(script: str) -> list[str]:
+    """What sbatch gets of this environment's SBATCH_* and SLURM_*, and what not, in words."""
+    taken = _taken(script)
+    foreign = (name for name in os.environ if name.startswith(FOREIGN) and name not in NEEDED)
+    dropped = sorted(set(foreign) - set(taken), key=lambda name: (name.startswith("SLURM_"), name))
+    lines = [f"sbatch gets {name}={os.environ[name]}, which the profile leaves open" for name in taken]
+    if dropped:
+        more = len(dropped) - MOST_NAMES
+        names = ", ".join(dropped[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"sbatch does not get {names}: the profile says what the job is")
+    return lines
+
+
+def newest_log(array_jobs: Iterable[str]) -> Path | None:
+    """The log that a task of these arrays wrote to last."""
+    numbers = (job.partition(";")[0] for job in array_jobs)
+    found = [path for number in numbers for path in log_folder().glob(f"{number}_*.log")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
