@@ -14,19 +14,32 @@ from search.slurm.submit import about_environment, check_script, submit_script
 from search.study import InputError
 from storage.ledger import Holder
 
-# As these versions of squeue printed it: two tasks that ended with code 3, one that is at work, and
-# perhaps a job without a time limit that waits.
+# As these versions of squeue printed it: of an array a task that ended with code 3, one that is at work
+# and one that waits, and a job without a time limit that waits.
 RECORDED = {
     "22.05.8": """\
-4|FAILED|768|0|1795723536|1|1|
 3|FAILED|768|0|1795723531|1|0|
+1|PENDING|0|0|1795723597|1|2|
 2|PENDING|0|0|N/A|2|N/A|
-1|RUNNING|0|0|1795723597|1|2|
+4|RUNNING|0|0|1795723536|1|1|
 """,
     "24.11.5": """\
-3|FAILED|3:0|0|1795723512|1|1|
-2|FAILED|3:0|0|1795723507|1|0|
-1|RUNNING|0:0|0|1795723572|1|2|
+3|FAILED|3:0|0|1795724227|1|0|
+1|PENDING|0:0|0|1795724348|1|2|
+2|PENDING|0:0|0|N/A|2|N/A|
+4|RUNNING|0:0|0|1795724288|1|1|
+""",
+    "25.11.2": """\
+3|FAILED|3:0|0|1795724527|1|0|
+1|PENDING|0:0|0|1795724648|1|2|
+2|PENDING|0:0|0|N/A|2|N/A|
+4|RUNNING|0:0|0|1795724588|1|1|
+""",
+    "26.05.5": """\
+3|FAILED|3:0|0|1795724537|1|0|
+1|PENDING|0:0|0|1795724658|1|2|
+2|PENDING|0:0|0|N/A|2|N/A|
+4|RUNNING|0:0|0|1795724598|1|1|
 """,
 }
 
@@ -65,13 +78,15 @@ def command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_what_the_versions_print(command, recorded):
     command("squeue", recorded)
-    found = jobs(["1"]).jobs
-    assert len(found) == len(recorded.splitlines())
-    assert {(job.state, job.exit_code) for job in found} >= {("FAILED", 3), ("RUNNING", 0)}
-    assert {job.restarts for job in found} == {0}
-    assert {job.task for job in found if job.array == "1"} == {"0", "1", "2"}
-    assert all(job.end == math.inf or 1.7e9 < job.end < 1.8e9 for job in found)
-    assert task_states(["1"]).states.pop("RELEASED") == 2
+    listing = jobs(["1", "2"])
+    assert listing.strange is None
+    ended, waits, endless, works = listing.jobs
+    assert (ended.state, ended.exit_code, ended.array, ended.task) == ("FAILED", 3, "1", "0")
+    assert (waits.state, waits.exit_code, waits.array, waits.task) == ("PENDING", 0, "1", "2")
+    assert (endless.state, endless.end, endless.array, endless.task) == ("PENDING", math.inf, "2", None)
+    assert (works.state, works.number, works.restarts) == ("RUNNING", "4", 0)
+    assert 1.79e9 < works.end < 1.80e9
+    assert task_states(["1", "2"]) == Tasks({"RELEASED": 1, "PENDING": 2, "RUNNING": 1})
 
 
 OWN = "7|RUNNING|0:0|0|1795505788|7|N/A|"
