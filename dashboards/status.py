@@ -21,10 +21,11 @@ from optuna.trial import TrialState
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import AUDIT, HELD, PAUSED, Standing, gpu_seconds, standings
+from storage.ledger import AUDIT, HELD, PAUSED, SICK_HOST, Standing, gpu_seconds, standings
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class Status:
     workers: list[WorkerRow]
     trials: list[TrialRow]
     overdue_seconds: float | None  # since the end of the oldest lease whose trial nobody has taken over
+    surplus: int  # waiting trials that somebody enqueued, and for which the budget has no place
+    sick_hosts: list[str]  # why workers could do nothing there, of hosts on which none has begun since
     disk_bytes: int | None = None  # of its run folder
     tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if it does not answer
     tasks_problem: str | None = None  # why these may not be all
@@ -140,8 +143,12 @@ class Status:
         return next(iter(self.completed()), None)
 
     def completed(self) -> list[TrialRow]:
-        """The complete trials, the best first."""
-        return [row for row in self.ranked() if row.state == "complete" and row.value is not None]
+        """The complete trials, the best first.
+
+        Without those that somebody else has told or added: only our workers train all epochs.
+        """
+        complete = [row for row in self.ranked() if row.state == "complete"]
+        return [row for row in complete if row.value is not None and row.epochs == self.max_epochs]
 
     def ranked(self) -> list[TrialRow]:
         """The trials, those in work first, then the best."""
@@ -306,7 +313,29 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
             workers=_workers(session, study_id),
             trials=rows,
             overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
+            surplus=_surplus(session, study),
+            sick_hosts=_sick_hosts(session, study_id),
         )
+
+
+def _surplus(session: Session, study: Study) -> int:
+    query = sa.select(
+        sa.func.count(), sa.func.count().filter(TrialModel.state == TrialState.WAITING)
+    ).where(TrialModel.study_id == study.study_id)
+    trials, enqueued = session.execute(query).one()
+    return int(min(max(trials - study.max_trials, 0), enqueued))
+
+
+def _sick_hosts(session: Session, study_id: int) -> list[str]:
+    latest = (
+        sa.select(Worker.reason)
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.study_id == study_id)
+        .ext(distinct_on(Worker.host))
+        .order_by(Worker.host, Worker.started.desc())
+        .subquery()
+    )
+    return list(session.scalars(sa.select(latest.c.reason).where(latest.c.reason.startswith(SICK_HOST))))
 
 
 def _workers(session: Session, study_id: int) -> list[WorkerRow]:
@@ -549,20 +578,23 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines: list[RenderableType] = [Text(), table] if status.workers else []
     if status.array_jobs:
-        tasks = "not understood, or no answer"
-        if status.tasks is not None:
+        if status.tasks is None:
+            tasks = f"its tasks are not known: {status.tasks_problem}"
+        else:
             states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
             tasks = ", ".join(states) or "no task known any more"
+            if status.tasks_problem:
+                tasks += f"; these may not be all: {status.tasks_problem}"
         lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks}"))
-        if status.tasks_problem is not None:
-            lines.append(
-                Text(f"of SLURM's tasks not all may be counted: {status.tasks_problem}", "yellow")
-            )
     if status.overdue_seconds is not None:
         ago = duration(status.overdue_seconds)
         lines.append(
             Text(f"a lease ended {ago} ago; the next free worker takes its trial over", style="yellow")
         )
+    lines += [Text(reason, style="red") for reason in status.sick_hosts]
+    if status.surplus:
+        waiting = f"{_count(status.surplus, 'enqueued trial')} beyond study.max_trials"
+        lines.append(Text(f"{waiting}: with a larger one, they begin", style="yellow"))
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)

@@ -211,7 +211,7 @@ def worker_(
         from search.slurm.job import own_job
         from search.slurm.queue import judge
         from search.study import open_study
-        from search.worker import Worker
+        from search.worker import SickHostError, Worker
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
@@ -238,7 +238,11 @@ def worker_(
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
         if job and multiprocessing.parent_process() is None:  # else the task is the search's, not ours
             worker.requeue = job.requeue
-        end = worker.run()
+        try:
+            end = worker.run()
+        except SickHostError as error:
+            say(f"error: {error}")
+            raise typer.Exit(ExitCode.FAILED) from None
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
         if end == ExitCode.WALL_TIME and not worker.made_progress:
             say("error: the wall time is too short for a single step; ask for more in [slurm.*]")

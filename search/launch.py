@@ -185,7 +185,7 @@ class LocalSearch:
         """Wait for trials that other workers hold; take over what they leave."""
         if self.interrupted or self._failures or status.stopping or not self._done:
             return False
-        running, waiting = status.counts["running"], status.counts["waiting"]
+        running, waiting = status.counts["running"], status.counts["waiting"] - status.surplus
         if status.budget_spent:
             return bool(running)
         if waiting or (status.counts["paused"] and not running):

@@ -200,13 +200,26 @@ class StudyFile(_Table):
 
     def check_first(self) -> None:
         """Raises InputError."""
-        for name, value in (pair for params in self.study.first for pair in params.items()):
-            if name not in self.space:
-                raise InputError(f"study.first: {_unknown(name, self.space)}")
-            spec = self.space[name]
-            if self.within({name: value}) != {name: value}:
-                allowed = spec if isinstance(spec, list) else f"{spec.low} to {spec.high}"
-                raise InputError(f"study.first has {name} = {value}; allowed is {allowed}, see [space]")
+        for params in self.study.first:
+            if problem := self.foreign(params):
+                raise InputError(f"study.first has {problem}, see [space]")
+
+    def foreign(self, params: Mapping[str, Any]) -> str | None:
+        """Which of these are no parameters of the study, in words; None if all are."""
+        distributions = self.distributions()
+        for name, value in params.items():
+            if name not in distributions:
+                return _unknown(name, distributions)
+            spec = distributions[name]
+            try:
+                fits = spec._contains(spec.to_internal_repr(value))
+            except (ValueError, TypeError):
+                fits = False
+            if not fits:
+                choices = getattr(spec, "choices", None)
+                allowed = [*choices] if choices else f"{spec.low:g} to {spec.high:g}"  # type: ignore[attr-defined]
+                return f"{name} = {value!r}; allowed is {allowed}"
+        return None
 
     def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as far as the space has them: what is beyond a bound of a range moves to it."""

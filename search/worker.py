@@ -6,6 +6,7 @@ trials side by side: they join and leave where an epoch ends, and none of them w
 
 import logging
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -19,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dashboards.files import attach_curve
 from dashboards.status import TrialRow
+from search.console import printable
 from search.exit_codes import ExitCode
 from search.sampling import Promises
 from search.score import epoch_value, score
@@ -29,6 +31,7 @@ from storage.database import retrying
 from storage.ledger import (
     PAUSED,
     RENEW_SECONDS,
+    SICK_HOST,
     SPENT,
     STOPPED,
     Claim,
@@ -54,6 +57,14 @@ DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 LOUD_SAMPLERS = ("gp",)
+
+
+class SickHostError(RuntimeError):
+    """Nothing works on this host, whatever the trial; the message is one line."""
+
+
+class RefusedError(ValueError):
+    """A trial that somebody enqueued is not one of this study's space; the message is one line."""
 
 
 class _Offer(NamedTuple):
@@ -96,6 +107,7 @@ class Worker:
         self._attributes = workspace.dataset.attribute_table("val")
         self._strategy = file.make_strategy(study, ledger)
         self.made_progress = False  # at least one optimizer step
+        self._failed_before: set[int] = set()  # trials that failed here before that
         self._turn_seconds = 0.0  # as last measured in this process
         self._keeper = LeaseKeeper(ledger)
         self._trials: list[_Trial] = []  # the newest last
@@ -110,11 +122,17 @@ class Worker:
         try:
             with on_signals(self.stop), self._keeper, ThreadPoolExecutor(1) as self._executor:
                 self._run()
-                reason = self.stop.reason or "nothing left to claim"
                 if self.stop.end == ExitCode.DONE:
                     self._sweep()
+                    if self.ledger.has_only_failed():
+                        self.stop.ask("every trial of the study has failed", ExitCode.FAILED)
+                reason = self.stop.reason or "nothing left to claim"
                 if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():
                     log.info("requeued: another run of this task goes on")
+        except SickHostError as error:
+            reason = str(error)
+            self.ledger.excuse()
+            raise
         finally:
             self.ledger.sign_off(reason)
         return self.stop.end
@@ -375,10 +393,17 @@ class Worker:
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
         self.ledger.storage.get_all_trials(self.ledger.study_id, deepcopy=False)
+        self._refuse_foreign(self.ledger.storage.get_trial(claim.trial_id))
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
             trial._suggest(name, distribution)
         return self.ledger.storage.get_trial(claim.trial_id).params
+
+    def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Raises RefusedError for parameters, enqueued or suggested elsewhere, that are not ours."""
+        given = trial.system_attrs.get("fixed_params", {}) | trial.params
+        if problem := self.file.foreign(given):
+            raise RefusedError(f"refused: {problem}; enqueue another trial")
 
     @contextmanager
     def _errors_of(self, claim: Claim, checkpoints: Checkpoints) -> Iterator[None]:
@@ -402,6 +427,9 @@ class Worker:
                     raise LeaseLost(f"trial {claim.trial_number} was lost: {error}")
             if isinstance(error, (LeaseLost, *MACHINE_ERRORS)):
                 raise error
+            if isinstance(error, RefusedError):
+                self.ledger.finish(claim, "failed", reason=str(error))
+                return
             if is_out_of_memory(error) and company:
                 self.pack = len(self._trials)
                 log.warning("trial %d does not fit beside %d", claim.trial_number, self.pack)
@@ -425,7 +453,16 @@ class Worker:
             reason = f"out of memory\n{text}"
             self.ledger.finish(claim, "pruned", 0.0, reason, violated="memory")
             return True
-        if self.ledger.failures(claim) >= self.file.study.max_failures:
+        if not self.made_progress:
+            self._failed_before.add(claim.trial_id)
+            if len(self._failed_before) > 1:
+                self.ledger.release(claim, reason=text)
+                last = printable(text.strip().splitlines()[-1])
+                raise SickHostError(
+                    f"{SICK_HOST} {socket.gethostname()}: two trials failed there before a first step "
+                    f"and none has passed; they wait for another host: {last}"
+                )
+        if self.ledger.is_bad(claim, self.file.study.max_failures):
             self.ledger.finish(claim, "failed", reason=text)
             return True
         self.ledger.release(claim, "error", text)

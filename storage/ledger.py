@@ -46,6 +46,7 @@ LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
 
 RESTORED = "the database was restored from a backup"
+SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing there
 STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
 
 # The outcome of an attempt whose trial waits until its strategy lets it go on.
@@ -105,6 +106,10 @@ def process_identity(pid: int | None = None) -> str:
     return f"{_machine()}:{pid}:{_start_time(pid)}"
 
 
+def _host() -> str:
+    return socket.gethostname()
+
+
 def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -145,6 +150,9 @@ class Holder:
     slurm_restarts: int
 
 
+# A trial whose holder has given a sign of life lately.
+HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
+
 # What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
 Verdicts = Mapping[str, bool]
 
@@ -182,7 +190,7 @@ class Ledger:
         self.worker_id = self.worker_id or uuid.uuid4().hex
         values = {
             "id": self.worker_id,
-            "host": socket.gethostname(),
+            "host": _host(),
             "pid": os.getpid(),
             "process": process_identity(),
             "gpu": gpu,
@@ -209,7 +217,8 @@ class Ledger:
         held: Collection[int] = (),
         promotes: Callable[[Standing], bool] = lambda _: False,
     ) -> Claim | None:
-        """Take a trial that was interrupted, else a paused one that `promotes`, else a new one.
+        """Take a trial that was interrupted, else one that somebody enqueued, a paused one that
+        `promotes`, a new one, one that has failed elsewhere, one that has failed here.
 
         A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
         goes on. So it does if nobody is at work and no trial is complete. None if the budget is spent,
@@ -247,19 +256,55 @@ class Ledger:
         is_over: bool,
     ) -> Iterator[int]:
         """Trials to take, the first first; new ones begin when they are asked for."""
-        yield from self._unfinished(session, verdicts)
+        unfinished = self._unfinished(session, verdicts)
+        failed = self._hosts_of_failures(session)
+        yield from (trial_id for trial_id in unfinished if trial_id not in failed)
+        enqueued = sa.select(TrialModel.trial_id).where(
+            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.WAITING
+        )
+        waiting = session.scalars(enqueued.order_by(TrialModel.number)).all()
+        trials = sa.select(sa.func.count()).where(TrialModel.study_id == self.study_id)
+        n_trials = session.scalars(trials).one()
+        if n_trials - len(waiting) < study.max_trials:
+            yield from waiting
         paused = self._standings_of_paused(session)
         for trial_id, standing in paused.items():
             if promotes(standing):
                 yield trial_id
-        trials = sa.select(sa.func.count()).where(TrialModel.study_id == self.study_id)
-        if session.scalars(trials).one() < study.max_trials:
+        if n_trials < study.max_trials:
             # In a transaction of its own: if we die before the commit of the claim, the trial is
             # RUNNING without an attempt, and the next claim takes it.
             yield self.storage.create_new_trial(self.study_id)
+        # What has failed comes last. So a host on which everything fails meets different trials.
+        others = self._hosts_at_work(session) - {_host()}
+        for trial_id in sorted(failed.keys() & set(unfinished), key=lambda one: _host() in failed[one]):
+            if _host() not in failed[trial_id] or others <= failed[trial_id]:
+                yield trial_id  # else it is for a host that has not tried it
         # A small search may have nobody in the top third at a rung, and must not end with nothing.
         if study.max_gpu_seconds is not None or (is_over and not self._has_complete(session)):
             yield from paused
+
+    def _hosts_of_failures(self, session: Session) -> dict[int, set[str]]:
+        """The hosts on which trials have failed, by Optuna's id."""
+        query = (
+            sa.select(Attempt.trial_id, Worker.host)
+            .join(Worker, Worker.id == Attempt.worker_id)
+            .where(Attempt.study_id == self.study_id, Attempt.outcome == "error")
+        )
+        hosts: dict[int, set[str]] = {}
+        for trial_id, host in session.execute(query):
+            hosts.setdefault(trial_id, set()).add(host)
+        return hosts
+
+    def _hosts_at_work(self, session: Session) -> set[str]:
+        """The hosts of workers that hold a trial."""
+        query = (
+            sa.select(Worker.host)
+            .distinct()
+            .join(Attempt, Attempt.worker_id == Worker.id)
+            .where(Attempt.study_id == self.study_id, HELD)
+        )
+        return set(session.scalars(query))
 
     def _has_complete(self, session: Session) -> bool:
         query = sa.select(TrialModel.trial_id).where(
@@ -294,7 +339,7 @@ class Ledger:
                 Attempt, sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.released.is_(None))
             )
             .where(TrialModel.study_id == self.study_id)
-            .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+            .where(TrialModel.state == TrialState.RUNNING)
             .where(TrialModel.trial_id.not_in(self._paused()))
             # `_take` judges them again, under a lock; this spares it those that are at work.
             .where(
@@ -622,17 +667,37 @@ class Ledger:
         return None if stopped is None else STOPPED
 
     @retrying
-    def failures(self, claim: Claim) -> int:
-        """How many attempts at this trial have ended with an error."""
-        with self.engine.connect() as connection:
-            return (
-                connection.scalar(
-                    sa.select(sa.func.count())
-                    .select_from(Attempt)
-                    .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == "error")
-                )
-                or 0
+    def is_bad(self, claim: Claim, max_failures: int) -> bool:
+        """Whether a trial that fails now is to blame, and not this host.
+
+        It has failed on another host too; or, where no other host could try it, `max_failures` times.
+        """
+        errors = sa.select(sa.func.count()).where(
+            Attempt.trial_id == claim.trial_id, Attempt.outcome == "error"
+        )
+        with Session(self.engine) as session:
+            failed = self._hosts_of_failures(session).get(claim.trial_id, set()) | {_host()}
+            if len(failed) > 1:
+                return True
+            alone = self._hosts_at_work(session) <= failed
+            return alone and session.scalars(errors).one() >= max_failures
+
+    @retrying
+    def excuse(self) -> None:
+        """Charge no trial with what has failed in this worker: it was the host's fault."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                sa.update(Attempt)
+                .where(Attempt.worker_id == self.worker_id, Attempt.outcome == "error")
+                .values(outcome="released")
             )
+
+    @retrying
+    def has_only_failed(self) -> bool:
+        """Whether every trial of the study has failed, and there is one."""
+        query = sa.select(TrialModel.state).where(TrialModel.study_id == self.study_id).distinct()
+        with self.engine.connect() as connection:
+            return set(connection.scalars(query)) == {TrialState.FAIL}
 
 
 def _end(
@@ -862,10 +927,6 @@ def study_names(engine: sa.Engine) -> list[str]:
                 .order_by(Study.created)
             )
         )
-
-
-# A trial whose holder has given a sign of life lately.
-HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
 
 
 @retrying

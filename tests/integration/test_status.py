@@ -68,7 +68,7 @@ def test_slurm_that_does_not_answer_is_said_and_costs_nothing_else(engine, monke
     study = make_study(engine, settings=SETTINGS)
     ledger.enter_array_job(engine, study._study_id, "17", "0-3")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "SLURM 17: does not answer" in atelier("status", "s")
+    assert "SLURM 17: its tasks are not known: no squeue on this machine" in atelier("status", "s")
     status = json.loads(atelier("status", "s", "--json"))
     assert (status["array_jobs"], status["tasks"]) == (["17"], None)
 

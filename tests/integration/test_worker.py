@@ -88,7 +88,7 @@ def test_a_trial_whose_first_worker_died_before_it_sampled(engine, make_worker, 
 def test_a_trial_that_keeps_raising_fails_with_its_traceback(engine, make_worker, monkeypatch):
     monkeypatch.setattr(search.worker, "turn", always(KeyError("a user's mistake")))
     worker = make_worker("study.max_trials=1", "study.max_failures=2")
-    assert worker.run() == ExitCode.DONE
+    assert worker.run() == ExitCode.FAILED
     assert attempts(engine) == ["error", "error", "failed"]
     assert all("a user's mistake" in reason and "Traceback" in reason for reason in reasons(engine))
     assert [trial.state for trial in worker.study.trials] == [TrialState.FAIL]

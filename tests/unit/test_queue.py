@@ -18,10 +18,10 @@ from storage.ledger import Holder
 # and one that waits, and a job without a time limit that waits.
 RECORDED = {
     "22.05.8": """\
-3|FAILED|768|0|1795723531|1|0|
-1|PENDING|0|0|1795723597|1|2|
+3|FAILED|768|0|1795724588|1|0|
+1|PENDING|0|0|N/A|1|2|
 2|PENDING|0|0|N/A|2|N/A|
-4|RUNNING|0|0|1795723536|1|1|
+4|RUNNING|0|0|1795724649|1|1|
 """,
     "24.11.5": """\
 3|FAILED|3:0|0|1795724227|1|0|
