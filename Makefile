@@ -8,12 +8,13 @@ RUNS ?= 100000
 BIN := .venv/bin
 SLOWEST := --durations=10 --durations-min=1
 
-.PHONY: help venv search test test-browser test-cluster chaos fuzz check format
+.PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos fuzz check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
 	@echo "make test-browser   those in a real Chromium"
-	@echo "make test-cluster   those on a real SLURM, as root, with SLURM installed"
+	@echo "make test-cluster   those on a real SLURM, as root, with SLURM installed (DRILLS=...: some of them)"
+	@echo "make test-cluster-newer   the same on the SLURM of a Debian 13, which debootstrap gets"
 	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
 	@echo "              then what holds is checked. As root with a full disk and a second host"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
@@ -47,7 +48,11 @@ test-browser: venv
 	$(BIN)/python -m pytest $(SLOWEST) tests/browser
 
 test-cluster: venv
-	$(BIN)/python -m pytest --numprocesses 6 --maxschedchunk 1 $(SLOWEST) tests/cluster
+	$(BIN)/python -m pytest --numprocesses 6 --maxschedchunk 1 $(SLOWEST) $(if $(DRILLS),-k "$(DRILLS)") \
+		tests/cluster
+
+test-cluster-newer: venv
+	tests/cluster/newer $(MAKE) test-cluster
 
 chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
