@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from search.study import StudyFile
     from storage.ledger import StudyEntry
     from trainer.config import TrainConfig
-    from trainer.dataset import Dataset
 
 app = typer.Typer(
     help="Hyperparameter search for a fashion-attribute model.",
@@ -90,6 +89,7 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
+        from search.launch import rehearse
         from search.study import open_study
         from storage import database
 
@@ -97,7 +97,7 @@ def search(
         _check_export(output)
         _check_pack(pack, workers)
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
-        dataset = _rehearse(file)
+        dataset = rehearse(file)
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
@@ -122,17 +122,6 @@ def search(
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
-def _rehearse(file: "StudyFile") -> "Dataset":
-    from search.forking import CallFailedError
-    from search.launch import rehearse
-
-    try:
-        return rehearse(file)
-    except CallFailedError as error:
-        say(f"error: {error}")
-        raise typer.Exit(ExitCode.FAILED) from None
-
-
 def _run_here(
     arguments: list[str], workers: int, engine: "sa.Engine", entry: "StudyEntry"
 ) -> "LocalSearch":
@@ -140,7 +129,7 @@ def _run_here(
     from rich.console import Console
 
     from dashboards.status import read_status
-    from search.launch import LocalSearch, WorkersFailedError
+    from search.launch import LocalSearch
     from storage.runs import RunFolder
 
     runs = RunFolder(entry.name, entry.created).make()
@@ -150,11 +139,7 @@ def _run_here(
         return read_status(engine, entry.study_id, entry.name)
 
     local = LocalSearch(arguments, workers, runs, status, Console())
-    try:
-        local.run()
-    except WorkersFailedError as error:
-        say(f"error: {error}")
-        raise typer.Exit(ExitCode.FAILED) from None
+    local.run()
     return local
 
 
@@ -291,6 +276,7 @@ def confirm(
 
         from search import slurm
         from search.confirmation import plan, read_confirmation, render
+        from search.launch import rehearse
         from search.study import InputError, open_study
         from storage import database
 
@@ -309,7 +295,7 @@ def confirm(
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
-            dataset = _rehearse(file)
+            dataset = rehearse(file)
             _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)

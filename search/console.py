@@ -31,7 +31,8 @@ def errors_in_one_line() -> Iterator[None]:
         if line is None:
             raise
         say(f"error: {line}")
-        raise typer.Exit(ExitCode.WRONG_INPUT) from None
+        # An error that is not the input's fault says so itself.
+        raise typer.Exit(getattr(error, "exit_code", ExitCode.WRONG_INPUT)) from None
 
 
 def one_line(error: Exception) -> str | None:
