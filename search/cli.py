@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, errors_in_one_line, find_study, say
+from search.console import StudyName, Verbs, errors_in_one_line, find_study, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
 app = typer.Typer(
+    cls=Verbs,
     help="Hyperparameter search for a fashion-attribute model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

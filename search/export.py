@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from dashboards.status import Status, TrialRow
 from search.bootstrap import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
-from search.study import InputError, SlurmProfile, read_toml, validate, weights_identity
+from search.profile import Profiles, SlurmProfile
+from search.study import InputError, read_toml, validate, weights_identity
 from storage.ledger import StudyEntry, curve
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, Whole
 
 FORMAT = 1
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
@@ -181,10 +182,10 @@ class _Tables(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int = FORMAT
+    format: Whole = FORMAT
     train: dict[str, Any]
     origin: dict[str, Any] = {}
-    slurm: dict[str, SlurmProfile] = {}
+    slurm: Profiles = {}
 
 
 def load_bundle(path: Path) -> Bundle:

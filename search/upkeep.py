@@ -6,14 +6,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, errors_in_one_line, existing_database, find_study, printable, say
+from search.console import (
+    StudyName,
+    Verbs,
+    errors_in_one_line,
+    existing_database,
+    find_study,
+    printable,
+    say,
+)
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedPostgres
 
-data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
-db_app = typer.Typer(help="The database.", no_args_is_help=True)
-user_app = typer.Typer(help="Who may log in to the dashboard.", no_args_is_help=True)
+data_app = typer.Typer(cls=Verbs, help="Make or check a dataset.", no_args_is_help=True)
+db_app = typer.Typer(cls=Verbs, help="The database.", no_args_is_help=True)
+user_app = typer.Typer(cls=Verbs, help="Who may log in to the dashboard.", no_args_is_help=True)
 
 
 @data_app.command("check")

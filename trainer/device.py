@@ -51,7 +51,6 @@ def pick_device() -> torch.device:
             return torch.device("cpu")
         asked = "torch sees one"
     try:
-        torch.cuda.init()
         torch.ones(1, device="cuda").add(1).item()
     except Exception as error:  # a driver that is absent, old or broken: each has an error of its own
         said = textwrap.shorten(str(error).strip() or type(error).__name__, 300)
