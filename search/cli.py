@@ -95,7 +95,7 @@ def search(
         from storage import database
 
         file = _load(study, data, weights, set_)
-        _check_export(output)
+        _check_export(output, file.study.name)
         _check_pack(pack, workers)
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
         dataset = rehearse(file)
@@ -443,6 +443,7 @@ def trials(
 ) -> None:
     """List a study's trials, one a row."""
     with errors_in_one_line():
+        from dashboards.outputs import check_overwritable
         from dashboards.status import read_status, trials_frame
 
         engine, entry = find_study(study)
@@ -453,7 +454,10 @@ def trials(
             apart = {"reason"} | ({"audit"} if frame["audit"].isna().all() else set())
             typer.echo(frame.drop(columns=apart).to_string(index=False))
         else:
-            csv.write_text(frame.to_csv(index=False))
+            text = frame.to_csv(index=False)
+            first_columns = ",".join(frame.columns[:3])
+            check_overwritable(csv, first_columns, "a table of trials")
+            csv.write_text(text)
 
 
 @app.command()
@@ -524,8 +528,8 @@ def export(
 ) -> None:
     """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
     with errors_in_one_line():
-        _check_export(output)
         engine, entry = _search_study(study)
+        _check_export(output, entry.name)
         _export(engine, entry, trial, output)
 
 
@@ -550,6 +554,13 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
+    elif row.state == "complete":
+        from storage.database import home
+
+        say(
+            "note: its accuracy has no interval, since its predictions are not in ATELIER_HOME "
+            f"({home()})"
+        )
     say(f"it is in {output}; train it with: {_command('train', str(output))}")
 
 
@@ -566,11 +577,12 @@ def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     return engine, entry
 
 
-def _check_export(path: Path) -> None:
+def _check_export(path: Path, study: str) -> None:
+    """Raises InputError, before any work is done for the file."""
     from search.export import check_overwritable
 
     _check_output(path)
-    check_overwritable(path)
+    check_overwritable(path, study)
 
 
 def _check_output(path: Path) -> None:
@@ -734,8 +746,9 @@ def predict(
         _check_output(output)
         prepare_process()
         predictor = final.Predictor(run, split, data, scores)
+        final.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
-        final.write_submission(classes, output)
+        final.write_submission(classes, output, predictor.source)
         say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:
             say(f"note: the run learned from, or was chosen by, the images of {split}")
