@@ -33,10 +33,10 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder")
     compared = [name for name in COMPARED if name in parameter_names(status.trials)]
-    for name in ("history.png", "curves.png", *(f"compare-{name}.png" for name in compared)):
-        check_figure(folder / name, entry.name)
     for name in ("report.md", "report.html"):
         check_overwritable(folder / name, mark(entry.name), f"a report of study {entry.name!r}")
+    for name in ("history.png", "curves.png", *(f"compare-{name}.png" for name in compared)):
+        check_figure(folder / name, entry.name)
     folder.mkdir(parents=True, exist_ok=True)
     file = StudyFile.from_record(entry)
     train = file.shared
