@@ -86,33 +86,37 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
     return trace
 
 
-def save(figure: Figure, title: str, path: Path) -> None:
-    """Draw a figure into a file; its ending says how. The file is whole or not there. Raises OSError."""
+def save(figure: Figure, title: str, path: Path, source: str = "") -> None:
+    """Draw a figure into a file; its ending says how. The file is whole or not there. Raises OSError.
+
+    `source` is where it comes from, which the file says unseen.
+    """
     new = path.with_name(f".{path.name}.new{path.suffix}")
     try:
         if path.suffix == ".html":
-            new.write_text(_page(figure, title), encoding="utf-8")
+            new.write_text(_page(figure, title, source), encoding="utf-8")
         else:
-            _draw_file(figure, title, new)
+            _draw_file(figure, title, new, source)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
 
 
-def _page(figure: Figure, title: str) -> str:
+def _page(figure: Figure, title: str, source: str) -> str:
     """One file that any browser shows, with Plotly's script in it."""
     from plotly.offline import get_plotlyjs
 
     templates = jinja2.Environment(loader=jinja2.PackageLoader("dashboards"), autoescape=True)
     return templates.get_template("file.html").render(
         title=title,
+        source=source,
         figure=figure,
         drawings=[plotly(panel) for panel in figure.panels],
         script=get_plotlyjs(),
     )
 
 
-def _draw_file(figure: Figure, title: str, path: Path) -> None:
+def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:
     """With Matplotlib, which needs no browser."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -157,7 +161,7 @@ def _draw_file(figure: Figure, title: str, path: Path) -> None:
             title_fontsize=8,
             frameon=False,
         )
-    canvas.savefig(path, dpi=150)
+    canvas.savefig(path, dpi=150, metadata={"Source": source} if source else None)
 
 
 def _draw(axes: Any, series: Series) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dashboards import curves, drawing, figures
+from dashboards.outputs import check_overwritable, mark
 from dashboards.status import Status, TrialRow, parameter_names, read_status
 from storage.ledger import StudyEntry
 from storage.runs import artifacts, make_private
@@ -29,17 +30,18 @@ def plot_study(
     by: str | None = None,
     smooth: float = 0.0,
 ) -> None:
-    """Draw one of the pages' figures of a study into a file. Raises PlotError, OSError."""
+    """Draw one of the pages' figures of a study into a file. Raises PlotError, OutputError, OSError."""
     if kind not in KINDS:
         raise PlotError(f"--kind {kind!r}: allowed are {', '.join(KINDS)}")
     if output.suffix not in drawing.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(drawing.FORMATS)}")
+    check_figure(output, entry.name)
     status = read_status(engine, entry.study_id, entry.name)
     if kind == "history":
         ends = curves.read_ends(engine, entry.study_id)
         if not ends:
             raise PlotError(f"study {entry.name!r} has no finished trial yet")
-        drawing.save(figures.history(ends), entry.name, output)
+        drawing.save(figures.history(ends), entry.name, output, mark(entry.name))
         return
     chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
     some = curves.read_curves(engine, entry.study_id, chosen)
@@ -50,7 +52,12 @@ def plot_study(
         if by is not None and by not in names:
             raise PlotError(f"--by {by}: allowed are {', '.join(names)}")
         drawn = figures.compare(some, by or next(iter(names), ""))
-    drawing.save(drawn, entry.name, output)
+    drawing.save(drawn, entry.name, output, mark(entry.name))
+
+
+def check_figure(output: Path, study: str) -> None:
+    """That a figure of the study may be drawn there. Raises OutputError, OSError."""
+    check_overwritable(output, mark(study), f"a figure of study {study!r}")
 
 
 def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, errors_in_one_line, find_study, say
+from search.console import StudyName, Verbs, errors_in_one_line, find_study, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from search.study import StudyFile
     from storage.ledger import StudyEntry
     from trainer.config import TrainConfig
-    from trainer.dataset import Dataset
 
 app = typer.Typer(
+    cls=Verbs,
     help="Hyperparameter search for a fashion-attribute model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -90,14 +90,15 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
+        from search.launch import rehearse
         from search.study import open_study
         from storage import database
 
         file = _load(study, data, weights, set_)
-        _check_export(output)
+        _check_export(output, file.study.name)
         _check_pack(pack, workers)
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
-        dataset = _rehearse(file)
+        dataset = rehearse(file)
         engine = database.connect()
         opened = database.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
@@ -122,17 +123,6 @@ def search(
         raise typer.Exit(ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED)
 
 
-def _rehearse(file: "StudyFile") -> "Dataset":
-    from search.forking import CallFailedError
-    from search.launch import rehearse
-
-    try:
-        return rehearse(file)
-    except CallFailedError as error:
-        say(f"error: {error}")
-        raise typer.Exit(ExitCode.FAILED) from None
-
-
 def _run_here(
     arguments: list[str], workers: int, engine: "sa.Engine", entry: "StudyEntry"
 ) -> "LocalSearch":
@@ -140,7 +130,7 @@ def _run_here(
     from rich.console import Console
 
     from dashboards.status import read_status
-    from search.launch import LocalSearch, WorkersFailedError
+    from search.launch import LocalSearch
     from storage.runs import RunFolder
 
     runs = RunFolder(entry.name, entry.created).make()
@@ -150,11 +140,7 @@ def _run_here(
         return read_status(engine, entry.study_id, entry.name)
 
     local = LocalSearch(arguments, workers, runs, status, Console())
-    try:
-        local.run()
-    except WorkersFailedError as error:
-        say(f"error: {error}")
-        raise typer.Exit(ExitCode.FAILED) from None
+    local.run()
     return local
 
 
@@ -211,7 +197,7 @@ def worker_(
         from search.slurm.job import own_job
         from search.slurm.queue import judge
         from search.study import open_study
-        from search.worker import SickHostError, Worker
+        from search.worker import Worker
         from storage import database
         from storage.ledger import Ledger
         from storage.runs import RunFolder, image_cache
@@ -238,11 +224,7 @@ def worker_(
             worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
         if job and multiprocessing.parent_process() is None:  # else the task is the search's, not ours
             worker.requeue = job.requeue
-        try:
-            end = worker.run()
-        except SickHostError as error:
-            say(f"error: {error}")
-            raise typer.Exit(ExitCode.FAILED) from None
+        end = worker.run()
         logging.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
         if end == ExitCode.WALL_TIME and not worker.made_progress:
             say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
@@ -295,6 +277,7 @@ def confirm(
         from rich.console import Console
 
         from search.confirmation import plan, read_confirmation, render
+        from search.launch import rehearse
         from search.slurm.submit import submit_study
         from search.study import InputError, open_study
         from storage import database
@@ -314,7 +297,7 @@ def confirm(
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
-            dataset = _rehearse(file)
+            dataset = rehearse(file)
             _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)
@@ -465,6 +448,7 @@ def trials(
 ) -> None:
     """List a study's trials, one a row."""
     with errors_in_one_line():
+        from dashboards.outputs import check_overwritable
         from dashboards.status import read_status, trials_frame
 
         engine, entry = find_study(study)
@@ -475,7 +459,10 @@ def trials(
             apart = {"reason"} | ({"audit"} if frame["audit"].isna().all() else set())
             typer.echo(frame.drop(columns=apart).to_string(index=False))
         else:
-            csv.write_text(frame.to_csv(index=False))
+            text = frame.to_csv(index=False)
+            first_columns = ",".join(frame.columns[:3])
+            check_overwritable(csv, first_columns, "a table of trials")
+            csv.write_text(text)
 
 
 @app.command()
@@ -546,8 +533,8 @@ def export(
 ) -> None:
     """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
     with errors_in_one_line():
-        _check_export(output)
         engine, entry = _search_study(study)
+        _check_export(output, entry.name)
         _export(engine, entry, trial, output)
 
 
@@ -572,6 +559,13 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
+    elif row.state == "complete":
+        from storage.database import home
+
+        say(
+            "note: its accuracy has no interval, since its predictions are not in ATELIER_HOME "
+            f"({home()})"
+        )
     say(f"it is in {output}; train it with: {_command('train', str(output))}")
 
 
@@ -588,11 +582,12 @@ def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     return engine, entry
 
 
-def _check_export(path: Path) -> None:
+def _check_export(path: Path, study: str) -> None:
+    """Raises InputError, before any work is done for the file."""
     from search.export import check_overwritable
 
     _check_output(path)
-    check_overwritable(path)
+    check_overwritable(path, study)
 
 
 def _check_output(path: Path) -> None:
@@ -765,8 +760,9 @@ def predict(
         _check_output(output)
         prepare_process()
         predictor = final.Predictor(run, split, data, scores)
+        final.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
-        final.write_submission(classes, output)
+        final.write_submission(classes, output, predictor.source)
         say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:
             say(f"note: the run learned from, or was chosen by, the images of {split}")

@@ -113,7 +113,8 @@ def _confirmation_file(
     entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
 ) -> ConfirmationFile:
     """The confirmation of a search's trials, with the settings of a study that is on record."""
-    tables = StudyFile.from_record(entry).model_dump()
+    file = StudyFile.from_record(entry)
+    tables = file.model_dump() | {"slurm": file.slurm}
     tables["study"] |= {
         "name": search + SUFFIX,
         "score": "mean-last-5",

@@ -1,12 +1,14 @@
 """What all verbs share: errors in one line, and the study that a user names."""
 
 import errno
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from search.exit_codes import ExitCode
 
@@ -16,6 +18,54 @@ if TYPE_CHECKING:
     from storage.ledger import StudyEntry
 
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+
+
+class Verbs(TyperGroup):
+    """The verbs of a command: what is wrong with their options and arguments is one line too."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Read the options that stand before the verb."""
+        with _usage_in_one_line(None):
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the verb's options and arguments, and run it."""
+        with _usage_in_one_line(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_in_one_line(group: Any) -> Iterator[None]:
+    """`group` is the context of the command whose verb is read; None while there is none."""
+    try:
+        yield
+    except typer.TyperException as error:
+        context: Any = getattr(error, "ctx", None)
+        if context is not None and error.message == context.get_help():
+            raise  # no arguments at all: it is the help
+        words = []
+        if context is None and group is not None:  # the parser knows none
+            context, words = group, [group.invoked_subcommand]
+        while context is not None and context.parent is not None:
+            context, words = context.parent, [context.info_name, *words]
+        say(f"error: {printable(_usage(error))}; see: {shlex.join(['atelier', *words, '--help'])}")
+        raise typer.Exit(ExitCode.WRONG_INPUT) from None
+
+
+def _usage(error: typer.TyperException) -> str:
+    from pydantic import ValidationError
+
+    from search.typed import in_our_words
+
+    if (
+        isinstance(error, typer.BadParameter)
+        and error.param
+        and isinstance(error.__cause__, ValidationError)
+    ):
+        name = error.param.get_error_hint().replace("'", "")
+        return f"{name}: {in_our_words(error.__cause__.errors()[0])}"
+    text = error.format_message().rstrip(".")
+    return text[:1].lower() + text[1:]
 
 
 @contextmanager
@@ -31,7 +81,8 @@ def errors_in_one_line() -> Iterator[None]:
         if line is None:
             raise
         say(f"error: {line}")
-        raise typer.Exit(ExitCode.WRONG_INPUT) from None
+        # An error that is not the input's fault says so itself.
+        raise typer.Exit(getattr(error, "exit_code", ExitCode.WRONG_INPUT)) from None
 
 
 def one_line(error: Exception) -> str | None:

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from dashboards.status import Status, TrialRow
 from search.bootstrap import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
-from search.study import InputError, SlurmProfile, read_toml, validate, weights_identity
+from search.profile import Profiles, SlurmProfile
+from search.study import InputError, read_toml, validate, weights_identity
 from storage.ledger import StudyEntry, curve
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, Whole
+from trainer.files import write_atomically
 
 FORMAT = 1
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
@@ -104,7 +106,7 @@ def export_trial(
 
     [train] holds every resolved setting, [origin] says where they come from and what is known of the
     score, [slurm.*] are the search's profiles. Raises InputError if the trial has not all its parameters
-    yet, OSError if the file cannot be written.
+    yet, or if there is another study's file, OSError if the file cannot be written.
     """
     row = choice.row
     missing = entry.settings["space"].keys() - row.params.keys()
@@ -133,17 +135,25 @@ def export_trial(
     tables = {"format": FORMAT, "train": config.model_dump(), "origin": origin}
     slurm = entry.settings.get("slurm", {})
     text = tomli_w.dumps(_present(tables | ({"slurm": slurm} if slurm else {})))
-    output.write_text(text, encoding="utf-8")
+    check_overwritable(output, entry.name)  # another search may have ended meanwhile
+    write_atomically(output, text.encode())
 
 
-def check_overwritable(output: Path) -> None:
-    """That nothing else than an earlier export is overwritten. Raises InputError."""
+def check_overwritable(output: Path, study: str) -> None:
+    """That nothing else than an earlier export of the study is written over. Raises InputError."""
+    if not output.exists():
+        return
     try:
-        is_export = not output.exists() or "origin" in read_toml(output)
+        origin = read_toml(output).get("origin") if output.is_file() else None
     except InputError:
-        is_export = False
-    if not is_export:
+        origin = None
+    if not isinstance(origin, dict):
         raise InputError(f"--output {output}: there is a file that is no export; give another name")
+    if origin.get("study") != study:
+        raise InputError(
+            f"--output {output}: there is the export of study {origin.get('study')!r}, and this is "
+            f"{study!r}; give another name with -o"
+        )
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +191,10 @@ class _Tables(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int = FORMAT
+    format: Whole = FORMAT
     train: dict[str, Any]
     origin: dict[str, Any] = {}
-    slurm: dict[str, SlurmProfile] = {}
+    slurm: Profiles = {}
 
 
 def load_bundle(path: Path) -> Bundle:

@@ -1,6 +1,7 @@
 """`atelier train` and `predict`: one long run across any number of interruptions, and its use."""
 
 import csv
+import hashlib
 import io
 import logging
 import zipfile
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from dashboards import drawing, figures
 from dashboards.curves import Curve
+from dashboards.outputs import check_overwritable, mark
 from dashboards.status import TrialRow
 from search.bootstrap import Interval, of_hits, of_mean
 from search.exit_codes import ExitCode
@@ -131,6 +133,11 @@ class Predictor:
         sizes = self._dataset.sizes
         self._truth = read_labels(truth, len(self._split), sizes) if truth else None
 
+    @property
+    def source(self) -> str:
+        """What tells the run's predictions from those of another configuration."""
+        return mark(hashlib.sha256(self._model.config.model_dump_json().encode()).hexdigest()[:16])
+
     def predict(self, cache: Path, flip: bool) -> np.ndarray:
         """The attributes, int64 [images, categories], in the order of the split's list."""
         return self._model.predict(self._dataset, self._split, cache, flip)
@@ -150,10 +157,19 @@ class Predictor:
         }
 
 
-def write_submission(classes: np.ndarray, output: Path) -> None:
-    """The challenge's form: a zip with prediction.txt, a line an image, indices between spaces."""
+def check_submission(output: Path, source: str) -> None:
+    """That predictions of this source may be written there. Raises OutputError, OSError."""
+    check_overwritable(output, source, "a prediction of this run")
+
+
+def write_submission(classes: np.ndarray, output: Path, source: str) -> None:
+    """The challenge's form: a zip with prediction.txt, a line an image, indices between spaces.
+
+    Its comment is the source.
+    """
     text = "".join(" ".join(map(str, row)) + "\n" for row in classes.tolist())
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = source.encode()
         archive.writestr("prediction.txt", text)
     write_atomically(output, data.getbuffer())

@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from search.exit_codes import ExitCode
+
 LONGEST_SOCKET_FOLDER = 75  # bytes; with what the fork server adds, it must be within the kernel's 107
 # Ctrl-C, and what ends a whole job: for this process, which passes it on. The server only forks.
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM}
@@ -67,9 +69,13 @@ def _run(
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(environment)
+    _take_environment(environment)
     target(*arguments)
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()  # the server's, which is as old as that
+    os.environ.update(environment)
 
 
 def _leave_group() -> None:
@@ -81,15 +87,17 @@ def _leave_group() -> None:
 class CallFailedError(RuntimeError):
     """The process of a call has ended without an answer; the message is one line."""
 
+    exit_code = ExitCode.FAILED
+
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a module's function returns or raises, called in a process of its own.
+    """What a module's function returns or raises, called in a process of its own with our environment.
 
     Raises CallFailedError if that was killed.
     """
     start_server()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments))
+    process = context.Process(target=_answer, args=(sender, dict(os.environ), function, arguments))
     process.start()
     assert process.pid is not None  # it has started
     sender.close()
@@ -117,8 +125,14 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
     return result
 
 
-def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+def _answer(
+    sender: Connection,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[object, ...],
+) -> None:
     _leave_group()
+    _take_environment(environment)
     # The caller that was interrupted, or killed, does not wait for the answer.
     with suppress(KeyboardInterrupt, BrokenPipeError):
         answer: tuple[Any, Exception | None]

@@ -29,9 +29,10 @@ PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
 
 
 def rehearse(file: StudyFile) -> Dataset:
-    """Prepare the images and build the network once, for the errors that this brings.
+    """Try the device, prepare the images and build the network once, for the errors that this brings.
 
-    Returns the dataset. Raises DatasetError, ModelError, CallFailedError.
+    Returns the dataset. Raises DatasetError, ModelError, DeviceError, UnknownDeviceError and
+    CallFailedError.
     """
     dataset = read_dataset(file.shared.data)
     forking.start_server()  # imports torch, beside this process, which needs none
@@ -61,6 +62,8 @@ def work(arguments: list[str]) -> None:
 
 class WorkersFailedError(RuntimeError):
     """Every worker ended with an error; the message names the log."""
+
+    exit_code = ExitCode.FAILED
 
 
 MAX_RESTARTS = 3  # of workers that were killed, without an epoch in between

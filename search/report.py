@@ -7,7 +7,8 @@ import jinja2
 import sqlalchemy as sa
 from markdown_it import MarkdownIt
 
-from dashboards.files import plot_study
+from dashboards.files import check_figure, plot_study
+from dashboards.outputs import check_overwritable, mark
 from dashboards.status import audit_line, parameter_names, read_machines, read_status
 from search.confirmation import COLUMNS, cells, read_confirmation, verdict
 from search.export import Choice, choose, in_words, known_accuracy
@@ -23,7 +24,7 @@ NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     """Write report.md, report.html and figures into a folder, which is made. Returns the HTML page.
 
-    Raises InputError if no trial is complete, OSError.
+    Raises InputError if no trial is complete, OutputError if the folder has another origin's, OSError.
     """
     status = read_status(engine, entry.study_id, entry.name)
     confirmation = read_confirmation(engine, entry)
@@ -31,11 +32,15 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     accuracy = known_accuracy(entry, choice.row, confirmation)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder")
+    compared = [name for name in COMPARED if name in parameter_names(status.trials)]
+    for name in ("report.md", "report.html"):
+        check_overwritable(folder / name, mark(entry.name), f"a report of study {entry.name!r}")
+    for name in ("history.png", "curves.png", *(f"compare-{name}.png" for name in compared)):
+        check_figure(folder / name, entry.name)
     folder.mkdir(parents=True, exist_ok=True)
     file = StudyFile.from_record(entry)
     train = file.shared
     stages = stage_table(train, len(entry.attributes))
-    compared = [name for name in COMPARED if name in parameter_names(status.trials)]
     plot_study(engine, entry, "history", folder / "history.png")
     plot_study(engine, entry, "curves", folder / "curves.png", top=5)
     for name in compared:
@@ -44,6 +49,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
     text = templates.get_template("report.md").render(
         study=entry.name,
+        source=mark(entry.name),
         verdict=f"Trial {choice.row.number} is {choice.words}.",
         accuracy=in_words(accuracy) if accuracy else "",
         winner=_winning(choice, train),
@@ -66,7 +72,9 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    page = templates.get_template("report.html").render(title=f"Study {entry.name}", body=body)
+    page = templates.get_template("report.html").render(
+        title=f"Study {entry.name}", source=mark(entry.name), body=body
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 

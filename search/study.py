@@ -1,9 +1,7 @@
 """Study files: what they may say, and the Optuna study that follows from one. Imports no torch."""
 
-import difflib
 import hashlib
 import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ from optuna.samplers import GPSampler, RandomSampler, TPESampler
 from pydantic import (
     AliasChoices,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -26,12 +23,15 @@ from pydantic import (
 )
 
 from dashboards.status import read_status
+from search.profile import Profiles
+from search.profile import SlurmProfile as SlurmProfile
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
 from search.strategy import OptunasPruner, Rungs, Strategy
+from search.typed import Table, Texts, as_typed, in_our_words, near
 from storage import ledger
 from storage.database import retrying
-from trainer.config import TUNABLE, TrainConfig
+from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.dataset import Dataset
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,15 +41,11 @@ class InputError(ValueError):
     """The user's input is wrong; the message is one line: found, allowed, what to do next."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Range(_Table):
+class Range(Table):
     """A float parameter between two bounds, both included."""
 
-    low: float
-    high: float
+    low: Real
+    high: Real
     log: bool = False
 
     @model_validator(mode="after")
@@ -61,7 +57,7 @@ class Range(_Table):
         return self
 
 
-Choices = Annotated[list[float | int], Field(min_length=1)]
+Choices = Annotated[list[Number], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
 # Of a study's settings: what does not make its trials incomparable.
 NOT_COMPARED = {"places", "slurm", "search"}
@@ -72,22 +68,22 @@ MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a fold
 LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20
 
 
-class StudySettings(_Table):
+class StudySettings(Table):
     """The [study] table."""
 
     name: str = Field(min_length=1)
     score: Kind = "mean-last-5"
-    max_trials: int = Field(ge=1, le=1_000_000)
-    max_gpu_hours: float | None = Field(None, gt=0)
-    max_failures: int = Field(2, ge=0)  # how often a trial may raise before it is FAIL
+    max_trials: Whole = Field(ge=1, le=1_000_000)
+    max_gpu_hours: Real | None = Field(None, gt=0)
+    max_failures: Whole = Field(2, ge=0)  # how often a trial may raise before it is FAIL
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
     strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
         "promote", validation_alias=AliasChoices("strategy", "pruner")
     )
-    rungs: list[Annotated[int, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
-    first: list[dict[str, float | int]] = []  # parameters to begin with, not always all of them
-    warm_start: list[str] = []  # earlier studies, with whose best parameters it begins
-    audit: float = Field(0.0, ge=0, le=1)  # the share of trials that go on whatever the strategy says
+    rungs: list[Annotated[Whole, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
+    first: list[dict[str, Number]] = Field([])  # parameters to begin with, not always all of them
+    warm_start: Texts = Field([])  # earlier studies, with whose best parameters it begins
+    audit: Real = Field(0.0, ge=0, le=1)  # the share of trials that go on whatever the strategy says
 
     @field_validator("name")
     @classmethod
@@ -95,62 +91,20 @@ class StudySettings(_Table):
         if not name.isprintable() or name != name.strip():
             raise ValueError(f"{name!r} has unprintable characters or outer spaces; rename it")
         if len(quote(name)) > MAX_NAME:
-            raise ValueError(f"is too long for a folder's name; allowed are {MAX_NAME} bytes, encoded")
+            raise ValueError(
+                f"found {as_typed(name)}, too long for a folder's name; allowed are {MAX_NAME} bytes, "
+                "encoded"
+            )
         return name
 
 
-class SlurmProfile(_Table):
-    """One [slurm.NAME] table: what to ask SLURM for."""
-
-    qos: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    cpus: int = Field(1, ge=1)
-    gpus: int = Field(1, ge=0)
-    memory: str = "12G"
-    time: str = "08:00:00"
-    warning: int = Field(300, ge=0)  # seconds before the end at which SLURM warns the workers
-    setup: list[str] = []  # shell lines before the worker starts: module load, activation
-    options: list[str] = []  # further options of sbatch, as in "--constraint=a100"
-
-    @model_validator(mode="after")
-    def _warned_in_time(self) -> "SlurmProfile":
-        seconds = _slurm_seconds(self.time)
-        if seconds is not None and self.warning >= seconds:
-            raise ValueError(
-                f"warning = {self.warning} s leaves nothing of time = {self.time!r}; give a shorter one"
-            )
-        return self
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _one_line_each(cls, value: object) -> object:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.isprintable():
-                raise ValueError(f"{text!r} has unprintable characters; one line each")
-        return value
-
-
-def _slurm_seconds(time: str) -> int | None:
-    """A time limit of SLURM's in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for other words."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if match is None:
-        return None
-    days, *parts = (None if group is None else int(group) for group in match.groups())
-    numbers = [part for part in parts if part is not None]
-    if days is None and len(numbers) < 3:
-        numbers = [0, *numbers]  # minutes come first
-    hours, minutes, seconds = [*numbers, 0, 0][:3]
-    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
-
-
-class StudyFile(_Table):
+class StudyFile(Table):
     """A whole study file. `train` holds what all trials share, `space` what they try."""
 
     study: StudySettings
     space: dict[str, Range | Choices]
     train: dict[str, Any]
-    slurm: dict[str, SlurmProfile] = {}
+    slurm: Profiles = Field({})
 
     @field_validator("space", mode="before")
     @classmethod
@@ -161,7 +115,10 @@ class StudyFile(_Table):
             if name not in TUNABLE:
                 raise ValueError(_unknown(name, TUNABLE))
             if not isinstance(spec, (dict, list)):
-                raise ValueError(f"{name} = {spec!r}; write {{ low = ..., high = ... }} or a list")
+                forms = [] if name == "batch_size" else ["{ low = ..., high = ... }"]
+                is_number = isinstance(spec, (int, float)) and not isinstance(spec, bool)
+                forms.append(f"a list, as in [{as_typed(spec) if is_number else '...'}]")
+                raise ValueError(f"{name} = {as_typed(spec)}; write {' or '.join(forms)}")
             if isinstance(spec, list) and (
                 not spec
                 or any(
@@ -169,7 +126,7 @@ class StudyFile(_Table):
                 )
                 or len(set(spec)) < len(spec)
             ):
-                raise ValueError(f"{name} = {spec!r}; a list needs numbers, each of them once")
+                raise ValueError(f"{name} = {as_typed(spec)}; a list needs numbers, each of them once")
         if isinstance(space.get("batch_size"), dict):
             raise ValueError("batch_size is a whole number; write a list, as in [64, 128, 256]")
         return space
@@ -307,7 +264,11 @@ class StudyFile(_Table):
             study=StudySettings(name=entry.name, max_trials=entry.max_trials, **study),
             space=settings["space"],
             train=settings["train"] | settings["places"],
-            slurm=settings.get("slurm", {}),
+            # As the version that recorded it understood it: SLURM has the last word.
+            slurm={
+                name: SlurmProfile.model_construct(**profile)
+                for name, profile in settings.get("slurm", {}).items()
+            },
         )
 
     def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> optuna.samplers.BaseSampler:
@@ -407,7 +368,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
+        raise InputError(f"{path}: not TOML: {error}; a text stands in quotes") from None
 
 
 def _parse(text: str, place: str) -> dict[str, Any]:
@@ -472,27 +433,26 @@ def validate(
         problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = str(problem["loc"][0]) if problem["loc"] else ""
         where = [name for name in [(tables or {}).get(key, table)] if name]
-        message = str(problem.get("ctx", {}).get("error") or problem["msg"])
-        location = ".".join(where + [str(p) for p in problem["loc"] if not _is_branch(p)])
+        location = ".".join(where + [str(p) for p in _without_branches(problem["loc"])])
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
             message = _unknown(name, _keys_at(model, problem["loc"][:-1]))
-        elif problem["type"] == "missing":
-            message = "missing, and needed"
-        elif "input" in problem and not isinstance(problem["input"], dict):
-            message = f"{message}, found {problem['input']!r}"
+        else:
+            message = in_our_words(problem)
         place = f"{path}: {location}" if location else str(path)
         raise InputError(f"{place}: {message}".replace("\n", " ")) from error
 
 
 def _unknown(name: str, allowed: Any) -> str:
-    near = difflib.get_close_matches(name, allowed, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"unknown key {name!r}{hint} (allowed: {', '.join(allowed)})"
+    return f"unknown key {name!r}{near(name, allowed)} (allowed: {', '.join(allowed)})"
 
 
-def _is_branch(part: object) -> bool:
-    return isinstance(part, str) and (part.startswith(("list[", "function-")) or part == "Range")
+def _without_branches(location: tuple[int | str, ...]) -> Iterator[int | str]:
+    """Without what pydantic adds to say which type of several it tried."""
+    for depth, part in enumerate(location):
+        tried = isinstance(part, str) and (part.startswith(("list[", "function-")) or part == "Range")
+        if not tried and not (part in ("float", "int") and depth == len(location) - 1):
+            yield part
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

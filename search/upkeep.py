@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, errors_in_one_line, existing_database, find_study, printable, say
+from search.console import (
+    Verbs,
+    errors_in_one_line,
+    existing_database,
+    find_study,
+    printable,
+    say,
+)
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedPostgres
 
-data_app = typer.Typer(help="Make or check a dataset.", no_args_is_help=True)
-db_app = typer.Typer(help="The database.", no_args_is_help=True)
-user_app = typer.Typer(help="Who may log in to the dashboard.", no_args_is_help=True)
+data_app = typer.Typer(cls=Verbs, help="Make or check a dataset.", no_args_is_help=True)
+db_app = typer.Typer(cls=Verbs, help="The database.", no_args_is_help=True)
+user_app = typer.Typer(cls=Verbs, help="Who may log in to the dashboard.", no_args_is_help=True)
 
 
 @data_app.command("check")
@@ -152,6 +159,7 @@ def db_status() -> None:
     with errors_in_one_line():
         from storage import database
         from storage.ledger import study_names
+        from storage.prune import forgotten
 
         if database.configured_url() is None and not _embedded().is_running():
             typer.echo(f"embedded, in {database.home()}: not running")
@@ -161,6 +169,8 @@ def db_status() -> None:
         typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
             typer.echo(f"  study {name}")
+        if revision and (left := forgotten(engine)):
+            typer.echo(f"  run folders of no study here: {len(left)}; see: atelier db prune")
 
 
 @db_app.command("backup")
@@ -197,19 +207,32 @@ def db_restore(
 
 @db_app.command("prune")
 def db_prune(
-    study: StudyName,
+    study: Annotated[str | None, typer.Argument(help="Study name, or its study file.")] = None,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
     ] = 100,  # search.confirmation.MOST_RIVALS, whose import takes its time
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Remove the folders of studies that are not on record.")
+    ] = False,
 ) -> None:
-    """Remove files of a study that no longer matter; whatever can be resumed stays."""
+    """Remove files of a study that no longer matter; whatever can be resumed stays.
+
+    Without STUDY: list the run folders of studies that the database does not have, as after their
+    deletion in optuna-dashboard, and in which nothing was written for a day; --deleted removes them.
+    """
     with errors_in_one_line():
+        if study is None:
+            _prune_deleted(deleted and not dry_run)
+            return
         from search.confirmation import SUFFIX, recorded
+        from search.study import InputError
         from storage import prune
         from storage.ledger import study_entry
         from storage.runs import RunFolder, total_size
 
+        if deleted:
+            raise InputError("--deleted is for studies that are not on record: leave out STUDY")
         engine, entry = find_study(study)
         runs = RunFolder(entry.name, entry.created)
         # A confirmation is made of all its predictions.
@@ -225,6 +248,38 @@ def db_prune(
         else:
             prune.remove(files)
         typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
+
+
+def _prune_deleted(remove: bool) -> None:
+    import shutil
+
+    from search.study import InputError
+    from storage import database, prune
+    from storage.embedded import EmbeddedPostgres
+    from storage.runs import files_in, total_size
+
+    engine = existing_database()
+    database.require_schema(engine)
+    own = EmbeddedPostgres(database.home()).data
+    if remove and os.environ.get("ATELIER_DATABASE_URL") and own.is_dir():
+        raise InputError(
+            f"the folders may be those of the database in {own}, which shares this home; unset "
+            "ATELIER_DATABASE_URL to ask that one, or remove by hand what is listed without --deleted"
+        )
+    folders = prune.forgotten(engine)
+    size = total_size(path for folder in folders for path in files_in(folder)) / 1e6
+    for folder in folders:
+        typer.echo(folder)
+        if remove:
+            shutil.rmtree(folder)
+    end = (
+        "removed"
+        if remove
+        else "atelier db prune --deleted removes them"
+        if folders
+        else "nothing to do"
+    )
+    typer.echo(f"{len(folders)} folders of no study in this database, {size:.1f} MB: {end}")
 
 
 @db_app.command("upgrade")

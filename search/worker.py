@@ -62,6 +62,8 @@ LOUD_SAMPLERS = ("gp",)
 class SickHostError(RuntimeError):
     """Nothing works on this host, whatever the trial; the message is one line."""
 
+    exit_code = ExitCode.FAILED
+
 
 class RefusedError(ValueError):
     """A trial that somebody enqueued is not one of this study's space; the message is one line."""

@@ -3,9 +3,11 @@
 `atelier db prune` removes it; what it is of checkpoints, a worker removes that finds nothing more to do.
 Kept are the checkpoints of every trial that is not finished, so that it can be resumed, and the
 predictions of the best trials and of those that are being confirmed, from which `atelier confirm` and
-`report` compute.
+`report` compute. And whole run folders, of studies that were deleted elsewhere, as in optuna-dashboard.
 """
 
+import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,7 +17,8 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from optuna.trial import TrialState
 
-from storage.database import retrying
+from storage.database import home, retrying
+from storage.ledger import study_entry, study_names
 from storage.runs import RunFolder
 
 ABANDONED_SECONDS = 86400.0  # a file that somebody is writing is younger
@@ -57,6 +60,26 @@ def remove(paths: Iterable[Path]) -> None:
             path.parent.rmdir()
 
 
+def forgotten(engine: sa.Engine) -> list[Path]:
+    """Run folders of studies that this database does not have, and that nobody has written to for a day.
+
+    Of another database that shares the home they may be in use all the same: only its user knows.
+    """
+    folders = sorted((home() / "runs").glob("*"))  # before the studies are read: a later one is new
+    entries = [study_entry(engine, name) for name in study_names(engine)]
+    known = {RunFolder(entry.name, entry.created).path for entry in entries if entry is not None}
+    return [
+        folder
+        for folder in folders
+        if folder not in known and re.search(r"-\d{8}-\d{6}$", folder.name) and _is_at_rest(folder)
+    ]
+
+
+def _is_at_rest(folder: Path) -> bool:
+    paths = [Path(top, name) for top, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return all(map(_is_abandoned, (folder, *paths)))
+
+
 @retrying
 def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState]]:
     """The trials' numbers and states, the best first."""
@@ -71,7 +94,7 @@ def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState]]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether it is the unfinished file of a writer that was killed."""
+    """Whether nobody has written to it for long, as after its writer was killed."""
     with suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
     return False

@@ -19,6 +19,12 @@ def total_size(files: Iterable[Path]) -> int:
     return size
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder; some may come and go meanwhile."""
+    # Unlike Path.rglob it is not surprised by a folder that has just been removed.
+    return [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+
+
 def make_private(folder: Path) -> None:
     """Make a folder that only its owner may enter."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +49,7 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """All that is in it; some may come and go meanwhile."""
-        # Unlike Path.rglob it is not surprised by a folder that has just been removed.
-        return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+        return files_in(self.path)
 
     def checkpoints(self, trial_number: int) -> Path:
         """The folder of a trial's checkpoints."""

@@ -2,11 +2,24 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from trainer.predictions import Predictions
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):  # which Python takes for 1 or 0
+        raise PydanticKnownError("float_type")
+    return value
+
+
+# Numbers as a user may type them.
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Real = Annotated[float, BeforeValidator(_no_boolean)]
+Number = Annotated[float | int, BeforeValidator(_no_boolean)]  # stays what it is
 
 
 class TrainConfig(BaseModel):
@@ -22,20 +35,20 @@ class TrainConfig(BaseModel):
     weights: str = "timm"  # "timm": by the name's tag; a .safetensors/.pth file; or "none"
     trainable: str = "layer4"  # the first trained stage, or "head"
     frozen_batchnorm: Literal["eval", "train"] = "eval"  # "train": batch statistics below `trainable`
-    image_size: int = Field(224, ge=32, le=1024)  # pixels, square
+    image_size: Whole = Field(224, ge=32, le=1024)  # pixels, square
     augment: Literal["report", "none"] = "report"  # random part of the training transform
-    train_images: int | None = Field(None, ge=1)  # use only so many training images
+    train_images: Whole | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
 
-    epochs: int = Field(30, ge=1, le=1_000_000)
-    warmup_epochs: int = Field(5, ge=0, le=1_000_000)  # learning rate rises linearly from 0 in these
-    seed: int = Field(0, ge=0, lt=2**32)
+    epochs: Whole = Field(30, ge=1, le=1_000_000)
+    warmup_epochs: Whole = Field(5, ge=0, le=1_000_000)  # learning rate rises linearly from 0 in these
+    seed: Whole = Field(0, ge=0, lt=2**32)
 
-    lr: float = Field(0.005, gt=0)
-    batch_size: int = Field(128, ge=1, le=1_000_000)
-    weight_decay: float = Field(0.0008, ge=0)  # Adam's coupled L2 term
-    dropout: float = Field(0.5, ge=0, lt=1)
-    epsilon: float = Field(0.01, ge=0, lt=1)  # label smoothing
+    lr: Real = Field(0.005, gt=0)
+    batch_size: Whole = Field(128, ge=1, le=1_000_000)
+    weight_decay: Real = Field(0.0008, ge=0)  # Adam's coupled L2 term
+    dropout: Real = Field(0.5, ge=0, lt=1)
+    epsilon: Real = Field(0.01, ge=0, lt=1)  # label smoothing
     smoothing: Literal["report", "uniform"] = "report"
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, else fp32

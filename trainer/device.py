@@ -1,20 +1,70 @@
 """The device that a process trains on: which one, its memory, its threads, its errors."""
 
 import ctypes
+import logging
+import os
 import resource
+import socket
+import textwrap
 from contextlib import suppress
+from functools import cache
 
 import psutil
 import torch
 
-from trainer.allocation import cpu_count, memory_limit, number
+from trainer.allocation import cpu_count, memory_limit, number, sign_of_gpu
+
+log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
+
+
+class DeviceError(RuntimeError):
+    """This machine has not the device that was asked for; the message is one line."""
+
+    exit_code = 1  # the place's fault, not the input's: another machine may have it
+
+
+class UnknownDeviceError(ValueError):
+    """ATELIER_DEVICE says something else than cuda or cpu; the message is one line."""
 
 
 def pick_device() -> torch.device:
-    """The GPU that CUDA_VISIBLE_DEVICES leaves visible, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What ATELIER_DEVICE says, cuda or cpu; else the GPU where there is one, else the CPU.
+
+    A GPU that was granted or is there is never passed over in silence. It is tried, so that one in a bad
+    state is found before there is work to lose. Raises DeviceError, UnknownDeviceError.
+    """
+    wanted = os.environ.get(DEVICE, "")
+    if wanted not in ("", "cuda", "cpu"):
+        raise UnknownDeviceError(
+            f"{DEVICE}={wanted!r}: allowed are cuda and cpu; CUDA_VISIBLE_DEVICES says which GPU"
+        )
+    if wanted == "cpu":
+        _note_cpu(f"{DEVICE}=cpu")
+        return torch.device("cpu")
+    asked = f"{DEVICE}=cuda" if wanted else sign_of_gpu()
+    if asked is None:
+        if not torch.cuda.is_available():
+            _note_cpu("no GPU here")
+            return torch.device("cpu")
+        asked = "torch sees one"
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except Exception as error:  # a driver that is absent, old or broken: each has an error of its own
+        said = textwrap.shorten(str(error).strip() or type(error).__name__, 300)
+        raise DeviceError(
+            f"{socket.gethostname()} has no GPU that torch can use: {said}; a GPU was asked for "
+            f"({asked}); mend that, use another machine, or train on the CPU with {DEVICE}=cpu"
+        ) from error
+    return torch.device("cuda")
+
+
+@cache
+def _note_cpu(why: str) -> None:
+    """Once in a process."""
+    log.info("training on the CPU of %s: %s", socket.gethostname(), why)
 
 
 def prepare_process() -> int:

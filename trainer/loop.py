@@ -184,7 +184,8 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
     """
     run = Run(largest, workspace)
     if run.owns_trunk:
-        return 1  # they would share nothing
+        log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")
+        return 1
     [(_, outcome)] = turn([run], lambda *_: True)  # one step
     if isinstance(outcome, Exception):
         raise outcome

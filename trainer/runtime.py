@@ -17,7 +17,10 @@ CACHED_PIXELS = 1 << 20
 
 
 class Runtime:
-    """Runs trunks and tails of one configuration, in training and in prediction. Raises ModelError."""
+    """Runs trunks and tails of one configuration, in training and in prediction.
+
+    Raises ModelError, and what `pick_device` raises without a given device.
+    """
 
     def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
         self.config = config

@@ -15,6 +15,7 @@ from trainer.allocation import memory_limit
 from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import DatasetError, Split, read_dataset
+from trainer.device import pick_device
 from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
@@ -30,7 +31,8 @@ Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indice
 class Workspace(Runtime):
     """What the trials of a study share in one process: data, trunk and validation features.
 
-    Raises DatasetError, ModelError. `cache` is the folder for prepared images and compiled code.
+    Raises DatasetError, ModelError, and what `pick_device` raises. `cache` is the folder for prepared
+    images and compiled code.
     """
 
     def __init__(self, config: TrainConfig, cache: Path, device: torch.device | None = None) -> None:
@@ -113,10 +115,11 @@ class Workspace(Runtime):
 
 
 def prepare(config: TrainConfig, cache: Path) -> None:
-    """Prepare the images and build the network once, on the CPU, for the errors that this brings.
+    """Try the device; prepare the images and build the network once, on the CPU, for the errors of that.
 
-    Raises DatasetError, ModelError.
+    Raises DatasetError, ModelError, DeviceError, UnknownDeviceError.
     """
+    pick_device()
     Workspace(config, cache, torch.device("cpu"))
 
 

@@ -136,8 +136,8 @@ setup = {setup}
 """
 
 
+ON_CPU = "export ATELIER_DEVICE=cpu"  # the GPUs of this SLURM are files
 DEFAULTS = {"size": 32, "time": "30", "warning": 60, "setup": []}
-ON_CPU = "export ATELIER_DEVICE=cpu"  # the GPUs are plain files
 # For jobs of a minute or less: what else runs on this machine must not take it from them while they
 # import torch. Where the kernel groups processes by session, the group has to come before others.
 BEFORE_OTHERS = ["renice --priority -15 $$ > /dev/null", "echo -15 > /proc/self/autogroup || true"]
@@ -331,11 +331,10 @@ def campaign(slurm, server, demo, slow_python, tmp_path, monkeypatch, request):
         name = name or request.node.name
         values = {"name": name, "data": demo, **DEFAULTS, **values}
         python = sys.executable
-        values["setup"] = [ON_CPU, *values["setup"]]
         if step_seconds is not None:
             python = str(slow_python)
             values["setup"] = [*values["setup"], f"export STEP_SECONDS={step_seconds}"]
-        values["setup"] = json.dumps(values["setup"])
+        values["setup"] = json.dumps([ON_CPU, *values["setup"]])
         text = (STUDY + PROFILE).format(**values).replace("[32, 64]", "[8, 16]")  # there are few images
         (tmp_path / "study.toml").write_text(change(text))
         return Campaign(name, tmp_path, server.home, engine, python)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.cluster.conftest import BEFORE_OTHERS, task_states, wait_for
+from tests.cluster.conftest import BEFORE_OTHERS, ON_CPU, task_states, wait_for
 
 FINAL = """
 [slurm.final]
@@ -18,7 +18,7 @@ setup = {setup}
 
 def with_final(text):
     """The study file with one batch size, and with a profile for the long run."""
-    setup = json.dumps([*BEFORE_OTHERS, "export STEP_SECONDS=2", "export WALL_SECONDS=35"])
+    setup = json.dumps([ON_CPU, *BEFORE_OTHERS, "export STEP_SECONDS=2", "export WALL_SECONDS=35"])
     return text.replace("[8, 16]", "[16]") + FINAL.format(setup=setup)
 
 

@@ -143,7 +143,7 @@ def test_the_leaders_run_again_with_the_same_fresh_seeds(
         assert "name that: tiny" in atelier(command, "tiny-confirm", code=2).stderr
     other = (tmp_path / "study.toml").read_text().replace('"tiny"', '"tiny-confirm"')
     (tmp_path / "other.toml").write_text(other)
-    assert "confirms." in atelier("search", "other.toml", code=2).stderr
+    assert "confirms." in atelier("search", "other.toml", "-o", "other-best.toml", code=2).stderr
 
 
 def turn_wrong(*paths):
