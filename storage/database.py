@@ -373,8 +373,8 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     )
 
 
-def _require(engine: sa.Engine) -> None:
-    """Raises DatabaseError for the first thing about the database that keeps us from writing to it."""
+def require_fit(engine: sa.Engine) -> None:
+    """Raises DatabaseError for the first thing about the database that forbids us to write to it."""
     with engine.connect() as connection:
         for one in properties(connection):
             if one.problem:
@@ -399,7 +399,7 @@ def ensure_tables(engine: sa.Engine, to_write: bool = True) -> None:
         upgrade(engine)
         return
     if to_write:
-        _require(engine)
+        require_fit(engine)
     require_schema(engine)
 
 
@@ -411,7 +411,7 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     schema is newer than this program, or older and in use, or not this user's, or if the database is
     not fit for tables of ours.
     """
-    _require(engine)
+    require_fit(engine)
     check_schema(engine)
     by_owner = "let the owner of the tables run: atelier db upgrade"
     with engine.connect() as connection:
