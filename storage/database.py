@@ -286,12 +286,13 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
 
 
 def _settings(connection: Any, sessions: Sessions) -> dict[str, str]:
-    """What a session, one of the driver's, really has of what was asked for."""
+    """What a session of the driver's, in no transaction, really has of what was asked for."""
+    connection.autocommit = True  # spares two round trips, and some poolers have no transactions
     with connection.cursor() as cursor:
         query = "SELECT name, current_setting(name) FROM unnest(%s) AS name"
         cursor.execute(query, [list(sessions.settings)])
         found = dict(cursor.fetchall())
-    connection.rollback()
+    connection.autocommit = False
     return found
 
 
@@ -352,10 +353,13 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     `engine` may have sessions that are not checked: they are here.
     """
     with engine.connect() as connection:
-        yield from properties(connection)
-        found = _settings(connection.connection, WORK)
+        found = _settings(connection.connection.driver_connection, WORK)
+        general = list(properties(connection))
+    yield from general
     for name, asked in WORK.settings.items():
         yield Property(name, found[name], _other_settings(found, {name: asked}))
+    if any(one.problem for one in general if one.name == "rights"):
+        return  # the rest may not be seen
     revision = schema_revision(engine)
     if revision is None:
         yield Property("schema", "none yet; the first search, submit or worker makes the tables")
@@ -395,12 +399,12 @@ def ensure_tables(engine: sa.Engine, to_write: bool = True) -> None:
     Raises DatabaseError if there are tables of another version, or if nothing can be written; who only
     looks at tables (not `to_write`) does without.
     """
-    if schema_revision(engine) is None:
-        upgrade(engine)
-        return
     if to_write:
         require_fit(engine)
-    require_schema(engine)
+    if schema_revision(engine) is None:
+        upgrade(engine)
+    else:
+        require_schema(engine)
 
 
 @retrying

@@ -168,7 +168,10 @@ def why_without(connection: sa.Connection, *roles: str) -> str | None:
             quote_ident(current_user) AS me,
             (SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user) AS makes_roles
     """
-    known = "SELECT name, pg_roles.oid FROM unnest(:roles) AS name LEFT JOIN pg_roles ON rolname = name"
+    known = (
+        "SELECT name, pg_roles.oid FROM unnest(:roles) AS name LEFT JOIN pg_roles ON rolname = name "
+        "ORDER BY name"
+    )
     found = _row(connection, f"WITH known AS ({known}) {query}", roles=list(roles), schema=SCHEMA)
     if not (found.foreign_ or found.powerless):
         return None
