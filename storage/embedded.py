@@ -163,7 +163,7 @@ class EmbeddedPostgres:
         """
         if not self.data.is_dir():
             return False
-        with self._locked(needed=not force):  # an earlier version may have begun what has no locks
+        with self._locked(needed=False):  # an earlier version has begun it without
             self._refuse_foreign_host()
             if not force and self.is_running():
                 self._refuse_if_used("or say --force")
@@ -240,7 +240,11 @@ class EmbeddedPostgres:
             "SELECT count(*) FROM pg_stat_activity "
             f"WHERE backend_type = 'client backend' AND datname = '{DATABASE}'"
         )
-        if clients or self._in_use():
+        try:
+            in_use = clients or self._in_use()
+        except NoLocksError as error:
+            raise EmbeddedPostgresError(f"{error}; {hint}") from error
+        if in_use:
             raise EmbeddedPostgresError(
                 f"the server in {self.home} is in use by searches or workers; stop them first, {hint}"
             )
@@ -507,7 +511,7 @@ class EmbeddedPostgres:
             except OSError as error:  # names a file, or nothing; the program or the user is meant
                 whom = f" as the user {user}" if user else ""
                 raise EmbeddedPostgresError(
-                    f"cannot run {program}{whom}: {error.strerror}; install Atelier anew, or set "
+                    f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
                     "ATELIER_DATABASE_URL to another server"
                 ) from error
             output.seek(0)

@@ -84,8 +84,13 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
         """
         SELECT quote_ident(current_user) AS me, quote_ident(current_database()) AS database,
             public IS NULL AS no_public, ours IS NULL AS no_schema,
-            to_regclass('public.studies') IS NULL AS makes_optunas,
-            to_regclass(:schema || '.alembic_version') IS NULL AS makes_ours,
+            -- Not by to_regclass, which is an error where the schema may not be looked into.
+            NOT EXISTS (
+                SELECT FROM pg_class WHERE relnamespace = public AND relname = 'studies'
+            ) AS makes_optunas,
+            NOT EXISTS (
+                SELECT FROM pg_class WHERE relnamespace = ours AND relname = 'alembic_version'
+            ) AS makes_ours,
             has_schema_privilege(public, 'USAGE') AS sees_public,
             has_schema_privilege(public, 'CREATE') AS fills_public,
             has_schema_privilege(ours, 'USAGE') AS sees_schema,
@@ -106,7 +111,7 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
             yield f"GRANT CREATE ON DATABASE {found.database} TO {found.me}"
         return
     if not found.sees_schema:
-        yield f"GRANT USAGE ON SCHEMA {SCHEMA} TO {found.me}"
+        yield f"GRANT {'USAGE ON SCHEMA ' + SCHEMA if found.makes_ours else WORKER} TO {found.me}"
     if found.makes_ours and not found.fills_schema:
         yield f"GRANT CREATE ON SCHEMA {SCHEMA} TO {found.me}"
 
@@ -142,10 +147,11 @@ def tables(connection: sa.Connection) -> Property:
 
 def is_owner(connection: sa.Connection) -> bool:
     """Whether there are tables of ours that are this user's, or those of a role that it is in."""
-    query = (
-        "SELECT bool_or(pg_has_role(relowner, 'USAGE')) FROM pg_class WHERE oid = to_regclass(:table)"
-    )
-    return bool(_row(connection, query, table=f"{SCHEMA}.alembic_version")[0])
+    query = """
+        SELECT bool_or(pg_has_role(relowner, 'USAGE')) FROM pg_class
+        WHERE relnamespace = to_regnamespace(:schema) AND relname = 'alembic_version'
+    """
+    return bool(_row(connection, query, schema=SCHEMA)[0])
 
 
 def why_without(connection: sa.Connection, *roles: str) -> str | None:

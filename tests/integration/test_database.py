@@ -294,6 +294,18 @@ def test_the_rights_that_are_missing_are_named_and_are_enough(
     assert "BAD" not in atelier("db", "check").output
 
 
+def test_a_user_who_may_not_look_into_tables_that_are_there(atelier, as_user, database_url):
+    owner = database.connect(make_url(database_url))
+    database.ensure_tables(owner)
+    owner.dispose()
+    line = error_line(atelier("search", "study.toml", code=2))
+    assert line.endswith(f"run: GRANT {WORKER} TO plain")
+    as_user(f"GRANT {WORKER} TO plain")
+    engine = database.connect()
+    database.ensure_tables(engine)
+    engine.dispose()
+
+
 def test_an_owner_who_can_make_no_roles_is_told_once_and_not_to_ask_itself(
     atelier, database_name, as_user, caplog
 ):
