@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
 import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
@@ -17,6 +16,7 @@ from dashboards.accounts import Accounts, OneTimeLink, is_loopback, session_key
 from dashboards.web import Door, make_app
 from storage import database
 from storage.network import VIEWER
+from storage.properties import why_without
 
 THREADS = 8
 # The first parts of the paths that are served here.
@@ -103,7 +103,7 @@ def serve(address: Address) -> None:
                 "choose another --port or --host"
             ) from None
     engine = database.connect()
-    database.prepare(engine)  # its errors belong to the terminal
+    database.prepare(engine, to_write=False)  # its errors belong to the terminal
     engine.dispose()
     _Server(address, accounts).run()
 
@@ -120,20 +120,17 @@ def _say_where(address: Address, token: str | None) -> None:
 
 def open_doors() -> dict[str, Door]:
     """Both roles' ways to the database. Raises DatabaseError."""
-    engine = database.connect(connect_args=database.PAGE_ARGS)
-    database.prepare(engine)
+    engine = database.connect(sessions=database.PAGES)
+    database.prepare(engine, to_write=False)
     looking = database.read_only(engine)
     if not looking.has_role:
         with engine.connect() as connection:
-            user = connection.scalar(sa.select(sa.func.quote_ident(sa.func.current_user())))
+            why = why_without(connection, VIEWER)
         typer.echo(
-            f"note: the database user {user} may not use the role {VIEWER}, so only the connection's "
-            "own setting keeps viewers from writing; let the database's owner run: "
-            f"CREATE ROLE {VIEWER} NOLOGIN; GRANT {VIEWER} TO {user}; and then: atelier db upgrade",
-            err=True,
+            f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGE_ARGS)),
+        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGES)),
         "viewer": Door.to(looking.engine, looking.storage),
     }
 

@@ -5,6 +5,7 @@ the health check are open. A viewer's request is served from a connection that c
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,11 +39,13 @@ from werkzeug.routing import RequestRedirect
 
 from dashboards import pages
 from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
-from storage import database, ledger
+from storage import database, faults, ledger
 from storage.runs import artifacts, make_private
 
 SESSION = timedelta(hours=12)
 OPEN = {"login", "log_in", "static", "health"}  # endpoints that need no login
+log = logging.getLogger(__name__)
+
 PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -221,13 +224,26 @@ def _explain(error: Exception) -> Any:
         status, words = error.code or 500, error.description or ""
     elif isinstance(error, (NoResultFound, ArtifactNotFound)):
         status, words = 404, "There is no such study or file, or not any more."
-    elif database.is_transient(error):
-        status, words = 503, "The database does not answer. This page asks again by itself."
+    elif isinstance(error, database.DATABASE_ERRORS):
+        status, words = 503, _of_the_database(error)
     else:
         raise error
     if g.get("role") is None or request.path.startswith(("/api/", "/csv/", "/artifacts/")):
         return _refuse(status, words)
     return render_template("message.html", status_code=status, words=words), status
+
+
+def _of_the_database(error: Exception) -> str:
+    """What a page says of it; who has not logged in sees it too. Raises the error if it is our fault."""
+    if faults.sqlstate(error) == faults.READ_ONLY:
+        return "The database takes no writes now: it is a standby, or gives its work to one."
+    verdict = faults.judge(error)
+    if verdict is faults.Verdict.AGAIN:
+        return "The database does not answer. This page asks again by itself."
+    if verdict is faults.Verdict.OURS and not isinstance(error, database.DatabaseError):
+        raise error
+    log.error("%s", faults.explain(error))
+    return "The database cannot be used. Whoever runs it sees why with: atelier db check"
 
 
 def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:

@@ -354,9 +354,11 @@ def stop(
 ) -> None:
     """Ask all workers of a study to finish their epoch, release their trial and end."""
     with errors_in_one_line():
+        from storage.database import require_fit
         from storage.ledger import request_stop
 
         engine, entry = find_study(study)
+        require_fit(engine)
         request_stop(engine, entry.study_id, not undo)
         if undo:
             typer.echo(f"study {entry.name!r}: workers may start again")

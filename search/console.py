@@ -15,8 +15,10 @@ from search.exit_codes import ExitCode
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from storage.database import Sessions
     from storage.ledger import StudyEntry
 
+DATABASE_MODULES = {"sqlalchemy", "optuna", "psycopg2"}  # whose errors storage.faults judges
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
 
 
@@ -82,7 +84,8 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         say(f"error: {line}")
         # An error that is not the input's fault says so itself.
-        raise typer.Exit(getattr(error, "exit_code", ExitCode.WRONG_INPUT)) from None
+        code = ExitCode.FAILED if _may_pass(error) else getattr(error, "exit_code", ExitCode.WRONG_INPUT)
+        raise typer.Exit(code) from None
 
 
 def one_line(error: Exception) -> str | None:
@@ -101,8 +104,21 @@ def one_line(error: Exception) -> str | None:
         other = "set ATELIER_HOME to another folder" if own else "choose another path"
         return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
     # By the module, not by the class, which would have to be imported, and torch with it.
-    ours = type(error).__module__.partition(".")[0] in {"search", "dashboards", "storage", "trainer"}
-    return printable(str(error)) if ours else None
+    origin = type(error).__module__.partition(".")[0]
+    if origin in DATABASE_MODULES:
+        from storage.faults import Verdict, explain, judge
+
+        return None if judge(error) is Verdict.OURS else printable(f"the database: {explain(error)}")
+    return printable(str(error)) if origin in {"search", "dashboards", "storage", "trainer"} else None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the database's that was away for longer than anybody waits: no wrong input."""
+    if type(error).__module__.partition(".")[0] not in DATABASE_MODULES:
+        return False
+    from storage.faults import is_transient
+
+    return is_transient(error)
 
 
 def printable(text: str) -> str:
@@ -114,7 +130,7 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def existing_database() -> "sa.Engine":
+def existing_database(sessions: "Sessions | None" = None) -> "sa.Engine":
     """Connect to a database that has been used before: looking must not make one."""
     from search.study import InputError
     from storage import database
@@ -124,7 +140,7 @@ def existing_database() -> "sa.Engine":
             f"no database in {database.home()}; atelier search STUDY.toml makes one, "
             "or name another with ATELIER_HOME or ATELIER_DATABASE_URL"
         )
-    return database.connect()
+    return database.connect(sessions=sessions or database.WORK)
 
 
 def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:

@@ -296,11 +296,18 @@ def db_upgrade() -> None:
 
 @db_app.command("check")
 def db_check() -> None:
-    """Check that the database can be reached, is recent enough and has our tables."""
+    """Say of everything about the database whether a search can be made with it, and what to do."""
     with errors_in_one_line():
+        from dataclasses import replace
+
         from storage import database
 
-        engine = existing_database()
-        version = database.server_version(engine)
-        typer.echo(f"OK  server: PostgreSQL {version}")
-        typer.echo(f"OK  schema: {database.require_schema(engine)}")
+        engine = existing_database(replace(database.WORK, checked=False))
+        problems = []
+        for one in database.examine(engine):
+            typer.echo(f"{'BAD' if one.problem else 'OK '} {one.name}: {one.found}")
+            problems += [one.problem] if one.problem else []
+        if problems:
+            raise database.DatabaseError(
+                f"the database at {database.shown(engine.url)} {'; it '.join(problems)}"
+            )

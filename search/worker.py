@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optuna
-from sqlalchemy.exc import SQLAlchemyError
 
 from dashboards.files import attach_curve
 from dashboards.status import TrialRow
@@ -27,7 +26,7 @@ from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
 from search.strategy import Verdict
 from search.study import StudyFile
-from storage.database import retrying
+from storage.database import DATABASE_ERRORS, retrying
 from storage.ledger import (
     PAUSED,
     RENEW_SECONDS,
@@ -50,10 +49,9 @@ from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# Errors that say nothing about the trial: of this machine and its files, and of the database. They end
+# Errors of this machine and its files. They say nothing about the trial, like DATABASE_ERRORS, and end
 # the worker.
 MACHINE_ERRORS = (CheckpointError, OSError)
-DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 LOUD_SAMPLERS = ("gp",)

@@ -9,35 +9,42 @@ import ipaddress
 import logging
 import os
 import select
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+import psycopg2
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from psycopg2.errors import InsufficientPrivilege
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    OperationalError,
-    PendingRollbackError,
-    ProgrammingError,
-)
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.faults import (
+    INSUFFICIENT_PRIVILEGE,
+    NO_POOLER,
+    READ_ONLY,
+    Verdict,
+    explain,
+    is_transient,
+    judge,
+    reason,
+    sqlstate,
+)
+from storage.models import SCHEMA
 from storage.network import VIEWER, WORKER
+from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "atelier"
 PATIENCE = 600  # seconds that work goes on trying while the database is away
 # The same for what this thread does: somebody who waits for a page has less of it.
 thread_patience: ContextVar[float] = ContextVar("thread_patience", default=PATIENCE)
@@ -45,22 +52,43 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
 
-CONNECT_ARGS: dict[str, object] = {
-    "connect_timeout": 10,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
-    "application_name": "atelier",
-    "options": " ".join(
-        [
-            # By default a role named as our schema would find our tables before Optuna's.
-            "-c search_path=public",
-            # A stopped process must not hold a row lock for ever.
-            "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000",
-        ]
-    ),
-}
+@dataclass(frozen=True)
+class Sessions:
+    """What every new session with the database is asked to be, and is checked to be."""
+
+    settings: Mapping[str, str]  # the server's, each value as SHOW writes it
+    connect_timeout: int = 10  # seconds
+    checked: bool = True
+
+    def having(self, **settings: str) -> "Sessions":
+        """The same with further settings."""
+        return replace(self, settings={**self.settings, **settings})
+
+    def arguments(self) -> dict[str, Any]:
+        """What libpq is told."""
+        return {
+            "connect_timeout": self.connect_timeout,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
+            "application_name": "atelier",
+            "client_encoding": "utf8",  # whatever PGCLIENTENCODING says: names are in any language
+            "options": " ".join(f"-c {name}={value}" for name, value in self.settings.items()),
+        }
+
+
+WORK = Sessions(
+    {
+        # By default a role named as our schema would find our tables before Optuna's.
+        "search_path": "public",
+        # A stopped process must not hold a row lock for ever.
+        "statement_timeout": "1min",
+        "idle_in_transaction_session_timeout": "1min",
+    }
+)
+# For pages: nobody waits a minute for one.
+PAGES = replace(WORK.having(statement_timeout="15s"), connect_timeout=3)
 
 
 class DatabaseError(RuntimeError):
@@ -72,14 +100,8 @@ def home() -> Path:
     return Path(os.environ.get("ATELIER_HOME") or ".atelier").absolute()
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the database was away, so that the same may succeed later."""
-    if isinstance(error, optuna.exceptions.StorageInternalError):
-        error = error.__cause__ or error
-    # The last is what Optuna meets that goes on in a transaction whose connection was lost.
-    return isinstance(error, (OperationalError, PoolTimeoutError, PendingRollbackError)) or (
-        isinstance(error, DBAPIError) and error.connection_invalidated
-    )
+# They say nothing about the trial that was at work.
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, DatabaseError)
 
 
 def _revive(_: object) -> None:
@@ -177,18 +199,12 @@ def exists() -> bool:
     return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
 
 
-# For pages: nobody waits a minute for one.
-PAGE_ARGS = CONNECT_ARGS | {
-    "connect_timeout": 3,
-    "options": f"{CONNECT_ARGS['options']} -c statement_timeout=15000",
-}
+def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WORK) -> sa.Engine:
+    """An engine on a database that answers, within so many seconds.
 
-
-def connect(
-    url: URL | None = None, patience: float = 0, connect_args: dict[str, object] = CONNECT_ARGS
-) -> sa.Engine:
-    """An engine on a database that answers, within so many seconds. Raises DatabaseError."""
-    engine = _engine(url or database_url(), connect_args)
+    Raises DatabaseError, also for sessions that are not what they were asked to be.
+    """
+    engine = _engine(url or database_url(), sessions)
     try:
         for attempt in Retrying(
             retry=retry_if_exception(is_transient),
@@ -199,22 +215,28 @@ def connect(
             with attempt, engine.connect():
                 return engine
         raise AssertionError("it returns or raises")
-    except DBAPIError as error:
-        reason = str(error.orig).strip().splitlines()[0]
-        raise DatabaseError(
-            f"cannot reach the database at {shown(engine.url)}: {reason}; "
-            + (
-                "is it up, and is ATELIER_DATABASE_URL right?"
+    except SQLAlchemyError as error:
+        line = f"cannot reach the database at {shown(engine.url)}: {explain(error)}"
+        if judge(error) is not Verdict.FINAL:
+            line += (
+                "; is it up, and is ATELIER_DATABASE_URL right?"
                 if os.environ.get("ATELIER_DATABASE_URL")
-                else "start it with: atelier db start"
+                else "; start it with: atelier db start"
             )
-        ) from error
+        raise DatabaseError(line) from error
 
 
-def _engine(url: URL, connect_args: dict[str, object]) -> sa.Engine:
-    engine = sa.create_engine(url, **_pool(connect_args, ping=False))
+def _engine(url: URL, sessions: Sessions) -> sa.Engine:
+    engine = sa.create_engine(url, **_pool(url, sessions, ping=False))
     sa.event.listen(engine, "checkout", _refuse_hung_up)
+    sa.event.listen(engine, "handle_error", _leave_read_only)
     return engine
+
+
+def _leave_read_only(context: sa.engine.ExceptionContext) -> None:
+    """Connect anew after a failover: an idle session stays with the server that is a standby now."""
+    if sqlstate(context.original_exception) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def _refuse_hung_up(connection: Any, *_: object) -> None:
@@ -230,9 +252,57 @@ def _refuse_hung_up(connection: Any, *_: object) -> None:
     raise sa.exc.DisconnectionError
 
 
-def _pool(connect_args: dict[str, object], ping: bool = True) -> dict[str, Any]:
+def _pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
     # Two are kept; a page server's threads may need some more for a moment.
-    return {"pool_pre_ping": ping, "pool_size": 2, "max_overflow": 8, "connect_args": connect_args}
+    return {
+        "pool_pre_ping": ping,
+        "pool_size": 2,
+        "max_overflow": 8,
+        "creator": _creator(url, sessions),
+    }
+
+
+def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
+    """Makes connections, and hands out none whose session is not what was asked for.
+
+    A pooler may drop all that a session asks for, and say nothing.
+    """
+    positional, named = sa.make_url(url).get_dialect()().create_connect_args(url)
+    named = {**named, **sessions.arguments()}
+
+    def create() -> Any:
+        connection = psycopg2.connect(*positional, **named)
+        try:
+            if sessions.checked:
+                found = _settings(connection, sessions)
+                if wrong := _other_settings(found, sessions.settings):
+                    raise DatabaseError(f"the database at {shown(url)} {wrong}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return create
+
+
+def _settings(connection: Any, sessions: Sessions) -> dict[str, str]:
+    """What a session of the driver's, in no transaction, really has of what was asked for."""
+    connection.autocommit = True  # spares two round trips, and some poolers have no transactions
+    with connection.cursor() as cursor:
+        query = "SELECT name, current_setting(name) FROM unnest(%s) AS name"
+        cursor.execute(query, [list(sessions.settings)])
+        found = dict(cursor.fetchall())
+    connection.autocommit = False
+    return found
+
+
+def _other_settings(found: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
+    wrong = [
+        f"{name} = {found[name]!r} instead of {value!r}"
+        for name, value in asked.items()
+        if found[name] != value
+    ]
+    return f"gives sessions with {', '.join(wrong)}; {NO_POOLER}" if wrong else None
 
 
 class Restricted(NamedTuple):
@@ -243,25 +313,13 @@ class Restricted(NamedTuple):
     has_role: bool  # a role sees to it; else nothing does, or the connection's own setting
 
 
-_EVERYWHERE = f"SCHEMA public, {SCHEMA}"
-# What each role may do with Optuna's tables and ours. No role may change or drop a table.
-RIGHTS = {
-    VIEWER: (f"SELECT ON ALL TABLES IN {_EVERYWHERE}",),
-    WORKER: (
-        f"SELECT, INSERT, UPDATE ON ALL TABLES IN {_EVERYWHERE}",
-        f"USAGE ON ALL SEQUENCES IN {_EVERYWHERE}",
-        f"DELETE ON {SCHEMA}.attempt",  # Ledger.withdraw
-    ),
-}
-
-
 def read_only(engine: sa.Engine) -> Restricted:
     """Look at the same database as the role `atelier_viewer`, which may only SELECT.
 
     Where this user may not act as the role, transactions are read-only because the connection asks for
     it.
     """
-    return _restricted(engine, VIEWER, PAGE_ARGS, "-c default_transaction_read_only=on")
+    return _restricted(engine, VIEWER, PAGES.having(default_transaction_read_only="on"))
 
 
 @retrying
@@ -269,75 +327,80 @@ def for_worker(engine: sa.Engine) -> Restricted:
     """Work in the same database as the role `atelier_worker`: it deletes no study and alters no table.
 
     Where this user may not act as the role, the worker has this user's rights, and says so.
+    Raises DatabaseError.
     """
-    work = _restricted(engine, WORKER, CONNECT_ARGS)
+    work = _restricted(engine, WORKER, WORK)
     if not work.has_role:
-        log.warning("this user may not act as %s; its owner makes it with: atelier db upgrade", WORKER)
+        with engine.connect() as connection:
+            owner = is_owner(connection)
+            why = why_without(connection, WORKER)
+        # The owner was told when the tables were made.
+        log.log(logging.INFO if owner else logging.WARNING, "with all rights of this user: %s", why)
     return work
 
 
-def _restricted(
-    engine: sa.Engine, role: str, arguments: dict[str, object], options: str = ""
-) -> Restricted:
-    has_role = _may_act_as(engine, role)
-    every = [str(arguments["options"]), options, f"-c role={role}" if has_role else ""]
-    arguments = arguments | {"options": " ".join(filter(None, every))}
-    other = _engine(engine.url, arguments)
-    return Restricted(other, optuna_storage(engine, arguments, make_tables=False), has_role)
-
-
-def _may_act_as(engine: sa.Engine, role: str) -> bool:
+def _restricted(engine: sa.Engine, role: str, sessions: Sessions) -> Restricted:
     with engine.connect() as connection:
-        # The role is the server's, its rights are this database's.
-        query = sa.text(
-            "SELECT 1 FROM pg_roles WHERE rolname = :role AND pg_has_role(oid, 'MEMBER') "
-            f"AND has_schema_privilege(oid, '{SCHEMA}', 'USAGE')"
-        )
-        return connection.scalar(query, {"role": role}) is not None
+        has_role = why_without(connection, role) is None
+    sessions = sessions.having(role=role) if has_role else sessions
+    other = _engine(engine.url, sessions)
+    return Restricted(other, optuna_storage(engine, sessions, make_tables=False), has_role)
 
 
-def _make_roles(connection: sa.Connection) -> None:
-    """Make the roles and give them their rights, if this user may."""
-    run = connection.exec_driver_sql
-    for role, rights in RIGHTS.items():
-        try:
-            with connection.begin_nested():
-                if not run(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'").scalar():
-                    run(f"CREATE ROLE {role} NOLOGIN")
-                    run(f"GRANT {role} TO CURRENT_USER")
-                for right in (f"USAGE ON {_EVERYWHERE}", *rights):
-                    run(f"GRANT {right} TO {role}")
-        except DBAPIError as error:  # not allowed, or just made for another database of the server
-            if is_transient(error):
-                raise
+def examine(engine: sa.Engine) -> Iterator[Property]:
+    """What is to be known about the database, for one who asks whether it can be used.
 
-
-MINIMUM_SERVER = 14
-
-
-def server_version(engine: sa.Engine) -> str:
-    """Raises DatabaseError for a server that is too old."""
+    `engine` may have sessions that are not checked: they are here.
+    """
     with engine.connect() as connection:
-        version = str(connection.scalar(sa.text("SHOW server_version")))
-    if int(version.split(".")[0]) < MINIMUM_SERVER:
-        raise DatabaseError(f"the server is PostgreSQL {version}; allowed is {MINIMUM_SERVER}+")
-    return version
+        found = _settings(connection.connection.driver_connection, WORK)
+        general = list(properties(connection))
+    yield from general
+    for name, asked in WORK.settings.items():
+        yield Property(name, found[name], _other_settings(found, {name: asked}))
+    if any(one.problem for one in general if one.name == "rights"):
+        return  # the rest may not be seen
+    revision = schema_revision(engine)
+    if revision is None:
+        yield Property("schema", "none yet; the first search, submit or worker makes the tables")
+        return
+    try:
+        yield Property("schema", require_schema(engine))
+    except DatabaseError as error:
+        yield Property("schema", revision, str(error).removeprefix("the database "))
+        return
+    with engine.connect() as connection:
+        yield tables(connection)
+        why = why_without(connection, WORKER, VIEWER)
+    yield Property(
+        "roles", f"workers and viewers have all rights of this user: {why}" if why else "both"
+    )
+
+
+def require_fit(engine: sa.Engine) -> None:
+    """Raises DatabaseError for the first thing about the database that forbids us to write to it."""
+    with engine.connect() as connection:
+        for one in properties(connection):
+            if one.problem:
+                raise DatabaseError(f"the database at {shown(engine.url)} {one.problem}")
 
 
 @retrying
-def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def prepare(engine: sa.Engine, to_write: bool = True) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
-    ensure_tables(engine)
-    return optuna_storage(engine)
+    ensure_tables(engine, to_write)
+    return optuna_storage(engine, make_tables=to_write)
 
 
 @retrying
-def ensure_tables(engine: sa.Engine) -> None:
+def ensure_tables(engine: sa.Engine, to_write: bool = True) -> None:
     """Give an empty database Optuna's tables and ours.
 
-    Raises DatabaseError if there are tables of another version.
+    Raises DatabaseError if there are tables of another version, or if nothing can be written; who only
+    looks at tables (not `to_write`) does without.
     """
-    server_version(engine)
+    if to_write:
+        require_fit(engine)
     if schema_revision(engine) is None:
         upgrade(engine)
     else:
@@ -348,17 +411,26 @@ def ensure_tables(engine: sa.Engine) -> None:
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
 
-    Raises DatabaseError if the schema is newer than this program, or older and in use, or not this
-    user's.
+    Says so if workers will not be able to have fewer rights than this user. Raises DatabaseError if the
+    schema is newer than this program, or older and in use, or not this user's, or if the database is
+    not fit for tables of ours.
     """
+    require_fit(engine)
     check_schema(engine)
+    by_owner = "let the owner of the tables run: atelier db upgrade"
+    with engine.connect() as connection:
+        if schema_revision(engine) is not None and not is_owner(connection):
+            raise DatabaseError(f"permission denied: the tables are another user's; {by_owner}")
     try:
         _upgrade(engine, revision)
-    except ProgrammingError as error:
-        if not isinstance(error.orig, InsufficientPrivilege):
+    except SQLAlchemyError as error:
+        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
-        reason = str(error.orig).strip().splitlines()[0]
-        raise DatabaseError(f"{reason}; let the owner of the tables run: atelier db upgrade") from error
+        raise DatabaseError(f"{reason(error)}; {by_owner}") from error  # of Optuna's tables
+    with engine.connect() as connection:
+        why = why_without(connection, WORKER, VIEWER)
+    if why is not None:
+        log.warning("workers and viewers will have all rights of this user: %s", why)
 
 
 def _upgrade(engine: sa.Engine, wanted: str) -> None:
@@ -371,12 +443,13 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
             with engine.begin() as connection:
                 if revision not in (None, head_revision()):
                     _refuse_if_held(connection)
-                connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+                if not connection.dialect.has_schema(connection, SCHEMA):  # an administrator's, perhaps
+                    connection.execute(sa.schema.CreateSchema(SCHEMA))
                 _show_optunas_tables(connection)
                 config = _alembic()
                 config.attributes["connection"] = connection
                 command.upgrade(config, wanted)
-                _make_roles(connection)
+                make_roles(connection)
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
 
@@ -394,7 +467,7 @@ def _refuse_if_held(connection: sa.Connection) -> None:
 
 
 def _show_optunas_tables(connection: sa.Connection) -> None:
-    """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see CONNECT_ARGS."""
+    """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see WORK."""
     role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
     if role == SCHEMA:
         database = connection.dialect.identifier_preparer.quote_identifier(name)
@@ -454,7 +527,7 @@ def _alembic() -> Config:
 
 
 def optuna_storage(
-    engine: sa.Engine, connect_args: dict[str, object] = CONNECT_ARGS, make_tables: bool = True
+    engine: sa.Engine, sessions: Sessions = WORK, make_tables: bool = True
 ) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, with its cache of finished trials.
 
@@ -463,9 +536,10 @@ def optuna_storage(
     try:
         storage = optuna.storages.RDBStorage(
             engine.url.render_as_string(hide_password=False),
-            engine_kwargs=_pool(connect_args),
+            engine_kwargs=_pool(engine.url, sessions),
             skip_table_creation=not make_tables,
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
+    sa.event.listen(storage.engine, "handle_error", _leave_read_only)
     return optuna.storages.get_storage(storage)

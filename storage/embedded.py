@@ -21,16 +21,16 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, ClassVar
 from urllib.parse import quote
 
 import psutil
 import psycopg2
-from filelock import FileLock
 
-from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network
+from storage.faults import is_transient, reason
+from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network, NetworkError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
@@ -43,6 +43,10 @@ PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes it
 
 class EmbeddedPostgresError(RuntimeError):
     """The server cannot be had; the message is one line and says what to do next."""
+
+
+class NoLocksError(EmbeddedPostgresError):
+    """The home's file system cannot lock files."""
 
 
 class EmbeddedPostgres:
@@ -69,9 +73,7 @@ class EmbeddedPostgres:
             url = self._ensure_running()
             key = (self.home, os.getpid())
             if key not in self._users:
-                users = (self.home / "postgres.users").open("a+")  # NFS locks only what it may read
-                fcntl.flock(users, fcntl.LOCK_SH)
-                self._users[key] = users
+                self._users[key] = self._lock("postgres.users", fcntl.LOCK_SH)
                 atexit.register(self.release)
         return url
 
@@ -96,8 +98,14 @@ class EmbeddedPostgres:
         Raises EmbeddedPostgresError.
         """
         with self._locked():
+            running = self.is_running()
             url = self._ensure_running()
-            self._keep.touch()
+            try:
+                self._keep.touch()
+            except OSError:
+                if not running:
+                    self._stop()
+                raise
         return url if self.network.url is None else self.network.url.render_as_string()
 
     def listen(self, address: str, port: int, tls: bool, binaries: Path | None = None) -> str:
@@ -107,31 +115,33 @@ class EmbeddedPostgres:
         Raises EmbeddedPostgresError, NetworkError.
         """
         with self._locked():
+            self.network.check(address, tls)
             if binaries is not None:
                 self._choose(binaries)
             before, running = self.network.url, self.is_running()
-            self._ensure_running()
-            if tls and not self._ask("SHOW ssl_library"):
-                if not running:
-                    self._stop()
-                raise EmbeddedPostgresError(
-                    "this PostgreSQL was built without TLS; start a new home with one that has it "
-                    "(--postgres FOLDER), or say --no-tls: the password stays secret, the data do not"
-                )
-            self._refuse_if_used("the server has to start anew")
-            password = self.network.set_up(address, port, tls)
-            if tls:
-                self._own(self.network.key)
-            self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
-            self._stop()
             try:
                 self._ensure_running()
-            except EmbeddedPostgresError:
-                self.network.set_url(before)  # an address that is not ours, or a port that is taken
+                if tls and not self._ask("SHOW ssl_library"):
+                    raise EmbeddedPostgresError(
+                        "this PostgreSQL was built without TLS; start a new home with one that has it "
+                        "(--postgres FOLDER), or say --no-tls: the password stays secret, not the data"
+                    )
+                self._refuse_if_used("the server has to start anew")
+                password = self.network.set_up(address, port, tls)
+                if tls:
+                    self._own(self.network.key)
+                self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
+                self._stop()
+                self._ensure_running()
+                self._keep.touch()
+            except (EmbeddedPostgresError, NetworkError, OSError):
+                # As it was before: the address may not be ours, or the port be taken.
+                self.network.set_url(before)
                 if running:
                     self._ensure_running()
+                else:
+                    self._stop()
                 raise
-            self._keep.touch()
         url = self.network.url
         assert url is not None  # it was just set up
         return url.render_as_string()
@@ -153,7 +163,7 @@ class EmbeddedPostgres:
         """
         if not self.data.is_dir():
             return False
-        with self._locked():
+        with self._locked(needed=False):  # an earlier version has begun it without
             self._refuse_foreign_host()
             if not force and self.is_running():
                 self._refuse_if_used("or say --force")
@@ -169,15 +179,42 @@ class EmbeddedPostgres:
             return False
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, needed: bool = True) -> Iterator[None]:
+        """Alone with the home. Raises EmbeddedPostgresError, before anything is begun."""
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            with self._threads, FileLock(self.home / "postgres.lock"):
+            with self._threads, ExitStack() as lock:
+                try:
+                    file = lock.enter_context(self._lock("postgres.lock", fcntl.LOCK_EX))
+                    # Not by closing it: a child that was forked just now has it open, too.
+                    lock.callback(fcntl.flock, file, fcntl.LOCK_UN)
+                except NoLocksError:
+                    if needed:
+                        raise
                 yield
         except OSError as error:
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
+
+    def _lock(self, name: str, mode: int) -> IO[str]:
+        """An open file of the home with a flock on it. Raises BlockingIOError, NoLocksError.
+
+        Not filelock's: where there is no flock that falls back to a file whose owner may be dead.
+        """
+        file = (self.home / name).open("a+")  # NFS locks only what it may read
+        try:
+            fcntl.flock(file, mode)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError as error:
+            file.close()
+            raise NoLocksError(
+                f"the file system of {self.home} has no locks (flock: {error.strerror}), without which "
+                "nobody knows who uses the server; set ATELIER_HOME to a folder on one that has"
+            ) from error
+        return file
 
     def _pid_file(self) -> list[str]:
         """The server's own notes: 0 the pid, 3 the port, 4 the socket folder (late)."""
@@ -191,11 +228,10 @@ class EmbeddedPostgres:
             return False
 
     def _in_use(self) -> bool:
-        with (self.home / "postgres.users").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        try:
+            self._lock("postgres.users", fcntl.LOCK_EX | fcntl.LOCK_NB).close()
+        except BlockingIOError:
+            return True
         return False
 
     def _refuse_if_used(self, hint: str) -> None:
@@ -204,7 +240,11 @@ class EmbeddedPostgres:
             "SELECT count(*) FROM pg_stat_activity "
             f"WHERE backend_type = 'client backend' AND datname = '{DATABASE}'"
         )
-        if clients or self._in_use():
+        try:
+            in_use = clients or self._in_use()
+        except NoLocksError as error:
+            raise EmbeddedPostgresError(f"{error}; {hint}") from error
+        if in_use:
             raise EmbeddedPostgresError(
                 f"the server in {self.home} is in use by searches or workers; stop them first, {hint}"
             )
@@ -222,10 +262,13 @@ class EmbeddedPostgres:
                 port, folder = self._pid_file()[3:5]
                 self._create_database(port, folder)
                 return _url(port, folder)
-            except (FileNotFoundError, ValueError, psycopg2.OperationalError) as error:
-                if time.monotonic() > deadline:
+            except (FileNotFoundError, ValueError, psycopg2.Error) as error:
+                # The first two: its notes are not written yet.
+                final = isinstance(error, psycopg2.Error) and not is_transient(error)
+                if final or time.monotonic() > deadline:
+                    what = "says" if final else "does not answer"
                     raise EmbeddedPostgresError(
-                        f"the server in {self.home} runs but does not answer: {_last(str(error))}; "
+                        f"the server in {self.home} runs but {what}: {reason(error)}; "
                         f"read {self._log}, then try: atelier db stop"
                     ) from error
             time.sleep(0.1)
@@ -251,7 +294,14 @@ class EmbeddedPostgres:
 
     def _open_to_system_user(self) -> None:
         """As root: the system user must exist and reach the binaries and the data."""
-        wheel.ensure_user_exists(SYSTEM_USER)
+        try:
+            wheel.ensure_user_exists(SYSTEM_USER)
+        except (OSError, KeyError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            raise EmbeddedPostgresError(
+                f"PostgreSQL does not run as root, and the user {SYSTEM_USER} cannot be made: "
+                f"{_last(said)}; make it, or work as another user than root"
+            ) from error
         wheel.ensure_prefix_permissions(self.home / "postgres.lock")
         if self._programs.exists():
             return  # a system's PostgreSQL: its folders are not ours to open
@@ -284,10 +334,22 @@ class EmbeddedPostgres:
         )
         if result.returncode != 0:
             shutil.rmtree(new)
-            raise EmbeddedPostgresError(
-                f"initdb failed: {_last(result.stdout)}; is there room in {self.home}?"
-            )
+            raise EmbeddedPostgresError(f"initdb failed: {_last(result.stdout)}; {self._remedy()}")
         new.rename(self.data)
+
+    def _remedy(self) -> str:
+        """What to do where PostgreSQL's own words have just been quoted."""
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            return (
+                f"this user ({os.geteuid()}) is not in /etc/passwd: add it, or use nss_wrapper, or set "
+                "ATELIER_DATABASE_URL to another server"
+            )
+        return (
+            f"set ATELIER_HOME to another folder than {self.home}, or ATELIER_DATABASE_URL to another "
+            "server"
+        )
 
     def _sweep_after_crash(self) -> None:
         """Wait for, then remove, what PostgreSQL itself would stumble over after a crash."""
@@ -319,6 +381,7 @@ class EmbeddedPostgres:
     def _start(self) -> None:
         self._log.touch()
         self._own(self._log)
+        earlier = self._log.stat().st_size
         # Before the server: on a shared file system other hosts must not find it without its host.
         self._host.write_text(socket.gethostname() + "\n")
         rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
@@ -335,9 +398,10 @@ class EmbeddedPostgres:
             *("-w", "-t", str(PATIENCE), "start"),
         )
         if result.returncode != 0:
+            # What an earlier start has left in the log is not the reason.
+            said = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
             raise EmbeddedPostgresError(
-                f"PostgreSQL did not start: {_last(self._log.read_text(errors='replace'))}; read the "
-                f"whole log {self._log}, or set ATELIER_DATABASE_URL to another server"
+                f"PostgreSQL did not start: {_last(said)}; read the log {self._log}; {self._remedy()}"
             )
 
     def _create_database(self, port: str, folder: str) -> None:
@@ -433,15 +497,23 @@ class EmbeddedPostgres:
         # A file, not a pipe: the server inherits it from pg_ctl and would keep a pipe open for ever.
         # A session of its own: Ctrl-C in the terminal is not meant for the server.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
-            code = subprocess.call(
-                [str(self._binaries() / command), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self.home,
-                user=user,
-                start_new_session=True,
-            )
+            program = self._binaries() / command
+            try:
+                code = subprocess.call(
+                    [str(program), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=self.home,
+                    user=user,
+                    start_new_session=True,
+                )
+            except OSError as error:  # names a file, or nothing; the program or the user is meant
+                whom = f" as the user {user}" if user else ""
+                raise EmbeddedPostgresError(
+                    f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
+                    "ATELIER_DATABASE_URL to another server"
+                ) from error
             output.seek(0)
             return subprocess.CompletedProcess(command, code, output.read())
 

@@ -10,7 +10,7 @@ from sqlalchemy import ARRAY, DateTime, Double, ForeignKey, Index, Integer, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.database import SCHEMA
+SCHEMA = "atelier"
 
 
 class Base(DeclarativeBase):

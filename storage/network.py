@@ -52,15 +52,22 @@ class Network:
         # Earlier versions wrote no mode for --no-tls.
         return url if "sslmode" in url.query else url.update_query_dict({"sslmode": "disable"})
 
+    @staticmethod
+    def check(address: str, tls: bool) -> None:
+        """Raises NetworkError for what `set_up` could not do."""
+        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", address) or address in ("0.0.0.0", "::"):
+            raise NetworkError(
+                f"--listen {address!r}: allowed is one address or host name that other machines reach"
+            )
+        if tls and shutil.which("openssl") is None:
+            raise NetworkError("no openssl on this machine to make a certificate with; or say --no-tls")
+
     def set_up(self, address: str, port: int, tls: bool) -> str:
         """Write the files. Returns the password, which is the same as before if there was one.
 
         Raises NetworkError.
         """
-        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", address) or address in ("0.0.0.0", "::"):
-            raise NetworkError(
-                f"--listen {address!r}: allowed is one address or host name that other machines reach"
-            )
+        self.check(address, tls)
         if tls:
             self._make_certificate(address)
         if self._passfile.exists():
@@ -113,8 +120,6 @@ class Network:
         return self._key
 
     def _make_certificate(self, address: str) -> None:
-        if shutil.which("openssl") is None:
-            raise NetworkError("no openssl on this machine to make a certificate with; or say --no-tls")
         kind = "IP" if re.fullmatch(r"[0-9.]+|.*:.*", address) else "DNS"
         _write_private(self._key, "")
         result = subprocess.run(

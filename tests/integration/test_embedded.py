@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from storage.embedded import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
+from storage.network import NetworkError
 
 context = multiprocessing.get_context("spawn")
 
@@ -324,3 +326,132 @@ def test_the_server_of_another_host_is_left_alone(used_home):
         with pytest.raises(EmbeddedPostgresError, match="runs on host elsewhere"):
             use_it()
     (server.data / "postmaster.pid").unlink()
+
+
+# The kernel answers ENOSYS to flock, in this process and its children: a file system without locks.
+NO_LOCKS = """
+import ctypes, errno, platform, struct, sys
+
+flock = {"x86_64": 73, "aarch64": 32}[platform.machine()]
+load, equal, answer = 0x20, 0x15, 0x06  # of seccomp's machine
+refused, allowed = 0x50000 | errno.ENOSYS, 0x7FFF0000
+steps = (load, 0, 0, 0), (equal, 0, 1, flock), (answer, 0, 0, refused), (answer, 0, 0, allowed)
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0, ctypes.get_errno()  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(Filter(4, ctypes.addressof(code)))) == 0, ctypes.get_errno()
+from search.cli import main
+main()
+"""
+
+
+def without_locks(home, *words):
+    return subprocess.run(
+        [sys.executable, "-c", NO_LOCKS, *words],
+        env=os.environ | {"ATELIER_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_could_not_be_stopped_is_not_started(home, give_data, used):
+    if used:  # with the files of the locks, from a time when there were some
+        EmbeddedPostgres(give_data(home)).acquire()
+        EmbeddedPostgres(home).release()
+    for words in (["start"], ["start", "--listen", "127.0.0.1", "--no-tls"]):
+        result = without_locks(home, "db", *words)
+        assert result.returncode == 2
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"error: the file system of {home} has no locks (flock: ")
+        assert "set ATELIER_HOME to a folder on one that has" in line
+    assert not EmbeddedPostgres(home).is_running()
+    assert used or not (home / "postgres").exists()
+
+
+def test_what_an_earlier_version_has_started_without_locks_can_be_stopped(used_home):
+    EmbeddedPostgres(used_home).start()
+    refused = without_locks(used_home, "db", "stop")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "or say --force" in refused.stderr
+    assert without_locks(used_home, "db", "stop", "--force").stdout == "stopped\n"
+    assert not EmbeddedPostgres(used_home).is_running()
+
+
+def acquire_as(user, home, said):
+    os.setgid(user)
+    os.setuid(user)
+    try:
+        EmbeddedPostgres(home).acquire()
+    except EmbeddedPostgresError as error:
+        said.put(str(error))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be a user whom nobody knows")
+def test_a_user_who_is_not_in_etc_passwd_is_told_so(home, give_data):
+    EmbeddedPostgres(home).acquire()  # opens the programs to other users
+    EmbeddedPostgres(home).release()
+    other = home.with_name("other")
+    other.mkdir(mode=0o700)
+    os.chown(other, 54321, 54321)
+    fork = multiprocessing.get_context("fork")
+    said = fork.Queue()
+    process = fork.Process(target=acquire_as, args=(54321, other, said))
+    process.start()
+    line = said.get(timeout=60)
+    process.join()
+    assert "could not look up effective user ID 54321" in line
+    assert "this user (54321) is not in /etc/passwd" in line
+    assert "nss_wrapper" in line
+    assert "ATELIER_DATABASE_URL" in line
+    assert "room" not in line
+    assert len(line.splitlines()) == 1
+
+
+def broken_program(home, text):
+    folder = home.with_name("programs")
+    folder.mkdir()
+    for name in ("initdb", "pg_ctl", "postgres"):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    home.mkdir(exist_ok=True)
+    (home / "postgres.programs").write_text(f"{folder}\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("#!/bin/sh\necho initdb: error: of the thirteenth kind; exit 1\n", "of the thirteenth kind"),
+        ("#!/no/such/shell\n", "No such file or directory"),
+        ("no program at all", "initdb"),
+    ],
+)
+def test_what_programs_say_is_quoted_and_not_explained(home, program, expected):
+    broken_program(home, program)
+    with pytest.raises(EmbeddedPostgresError) as caught:
+        EmbeddedPostgres(home).acquire()
+    assert expected in str(caught.value)
+    assert "room" not in str(caught.value)
+    assert "cannot use the folder" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_reason_of_a_failed_start_is_not_that_of_an_earlier_one(used_home):
+    (used_home / "postgres.log").write_text("FATAL: the reason of another day\n")
+    broken_program(used_home, "#!/bin/sh\necho pg_ctl: error: of today; exit 1\n")
+    with pytest.raises(EmbeddedPostgresError, match="of today") as caught:
+        EmbeddedPostgres(used_home).acquire()
+    assert "another day" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["a b", "198.51.100.7"])
+def test_a_server_that_cannot_listen_is_not_left_running(used_home, address):
+    server = EmbeddedPostgres(used_home)
+    with pytest.raises((EmbeddedPostgresError, NetworkError)):
+        server.listen(address, 5432, tls=False)
+    assert not server.is_running()
+    assert server.network.url is None
