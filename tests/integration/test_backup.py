@@ -256,6 +256,15 @@ def test_of_two_restores_at_once_one_is_refused(engine, home, elsewhere, tmp_pat
     assert ledger.study_names(other) == ["s"]
 
 
+def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
+    """Both would fill the same folder."""
+    fill(engine, ["complete"])
+    backup.back_up(engine, tmp_path / "b.tar")
+    other = elsewhere()
+    with backup._alone(), pytest.raises(BackupError, match="another backup or restore is at work"):
+        backup.restore(other, tmp_path / "b.tar")
+
+
 def test_a_deleted_study_is_restored_into_the_database_that_it_was_in(engine, home, tmp_path):
     fill(engine, ["complete"], epochs=2, name="s")  # its worker's row outlives it
     backup.back_up(engine, tmp_path / "b.tar")

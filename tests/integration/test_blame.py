@@ -141,4 +141,5 @@ def test_a_compiler_that_does_not_work_is_the_hosts_fault(engine, atelier, tmp_p
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == ExitCode.FAILED, result.stderr
     assert "\nerror: sick host " in result.stderr
+    assert "experimental" not in result.stderr, "Optuna's warning of its QMCSampler"
     assert attempts(engine) == ["released", "released"]

@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from storage.embedded import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError, _is_alive
 from storage.network import NetworkError
 
 context = multiprocessing.get_context("spawn")
@@ -455,3 +455,14 @@ def test_a_server_that_cannot_listen_is_not_left_running(used_home, address):
         server.listen(address, 5432, tls=False)
     assert not server.is_running()
     assert server.network.url is None
+
+
+def test_a_server_that_was_killed_and_that_nobody_has_waited_for_is_gone():
+    """A zombie holds nothing, and may stay for as long as its parent likes."""
+    child = subprocess.Popen(["true"])
+    process = psutil.Process(child.pid)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        continue
+    assert not _is_alive(process)
+    child.wait()
+    assert not _is_alive(process)

@@ -311,3 +311,20 @@ def test_the_end_says_who_asked_first():
     assert (stop.end, stop.reason) == (ExitCode.WALL_TIME, "SIGUSR2")
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGINT, None)
+
+
+def test_a_study_is_opened_although_the_connection_is_lost(engine, make_worker, monkeypatch):
+    """As when a worker starts while the database does."""
+    make, lost = optuna.create_study, []
+
+    def interrupted(**arguments):
+        if not lost:
+            with engine.connect() as connection, engine.connect() as other:
+                lost.append(connection.connection.dbapi_connection.info.backend_pid)
+                other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": lost[0]})
+                connection.execute(sa.text("SELECT 1"))  # raises
+        return make(**arguments)
+
+    monkeypatch.setattr(optuna, "create_study", interrupted)
+    assert make_worker().study.study_name == "tiny"
+    assert lost
