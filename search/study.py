@@ -23,8 +23,7 @@ from pydantic import (
 )
 
 from dashboards.status import read_status
-from search.profile import Profiles
-from search.profile import SlurmProfile as SlurmProfile
+from search.profile import Profiles, SlurmProfile
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
 from search.strategy import OptunasPruner, Rungs, Strategy

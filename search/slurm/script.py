@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
-from search.study import InputError, SlurmProfile, StudyFile
+from search.study import InputError, StudyFile
 from storage.database import configured_url, database_url, home, is_local, server_host
 from trainer.config import TrainConfig
 

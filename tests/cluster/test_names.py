@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from search.profile import SlurmProfile
 from search.slurm.script import TASK_LOG, log_pattern, render_script
 from search.slurm.submit import submit_script
-from search.study import SlurmProfile
 
 NAMES = [
     "a b",

@@ -131,8 +131,8 @@ def _read_config(path: Path) -> None:
 
 
 def _read_array(path: Path) -> None:
+    from search.profile import SlurmProfile
     from search.slurm.script import render_script
-    from search.study import SlurmProfile
 
     text = path.read_bytes().decode("utf-8", "surrogateescape")
     render_script(SlurmProfile(), text, ["worker"], Path("/"), {}, "log")

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dashboards.accounts import ROLES
-from search.study import SlurmProfile, StudySettings
+from search.profile import SlurmProfile
+from search.study import StudySettings
 from tests.fuzz.targets import ATTRIBUTES, CASES, CONFIG, STUDY, TARGETS
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import TUNABLE, TrainConfig

@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.profile import SlurmProfile
 from search.slurm.script import render_script
-from search.study import InputError, SlurmProfile
+from search.study import InputError
 
 GOLDEN = """\
 #!/bin/bash
