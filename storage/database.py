@@ -229,8 +229,13 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
 def _engine(url: URL, sessions: Sessions) -> sa.Engine:
     engine = sa.create_engine(url, **_pool(url, sessions, ping=False))
     sa.event.listen(engine, "checkout", _refuse_hung_up)
-    sa.event.listen(engine, "handle_error", _leave_read_only)
+    _follow_failovers(engine, sessions)
     return engine
+
+
+def _follow_failovers(engine: sa.Engine, sessions: Sessions) -> None:
+    if "default_transaction_read_only" not in sessions.settings:  # else it was asked for
+        sa.event.listen(engine, "handle_error", _leave_read_only)
 
 
 def _leave_read_only(context: sa.engine.ExceptionContext) -> None:
@@ -541,5 +546,5 @@ def optuna_storage(
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
-    sa.event.listen(storage.engine, "handle_error", _leave_read_only)
+    _follow_failovers(storage.engine, sessions)
     return optuna.storages.get_storage(storage)

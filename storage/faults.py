@@ -135,6 +135,8 @@ def _cause(error: BaseException) -> tuple[str | None, str]:
             for text, meaning in _TEXTS.items():
                 if re.search(f"{_SAID}(?:{text})", line):
                     return meaning, line
+        lines = [" | ".join(line for line in lines if "failed: " in line), *lines]
+    lines = list(filter(None, lines))
     return code, lines[0] if lines else type(origin).__name__
 
 

@@ -96,6 +96,11 @@ def test_a_connection_that_does_not_come_about(verdict, text):
         assert "refused\n" not in explain(error)
 
 
+def test_every_address_that_was_tried_is_said():
+    error = psycopg2.OperationalError(REFUSED + SERVER + "timeout expired")
+    assert explain(error) == f"{REFUSED.splitlines()[0]} | {SERVER}timeout expired"
+
+
 @pytest.mark.parametrize(
     ("verdict", "error"),
     [
