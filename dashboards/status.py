@@ -25,7 +25,17 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
-from storage.ledger import AUDIT, HELD, PAUSED, SICK_HOST, Standing, gpu_seconds, standings
+from storage.ledger import (
+    AUDIT,
+    HELD,
+    PAUSED,
+    SICK_HOST,
+    TRAINED_HERE,
+    Standing,
+    gpu_seconds,
+    job_in_words,
+    standings,
+)
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 
 if TYPE_CHECKING:
@@ -218,7 +228,7 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
             sa.func.count().filter(TrialModel.state.in_(finished)).label("finished"),
             sa.func.count().filter(TrialModel.state == TrialState.FAIL).label("failed"),
             sa.func.max(TrialValueModel.value)
-            .filter(TrialModel.state == TrialState.COMPLETE)
+            .filter(TrialModel.state == TrialState.COMPLETE, TRAINED_HERE)
             .label("best"),
         )
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
@@ -327,10 +337,15 @@ def _surplus(session: Session, study: Study) -> int:
 
 
 def _sick_hosts(session: Session, study_id: int) -> list[str]:
+    at_work = (
+        sa.select(Worker.host)
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.study_id == study_id, HELD)
+    )
     latest = (
         sa.select(Worker.reason)
         .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id)
+        .where(Attempt.study_id == study_id, Worker.host.not_in(at_work))
         .ext(distinct_on(Worker.host))
         .order_by(Worker.host, Worker.started.desc())
         .subquery()
@@ -585,7 +600,7 @@ def render_workers(status: Status) -> RenderableType:
             tasks = ", ".join(states) or "no task known any more"
             if status.tasks_problem:
                 tasks += f"; these may not be all: {status.tasks_problem}"
-        lines.append(Text(f"SLURM {', '.join(status.array_jobs)}: {tasks}"))
+        lines.append(Text(f"SLURM {', '.join(map(job_in_words, status.array_jobs))}: {tasks}"))
     if status.overdue_seconds is not None:
         ago = duration(status.overdue_seconds)
         lines.append(

@@ -281,6 +281,7 @@ def confirm(
         from search.slurm.submit import submit_study
         from search.study import InputError, open_study
         from storage import database
+        from storage.ledger import job_in_words
 
         if (show or as_json) and (submit or top or seeds):
             raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
@@ -293,7 +294,7 @@ def confirm(
             arguments = [*_repeat(data, weights, None, pack), "--", file.study.name]
             if submit:
                 job = submit_study(file, profile or "tuning", array or "0-7%4", arguments)
-                typer.echo(f"job {_shown(job)}")
+                typer.echo(f"job {job_in_words(job)}")
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
@@ -331,6 +332,7 @@ def submit(
     with errors_in_one_line():
         from search.slurm.script import array_script
         from search.slurm.submit import about_environment, submit_study
+        from storage.ledger import job_in_words
 
         file = _load(study, data, weights, set_)
         _check_pack(pack)
@@ -341,7 +343,7 @@ def submit(
             typer.echo(script, nl=False)
             return
         job = submit_study(file, profile, array, options)
-        typer.echo(f"job {_shown(job)}")
+        typer.echo(f"job {job_in_words(job)}")
         for verb in (["status", "--watch"], ["logs"], ["stop"]):
             typer.echo(f"  {_command(*verb, str(study))}")
         typer.echo("  atelier dashboard")
@@ -358,7 +360,7 @@ def stop(
         from storage.ledger import request_stop
 
         engine, entry = find_study(study)
-        require_fit(engine)
+        require_fit(engine, only="writes")
         request_stop(engine, entry.study_id, not undo)
         if undo:
             typer.echo(f"study {entry.name!r}: workers may start again")
@@ -627,6 +629,7 @@ def train(
         from search.slurm.script import log_folder, run_script
         from search.slurm.submit import about_environment, submit_run
         from search.study import InputError
+        from storage.ledger import job_in_words, split_job
 
         changes = {
             "epochs": epochs,
@@ -653,8 +656,8 @@ def train(
                 return
             job = submit_run(bundle, settings, profile, arguments)
             _say_each(notes)
-            log = log_folder() / f"train-{job.partition(';')[0]}.log"
-            typer.echo(f"job {_shown(job)}; its log is {log}")
+            log = log_folder() / f"train-{split_job(job)[0]}.log"
+            typer.echo(f"job {job_in_words(job)}; its log is {log}")
             return
         end = _train_here(bundle, settings, folder, notes)
         if end != ExitCode.DONE:
@@ -692,11 +695,6 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
 def _command(*words: str) -> str:
     """A command that a user may copy."""
     return shlex.join(["atelier", *words])
-
-
-def _shown(job: str) -> str:
-    number, _, cluster = job.partition(";")
-    return f"{number} of cluster {cluster}" if cluster else number
 
 
 def _say_each(lines: list[str]) -> None:

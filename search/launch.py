@@ -19,6 +19,7 @@ from search.exit_codes import ExitCode
 from search.study import StudyFile
 from storage.database import home
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.ledger import RENEW_SECONDS
 from storage.runs import RunFolder, image_cache
 from trainer.allocation import cpu_count
 from trainer.config import TrainConfig
@@ -95,6 +96,7 @@ class LocalSearch:
         self._slots: list[_Slot] = []
         self._failures: list[_Slot] = []
         self._restarts, self._epochs = 0, 0
+        self._look_again = 0.0  # for what others may leave
         self._done = False  # the last worker to end found nothing left to claim
 
     @property
@@ -191,11 +193,13 @@ class LocalSearch:
         running, waiting = status.counts["running"], status.counts["waiting"] - status.surplus
         if status.budget_spent:
             return bool(running)
-        if waiting or (status.counts["paused"] and not running):
-            # It goes on with them, or ends the search.
+        if not waiting and (running or not status.counts["paused"]):
+            return bool(running)
+        # A worker goes on with them, or ends the search. While others are at work, they may be theirs.
+        if not running or time.monotonic() >= self._look_again:
+            self._look_again = time.monotonic() + RENEW_SECONDS
             self._slots.append(self._start(1))
-            return True
-        return bool(running)
+        return True
 
 
 def _visible_gpus() -> list[str]:

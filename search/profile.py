@@ -11,8 +11,8 @@ from trainer.config import Whole
 
 EITHER_CASE = re.ASCII | re.IGNORECASE
 GPUS = re.compile(r"(?P<all>\d{1,9})|[\w.-]*[a-z_][\w.-]*(:(?P<some>\d{1,9}))?", EITHER_CASE)
-MEMORY = re.compile(r"\d{1,18}[KMGT]?", EITHER_CASE)
-MEMORY_IN_WORDS = re.compile(r"(\d+) *([KMGT])(i?B)?", EITHER_CASE)
+MEMORY = re.compile(r"\d{1,18}([KMGT]B?)?", EITHER_CASE)
+MEMORY_IN_WORDS = re.compile(r"(\d+) *([KMGT])i?B?", EITHER_CASE)
 TIME = re.compile(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", re.ASCII)
 TIME_IN_WORDS = re.compile(
     r"((\d{1,9}) *d(?:ays?)?)? *((\d{1,9}) *h(?:(?:ou)?rs?)?)? *"

@@ -74,7 +74,7 @@ class StudySettings(Table):
     score: Kind = "mean-last-5"
     max_trials: Whole = Field(ge=1, le=1_000_000)
     max_gpu_hours: Real | None = Field(None, gt=0)
-    max_failures: Whole = Field(2, ge=0)  # how often a trial may raise before it is FAIL
+    max_failures: Whole = Field(2, ge=0)  # how often a trial may raise on the only host there is
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
     strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
         "promote", validation_alias=AliasChoices("strategy", "pruner")

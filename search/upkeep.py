@@ -169,7 +169,7 @@ def db_status() -> None:
         typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
             typer.echo(f"  study {name}")
-        if revision and (left := forgotten(engine)):
+        if revision == database.head_revision() and (left := forgotten(engine)):
             typer.echo(f"  run folders of no study here: {len(left)}; see: atelier db prune")
 
 
@@ -279,7 +279,8 @@ def _prune_deleted(remove: bool) -> None:
         if folders
         else "nothing to do"
     )
-    typer.echo(f"{len(folders)} folders of no study in this database, {size:.1f} MB: {end}")
+    where = database.shown(engine.url)
+    typer.echo(f"{len(folders)} folders of no study in {where}, {size:.1f} MB: {end}")
 
 
 @db_app.command("upgrade")

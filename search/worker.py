@@ -6,7 +6,6 @@ trials side by side: they join and leave where an epoch ends, and none of them w
 
 import logging
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -37,6 +36,7 @@ from storage.ledger import (
     LeaseKeeper,
     LeaseLost,
     Ledger,
+    host,
 )
 from storage.prune import remove, superfluous
 from storage.runs import RunFolder
@@ -402,7 +402,14 @@ class Worker:
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
         """Raises RefusedError for parameters, enqueued or suggested elsewhere, that are not ours."""
         given = trial.system_attrs.get("fixed_params", {}) | trial.params
-        if problem := self.file.foreign(given):
+        problem = self.file.foreign(given)
+        ours = self.file.distributions()
+        try:
+            for name, theirs in trial.distributions.items() if problem is None else ():
+                optuna.distributions.check_distribution_compatibility(theirs, ours[name])
+        except ValueError as error:
+            problem = f"{name} has another distribution: {error}"
+        if problem is not None:
             raise RefusedError(f"refused: {problem}; enqueue another trial")
 
     @contextmanager
@@ -455,12 +462,13 @@ class Worker:
             return True
         if not self.made_progress:
             self._failed_before.add(claim.trial_id)
-            if len(self._failed_before) > 1:
-                self.ledger.release(claim, reason=text)
+            if len(self._failed_before) > 1 or is_device_fault(error):
+                self.ledger.release(claim, "error", text)
+                where = " ".join(filter(None, [host(), self.workspace.device_name]))
                 last = printable(text.strip().splitlines()[-1])
                 raise SickHostError(
-                    f"{SICK_HOST} {socket.gethostname()}: two trials failed there before a first step "
-                    f"and none has passed; they wait for another host: {last}"
+                    f"{SICK_HOST} {where}: no trial has passed a first step there; what failed waits "
+                    f"for another: {last}"
                 )
         if self.ledger.is_bad(claim, self.file.study.max_failures):
             self.ledger.finish(claim, "failed", reason=text)

@@ -382,11 +382,14 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     )
 
 
-def require_fit(engine: sa.Engine) -> None:
-    """Raises DatabaseError for the first thing about the database that forbids us to write to it."""
+def require_fit(engine: sa.Engine, only: str | None = None) -> None:
+    """Raises DatabaseError for the first thing about the database that forbids us to write to it.
+
+    `only` names the property that matters.
+    """
     with engine.connect() as connection:
         for one in properties(connection):
-            if one.problem:
+            if one.problem and only in (None, one.name):
                 raise DatabaseError(f"the database at {shown(engine.url)} {one.problem}")
 
 

@@ -75,6 +75,7 @@ _TEXTS = {
     r"server does not support SSL|certificate verify failed|server certificate for|"
     r"root certificate file .* does not exist": _TLS,
 }
+_ON_ITS_WAY = re.compile(r"session is read-only|in hot standby|starting up|shutting down|in recovery")
 
 
 def judge(error: BaseException) -> Verdict:
@@ -128,16 +129,18 @@ def _drivers(error: BaseException) -> BaseException:
 def _cause(error: BaseException) -> tuple[str | None, str]:
     """The SQLSTATE, also where only a text says it, and the line that does."""
     origin = _drivers(error)
-    lines = [line.strip() for line in str(origin).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(origin).splitlines() if line.strip() and not line[0].isspace()]
     code = sqlstate(error)
     if code is None and isinstance(origin, psycopg2.OperationalError):
-        for line in lines:  # at least one for each address that was tried
+        # At least one for each address that was tried; what is indented is libpq's advice.
+        every = " | ".join(lines)
+        # Of several servers, another may be on its way to take over.
+        for line in lines if not _ON_ITS_WAY.search(every) else ():
             for text, meaning in _TEXTS.items():
                 if re.search(f"{_SAID}(?:{text})", line):
                     return meaning, line
-        lines = [" | ".join(line for line in lines if "failed: " in line), *lines]
-    lines = list(filter(None, lines))
-    return code, lines[0] if lines else type(origin).__name__
+        lines = [every]
+    return code, "".join(lines[:1]) or type(origin).__name__
 
 
 def _is_away(error: BaseException, code: str | None) -> bool:

@@ -106,7 +106,8 @@ def process_identity(pid: int | None = None) -> str:
     return f"{_machine()}:{pid}:{_start_time(pid)}"
 
 
-def _host() -> str:
+def host() -> str:
+    """The name of the machine that this process runs on."""
     return socket.gethostname()
 
 
@@ -153,6 +154,9 @@ class Holder:
 # A trial whose holder has given a sign of life lately.
 HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
 
+# A trial that was completed by a worker, and not told or added by somebody else.
+TRAINED_HERE = sa.exists().where(Attempt.trial_id == TrialModel.trial_id, Attempt.outcome == "complete")
+
 # What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
 Verdicts = Mapping[str, bool]
 
@@ -190,7 +194,7 @@ class Ledger:
         self.worker_id = self.worker_id or uuid.uuid4().hex
         values = {
             "id": self.worker_id,
-            "host": _host(),
+            "host": host(),
             "pid": os.getpid(),
             "process": process_identity(),
             "gpu": gpu,
@@ -218,7 +222,7 @@ class Ledger:
         promotes: Callable[[Standing], bool] = lambda _: False,
     ) -> Claim | None:
         """Take a trial that was interrupted, else one that somebody enqueued, a paused one that
-        `promotes`, a new one, one that has failed elsewhere, one that has failed here.
+        `promotes`, a new one, one that has failed.
 
         A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
         goes on. So it does if nobody is at work and no trial is complete. None if the budget is spent,
@@ -257,7 +261,11 @@ class Ledger:
     ) -> Iterator[int]:
         """Trials to take, the first first; new ones begin when they are asked for."""
         unfinished = self._unfinished(session, verdicts)
-        failed = self._hosts_of_failures(session)
+        failed = self._failures(session)
+        # What has failed comes last: so a host on which everything fails meets different trials.
+        put_off = sorted(
+            failed.keys() & set(unfinished), key=lambda trial_id: host() in failed[trial_id]
+        )
         yield from (trial_id for trial_id in unfinished if trial_id not in failed)
         enqueued = sa.select(TrialModel.trial_id).where(
             TrialModel.study_id == self.study_id, TrialModel.state == TrialState.WAITING
@@ -275,25 +283,25 @@ class Ledger:
             # In a transaction of its own: if we die before the commit of the claim, the trial is
             # RUNNING without an attempt, and the next claim takes it.
             yield self.storage.create_new_trial(self.study_id)
-        # What has failed comes last. So a host on which everything fails meets different trials.
-        others = self._hosts_at_work(session) - {_host()}
-        for trial_id in sorted(failed.keys() & set(unfinished), key=lambda one: _host() in failed[one]):
-            if _host() not in failed[trial_id] or others <= failed[trial_id]:
+        others = self._hosts_at_work(session) - {host()}
+        for trial_id in put_off:
+            if host() not in failed[trial_id] or others <= failed[trial_id]:
                 yield trial_id  # else it is for a host that has not tried it
         # A small search may have nobody in the top third at a rung, and must not end with nothing.
         if study.max_gpu_seconds is not None or (is_over and not self._has_complete(session)):
             yield from paused
 
-    def _hosts_of_failures(self, session: Session) -> dict[int, set[str]]:
-        """The hosts on which trials have failed, by Optuna's id."""
+    def _failures(self, session: Session) -> dict[int, set[str]]:
+        """The hosts on which trials have failed, by Optuna's id; also where that was excused."""
+        failed = (Attempt.outcome == "error") | Attempt.reason.startswith(SICK_HOST)
         query = (
             sa.select(Attempt.trial_id, Worker.host)
             .join(Worker, Worker.id == Attempt.worker_id)
-            .where(Attempt.study_id == self.study_id, Attempt.outcome == "error")
+            .where(Attempt.study_id == self.study_id, failed)
         )
         hosts: dict[int, set[str]] = {}
-        for trial_id, host in session.execute(query):
-            hosts.setdefault(trial_id, set()).add(host)
+        for trial_id, name in session.execute(query):
+            hosts.setdefault(trial_id, set()).add(name)
         return hosts
 
     def _hosts_at_work(self, session: Session) -> set[str]:
@@ -308,7 +316,7 @@ class Ledger:
 
     def _has_complete(self, session: Session) -> bool:
         query = sa.select(TrialModel.trial_id).where(
-            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.COMPLETE
+            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.COMPLETE, TRAINED_HERE
         )
         return session.scalar(query.limit(1)) is not None
 
@@ -672,15 +680,16 @@ class Ledger:
 
         It has failed on another host too; or, where no other host could try it, `max_failures` times.
         """
-        errors = sa.select(sa.func.count()).where(
-            Attempt.trial_id == claim.trial_id, Attempt.outcome == "error"
+        charged = (
+            sa.select(Worker.host)
+            .join(Attempt, Attempt.worker_id == Worker.id)
+            .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == "error")
         )
         with Session(self.engine) as session:
-            failed = self._hosts_of_failures(session).get(claim.trial_id, set()) | {_host()}
-            if len(failed) > 1:
+            hosts = session.scalars(charged).all()
+            if {*hosts} - {host()}:
                 return True
-            alone = self._hosts_at_work(session) <= failed
-            return alone and session.scalars(errors).one() >= max_failures
+            return len(hosts) >= max_failures and self._hosts_at_work(session) <= {host()}
 
     @retrying
     def excuse(self) -> None:
@@ -689,7 +698,7 @@ class Ledger:
             connection.execute(
                 sa.update(Attempt)
                 .where(Attempt.worker_id == self.worker_id, Attempt.outcome == "error")
-                .values(outcome="released")
+                .values(outcome="released", reason=sa.literal(f"{SICK_HOST}: ") + Attempt.reason)
             )
 
     @retrying
@@ -903,6 +912,18 @@ def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> N
     row = {"study_id": study_id, "job": job, "array": array}
     with engine.begin() as connection:
         connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
+
+
+def split_job(job: str) -> tuple[str, str]:
+    """The number of an array on record and its cluster, which is empty for this machine's."""
+    number, _, cluster = job.partition(";")  # as sbatch --parsable prints it
+    return number, cluster
+
+
+def job_in_words(job: str) -> str:
+    """An array on record for people to read."""
+    number, cluster = split_job(job)
+    return f"{number} of cluster {cluster}" if cluster else number
 
 
 @retrying

@@ -18,7 +18,7 @@ from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from optuna.trial import TrialState
 
 from storage.database import home, retrying
-from storage.ledger import study_entry, study_names
+from storage.ledger import TRAINED_HERE, study_entry, study_names
 from storage.runs import RunFolder
 
 ABANDONED_SECONDS = 86400.0  # a file that somebody is writing is younger
@@ -34,8 +34,8 @@ def superfluous(
     """
     files = runs.files()  # before the trials are read: a later file may be of one that begins meanwhile
     ranked = _ranked(engine, study_id)
-    complete = [number for number, state in ranked if state == TrialState.COMPLETE]
-    unfinished = [number for number, state in ranked if not state.is_finished()]
+    complete = [number for number, _, trained_here in ranked if trained_here]
+    unfinished = [number for number, state, _ in ranked if not state.is_finished()]
     resumable = {runs.checkpoints(number) for number in unfinished}
     # A worker writes a trial's predictions just before its end.
     wanted = {runs.predictions(number) for number in (*complete[:keep], *always, *unfinished)}
@@ -81,16 +81,16 @@ def _is_at_rest(folder: Path) -> bool:
 
 
 @retrying
-def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState]]:
-    """The trials' numbers and states, the best first."""
+def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState, bool]]:
+    """The trials' numbers, states, and whether they are complete by our work; the best first."""
     query = (
-        sa.select(TrialModel.number, TrialModel.state)
+        sa.select(TrialModel.number, TrialModel.state, TRAINED_HERE)
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .where(TrialModel.study_id == study_id)
         .order_by(TrialValueModel.value.desc().nulls_last(), TrialModel.number)
     )
     with engine.connect() as connection:
-        return [(row.number, row.state) for row in connection.execute(query)]
+        return [(number, state, trained) for number, state, trained in connection.execute(query)]
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -14,6 +14,16 @@ FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_")
 NEEDED = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
 
 
+# SLURM's words for a controller that is away or busy, and for a machine that belongs to no cluster.
+SILENCE = (
+    "nable to contact",
+    "Socket timed out",
+    "Zero Bytes were transmitted",
+    "Connection refused",
+    "Could not establish a configuration source",
+)
+
+
 class SlurmError(RuntimeError):
     """SLURM refused, or answered what is not understood; the message is one line."""
 
@@ -48,7 +58,7 @@ def call(*command: str, text: str = "", environment: dict[str, str] | None = Non
     complaint = result.stderr.strip()
     if result.returncode != 0:
         said = one_line(complaint or result.stdout) or "nothing"
-        kind = SilenceError if "nable to contact" in said else SlurmError
+        kind = SilenceError if any(words in said for words in SILENCE) else SlurmError
         raise kind(f"{' '.join(command[:2])} ended with {result.returncode} and said: {said}")
     return Answer(result.stdout, complaint)
 

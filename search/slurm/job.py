@@ -45,7 +45,7 @@ class OwnJob:
             values["slurm_restarts"] = self.known.restarts
             if is_this_process():
                 values["slurm_cluster"] = os.environ.get("SLURM_CLUSTER_NAME")
-        if self.known is not None and self.known.task is not None:
+        if self.known is not None and self.known.task:
             values["slurm_array_job"], values["slurm_array_task"] = self.known.array, self.known.task
         return values
 
@@ -55,10 +55,10 @@ class OwnJob:
             return False
         try:
             job = self.known or _ask(self.number)
-            if job is None or job.array is None:
+            if job is None or job.array is None or job.task is None:
                 raise SlurmError(f"squeue does not say which task of which array {self.number} is")
             # One task of an array has the array's own id, which means all of them.
-            name = job.number if job.task is None else f"{job.array}_{job.task}"
+            name = f"{job.array}_{job.task}" if job.task else job.number
             complaint = call("scontrol", "requeue", name).complaint
             if complaint:
                 raise SlurmError(f"scontrol requeue said: {complaint}")

@@ -20,13 +20,16 @@ from search.slurm.commands import (
     not_understood,
     one_line,
 )
-from storage.ledger import Holder, gone_here
+from storage.ledger import Holder, gone_here, split_job
 
 log = logging.getLogger(__name__)
 
 # A job in one of these states has its processes.
 ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
-# In one of these it has none. Any other may have some, as COMPLETING: the lease decides.
+# In one of these it may have some: it saves its work, while the count of a requeued job has gone up
+# already, or it begins.
+UNDECIDED = {"COMPLETING", "CONFIGURING", "POWER_UP_NODE", "STAGE_OUT"}
+# In one of these it has none.
 GONE = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 GONE |= {"DEADLINE", "OUT_OF_MEMORY", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 GONE |= {"REVOKED", "RESV_DEL_HOLD", "LAUNCH_FAILED", "RECONFIG_FAIL"}
@@ -50,7 +53,7 @@ class Job:
     restarts: int | None
     end: float | None  # seconds since 1970; infinite without a time limit
     array: str | None = None  # the id of the whole array; a job that is none has its own
-    task: str | None = None  # None too of a job that is no array
+    task: str | None = None  # empty for a job that is no array
 
 
 class Listing(NamedTuple):
@@ -101,17 +104,17 @@ def _job(line: str) -> Job | None:
     if not _ID.fullmatch(number) or not values:
         return None
     named = dict.fromkeys(FIELDS, "") | dict(zip(FIELDS[1:], values, strict=False))
-    # A flag may follow the state: RUNNING+SIGNALING.
-    state = re.split(r"[+, ]", named["State"].upper())[0]
+    # A flag may follow the state: RUNNING+SIGNALING. One that is COMPLETING has ended for most purposes.
+    state, *flags = re.split(r"[+, ]", named["State"].upper())
     array, task = named["ArrayJobID"], named["ArrayTaskID"]
     return Job(
         number,
-        state,
+        "COMPLETING" if "COMPLETING" in flags else state,
         _exit_code(named["exit_code"]),
         int(restarts) if (restarts := named["RestartCnt"]).isdecimal() else None,
         _time(named["EndTime"]),
         array if _ID.fullmatch(array) else None,
-        task if _ID.fullmatch(task) else None,
+        task if _ID.fullmatch(task) else "" if task == "N/A" else None,
     )
 
 
@@ -165,8 +168,8 @@ def judge(holders: list[Holder]) -> dict[str, bool]:
 
 
 def _is_at_work(job: Job, holder: Holder) -> bool | None:
-    if job.state == "COMPLETING":
-        return None  # it may be saving its work; a requeued job's count has gone up by now
+    if job.state in UNDECIDED:
+        return None
     if job.state in GONE:
         return False
     if job.state not in ALIVE:
@@ -197,7 +200,7 @@ def task_states(array_jobs: Sequence[str]) -> Tasks:
     clusters: dict[str, list[str]] = {}
     problems = []
     for job in array_jobs:
-        number, _, cluster = job.partition(";")  # as search.slurm.submit puts them on record
+        number, cluster = split_job(job)
         if _ID.fullmatch(number):
             clusters.setdefault(cluster, []).append(number)
         else:

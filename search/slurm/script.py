@@ -127,9 +127,9 @@ def log_folder() -> Path:
 def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:
     """What a job needs to find the same files: with no secret, for anybody may read the script."""
     given = {"ATELIER_HOME": str(home())}
-    if profile.gpus:
-        # What was asked of SLURM is to be used: no worker falls back to a CPU unasked.
-        given["ATELIER_DEVICE"] = os.environ.get("ATELIER_DEVICE") or "cuda"
+    if profile.gpus or not any("gpu" in option for option in profile.options):
+        # What was asked of SLURM is used, and no worker falls back to a CPU unasked.
+        given["ATELIER_DEVICE"] = "cuda" if profile.gpus else "cpu"
     for name in ("PGPASSFILE", "HF_HOME", "HF_HUB_CACHE"):
         if value := os.environ.get(name):
             given[name] = value

@@ -26,7 +26,7 @@ from search.slurm.commands import (
 from search.slurm.script import array_script, log_folder, run_script
 from search.study import InputError, StudyFile, open_study
 from storage.database import connect, prepare
-from storage.ledger import enter_array_job
+from storage.ledger import enter_array_job, split_job
 from storage.runs import make_private
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
@@ -117,7 +117,7 @@ def check_script(script: str) -> None:
     try:
         _sbatch(script, "--test-only")
     except SilenceError as error:
-        raise InputError(f"{error}; run this on a login node of the cluster") from None
+        raise InputError(f"{error}; try again, on a login node of the cluster") from None
     except SlurmError as error:
         raise InputError(f"{error}; change the [slurm.*] table, or what it needs") from None
 
@@ -148,8 +148,20 @@ def _sbatch(script: str, option: str) -> Answer:
 
 def _taken(script: str) -> list[str]:
     """The variables that sbatch gets of this environment, for what the script leaves open."""
-    said = set(re.findall(r"^#SBATCH\s+(--[a-z-]+|-[A-Za-z])", script, re.MULTILINE))
-    return [name for name, options in LEFT_OPEN.items() if name in os.environ and not said & {*options}]
+    lines = re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE)
+    words = [word.partition("=")[0] for line in lines for word in line.replace('"', " ").split()]
+    return [
+        name
+        for name, options in LEFT_OPEN.items()
+        if name in os.environ and not any(_means(word, option) for word in words for option in options)
+    ]
+
+
+def _means(word: str, option: str) -> bool:
+    """Whether a word of a script may be this option of sbatch, also abbreviated, or with its value."""
+    if word.startswith("--"):
+        return len(word) > 2 and option.startswith(word)
+    return word.startswith(option)  # -A, -Alab
 
 
 def about_environment(script: str) -> list[str]:
@@ -167,6 +179,5 @@ def about_environment(script: str) -> list[str]:
 
 def newest_log(array_jobs: Iterable[str]) -> Path | None:
     """The log that a task of these arrays wrote to last."""
-    numbers = (job.partition(";")[0] for job in array_jobs)
-    found = [path for number in numbers for path in log_folder().glob(f"{number}_*.log")]
+    found = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -52,6 +52,7 @@ def test_a_host_on_which_everything_fails_is_left(engine, make_worker, monkeypat
     with pytest.raises(SickHostError, match=r"sick host .*: RuntimeError: no compiler here"):
         worker.run()
     assert attempts(engine) == ["released", "released"], "the trials are not charged with it"
+    assert all(reason.startswith("sick host: Traceback") for reason in reasons(engine))
     assert "sick host" in atelier("status", "tiny").output
     # Elsewhere, or once it is mended, the same trials go on as if nothing had happened.
     monkeypatch.setattr(search.worker, "turn", turn)
@@ -60,6 +61,30 @@ def test_a_host_on_which_everything_fails_is_left(engine, make_worker, monkeypat
     assert TrialState.FAIL not in states(sound)
     assert len(states(sound)) == 5
     assert "sick host" not in atelier("status", "tiny").output
+
+
+def test_a_broken_gpu_is_no_trials_fault(engine, make_worker, monkeypatch):
+    worker = make_worker("study.max_trials=5")
+    fault = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    monkeypatch.setattr(search.worker, "turn", lambda runs, _: iter([(runs[0], fault)]))
+    with pytest.raises(SickHostError, match="uncorrectable ECC"):
+        worker.run()
+    assert attempts(engine) == ["released"]
+
+
+def test_two_bad_trials_do_not_keep_others_from_being_trained(engine, make_worker, monkeypatch):
+    """They look like a sick host at first, and are put off: then others pass, and it is their fault."""
+    settings = ("study.max_trials=5", "study.max_failures=1")
+    worker = make_worker(*settings)
+    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={0, 1}))
+    with pytest.raises(SickHostError):
+        worker.run()
+    worker = make_worker(*settings)
+    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={0, 1}))
+    assert worker.run() == ExitCode.DONE
+    assert [state == TrialState.FAIL for state in states(worker)] == [True, True, False, False, False]
+    assert attempts(engine).count("error") == 2
+    assert attempts(engine).count("failed") == 2
 
 
 def test_what_has_passed_a_step_shows_that_the_host_is_sound(engine, make_worker, monkeypatch):

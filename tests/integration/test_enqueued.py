@@ -84,6 +84,37 @@ def test_what_was_suggested_elsewhere_is_refused_too(engine, make_worker, name, 
     assert reasons(engine)[0].startswith("refused: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "distribution"),
+    [
+        ("lr", 1.5e-3, FloatDistribution(1e-3, 2e-3)),  # ours is logarithmic
+        ("batch_size", 64, IntDistribution(32, 64)),
+        ("batch_size", 64, CategoricalDistribution([32, 64, 128])),
+    ],
+)
+def test_another_distribution_is_refused_and_not_the_hosts_fault(
+    engine, make_worker, name, value, distribution
+):
+    worker = make_worker("study.max_trials=3")
+    for _ in range(2):
+        worker.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING, params={name: value}, distributions={name: distribution}
+            )
+        )
+    assert worker.run() == ExitCode.DONE
+    assert attempts(engine) == ["failed", "failed", "complete"]
+    assert reasons(engine)[0].startswith(f"refused: {name} has another distribution: ")
+
+
+def test_an_added_trial_is_no_reason_to_end_with_nothing(make_worker):
+    worker = make_worker("study.max_trials=3", 'study.strategy="promote"', "study.rungs=[0]")
+    worker.study.add_trial(optuna.create_trial(params={}, distributions={}, values=[0.999]))
+    assert worker.run() == ExitCode.DONE
+    assert [*map(TrialState.is_finished, states(worker))] == [True] * 3
+    assert states(worker)[1:].count(TrialState.COMPLETE) == 1
+
+
 def test_what_was_never_trained_here_is_not_the_best(make_worker, atelier, tmp_path):
     """Optuna's sampler learns from it; our tables have no epoch of it, and no prediction."""
     worker = make_worker("study.max_trials=3")

@@ -8,7 +8,7 @@ import pytest
 
 from search.slurm import job as job_module
 from search.slurm.commands import SlurmError, version
-from search.slurm.job import OwnJob, own_job
+from search.slurm.job import own_job
 from search.slurm.queue import Tasks, jobs, judge, say, task_states
 from search.slurm.submit import about_environment, check_script, submit_script
 from search.study import InputError
@@ -83,7 +83,7 @@ def test_what_the_versions_print(command, recorded):
     ended, waits, endless, works = listing.jobs
     assert (ended.state, ended.exit_code, ended.array, ended.task) == ("FAILED", 3, "1", "0")
     assert (waits.state, waits.exit_code, waits.array, waits.task) == ("PENDING", 0, "1", "2")
-    assert (endless.state, endless.end, endless.array, endless.task) == ("PENDING", math.inf, "2", None)
+    assert (endless.state, endless.end, endless.array, endless.task) == ("PENDING", math.inf, "2", "")
     assert (works.state, works.number, works.restarts) == ("RUNNING", "4", 0)
     assert 1.79e9 < works.end < 1.80e9
     assert task_states(["1", "2"]) == Tasks({"RELEASED": 1, "PENDING": 2, "RUNNING": 1})
@@ -111,6 +111,9 @@ def holder(job="5", restarts=0, cluster="here"):
         (f"{OWN}\n5|RUNNING|0:0|1|1|", False),  # its id has begun anew
         (f"{OWN}\n5|PENDING|0:0|1|NONE|", False),
         (f"{OWN}\n5|COMPLETING|0:0|1|1|", None),  # it may be saving its work
+        (f"{OWN}\n5|CANCELLED+COMPLETING|0:15|1|1|", None),
+        (f"{OWN}\n5|FAILED,COMPLETING|1:0|0|1|", None),
+        (f"{OWN}\n5|CONFIGURING|0:0|0|1|", None),
         (f"{OWN}\n5|CANCELLED|0:0|0|1|", False),
         (f"{OWN}\n5|CANCELLED by 1000|0:15|0|1|", False),
         (f"{OWN}\n5|NODE_FAIL|0:0|0|1|", False),
@@ -200,7 +203,12 @@ def test_the_end_that_slurmd_knows_serves_too(command, answer, code, error, monk
 
 
 @pytest.mark.parametrize(
-    "error", ["Unable to contact slurm controller", "Socket timed out, nable to contact"]
+    "error",
+    [
+        "Unable to contact slurm controller (connect failure)",
+        "Socket timed out on send/recv operation",
+        "Zero Bytes were transmitted or received",
+    ],
 )
 def test_a_busy_controller_is_asked_again(command, error):
     asked = command("squeue", "", 1, f"slurm_load_jobs error: {error}\n")
@@ -287,12 +295,13 @@ def test_what_is_not_the_job_requeues_none(command, variable, value, monkeypatch
     assert not requeued.exists()
 
 
-def test_a_job_that_is_not_known_is_not_requeued(command, monkeypatch):
+@pytest.mark.parametrize("rest", ["", "7|", "7||", "7|?|", "?|3|"])
+def test_a_job_that_is_not_known_is_not_requeued(command, monkeypatch, rest):
     monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
-    command("squeue", "7|RUNNING|0:0|0|\n")  # which task of which array is missing
+    command("squeue", f"7|RUNNING|0:0|0|N/A|{rest}\n")
     requeued = command("scontrol", "")
-    assert not OwnJob("7", None).requeue()
+    assert not own_job().requeue()
     assert not requeued.exists()
 
 
@@ -398,6 +407,24 @@ def test_sbatch_gets_nothing_that_would_beat_the_profile(command, tmp_path, monk
     told = "\n".join(about_environment(SCRIPT))
     assert "sbatch gets SBATCH_PARTITION=gpu" in told
     assert "does not get SBATCH_ACCOUNT, SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "left_open"),
+    [
+        ("--mem=12G", True),
+        ("--partition=a100", False),
+        ("--partition a100", False),
+        ("-pa100", False),
+        ("-N1 --partition=a100", False),
+        ("-N 1 -p a100", False),
+        ("--part=a100", False),
+    ],
+)
+def test_what_a_script_says_itself_is_not_left_open(monkeypatch, line, left_open):
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    told = "\n".join(about_environment(f"#!/bin/bash\n#SBATCH {line}\n"))
+    assert ("sbatch gets SBATCH_PARTITION=gpu" in told) is left_open
 
 
 def test_without_slurm_it_is_said_where_to_go(monkeypatch):

@@ -14,7 +14,7 @@ from search.cli import app
 from search.confirmation import recorded
 from search.export import load_bundle
 from search.profile import SlurmProfile
-from search.slurm import render_script
+from search.slurm.script import render_script
 from search.study import InputError, Range, StudyFile, StudySettings, load_study_file
 from search.typed import in_our_words
 from storage.ledger import StudyEntry
@@ -108,7 +108,7 @@ def test_a_number_in_quotes_is_a_number(load):
         ("time = 2026-01-01", "time: found 2026-01-01;"),
         ("time = 08:00:00.5", "time: found 08:00:00.5"),
         (f'time = "{"9" * 5000}"', 'time: found "999'),
-        ('memory = "12GB"', 'memory: found "12GB"; * write "12G"'),
+        ('memory = "12GiB"', 'memory: found "12GiB"; * write "12G"'),
         ('memory = "12 gib"', '* write "12G"'),
         ("memory = 12.5", "memory: found 12.5; allowed is a number of MiB"),
         ("memory = true", "memory: found true;"),
@@ -210,8 +210,8 @@ def test_a_bundle_is_read_with_the_same_words(tmp_path):
     path.write_text('[train]\ndata = "d"\nseed = true\n')
     with pytest.raises(InputError, match=r"train\.seed: found true; allowed is a number"):
         load_bundle(path)
-    path.write_text('[train]\ndata = "d"\n[slurm.final]\nmemory = "12GB"\ntime = 480\n')
-    with pytest.raises(InputError, match=r'slurm\.final\.memory: found "12GB"; .* write "12G"'):
+    path.write_text('[train]\ndata = "d"\n[slurm.final]\nmemory = "12 GB"\ntime = 480\n')
+    with pytest.raises(InputError, match=r'slurm\.final\.memory: found "12 GB"; .* write "12G"'):
         load_bundle(path)
     path.write_text('[train]\ndata = "d"\n[slurm.final]\nmemory = 4096\ntime = 480\n')
     final = load_bundle(path).slurm["final"]
