@@ -4,7 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from storage.models import Attempt, Worker
 from tests.cluster.conftest import BEFORE_OTHERS
 
 
@@ -84,6 +86,36 @@ def nowhere_the_password(study, job, home):
             continue  # it has just ended
     assert "exec" in places[2]
     return not any(password in place for place in places)
+
+
+def test_nothing_of_another_job_reaches_the_new_one(campaign, monkeypatch):
+    """Submitted from a shell inside a job, with a user's habits for sbatch."""
+    given = {
+        "SLURM_RESTART_COUNT": "1",
+        "SLURM_ARRAY_JOB_ID": "99",
+        "SLURM_ARRAY_TASK_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_MEM_PER_CPU": "1",
+        "SBATCH_TIMELIMIT": "00:01:00",
+        "SBATCH_SIGNAL": "USR1@30",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_ARRAY_INX": "0-9",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    study = campaign(trials=2, epochs=2)
+    job = study.submit("0-1")
+    command = ["scontrol", "show", "job", job]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "TimeLimit=00:30:00" in shown
+    assert "Requeue=1" in shown
+    study.wait_for_the_end(job)
+    assert study.outcomes == ["complete", "complete"], study.logs
+    known = study.rows(Attempt.worker_id)
+    with study.engine.connect() as connection:
+        query = sa.select(Worker.slurm_restarts, Worker.slurm_array_job, Worker.slurm_cluster)
+        rows = connection.execute(query.where(Worker.id.in_([one for (one,) in known]))).all()
+    assert {*rows} == {(0, job, "atelier")}
 
 
 @pytest.mark.parametrize("unreachable", ["data", "database"])
