@@ -296,17 +296,19 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
                 )
             ),
         )
-        hours, seconds, overdue_seconds = session.execute(
+        hours, seconds, overdue_seconds, sick_hosts = session.execute(
             sa.select(
                 gpu_seconds(study_id) / 3600,
                 sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
                 overdue,
+                _sick_hosts(study_id),
             ).where(Attempt.study_id == study_id)
         ).one()
         jobs = session.scalars(
             sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
         )
         rows = _trials(session, study_id)
+        enqueued = sum(row.state == "waiting" and not row.attempts for row in rows)
         counts = dict.fromkeys(STATES, 0)
         for row in rows:
             counts[row.state] += 1
@@ -323,20 +325,13 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
             workers=_workers(session, study_id),
             trials=rows,
             overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
-            surplus=_surplus(session, study),
-            sick_hosts=_sick_hosts(session, study_id),
+            surplus=min(max(len(rows) - study.max_trials, 0), enqueued),
+            sick_hosts=sick_hosts or [],
         )
 
 
-def _surplus(session: Session, study: Study) -> int:
-    query = sa.select(
-        sa.func.count(), sa.func.count().filter(TrialModel.state == TrialState.WAITING)
-    ).where(TrialModel.study_id == study.study_id)
-    trials, enqueued = session.execute(query).one()
-    return int(min(max(trials - study.max_trials, 0), enqueued))
-
-
-def _sick_hosts(session: Session, study_id: int) -> list[str]:
+def _sick_hosts(study_id: int) -> sa.ScalarSelect[list[str]]:
+    """The reasons of the workers that ended last on hosts where none is at work."""
     at_work = (
         sa.select(Worker.host)
         .join(Attempt, Attempt.worker_id == Worker.id)
@@ -350,7 +345,8 @@ def _sick_hosts(session: Session, study_id: int) -> list[str]:
         .order_by(Worker.host, Worker.started.desc())
         .subquery()
     )
-    return list(session.scalars(sa.select(latest.c.reason).where(latest.c.reason.startswith(SICK_HOST))))
+    sick = sa.select(sa.func.array_agg(latest.c.reason)).where(latest.c.reason.startswith(SICK_HOST))
+    return sick.scalar_subquery()
 
 
 def _workers(session: Session, study_id: int) -> list[WorkerRow]:

@@ -49,9 +49,6 @@ from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# Errors of this machine and its files. They say nothing about the trial, like DATABASE_ERRORS, and end
-# the worker.
-MACHINE_ERRORS = (CheckpointError, OSError)
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 LOUD_SAMPLERS = ("gp",)
@@ -65,6 +62,15 @@ class SickHostError(RuntimeError):
 
 class RefusedError(ValueError):
     """A trial that somebody enqueued is not one of this study's space; the message is one line."""
+
+
+class SpoiltStudyError(ValueError):
+    """A trial that somebody added keeps the study from having others; the message is one line."""
+
+
+# Errors of this machine and its files, or of the whole study. They say nothing about the trial, like
+# DATABASE_ERRORS, and end the worker.
+OTHERS_ERRORS = (CheckpointError, OSError, SpoiltStudyError)
 
 
 class _Offer(NamedTuple):
@@ -396,7 +402,13 @@ class Worker:
         self._refuse_foreign(self.ledger.storage.get_trial(claim.trial_id))
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self.file.distributions().items():
-            trial._suggest(name, distribution)
+            try:
+                trial._suggest(name, distribution)
+            except ValueError as error:  # Optuna's, of a trial that is finished already
+                raise SpoiltStudyError(
+                    f"study {self.study.study_name!r}: a trial that was added has another distribution "
+                    f"of {name} ({error}); search in a study of another name"
+                ) from error
         return self.ledger.storage.get_trial(claim.trial_id).params
 
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
@@ -427,15 +439,15 @@ class Worker:
             if isinstance(error, DATABASE_ERRORS):
                 raise error
             self._trials = [trial for trial in self._trials if trial.claim != claim]
-            if isinstance(error, MACHINE_ERRORS):
+            if isinstance(error, OTHERS_ERRORS):
                 reason = "".join(traceback.format_exception(error))
                 if not self.ledger.release(claim, reason=reason):
                     # Not this machine's fault: a successor has ended the trial and cleared its files.
                     raise LeaseLost(f"trial {claim.trial_number} was lost: {error}")
-            if isinstance(error, (LeaseLost, *MACHINE_ERRORS)):
+            if isinstance(error, (LeaseLost, *OTHERS_ERRORS)):
                 raise error
             if isinstance(error, RefusedError):
-                self.ledger.finish(claim, "failed", reason=str(error))
+                self.ledger.refuse(claim, str(error))
                 return
             if is_out_of_memory(error) and company:
                 self.pack = len(self._trials)

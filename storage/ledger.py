@@ -31,6 +31,7 @@ from optuna.storages._rdb.models import (
     StudyModel,
     TrialIntermediateValueModel,
     TrialModel,
+    TrialParamModel,
     TrialSystemAttributeModel,
     TrialUserAttributeModel,
     TrialValueModel,
@@ -46,6 +47,7 @@ LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
 
 RESTORED = "the database was restored from a backup"
+REFUSED = " (refused)"  # how the names of a refused trial's parameters end
 SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing there
 STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
 
@@ -630,6 +632,22 @@ class Ledger:
             _close(attempt, outcome, reason)
         if ended_elsewhere:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
+
+    @retrying
+    def refuse(self, claim: Claim, reason: str) -> None:
+        """End a trial whose parameters are none of the study's. Raises LeaseLost.
+
+        They get other names: Optuna lets no trial have another distribution than an earlier one.
+        """
+        name = TrialParamModel.param_name
+        with Session(self.engine) as session, session.begin():
+            self._fence(session, claim)
+            session.execute(
+                sa.update(TrialParamModel)
+                .where(TrialParamModel.trial_id == claim.trial_id, ~name.endswith(REFUSED))
+                .values(param_name=name + REFUSED)
+            )
+        self.finish(claim, "failed", reason=reason)
 
     @retrying
     def note_audit(self, claim: Claim, epoch: int, verdict: str) -> None:

@@ -8,6 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from search.exit_codes import ExitCode
+from search.worker import SpoiltStudyError
 from storage.ledger import update_study
 from tests.integration.test_worker import attempts, reasons
 
@@ -105,6 +106,15 @@ def test_another_distribution_is_refused_and_not_the_hosts_fault(
     assert worker.run() == ExitCode.DONE
     assert attempts(engine) == ["failed", "failed", "complete"]
     assert reasons(engine)[0].startswith(f"refused: {name} has another distribution: ")
+
+
+def test_what_was_added_complete_with_another_distribution_is_said(make_worker):
+    worker = make_worker("study.max_trials=3")
+    space = {"lr": FloatDistribution(1e-3, 2e-3)}
+    worker.study.add_trial(optuna.create_trial(params={"lr": 1.5e-3}, distributions=space, values=[0.5]))
+    with pytest.raises(SpoiltStudyError, match=r"another distribution of lr .*another name"):
+        worker.run()
+    assert states(worker) == [TrialState.COMPLETE, TrialState.RUNNING]
 
 
 def test_an_added_trial_is_no_reason_to_end_with_nothing(make_worker):

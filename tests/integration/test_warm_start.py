@@ -1,6 +1,6 @@
 """A search that begins with what earlier ones have found."""
 
-from tests.integration.test_ledger import RESULT
+from tests.integration.test_ledger import complete_trial
 
 SPACE = (
     "space.lr={ low = 1e-3, high = 1.5e-3 }",
@@ -11,15 +11,8 @@ NEXT = ('study.name="next"', "study.max_trials=99", 'study.warm_start=["tiny"]')
 
 
 def add(worker, score, **params):
-    """A complete trial, as a worker leaves it."""
     worker.ledger.register()
-    claim = worker.ledger.claim()
-    for name, space in worker.file.distributions().items():
-        value = space.to_internal_repr(params[name])
-        worker.ledger.storage.set_trial_param(claim.trial_id, name, value, space)
-    for epoch in range(worker.file.epochs):
-        worker.ledger.record(claim, RESULT | {"epoch": epoch}, score)
-    worker.ledger.finish(claim, "complete", score)
+    complete_trial(worker.ledger, worker.file, params, score)
 
 
 def begin(worker, trials):

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import alembic.command
-import optuna
 import pytest
 import sqlalchemy as sa
 import tomli_w
@@ -21,6 +20,7 @@ from search.cli import app
 from search.study import InputError, load_study_file, open_study
 from storage import database, ledger
 from tests.chaos.harness import small_disk
+from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
@@ -643,9 +643,8 @@ def test_a_confirmation_on_another_dataset(engine, demo, study_text, folder, tmp
     (tmp_path / "s.toml").write_text(study_text)
     file = load_study_file(tmp_path / "s.toml")
     study, _ = open_study(file, engine, database.optuna_storage(engine), read_dataset(demo))
-    params = {"lr": 1e-3, "batch_size": 32}
-    trial = optuna.trial.create_trial(params=params, distributions=file.distributions(), value=0.5)
-    study.add_trial(trial)
+    worker = make_worker(engine, study)
+    complete_trial(worker, file, {"lr": 1e-3, "batch_size": 32}, score=0.5)
     write_demo(tmp_path / "other", train=20, val=10, test=5, seed=3)
     url = engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
