@@ -665,7 +665,7 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
 
 
 def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:
-    """Attempts with their logs; the last traceback; the last lines of the newest log.
+    """Attempts with their logs; why the last trial failed; the last lines of the newest log.
 
     That is the last attempt's, unless `newest` is given.
     """
@@ -682,9 +682,9 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
             row.log or "(terminal)",
         )
     parts: list[RenderableType] = [table]
-    raised = [row for row in attempts if row.reason and "Traceback" in row.reason]
-    if raised:
-        last = raised[-1]
+    failed = [one for one in attempts if "Traceback" in (one.reason or "") or one.outcome == "failed"]
+    if failed:
+        last = failed[-1]
         parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]
         parts += [Text((last.reason or "").rstrip())]
     log = newest or Path(attempts[-1].log or "")

@@ -215,6 +215,12 @@ def worker_(
         engine, storage, _ = database.for_worker(owner)
         owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)
+        if file.study.max_trials != entry.max_trials:
+            logging.warning(
+                "the study has max_trials = %d on record, the file says %d: search or submit changes it",
+                entry.max_trials,
+                file.study.max_trials,
+            )
         ledger = Ledger(engine, storage, entry.study_id, judge=judge, job=job.columns() if job else None)
         runs = RunFolder(entry.name, entry.created).make()
         together = wanted or pack_that_fits(file.largest, workspace)

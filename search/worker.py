@@ -477,10 +477,10 @@ class Worker:
             if len(self._failed_before) > 1 or is_device_fault(error):
                 self.ledger.release(claim, "error", text)
                 where = " ".join(filter(None, [host(), self.workspace.device_name]))
-                last = printable(text.strip().splitlines()[-1])
+                [said] = traceback.format_exception_only(error)[:1]
                 raise SickHostError(
                     f"{SICK_HOST} {where}: no trial has passed a first step there; what failed waits "
-                    f"for another: {last}"
+                    f"for another: {printable(said.splitlines()[0])}"
                 )
         if self.ledger.is_bad(claim, self.file.study.max_failures):
             self.ledger.finish(claim, "failed", reason=text)

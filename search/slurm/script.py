@@ -16,6 +16,10 @@ from trainer.config import TrainConfig
 
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
 TASK_LOG = "%A_%a.log"  # array and task
+SHORT = {"array": "-a", "output": "-o", "qos": "-q", "partition": "-p", "account": "-A", "time": "-t"}
+SHORT |= {"cpus-per-task": "-c"}
+# With these sbatch would do something else than to submit the script and print the job's id.
+OTHER_USES = ("--wrap", "--wait", "-W", "--test-only", "--parsable", "--help", "--version")
 
 
 def render_script(
@@ -46,7 +50,9 @@ def render_script(
         "time": profile.time,
         "signal": f"B:USR2@{profile.warning}",
     }
-    lines = [f"#SBATCH --{key}={_word(value)}" for key, value in options.items() if value is not None]
+    given = {key: value for key, value in options.items() if value is not None}
+    _refuse_clashes(profile.options, [*given, "open-mode"])
+    lines = [f"#SBATCH --{key}={_word(value)}" for key, value in given.items()]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     lines += [f"#SBATCH {option}" for option in profile.options]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
@@ -62,6 +68,31 @@ def render_script(
             "",
         ]
     )
+
+
+def _refuse_clashes(options: list[str], keys: list[str]) -> None:
+    """Raises InputError for an option that says again, or otherwise, what the script says."""
+    for word in option_words(options):
+        if any(means(word, other) for other in OTHER_USES):
+            raise InputError(f"options has {word}, which does not just submit; leave it out")
+        for key in keys:
+            if key != "job-name" and (means(word, f"--{key}") or means(word, SHORT.get(key, " "))):
+                raise InputError(
+                    f"options has {word}, and the script says --{key} already; leave it out, or use the "
+                    "profile's own key"
+                )
+
+
+def option_words(lines: list[str]) -> list[str]:
+    """The words of options of sbatch, without what follows `=`."""
+    return [word.partition("=")[0] for line in lines for word in line.replace('"', " ").split()]
+
+
+def means(word: str, option: str) -> bool:
+    """Whether a word may be this option of sbatch, also abbreviated, or with its value: -Alab."""
+    if word.startswith("--"):
+        return len(word) > 2 and option.startswith(word)
+    return word.startswith(option)
 
 
 def _word(value: object) -> str:

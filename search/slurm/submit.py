@@ -23,7 +23,7 @@ from search.slurm.commands import (
     not_understood,
     one_line,
 )
-from search.slurm.script import array_script, log_folder, run_script
+from search.slurm.script import array_script, log_folder, means, option_words, run_script
 from search.study import InputError, StudyFile, open_study
 from storage.database import connect, prepare
 from storage.ledger import enter_array_job, split_job
@@ -129,9 +129,9 @@ def submit_script(script: str) -> str:
     """
     try:
         output, complaint = _sbatch(script, "--parsable")
-        # Plug-ins may print lines of their own before it.
-        ids = re.findall(r"^\s*(\d+(?:;[^;\s]+)?)\s*$", output, re.MULTILINE)
-        if not ids:
+        # Plug-ins may print lines of their own, too.
+        ids = set(re.findall(r"^\s*([0-9]{1,10}(?:;[^;\s]+)?)\s*$", output, re.MULTILINE))
+        if len(ids) != 1:
             raise not_understood("sbatch", f"{output}\n{complaint}")
     except SlurmError as error:
         raise InputError(
@@ -139,7 +139,7 @@ def submit_script(script: str) -> str:
         ) from None
     if complaint:
         log.warning("sbatch said: %s", one_line(complaint))
-    return str(ids[-1])
+    return str(ids.pop())
 
 
 def _sbatch(script: str, option: str) -> Answer:
@@ -148,20 +148,12 @@ def _sbatch(script: str, option: str) -> Answer:
 
 def _taken(script: str) -> list[str]:
     """The variables that sbatch gets of this environment, for what the script leaves open."""
-    lines = re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE)
-    words = [word.partition("=")[0] for line in lines for word in line.replace('"', " ").split()]
+    words = option_words(re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE))
     return [
         name
         for name, options in LEFT_OPEN.items()
-        if name in os.environ and not any(_means(word, option) for word in words for option in options)
+        if name in os.environ and not any(means(word, option) for word in words for option in options)
     ]
-
-
-def _means(word: str, option: str) -> bool:
-    """Whether a word of a script may be this option of sbatch, also abbreviated, or with its value."""
-    if word.startswith("--"):
-        return len(word) > 2 and option.startswith(word)
-    return word.startswith(option)  # -A, -Alab
 
 
 def about_environment(script: str) -> list[str]:

@@ -358,7 +358,10 @@ def test_the_id_of_a_submitted_job(command, printed, id_):
     assert submit_script("#!/bin/bash\n") == id_
 
 
-@pytest.mark.parametrize("printed", ["", "Submitted batch job\n", "job 4711 is in the queue\n"])
+@pytest.mark.parametrize(
+    "printed",
+    ["", "Submitted batch job\n", "job 4711 is in the queue\n", "42\n4711\n", "99999999999999999999\n"],
+)
 def test_a_submission_without_an_id_is_said(command, printed):
     command("sbatch", printed)
     with pytest.raises(InputError, match=r"not understood.*squeue --me"):

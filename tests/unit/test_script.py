@@ -167,3 +167,46 @@ def test_a_dry_run_prints_a_script_that_bash_accepts(monkeypatch):
     assert result.exit_code == 0
     assert "--qos=q_dmsai" in result.output
     subprocess.run(["bash", "-n"], input=result.output, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ("--array=0-3", "--array"),
+        ("-a0-3", "-a0-3"),
+        ("--signal=B:USR1@10", "--signal"),
+        ("--time=1:00", "--time"),
+        ("-N1 -t 5", "-t"),
+        ("--parti=other", "--parti"),
+        ("--gres=gpu:2", "--gres"),
+        ("--open-mode=truncate", "--open-mode"),
+        ("--output=x.log", "--output"),
+        ("--wait", "--wait"),
+        ("--test-only", "--test-only"),
+        ("--wrap=ls", "--wrap"),
+    ],
+)
+def test_an_option_that_clashes_with_the_script_is_refused(option, found):
+    profile = SlurmProfile(partition="gpu", options=["--nice=100", option])
+    with pytest.raises(InputError, match=f"^options has {found}, .*leave it out"):
+        render_script(profile, "0", [], Path(), {}, "log")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--constraint=a100", "--exclude=node7", "--no-requeue", "--job-name=x", "--export=NONE", "-N1"],
+)
+def test_an_option_that_the_script_leaves_open_is_taken(option):
+    script = render_script(SlurmProfile(options=[option]), "0", [], Path(), {}, "log")
+    assert f"#SBATCH {option}\n" in script
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda"), ("a100:2", "cuda")])
+def test_the_profile_says_what_to_train_on(gpus, device, monkeypatch):
+    monkeypatch.setenv("ATELIER_DATABASE_URL", "postgresql://u@h/d?sslmode=disable")
+    monkeypatch.setenv("ATELIER_DEVICE", "cpu")  # of the shell from which it is submitted
+    study = Path(__file__).parents[2] / "studies" / "fashion.toml"
+    words = ["submit", str(study), "--dry-run", "--set", f"slurm.tuning.gpus={gpus!r}"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert f"\nexport ATELIER_DEVICE={device}\n" in result.output
