@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -61,7 +62,8 @@ def pid_of(server):
 def kill_with_children(pid):
     family = [psutil.Process(pid), *psutil.Process(pid).children()]
     for process in family:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # PostgreSQL's own workers come and go
+            process.kill()
     psutil.wait_procs(family)
 
 
