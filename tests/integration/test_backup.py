@@ -85,6 +85,7 @@ def test_a_search_goes_on_elsewhere_where_the_backup_was_taken(
     assert len([*home.rglob("trial-00001/*.pt")]) == 2  # it does not begin anew
     assert len([*(home / "artifacts").iterdir()]) == 1
     assert not [*home.glob(".restore*"), *home.glob("backup/*")]
+    monkeypatch.chdir(tmp_path)  # where best.toml goes
     finished = runner.invoke(app, ["search", str(tmp_path / "study.toml"), "--workers", "1"])
     assert finished.exit_code == 0, finished.output
     for number, epochs in enumerate(wanted):

@@ -317,7 +317,8 @@ def downgrade(engine):
         alembic.command.downgrade(config, "0004")
 
 
-def test_a_database_of_an_older_schema(engine, study_text, tmp_path):
+def test_a_database_of_an_older_schema(engine, study_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where best.toml would go
     fill(engine, ["complete", "running"], name="s")
     downgrade(engine)
     (tmp_path / "study.toml").write_text(study_text)
