@@ -42,7 +42,7 @@ from optuna.trial import TrialState
 from storage import database
 from storage.ledger import RESTORED
 from storage.models import Attempt, Base, Study, Worker
-from storage.runs import RunFolder, artifacts, make_private
+from storage.runs import RunFolder, artifacts, files_in, make_private
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,10 @@ def _held() -> Iterator[Callable[[], None]]:
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
         make_private(folder)
-        results = ("runs/*/predictions/*", "artifacts/*")
+
+        def matching(*patterns: str) -> list[Path]:
+            found = [*files_in(home / "runs"), *files_in(artifacts())]
+            return [path for path in found if any(path.match(pattern) for pattern in patterns)]
 
         def hold(source: Path) -> None:
             target = folder / source.relative_to(home)
@@ -242,10 +245,10 @@ def _held() -> Iterator[Callable[[], None]]:
                     _link(source, target)
 
         def hold_results() -> None:
-            for path in (path for pattern in results for path in home.glob(pattern)):
+            for path in matching("runs/*/predictions/*", "artifacts/*"):
                 hold(path)
 
-        for digest in home.glob("runs/*/trial-*/*.sha256"):
+        for digest in matching("runs/*/trial-*/*.sha256"):
             hold(digest.with_suffix(""))
             hold(digest)
         hold_results()

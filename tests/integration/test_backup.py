@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
@@ -301,6 +302,29 @@ def test_a_backup_from_another_home_says_so(engine, home, tmp_path, caplog):
     fill(engine, ["complete"], epochs=2, name="s")
     backup.back_up(engine, tmp_path / "b.tar")
     assert "without the files of s" in caplog.text
+
+
+def test_folders_that_come_and_go_do_not_end_a_backup(engine, home, tmp_path):
+    """Workers make a trial's folder and remove it, while the backup looks for checkpoints."""
+    ended = threading.Event()
+
+    def come_and_go(number):
+        folder = home / "runs" / "s-20261126-000000" / f"trial-{number:05d}"
+        while not ended.is_set():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "attempt-0001.pt.sha256").touch()
+            shutil.rmtree(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(come_and_go, number) for number in range(4)]
+        try:
+            for _ in range(300):
+                with backup._held() as hold_results:
+                    hold_results()
+        finally:
+            ended.set()
+        for worker in workers:
+            worker.result()
 
 
 def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_path, monkeypatch):
