@@ -34,8 +34,9 @@ from torchvision import transforms
 import trainer.workspace
 from search.study import load_study_file
 from trainer.config import TrainConfig
-from trainer.dataset import load_image, read_dataset
+from trainer.dataset import read_dataset
 from trainer.device import prepare_process
+from trainer.images import load_image
 from trainer.loop import Run, turn
 from trainer.loss import AttributeLoss, class_weights
 from trainer.workspace import Workspace

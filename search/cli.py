@@ -677,6 +677,7 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     from search.final import run_to_end
     from storage.runs import image_cache
     from trainer.config import EpochResult
+    from trainer.dataset import absent_attributes
     from trainer.device import prepare_process
     from trainer.workspace import Workspace
 
@@ -695,6 +696,7 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     workspace = Workspace(settings, image_cache())
     check_origin(bundle, settings, workspace.dataset.fingerprint)
     _say_each(notes)
+    _say_each([f"note: {one}" for one in absent_attributes(workspace.dataset.attribute_table(settings))])
     return run_to_end(settings, workspace, folder, show)
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from dashboards.status import TrialRow, read_status
 from search.bootstrap import Estimate, churn, compare, flattery, hits, per_class_accuracy
-from search.study import InputError, StudyFile, validate
+from search.study import InputError, StudyFile, check_reader, validate
 from storage.ledger import StudyEntry, study_entry
 from storage.runs import RunFolder
 from trainer.config import TrainConfig
@@ -130,6 +130,7 @@ def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | No
 
     Raises InputError if there is nothing to confirm, or if it was begun otherwise.
     """
+    check_reader(search)
     linked = study_entry(engine, search.name + SUFFIX)
     if linked is None:
         status = read_status(engine, search.study_id, search.name)

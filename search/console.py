@@ -148,6 +148,7 @@ def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     from search.study import InputError, load_study_file
     from storage import database
     from storage.ledger import study_entry, study_names
+    from trainer.text import same_letters
 
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
@@ -156,7 +157,7 @@ def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     if database.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
     database.require_schema(engine)
-    entry = study_entry(engine, name)
+    entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
     if entry is None:
         known = ", ".join(study_names(engine)) or "none"
         raise InputError(f"no study {name!r} in the database; it has: {known}")

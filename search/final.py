@@ -127,7 +127,7 @@ class Predictor:
         # The best epoch is that of the validation images.
         chosen = "val" if path.stem == "best" else None
         self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
-        self._dataset = read_dataset(data or self._model.config.data)
+        self._dataset = read_dataset(data or self._model.config.data, split.split("+"), labelled=False)
         self._model.check(self._dataset)
         self._split = self._dataset.split(split)
         sizes = self._dataset.sizes

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dashboards.status import read_status
-from search.study import InputError, StudyFile, other_dataset
+from search.study import InputError, StudyFile, check_reader, other_dataset
 from storage.ledger import StudyEntry, epochs_of
 from trainer.config import EpochResult
 from trainer.loop import train
@@ -56,6 +56,7 @@ def replay(
     recorded = epochs_of(engine, entry.study_id, number)
     if not recorded:
         raise InputError(f"trial {number} of study {entry.name!r} has no epoch yet; wait for one")
+    check_reader(entry)
     config = file.config(rows[number].params)
     workspace = Workspace(config, cache)
     if workspace.dataset.fingerprint != entry.dataset:

@@ -15,6 +15,7 @@ from search.export import Choice, choose, in_words, known_accuracy
 from search.study import InputError, StudyFile
 from storage.ledger import StudyEntry
 from trainer.config import TrainConfig
+from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table
 
 COMPARED = ("batch_size", "weight_decay", "dropout")  # what the seed report compares
@@ -66,6 +67,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         head=f"{HEAD[0]}-{HEAD[1]}-{len(entry.attributes)}",
         trained=sum(row.parameters for row in stages if row.trained),
         stages=stages,
+        absent=absent_attributes(entry.attributes),
         categories=list(dict.fromkeys(row["category"] for row in entry.attributes)),
         machines=read_machines(engine, entry.study_id),
         slurm=file.slurm,

@@ -1,6 +1,7 @@
 """Study files: what they may say, and the Optuna study that follows from one. Imports no torch."""
 
 import hashlib
+import logging
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,11 @@ from search.typed import Table, Texts, as_typed, in_our_words, near
 from storage import ledger
 from storage.database import retrying
 from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
-from trainer.dataset import Dataset
+from trainer.dataset import Dataset, absent_attributes
+from trainer.images import READER
+from trainer.text import TextError, read_text
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -59,7 +64,7 @@ class Range(Table):
 Choices = Annotated[list[Number], Field(min_length=1)]
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
 # Of a study's settings: what does not make its trials incomparable.
-NOT_COMPARED = {"places", "slurm", "search"}
+NOT_COMPARED = {"places", "slurm", "search", "images"}
 WARM_START_TRIALS = 3  # of each earlier study
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 # What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
@@ -246,6 +251,7 @@ class StudyFile(Table):
             "study": {"score": self.study.score},
             "space": self.model_dump(mode="json")["space"],
             "train": train | {"weights": weights_identity(self.shared.weights)},
+            "images": {"reader": READER},
         }
 
     def moved(self, data: str | None, weights: str | None) -> Self:
@@ -361,11 +367,11 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises InputError."""
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        return _parse(read_text(path), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; ready study files are in studies/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    except TextError as error:
+        raise InputError(str(error)) from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}; a text stands in quotes") from None
 
@@ -501,7 +507,7 @@ def open_study(
         engine,
         study._study_id,
         dataset=dataset.fingerprint,
-        attributes=dataset.attribute_table("val"),
+        attributes=dataset.attribute_table(file.shared),
         settings=identity | file.incidentals(first),
         **budget,
     )
@@ -512,6 +518,8 @@ def open_study(
         settings = identity | file.incidentals(first)
         ledger.update_study(engine, study._study_id, stop_requested=None, settings=settings, **budget)
         entry = _entered(engine, name)
+        for line in absent_attributes(entry.attributes):
+            log.warning("study %r: %s", name, line)
     study.sampler = file.make_sampler(first)
     return study, entry
 
@@ -547,7 +555,19 @@ def _entered(engine: sa.Engine, name: str) -> ledger.StudyEntry:
     return entry
 
 
+def check_reader(entry: ledger.StudyEntry) -> None:
+    """That its images would be read as they were. Raises InputError."""
+    made_by = entry.settings.get("images", {}).get("reader", 1)
+    if made_by != READER:
+        raise InputError(
+            f"study {entry.name!r} was made with version {made_by} of the reader of images, this is "
+            f"{READER}: the same files may look different (CHANGELOG.md); go on with the Atelier that "
+            "made it, or begin a study of another name"
+        )
+
+
 def _same(identity: dict[str, Any], existing: ledger.StudyEntry, fingerprint: str) -> None:
+    check_reader(existing)
     name = existing.name
     other = f"give [study] another name than {name!r}, or restore the setting"
     if existing.optuna_version != optuna.__version__:

@@ -25,18 +25,25 @@ user_app = typer.Typer(cls=Verbs, help="Who may log in to the dashboard.", no_ar
 
 @data_app.command("check")
 def data_check(folder: Path) -> None:
-    """Validate a dataset; list every finding with file and line."""
-    with errors_in_one_line():
-        from trainer.dataset import DatasetError, check_dataset, read_dataset
+    """Check a dataset; list what is wrong, and what may mislead, with file and line.
 
-        findings = check_dataset(folder)
-        for finding in findings:
-            typer.echo(printable(finding))
-        if findings:
-            raise DatasetError(f"{len(findings)} findings in {folder}")
-        dataset = read_dataset(folder)
+    Exit codes: 0 nothing is wrong, though there may be warnings, 2 it cannot be used as it is.
+    """
+    with errors_in_one_line():
+        from trainer.check import check_dataset, summary
+        from trainer.dataset import DatasetError
+
+        dataset, findings = check_dataset(folder)
+        for one in findings:
+            typer.echo(printable(f"{'error' if one.is_error else 'warning'}: {one}"))
+        if dataset is None or any(one.is_error for one in findings):
+            raise DatasetError(f"{folder} has {summary(findings)}; mend what is marked error")
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-        typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; no findings")
+        typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
+        if all(split.labels is None for split in dataset.splits.values()):
+            typer.echo(
+                f"without labels it is good for: atelier predict --split {next(iter(dataset.splits))}"
+            )
 
 
 @data_app.command("demo")
@@ -68,15 +75,12 @@ def user_add(
     """Add somebody, or give a new role and password; older sessions end."""
     with errors_in_one_line():
         from dashboards.accounts import Accounts
-        from search.study import InputError
+        from trainer.text import read_text
 
         if password_file is None:
             password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
         else:
-            try:
-                password = (password_file.read_text(encoding="utf-8").splitlines() or [""])[0]
-            except UnicodeDecodeError:
-                raise InputError(f"{password_file} is no text in UTF-8; give another file") from None
+            password = read_text(password_file).partition("\n")[0]
         Accounts().put(name, role, password)
         typer.echo(f"{name} may log in as {role}")
 

@@ -110,7 +110,7 @@ class Worker:
         # Called before a trial's first epoch with its parameters; returns why it is not worth one.
         self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self.stop = Stop(wall_end, pack)
-        self._attributes = workspace.dataset.attribute_table("val")
+        self._attributes = workspace.dataset.attribute_table(workspace.config)
         self._strategy = file.make_strategy(study, ledger)
         self.made_progress = False  # at least one optimizer step
         self._failed_before: set[int] = set()  # trials that failed here before that

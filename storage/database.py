@@ -97,7 +97,8 @@ class DatabaseError(RuntimeError):
 
 def home() -> Path:
     """The folder for everything that Atelier keeps beside the database: `.atelier`, if unset."""
-    return Path(os.environ.get("ATELIER_HOME") or ".atelier").absolute()
+    # A ~ that no shell has seen, as from a file of settings.
+    return Path(os.path.expanduser(os.environ.get("ATELIER_HOME") or ".atelier")).absolute()
 
 
 # They say nothing about the trial that was at work.

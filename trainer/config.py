@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from trainer.predictions import Predictions
+from trainer.text import as_on_disk
 
 
 def _no_boolean(value: object) -> object:
@@ -66,7 +68,7 @@ class TrainConfig(BaseModel):
     def _can_be_a_path(cls, path: str) -> str:
         if "\0" in path:
             raise ValueError("has a NUL character, which no path can hold; remove it")
-        return path
+        return path if path.isascii() and path[:1] != "~" else str(as_on_disk(Path(path)))
 
     @model_validator(mode="after")
     def _warmup_leaves_epochs(self) -> "TrainConfig":

@@ -1,22 +1,25 @@
-"""The dataset's folder layout: read it, check it, and tell one dataset from another.
+"""The dataset's folder layout: read it, and tell one dataset from another.
 
 `img/*.jpg`; `split/{train,val,test}.txt` with one image path a line; `split/{train,val}_attr.txt` with
-one 0-based attribute index per category a line; `split/list_attr_cloth.txt` with the attributes and
-their categories. Nothing here has a fixed size, so the full DeepFashion set reads the same way.
+one 0-based attribute index per category a line; `split/list_attr_cloth.txt` with the number of
+attributes, a head, and the attributes with the numbers of their categories. Nothing here has a fixed
+size, so the full DeepFashion set reads the same way.
 """
 
 import hashlib
 import os
-import warnings
-from collections import Counter
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from trainer.config import TrainConfig
+from trainer.text import TextError, as_on_disk, read_lines, same_letters
 
 # What the numbers in list_attr_cloth.txt stand for (DeepFashion's documentation).
 CATEGORY_NAMES = {
@@ -28,9 +31,16 @@ CATEGORY_NAMES = {
     "6": "fit",
 }
 
-FORMATS = ("JPEG", "PNG")  # Pillow knows dozens, and each has errors of its own
-MOST_PIXELS = 25_000_000  # of an image: decoded, a JPEG in many passes takes 10 bytes for each
+ATTRIBUTES = "list_attr_cloth.txt"
+HEAD = re.compile(r"\S*name\s+\S*type", re.IGNORECASE)  # attribute_name attribute_type
 MOST_DIGITS = 9  # of a label
+MOST_OF_A_TYPE = 256  # attributes: predictions are kept in bytes
+LEARNED = ("train", "val")  # the splits of a search
+ABSENT = {  # what an attribute table has of a split, and what follows where that is 0
+    "training": ("train_images", "no network can learn it"),
+    "validation": ("images", "the score leaves it out"),
+}
+MISSING = "missing files"  # a finding's kind
 
 
 class DatasetError(ValueError):
@@ -38,8 +48,21 @@ class DatasetError(ValueError):
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something about a dataset that is wrong, or that its user should know."""
+
+    place: str  # a file; with its line, if it has one, as in train.txt:3
+    kind: str  # in the plural, for a summary
+    text: str
+    is_error: bool = True  # the dataset cannot be used as it is
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Split:
-    """Images of one split, in file order. `labels` is int64 [images, categories] or None (test)."""
+    """Images of one split, in file order. `labels` is int64 [images, categories] or None."""
 
     name: str
     paths: tuple[str, ...]
@@ -51,7 +74,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder that has been read: attributes, categories and splits."""
+    """A dataset folder that has been read: attributes, categories, and the splits that are wanted."""
 
     folder: Path
     attributes: tuple[str, ...]
@@ -59,26 +82,34 @@ class Dataset:
     sizes: tuple[int, ...]  # attributes per category, in file order
     splits: dict[str, Split]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over labels, lists and image bytes: equal data has an equal fingerprint."""
-        digest = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
+        return self._digests[0]
+
+    def images_digest(self, split: Split) -> str:
+        """What tells the split's images, in their order, from others."""
+        return "+".join(self._digests[1][part] for part in split.name.split("+"))
+
+    @cached_property
+    def _digests(self) -> tuple[str, dict[str, str]]:
+        """Of all, and of each split's images."""
+        whole = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
+        images = {}
         for split in self.splits.values():
             labels = b"" if split.labels is None else split.labels.tobytes()
-            digest.update(f"{split.name}:{len(split)}".encode() + labels)
+            whole.update(f"{split.name}:{len(split)}".encode() + labels)
+            own = hashlib.sha256()
             for path in split.paths:
-                digest.update(path.encode() + (self.folder / path).read_bytes())
-        return digest.hexdigest()
+                data = (self.folder / path).read_bytes()
+                whole.update(same_letters(path).encode() + data)
+                own.update(hashlib.sha256(data).digest())
+            images[split.name] = own.hexdigest()[:16]
+        return whole.hexdigest(), images
 
     def split(self, name: str) -> Split:
-        """One split, or several as one, as in "train+val". Raises DatasetError."""
-        parts = [self.splits.get(part) for part in name.split("+")]
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts):
-            raise DatasetError(
-                f"{self.folder}: no split {name!r}; it has {', '.join(self.splits)}, each as "
-                "split/NAME.txt"
-            )
+        """One split, or several as one, as in "train+val"."""
+        found = [self.splits[part] for part in name.split("+")]
         if len(found) == 1:
             return found[0]
         labels = [part.labels for part in found if part.labels is not None]
@@ -88,182 +119,265 @@ class Dataset:
             np.concatenate(labels) if len(labels) == len(found) else None,
         )
 
-    def attribute_table(self, split: str) -> list[dict[str, str | int]]:
-        """Name, category and number of images of every attribute, in the order of the outputs."""
-        labels = self.splits[split].labels
-        assert labels is not None  # only the test split may have none
-        counts = [
+    def training_rows(self, config: TrainConfig) -> np.ndarray:
+        """Indices of the images that a run learns from; the same for every seed. Raises DatasetError."""
+        images, wanted = len(self.split(config.train_on)), config.train_images
+        if wanted is None:
+            return np.arange(images)
+        if wanted > images:
+            raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
+        return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
+
+    def attribute_table(self, config: TrainConfig) -> list[dict[str, str | int]]:
+        """Every attribute in the order of the outputs: name, category, and how many images have it.
+
+        `images` are those of the validation split, `train_images` those that a run learns from.
+        """
+        kinds = [
+            kind for kind, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
+        ]
+        val = self.counts(self.split("val"))
+        train = self.counts(self.split(config.train_on), self.training_rows(config))
+        return [
+            {"name": name, "category": kind, "images": images, "train_images": train_images}
+            for name, kind, images, train_images in zip(self.attributes, kinds, val, train, strict=True)
+        ]
+
+    @property
+    def names(self) -> list[tuple[str, ...]]:
+        """The attributes of each category."""
+        ends = np.cumsum(self.sizes)
+        return [self.attributes[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+
+    def counts(self, split: Split, rows: np.ndarray | None = None) -> list[int]:
+        """How many images of a labelled split, or of some of its rows, have each attribute."""
+        assert split.labels is not None
+        labels = split.labels if rows is None else split.labels[rows]
+        return [
             count
             for column, size in zip(labels.T, self.sizes, strict=True)
             for count in np.bincount(column, minlength=size).tolist()
         ]
-        kinds = [
-            kind for kind, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
-        ]
-        return [
-            {"name": name, "category": kind, "images": count}
-            for name, kind, count in zip(self.attributes, kinds, counts, strict=True)
-        ]
 
 
-def read_dataset(folder: Path | str) -> Dataset:
-    """Read the lists and labels of a dataset (not its images).
+def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What follows from attributes without images, in sentences; `table` is an attribute table."""
+    lines = []
+    for split, (key, so) in ABSENT.items():
+        # A study of an earlier version does not know how many training images there are.
+        if names := [str(row["name"]) for row in table if row.get(key) == 0]:
+            lines.append(f"no {split} image has {', '.join(names)}: {so}")
+    return lines
+
+
+def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: bool = True) -> Dataset:
+    """Read lists and labels of some splits of a dataset, not its images; without `labelled` no labels.
 
     Raises DatasetError with the first thing that is wrong.
     """
-    dataset, findings = _read(Path(folder))
-    if findings and not Path(folder).is_dir():
-        raise DatasetError(f"{findings[0]}; name its folder with --data")
-    if findings:
-        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-        raise DatasetError(f"{findings[0]}{more}; list all with: atelier data check {Path(folder)}")
-    assert dataset is not None  # no findings
-    return dataset
+    dataset, findings = examine(Path(folder), splits, labelled)
+    if dataset is not None and not findings:
+        return dataset
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    advice = f"list all with: atelier data check {folder}"
+    if findings[0].kind == MISSING:
+        more, advice = "", "name the dataset's folder with --data"
+        if able := listed_splits(Path(folder)):
+            use = f"is only good for: atelier predict --split {' or '.join(able)}"
+            advice = f"without it the folder {use}" if labelled else f"it has {', '.join(able)}"
+    raise DatasetError(f"{findings[0]}{more}; {advice}")
 
 
-def check_dataset(folder: Path | str) -> list[str]:
-    """Everything that is wrong with a dataset, images included: one `file:line: what` each."""
-    folder = Path(folder)
-    dataset, findings = _read(folder)
-    if dataset is not None:
-        for split in dataset.splits.values():
-            findings.extend(_broken_images(folder, split))
-    return findings
+def listed_splits(folder: Path) -> list[str]:
+    """Those of which there is a list of images."""
+    folder = as_on_disk(folder)
+    return [name for name in (*LEARNED, "test") if _list(folder, name).is_file()]
 
 
-def _read(folder: Path) -> tuple[Dataset | None, list[str]]:
-    if not folder.is_dir():
-        found = "it is a file, not a folder" if folder.exists() else "the folder does not exist"
-        return None, [f"no dataset at {folder}: {found}"]
-    try:
-        attributes, types = _read_attributes(folder / "split" / "list_attr_cloth.txt")
-    except DatasetError as error:
-        return None, [str(error)]
-    kinds = Counter(types)  # in the order of the file
-    sizes = tuple(kinds.values())
-    categories = tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in kinds)
-    splits, findings = {}, []
-    for name in ("train", "val", "test"):
-        if name == "test" and not (folder / "split" / "test.txt").exists():
-            continue  # the public part of the challenge comes without it
-        split, problems = _read_split(folder, name, sizes)
-        findings += problems
-        if split is not None:
-            splits[name] = split
-    return Dataset(folder, tuple(attributes), categories, sizes, splits), findings
-
-
-def _read_attributes(path: Path) -> tuple[list[str], list[str]]:
-    lines = _lines(path)
-    rows = [(number, line.split()) for number, line in enumerate(lines[2:], 3) if line.strip()]
-    for number, row in rows:
-        if len(row) != 2:
-            raise DatasetError(f"{path}:{number}: expected a name and a type, found {row}")
-    if not rows:
-        raise DatasetError(f"{path}:1: no attributes in it")
-    names = [row[0] for _, row in rows]
-    types = [row[1] for _, row in rows]
-    if len(list(groupby(types))) > len(set(types)):
-        raise DatasetError(f"{path}:3: the attributes of one type must stand together")
-    return names, types
+def examine(
+    folder: Path, splits: Sequence[str], labelled: bool = True
+) -> tuple[Dataset | None, list[Finding]]:
+    """The dataset with these splits, as far as it can be read, and what is wrong with its text files."""
+    reader = _Reader(as_on_disk(folder))
+    return reader.read(splits, labelled), reader.findings
 
 
 def read_labels(path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray:
     """The labels of so many images, int64 [images, categories]. Raises DatasetError."""
-    labels, findings = _checked_labels(path, _lines(path), images, sizes)
-    if findings:
-        raise DatasetError(findings[0])
+    reader = _Reader(path.parent)
+    labels = reader.labels(path, images, sizes)
+    if reader.findings or labels is None:
+        raise DatasetError(str(reader.findings[0]))
     return labels
 
 
-def _checked_labels(
-    path: Path, rows: list[str], images: int, sizes: tuple[int, ...]
-) -> tuple[np.ndarray, list[str]]:
-    wrong = len(rows) != images
-    findings = [f"{path}:{len(rows)}: {len(rows)} rows for {images} images"] if wrong else []
-    labels, problems = _parse_labels(path, rows, sizes)
-    return labels, findings + problems
+def _list(folder: Path, split: str) -> Path:
+    return folder / "split" / f"{split}.txt"
 
 
-def _read_split(folder: Path, name: str, sizes: tuple[int, ...]) -> tuple[Split | None, list[str]]:
-    listing, labelling = folder / "split" / f"{name}.txt", folder / "split" / f"{name}_attr.txt"
-    try:
-        paths = [line.strip() for line in _lines(listing)]
-        rows = None if name == "test" and not labelling.exists() else _lines(labelling)
-    except DatasetError as error:
-        return None, [str(error)]
-    findings = [f"{listing}:1: no images in it"] if not paths else []
-    for number, path in enumerate(paths, 1):
-        if not path or not os.path.isfile(folder / path):  # False too for what cannot be a path
-            findings.append(f"{listing}:{number}: no such image: {path or '(empty line)'}")
-    if rows is None:
-        return Split(name, tuple(paths), None), findings
-    labels, problems = _checked_labels(labelling, rows, len(paths), sizes)
-    return Split(name, tuple(paths), labels), findings + problems
+class _Reader:
+    """Reads the text files of a dataset folder, and gathers what is wrong with them."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.findings: list[Finding] = []
+        self._names: dict[Path, dict[str, list[str]]] = {}  # of folders, see `_on_disk`
 
-def _parse_labels(path: Path, rows: list[str], sizes: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    labels: list[list[int]] = []  # of the right rows: memory is taken for what is there
-    findings = []
-    for number, row in enumerate(rows, 1):
-        words = row.split()
-        if len(words) != len(sizes) or not all(
-            word.isdecimal() and len(word) <= MOST_DIGITS for word in words
-        ):
-            findings.append(f"{path}:{number}: expected {len(sizes)} indices, found {row.strip()!r}")
-            continue
-        values = [int(word) for word in words]
-        for column, (value, size) in enumerate(zip(values, sizes, strict=True), 1):
-            if value >= size:
-                findings.append(
-                    f"{path}:{number}: label {value} in column {column}, allowed is 0 to {size - 1}"
-                )
-                break
-        else:
-            labels.append(values)
-    return np.array(labels, dtype=np.int64).reshape(len(labels), len(sizes)), findings
+    def _add(self, place: str, kind: str, text: str) -> None:
+        self.findings.append(Finding(place, kind, text))
 
+    def read(self, splits: Sequence[str], labelled: bool) -> Dataset | None:
+        """The dataset with these splits; None without its attributes."""
+        folder = self._folder
+        if not folder.is_dir():
+            found = "it is a file, not a folder" if folder.exists() else "the folder does not exist"
+            self._add(f"no dataset at {folder}", MISSING, found)
+            return None
+        rows = self._attributes(folder / "split" / ATTRIBUTES)
+        if rows is None:
+            return None
+        kinds = Counter(kind for _, kind in rows)  # in the order of the file
+        sizes = tuple(kinds.values())
+        found_splits = [self._split(name, sizes, labelled) for name in splits]
+        return Dataset(
+            folder,
+            tuple(name for name, _ in rows),
+            tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in kinds),
+            sizes,
+            {split.name: split for split in found_splits if split is not None},
+        )
 
-def _broken_images(folder: Path, split: Split) -> Iterator[str]:
-    listing = folder / "split" / f"{split.name}.txt"
-    for number, path in enumerate(split.paths, 1):
-        if not os.path.isfile(folder / path):
-            continue  # reported by the reader
+    def _lines(self, path: Path) -> list[str] | None:
         try:
-            load_image(folder / path)
-        except DatasetError as error:
-            yield f"{listing}:{number}: {error}"
+            return read_lines(path)
+        except FileNotFoundError:
+            self._add(str(path), MISSING, f"no such file{_elsewhere(self._folder)}")
+        except TextError as error:
+            place, _, text = str(error).partition(": ")
+            self._add(place, "unreadable files", text)
+        return None
+
+    def _attributes(self, path: Path) -> list[tuple[str, str]] | None:
+        """Names and types, in the order of the outputs; None if the list cannot be relied on."""
+        lines = self._lines(path)
+        if lines is None:
+            return None
+        rows = [
+            (number, *" ".join(line.split()).rpartition(" ")[::2])
+            for number, line in enumerate(lines, 1)
+            if number > 2 and line
+        ]
+        faults = [*_faults_of_head(lines, len(rows)), *_faults_of_attributes(rows)]
+        for number, text in faults:
+            self._add(f"{path}:{number}", "attributes", text)
+        return None if faults else [(name, str(int(kind))) for _, name, kind in rows]
+
+    def _split(self, name: str, sizes: tuple[int, ...], labelled: bool) -> Split | None:
+        listing = _list(self._folder, name)
+        listed = self._lines(listing)
+        if listed is None:
+            return None
+        if not listed:
+            self._add(f"{listing}:1", "missing images", "no images in it")
+        paths = []
+        for number, path in enumerate(listed, 1):
+            real = self._on_disk(path) if path else None
+            if real is None:
+                found = path or "(empty line)"
+                self._add(f"{listing}:{number}", "missing images", f"no such image: {found}")
+            paths.append(real or path)
+        labelling = listing.with_name(f"{name}_attr.txt")
+        # The public part of the challenge comes without the test split's.
+        wanted = labelled and (name != "test" or labelling.exists())
+        labels = self.labels(labelling, len(paths), sizes) if wanted else None
+        return Split(name, tuple(paths), labels)
+
+    def _on_disk(self, path: str) -> str | None:
+        """A listed path as it is on disk, where it may differ in what other systems take for the same.
+
+        That is a backslash, upper and lower case, and the form of accents. None if there is no such
+        file, or if there are several.
+        """
+        if os.path.isfile(self._folder / path):  # False too for what cannot be a path
+            return path
+        folder, _, name = path.replace("\\", "/").rpartition("/")
+        place = self._folder / folder
+        if place not in self._names:
+            self._names[place] = defaultdict(list)
+            for present in os.listdir(place) if os.path.isdir(place) else []:
+                self._names[place][same_letters(present).casefold()].append(present)
+        found = self._names[place][same_letters(name).casefold()]
+        return os.path.join(folder, found[0]) if len(found) == 1 else None
+
+    def labels(self, path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray | None:
+        """int64 [images, categories]; None if something is wrong with them."""
+        rows = self._lines(path)
+        if rows is None:
+            return None
+        faults = [(len(rows), f"{len(rows)} rows for {images} images")] if len(rows) != images else []
+        values = []
+        for number, row in enumerate(rows, 1):
+            words = row.replace(",", " ").split()
+            if fault := _fault_of_labels(words, sizes):
+                faults.append((number, fault))
+            else:
+                values.append([int(word) for word in words])
+        for number, fault in faults:
+            self._add(f"{path}:{number}", "labels", fault)
+        return None if faults else np.array(values, np.int64).reshape(images, len(sizes))
 
 
-def load_image(path: Path) -> Image.Image:
-    """Decode one image. Raises DatasetError if that fails, or if it is too large or not RGB."""
-    try:
-        # Pillow only warns of some that are too large here, which would be a second line.
-        with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(path, formats=FORMATS) as image,
-        ):
-            _check_image(path, image)  # before memory is taken for its pixels
-            image.load()
-    except DatasetError:
-        raise
-    except Exception as error:  # what a damaged image raises depends on where it is damaged
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
-    return image
+def _fault_of_labels(words: list[str], sizes: tuple[int, ...]) -> str | None:
+    if len(words) != len(sizes) or not all(map(_is_number, words)):
+        return f"expected {len(sizes)} indices, found {' '.join(words)!r}"
+    for column, (word, size) in enumerate(zip(words, sizes, strict=True), 1):
+        if int(word) >= size:
+            return f"label {int(word)} in column {column}, allowed is 0 to {size - 1}"
+    return None
 
 
-def _check_image(path: Path, image: Image.Image) -> None:
-    if image.width * image.height > MOST_PIXELS:
-        size = f"{image.width} x {image.height}"
-        raise DatasetError(f"{path}: {size} pixels, allowed are {MOST_PIXELS:,} in all; make it smaller")
-    if image.mode != "RGB":
-        raise DatasetError(f"{path}: mode {image.mode}, allowed is RGB")
+def _faults_of_head(lines: list[str], attributes: int) -> Iterator[tuple[int, str]]:
+    """What is wrong with the first two lines of an attribute list, with the line's number."""
+    stated, head = [*lines, "", ""][:2]
+    if not _is_number(stated):
+        yield 1, f"found {stated!r}, allowed is the number of attributes"
+    if not HEAD.fullmatch(head):
+        yield 2, f"found {head!r}, allowed is the head 'attribute_name attribute_type'"
+    if not attributes:
+        yield max(len(lines), 1), "no attributes in it"
+    elif _is_number(stated) and int(stated) != attributes:
+        yield 1, f"says {stated} attributes, but {attributes} follow"
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
+def _faults_of_attributes(rows: list[tuple[int, str, str]]) -> Iterator[tuple[int, str]]:
+    """What is wrong with the rows of an attribute list: line, name and type."""
+    last, lines, counts = 0, dict[tuple[str, int], int](), Counter[int]()
+    for line, name, text in rows:
+        if not name or not _is_number(text):
+            found = f"{name} {text}".strip()
+            yield line, f"found {found!r}, allowed is a name and the number of its type"
+            continue
+        kind = int(text)
+        if (first := lines.setdefault((name, kind), line)) != line:
+            yield line, f"{name} of type {kind} stands in line {first} already"
+        if kind < last:
+            yield (
+                line,
+                f"type {kind} after type {last}; sort them, since the columns of the labels go by "
+                "ascending types",
+            )
+        counts[kind] += 1
+        if counts[kind] == MOST_OF_A_TYPE + 1:
+            yield line, f"more than {MOST_OF_A_TYPE} attributes of type {kind}; leave some out"
+        last = kind
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the dataset is, if the folder is the one around it or one inside; a part of a message."""
+    inside = sorted(one.parents[1] for one in folder.glob(f"*/split/{ATTRIBUTES}"))
+    found = [*inside, *(one for one in folder.parents[:1] if (one / "split" / ATTRIBUTES).is_file())]
+    return f"; did you mean {found[0]}?" if found else ""

@@ -127,7 +127,7 @@ class SavedModel:
     def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
         """The attributes of a split's images in file order, int64 [images, categories].
 
-        With `flip` from the mean logits of an image and its mirror image. Raises DatasetError.
+        With `flip` from the mean logits of an image and its mirror image. Raises ImageError.
         """
         path = prepared_images(dataset, split, self.config.image_size, cache)
         parts = []

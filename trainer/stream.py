@@ -18,7 +18,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from trainer.augment import Augmentation, draw
-from trainer.dataset import Dataset, Split, load_image
+from trainer.dataset import Dataset, Split
+from trainer.images import READER, load_image
 
 BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
 # A GPU keeps the prepared images up to this share of its memory; else each block is copied to it.
@@ -40,9 +41,10 @@ def deterministic_transform(size: int) -> transforms.Compose:
 def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> Path:
     """The .npy file of a split: uint8 [images, 3, size, size], built by the first process that asks.
 
-    Raises DatasetError for the first image that cannot be used.
+    Whoever has the same images in the same order shares it, but no other version of their reader.
+    Raises ImageError for the first image that cannot be used.
     """
-    path = cache / f"{dataset.fingerprint[:16]}-{split.name}-{size}.npy"
+    path = cache / f"{dataset.images_digest(split)}-{size}-reader{READER}.npy"
     shape = (len(split), 3, size, size)
     if not _is_whole(path, shape):
         for name in split.paths:  # a broken image ends the command before anything is written

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor
 from trainer.allocation import memory_limit
 from trainer.augment import Augmentation
 from trainer.config import TrainConfig
-from trainer.dataset import DatasetError, Split, read_dataset
+from trainer.dataset import Split, read_dataset
 from trainer.device import pick_device
 from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
@@ -31,8 +31,8 @@ Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indice
 class Workspace(Runtime):
     """What the trials of a study share in one process: data, trunk and validation features.
 
-    Raises DatasetError, ModelError, and what `pick_device` raises. `cache` is the folder for prepared
-    images and compiled code.
+    Raises DatasetError, ImageError, ModelError, and what `pick_device` raises. `cache` is the folder for
+    prepared images and compiled code.
     """
 
     def __init__(self, config: TrainConfig, cache: Path, device: torch.device | None = None) -> None:
@@ -44,7 +44,7 @@ class Workspace(Runtime):
         self.place(self.trunk)
         self.frozen = self.freeze(self.trunk)
         train = self.dataset.split(config.train_on)
-        self.indices = _subset(len(train), config.train_images)
+        self.indices = self.dataset.training_rows(config)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
         self.train_labels = _labels(train)
@@ -117,7 +117,7 @@ class Workspace(Runtime):
 def prepare(config: TrainConfig, cache: Path) -> None:
     """Try the device; prepare the images and build the network once, on the CPU, for the errors of that.
 
-    Raises DatasetError, ModelError, DeviceError, UnknownDeviceError.
+    Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError.
     """
     pick_device()
     Workspace(config, cache, torch.device("cpu"))
@@ -134,12 +134,3 @@ def _prepare_compiler(cache: Path) -> None:
 def _labels(split: Split) -> torch.Tensor:
     assert split.labels is not None  # only the test split may have none
     return torch.from_numpy(split.labels)
-
-
-def _subset(images: int, wanted: int | None) -> np.ndarray:
-    """Indices of the training images that are used; the same ones for every seed."""
-    if wanted is None:
-        return np.arange(images)
-    if wanted > images:
-        raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
-    return np.sort(np.random.default_rng(0).permutation(images)[:wanted])

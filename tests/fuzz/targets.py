@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from search.console import one_line
 
@@ -145,12 +145,15 @@ def _read_pack(path: Path) -> None:
 
 
 def _read_dataset(path: Path) -> None:
-    from trainer.dataset import check_dataset, read_dataset
+    from trainer.check import check_dataset, summary
+    from trainer.config import TrainConfig
+    from trainer.dataset import read_dataset
 
     folder = path.parents[1]
-    check_dataset(folder)
+    _, findings = check_dataset(folder)
+    assert summary(findings).isprintable()
     dataset = read_dataset(folder)
-    dataset.attribute_table("val"), dataset.fingerprint
+    dataset.attribute_table(TrainConfig(data=str(folder))), dataset.fingerprint
 
 
 def _read_truth(path: Path) -> None:
@@ -162,7 +165,7 @@ def _read_truth(path: Path) -> None:
 def _read_image(path: Path) -> None:
     from torchvision.transforms import functional
 
-    from trainer.dataset import load_image
+    from trainer.images import load_image
     from trainer.stream import deterministic_transform
 
     functional.pil_to_tensor(deterministic_transform(32)(load_image(path)))
@@ -175,7 +178,7 @@ def _read_prepared(path: Path) -> None:
     dataset = read_dataset(path.parents[1])
     split = dataset.splits["val"]
     cache = path.parent
-    named = cache / f"{dataset.fingerprint[:16]}-{split.name}-32.npy"
+    named = prepared_images(dataset, split, 32, cache)
     os.replace(path, named)
     images = read_images(prepared_images(dataset, split, 32, cache), np.arange(len(split)))
     assert images.shape == (2, 3, 32, 32), images.shape
@@ -288,14 +291,23 @@ def _study_beside(folder: Path) -> None:
 
 def _images() -> Iterable[bytes]:
     picture = Image.linear_gradient("L").resize((16, 20)).convert("RGB")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
     notes = PngImagePlugin.PngInfo()
     notes.add_text("Title", "seed", zip=True)
     notes.add_itxt("Comment", "seed", zip=True)
     for name, options in (
         ("JPEG", {}),
         ("JPEG", {"progressive": True}),
+        ("JPEG", {"exif": turned}),
         ("PNG", {"pnginfo": notes}),
-        ("PNG", {"icc_profile": b"seed" * 40}),
+        ("PNG", {"icc_profile": b"seed" * 40, "exif": turned}),
+        ("PNG", {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}),
+        ("WEBP", {"exif": turned}),
+        ("GIF", {"transparency": 3}),
+        ("BMP", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("AVIF", {}),
     ):
         buffer = io.BytesIO()
         picture.save(buffer, name, **options)

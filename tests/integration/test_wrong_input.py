@@ -212,10 +212,11 @@ def broken_image(data):
     (data / "img/00003.jpg").write_bytes(b"no picture")
 
 
-def grey_image(data):
+def animation(data):
     from PIL import Image
 
-    Image.new("L", (9, 9)).save(data / "img/00003.jpg")
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(data / "img/00003.jpg", "GIF", save_all=True, append_images=frames[1:])
 
 
 def huge_image(data):
@@ -252,7 +253,7 @@ def missing_list(data):
     ("damage", "where", "what"),
     [
         (broken_image, "train.txt:4", "cannot be read"),
-        (grey_image, "train.txt:4", "mode L, allowed is RGB"),
+        (animation, "train.txt:4", "2 pictures in one file"),
         (huge_image, "train.txt:4", "cannot be read"),
         (missing_image, "train.txt:4", "no such image"),
         (label_out_of_range, "train_attr.txt:1", "label 7 in column 1, allowed is 0 to 6"),
@@ -436,8 +437,8 @@ def test_a_dashboard_that_cannot_be_served(database_url, folder, monkeypatch):
     good.write_text("correct horse battery\n")
     add = ["user", "add", "vera", "--password-file"]
     assert_one_line(runner.invoke(app, [*add, str(short)]), "at least 10 characters")
-    (folder / "bytes").write_bytes(b"\xff\xfe")
-    assert_one_line(runner.invoke(app, [*add, str(folder / "bytes")]), "is no text in UTF-8")
+    (folder / "bytes").write_bytes(b"\xff\xff")
+    assert_one_line(runner.invoke(app, [*add, str(folder / "bytes")]), "byte 0xff is no UTF-8")
     (folder / "long").write_text("x" * 2000)
     assert_one_line(runner.invoke(app, [*add, str(folder / "long")]), "at most 1000 characters")
     assert runner.invoke(app, [*add, str(good)]).exit_code == 0
@@ -580,8 +581,8 @@ def finished_run(tmp_path_factory, demo):
         (["nowhere"], "nowhere: no model in it"),
         (["{unfinished}"], "the run is not finished"),
         (["{junk}"], "cannot be read"),
-        (["{run}", "--data", "{no_test}"], "no split 'test'; it has train, val"),
-        (["{run}", "--split", "tset"], "no split 'tset'; it has train, val, test"),
+        (["{run}", "--data", "{no_test}"], "test.txt: no such file; it has train, val"),
+        (["{run}", "--split", "tset"], "tset.txt: no such file; it has train, val, test"),
         (["{run}", "--data", "nowhere"], "does not exist"),
         (["{run}", "--data", "{other}"], "has other attributes than the run was trained on"),
         (["{run}", "--tta", "rotate"], "allowed are none and flip"),

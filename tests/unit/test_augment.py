@@ -12,7 +12,8 @@ from torchvision.transforms import functional
 
 import trainer.augment
 from trainer.augment import Augmentation, Draws, affine, draw, hue, saturation
-from trainer.dataset import load_image, read_dataset
+from trainer.dataset import read_dataset
+from trainer.images import load_image
 from trainer.stream import prepared_images
 from trainer.workspace import Workspace
 

@@ -1,0 +1,95 @@
+"""`atelier data check`: all that is wrong with a dataset, and what its user should know of it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.dataset import ATTRIBUTES, LEARNED, Dataset, Finding, Split, examine, listed_splits
+from trainer.images import ImageError, load_image
+from trainer.text import as_on_disk, read_lines
+
+Row = tuple[Split, int]  # an image's place: its split, and its index in it
+
+
+def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
+    """The dataset as far as it can be read, and all findings, images and contradictions included.
+
+    Errors are what keeps a search from beginning; of a folder without any labels, what keeps its images
+    from being predicted. All else is a warning.
+    """
+    present = listed_splits(folder)
+    labelled = any((as_on_disk(folder) / "split" / f"{name}_attr.txt").is_file() for name in LEARNED)
+    wanted = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
+    dataset, findings = examine(folder, [*wanted], labelled)
+    if dataset is not None:
+        findings += _of_images(dataset)
+        if labelled and not findings:  # rows and labels belong together
+            findings += _absent(dataset)
+    return dataset, sorted(findings, key=lambda finding: not finding.is_error)
+
+
+def summary(findings: list[Finding]) -> str:
+    """How many there are of each kind, errors apart from warnings."""
+    words = []
+    for name, is_error in (("errors", True), ("warnings", False)):
+        kinds = Counter(one.kind for one in findings if one.is_error is is_error)
+        each = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
+        words.append(f"{kinds.total() or 'no'} {name}" + (f" ({each})" if each else ""))
+    return ", ".join(words)
+
+
+def _of_images(dataset: Dataset) -> Iterator[Finding]:
+    equal: dict[bytes, list[Row]] = defaultdict(list)
+    for split in dataset.splits.values():
+        for index, path in enumerate(split.paths):
+            try:
+                data = (dataset.folder / path).read_bytes()
+                load_image(dataset.folder / path)
+            except (OSError, ValueError) as error:
+                if isinstance(error, ImageError):  # else the reader has found it missing
+                    yield Finding(_place(dataset, (split, index)), "broken images", str(error))
+                continue
+            equal[hashlib.sha256(data).digest()].append((split, index))
+    for first, *others in equal.values():
+        for other in others:
+            yield from _repeated(dataset, first, other)
+
+
+def _repeated(dataset: Dataset, first: Row, other: Row) -> Iterator[Finding]:
+    """What there is to say of two rows with the same image."""
+    (split, index), (own_split, own_index) = first, other
+    there = f"{split.name}.txt:{index + 1}"
+    if split is not own_split:
+        kind, text = (
+            "images in two splits",
+            f"the image of {there} too, so {own_split.name} is not unseen",
+        )
+    elif Path(split.paths[index]) == Path(own_split.paths[own_index]):
+        kind, text = "images listed twice", f"listed in {there} already"
+    else:
+        kind, text = "equal images", f"the same image as {there}, byte for byte, under another name"
+    yield Finding(_place(dataset, other), kind, text, is_error=False)
+    if split.labels is None or own_split.labels is None:
+        return
+    columns = zip(dataset.names, split.labels[index], own_split.labels[own_index], strict=True)
+    differing = [f"{names[mine]}, not {names[its]}" for names, its, mine in columns if its != mine]
+    if differing:
+        text = f"other labels than {there}, the same image: {'; '.join(differing)}"
+        yield Finding(_place(dataset, other, "_attr"), "contradicting labels", text, is_error=False)
+
+
+def _place(dataset: Dataset, row: Row, suffix: str = "") -> str:
+    split, index = row
+    return f"{dataset.folder / 'split' / split.name}{suffix}.txt:{index + 1}"
+
+
+def _absent(dataset: Dataset) -> Iterator[Finding]:
+    listing = dataset.folder / "split" / ATTRIBUTES
+    rows = [number for number, line in enumerate(read_lines(listing), 1) if number > 2 and line]
+    counts = [dataset.counts(dataset.splits[name]) for name in LEARNED]
+    for line, attribute, *images in zip(rows, dataset.attributes, *counts, strict=True):
+        lacking = [name for name, count in zip(LEARNED, images, strict=True) if not count]
+        if lacking:
+            text = f"no image of {' and '.join(lacking)} has {attribute}"
+            yield Finding(f"{listing}:{line}", "attributes without images", text, is_error=False)

@@ -1,0 +1,99 @@
+"""An image as every viewer shows it: upright, in sRGB, on white. What cannot be read says why."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+# What this module makes of a file is a part of what a network learns from. So the number stands beside
+# all that is kept of its results, or compared by them. 1 dropped orientation and colour profile.
+READER = 2
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MOST_PIXELS = 25_000_000  # of an image: decoded, a JPEG in many passes takes 10 bytes for each
+
+# Pillow's modes whose numbers have one meaning on a screen, by how colours of them are converted.
+GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBX", "RGBA", "YCbCr", "CMYK")
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A file is no image that can be used; the message is one line and names the file."""
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode one image, to RGB. Raises ImageError."""
+    try:
+        # What Pillow warns of would be a second line.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            _check(path, image)  # before memory is taken for its pixels
+            image.load()
+            turn = UPRIGHT.get(_orientation(image))
+            shown = _on_white(image)
+            return shown if turn is None else shown.transpose(turn)
+    except ImageError:
+        raise
+    except Exception as error:  # what a damaged image raises depends on where it is damaged
+        raise ImageError(f"{path}: cannot be read ({error}); save it anew as JPEG or PNG") from None
+
+
+def _check(path: Path, image: Image.Image) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise ImageError(f"{path}: {size} pixels, allowed are {MOST_PIXELS:,} in all; make it smaller")
+    if image.mode not in (*GREY, *COLOUR, *SIXTEEN_BITS):
+        raise ImageError(
+            f"{path}: pixels of mode {image.mode}, which say nothing of brightness on a screen; save it "
+            "in grey or RGB, with 8 or 16 bits"
+        )
+    # In a JPEG others than the first are previews, or what the other eye sees.
+    frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ImageError(f"{path}: {frames} pictures in one file; save the one that is meant")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, upright, where there is none. Pillow turns a TIFF itself."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # viewers show an image whose EXIF is damaged as if it had none
+        return 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """To RGB in sRGB, with white where it is transparent."""
+    if not image.has_transparency_data:
+        return _in_srgb(image)
+    white = Image.new("RGB", image.size, "white")
+    return Image.composite(_in_srgb(image), white, image.convert("RGBA").getchannel("A"))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """To RGB: by the colour profile inside, if there is one that fits."""
+    profile = image.info.get("icc_profile")
+    if image.mode in SIXTEEN_BITS:  # the upper byte, which is what Pillow takes of 16-bit colours
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not profile:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    mode = "L" if image.mode in (*GREY, *SIXTEEN_BITS) else "CMYK" if image.mode == "CMYK" else "RGB"
+    colours = image.convert(mode)
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(
+            colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of other colours: as without one
+        return colours.convert("RGB")
+    assert converted is not None  # only in place there is no result
+    return converted

@@ -1,0 +1,72 @@
+"""Text files as people have them, whatever their editor and their system made of letters and lines."""
+
+import codecs
+import os
+import unicodedata
+from pathlib import Path
+
+# The longer first: UTF-32's mark begins with UTF-16's.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+class TextError(ValueError):
+    """A file is no text that can be read; the message is one line and names file and line."""
+
+
+def read_text(path: Path) -> str:
+    r"""A file's text in NFC, with \n at the end of lines; UTF-8 unless a byte order mark says otherwise.
+
+    Raises FileNotFoundError, TextError.
+    """
+    try:
+        data = as_on_disk(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise TextError(f"{path}: cannot be read ({error}); give a text file") from None
+    mark, encoding = next((one for one in MARKS if data.startswith(one[0])), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        at = len(mark) + error.start
+        line = data[:at].count(b"\n") + 1
+        raise TextError(
+            f"{path}:{line}: byte 0x{data[at]:02x} is no {encoding.upper()}; save the file as UTF-8"
+        ) from None
+    # Files that were joined have their marks in the middle.
+    return same_letters(text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def read_lines(path: Path) -> list[str]:
+    """A file's lines without blanks around them, and without empty ones at its end.
+
+    Raises FileNotFoundError, TextError.
+    """
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def same_letters(text: str) -> str:
+    """The text in NFC: a Mac takes letters and their accents apart, which looks the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def as_on_disk(path: Path) -> Path:
+    """The path in the form in which it exists, of those that look the same; else as it is.
+
+    A ~ at its beginning is the user's home folder, as in a shell.
+    """
+    path = Path(os.path.expanduser(path))
+    forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
+    try:
+        return next((form for form in forms if form.exists()), path)
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        return path
