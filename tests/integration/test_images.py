@@ -1,0 +1,48 @@
+"""What a study says of its images: attributes that have none, and the version of their reader."""
+
+import logging
+
+import pytest
+
+import search.study
+from search.study import InputError, load_study_file, open_study
+from storage import database, ledger
+from tests.studies import fill
+from trainer.dataset import read_dataset
+
+ABSENT = "no training image has"
+
+
+def test_attributes_without_images_are_named_at_the_start_and_in_the_report(
+    atelier, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    few = ["--set", "train.train_images=8", "--set", "study.max_trials=1", "--workers", "1"]
+    with caplog.at_level(logging.WARNING):
+        atelier("search", "study.toml", *few)
+    [said] = [record.getMessage() for record in caplog.records if ABSENT in record.getMessage()]
+    atelier("report", "tiny")
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert f"- {said.partition(': ')[2]}" in report
+    trained = atelier("train", "best.toml", "--epochs", "2")
+    assert f"note: {said.partition(': ')[2]}" in trained.stderr
+    assert "can learn it" in said
+
+
+def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
+    engine, demo, atelier, tmp_path, monkeypatch
+):
+    file, dataset = load_study_file(tmp_path / "study.toml"), read_dataset(demo)
+    storage = database.optuna_storage(engine)
+    _, entry = open_study(file, engine, storage, dataset, lead=True)
+    assert entry.settings["images"] == {"reader": search.study.READER}
+    monkeypatch.setattr(search.study, "READER", 99)
+    with pytest.raises(InputError, match="with version 2 of the reader of images, this is 99"):
+        open_study(file, engine, storage, dataset)
+    for words in (["confirm", "tiny"], ["search", "study.toml"], ["worker", "tiny"]):
+        assert "of the reader of images" in atelier(*words, code=2).stderr
+    monkeypatch.undo()
+
+    fill(engine, ["complete"], epochs=1, name="before")  # a study from when there was one reader only
+    with pytest.raises(InputError, match="with version 1 of the reader of images"):
+        search.study.check_reader(ledger.study_entry(engine, "before"))
