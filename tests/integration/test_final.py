@@ -177,6 +177,10 @@ def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study
     assert "note: the run learned from, or was chosen by, the images of val" in result.stderr
     scored = result.stdout
     rows = {line[:27].strip(): line[27:].split() for line in scored.splitlines()}
+    for words in rows.values():
+        value, low, high = (float(words[index]) for index in (0, 3, 5))
+        assert 0 <= low <= value <= high <= 1
+        assert low < high
     classes = np.array(list(checked(tmp_path / "val.zip", data, "val").values()))
     right = classes == read_dataset(data).splits["val"].labels
     assert float(rows["overall accuracy"][0]) == pytest.approx(right.mean(), abs=1e-4)
