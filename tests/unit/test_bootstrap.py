@@ -45,8 +45,10 @@ def test_the_score_is_the_mean_recall(labels):
 def test_hits_are_of_the_last_five_epochs():
     labels = np.array([[0], [1]], dtype=np.uint8)
     classes = np.array([[[1], [0]]] * 3 + [[[0], [0]]] * 2 + [[[0], [1]]] * 2, dtype=np.uint8)
-    predictions = Predictions(labels, classes, np.zeros(classes.shape, dtype=np.float16))
-    assert hits(predictions).tolist() == [[4 / 5], [2 / 5]]
+    unknown = np.full(classes.shape, np.nan, dtype=np.float16)  # of a network that has diverged
+    right = hits(Predictions(labels, classes, unknown))
+    assert right.tolist() == [[4 / 5], [2 / 5]]
+    check(of_hits(right, labels, (2,)))
 
 
 def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
