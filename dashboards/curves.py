@@ -1,5 +1,6 @@
 """Epochs and ends of many trials, read from the database as columns that can be drawn."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,15 @@ class Curve:
             self.metrics[name].append(epoch[name])
 
     @property
-    def gap(self) -> float:
-        """Training minus validation accuracy at the last epoch: what over-fitting costs."""
-        return self.metrics["train_accuracy"][-1] - self.metrics["val_accuracy"][-1]
+    def gap(self) -> float | None:
+        """Training minus validation accuracy at the last epoch: what over-fitting costs.
+
+        None before the first epoch, and if one of the two is not known.
+        """
+        if not self.epochs:
+            return None
+        gap = self.metrics["train_accuracy"][-1] - self.metrics["val_accuracy"][-1]
+        return gap if math.isfinite(gap) else None
 
 
 @retrying

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dashboards.curves import Curve, EndPoint
+from dashboards.wilson import wilson
 
 # Readable on white and on near-black; told apart with the common kinds of colour blindness.
 PALETTE = (
@@ -190,9 +191,10 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
                 panel.series.append(Series(_name(curve), x, y, color, style, faint=curve is not best))
         panel.note = (
             f"{len(members)} trial{'s' if len(members) > 1 else ''}; best: trial {best.trial.number}, "
-            f"{'so far' if best.trial.value is None else 'score'} {best.trial.worth:.1%}, "
-            f"gap {100 * best.gap:+.1f} points"
+            f"{'so far' if best.trial.value is None else 'score'} {best.trial.worth:.1%}"
         )
+        if best.gap is not None:
+            panel.note += f", gap {100 * best.gap:+.1f} points"
         panels.append(panel)
     values = [y for panel in panels for series in panel.series for y in series.y if math.isfinite(y)]
     for panel in panels:
@@ -223,16 +225,13 @@ def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
 
     `table` has name, category and number of validation images of each (storage.models.Study).
     """
-    from scipy.stats import binomtest  # here: half a second that a worker need not wait
-
     kinds = list(dict.fromkeys(row["category"] for row in table))
     names, values, below, above, colors = [], [], [], [], []
     for hit, row in zip(hits, table, strict=True):
         if not row["images"]:
             continue  # its accuracy is not defined, and not in the score
         value = hit / row["images"]
-        # Wilson's score interval (JASA 22, 1927): good for few images and near 0 and 1 too.
-        low, high = binomtest(hit, row["images"]).proportion_ci(0.95, method="wilson")
+        low, high = wilson(value, row["images"])
         names.append(f"{row['name'].replace('_', ' ')} ({row['images']})")
         values.append(value)
         below.append(value - low)

@@ -8,6 +8,7 @@ in the address.
 import gzip
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Callable
 from functools import cached_property
@@ -61,7 +62,7 @@ def number(value: object) -> str:
 
 @blueprint.app_template_filter()
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
+    return "–" if value is None or math.isnan(value) else f"{value:.2%}"
 
 
 @blueprint.after_request

@@ -4,26 +4,32 @@ A score has two kinds of noise. Another validation set would have other images; 
 seeds and partly for all candidates, so images are resampled in pairs: each replicate draws the same ones
 for everybody. And another seed would have trained another network. docs/confirm.md has the simulation
 with known truth that these intervals were measured on.
+
+What no image contradicts, images alone do not prove: where nothing varies, an interval is as wide as so
+many images allow (dashboards.wilson).
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dashboards.wilson import LEVEL, Z, wilson
 from search.score import LAST, PRIOR_IMAGES
 from trainer.predictions import Predictions
 
 REPLICATES = 10_000
-LEVEL = 0.95
 ONE_SIGMA = statistics.NormalDist().cdf(-1)
+ROUNDING = 1e-15  # a variance below it is that of the arithmetic
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval; `error` is half the width of the 68 % one."""
+    """An estimate with its 95 % interval; `error` is half the width of the 68 % one.
+
+    The interval is within what can be (a score's in [0, 1], a difference's in [-1, 1]) and has a width.
+    """
 
     value: float
     error: float
@@ -36,8 +42,8 @@ class Estimate:
     """What is known of one candidate's true score."""
 
     score: Interval
-    behind: Interval  # how far it is behind the highest score; of that itself 0
-    best: float  # the probability of being the best candidate
+    behind: Interval  # how far it is behind the highest score; of that itself 0, without a width
+    best: float  # the probability of being the best candidate; those that are equal share it
 
 
 def hits(predictions: Predictions) -> np.ndarray:
@@ -69,11 +75,13 @@ Runs = Sequence[Mapping[int, np.ndarray]]  # of each candidate by seed: hits [im
 
 
 def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estimate]:
-    """Estimate the true scores of candidates from their runs.
+    """Estimate the true scores of candidates from their runs; of no candidates, nothing.
 
     The seeds are the same for all, but a candidate may lack some; it has two at least. `labels`
     [images, categories] are the truth.
     """
+    if not runs:
+        return []
     random = np.random.default_rng(0)  # the same evidence gives the same answer
     seeds = sorted({seed for some in runs for seed in some})
     scores = np.full((len(runs), len(seeds)), np.nan)
@@ -82,19 +90,28 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
             scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
     means = np.nanmean(scores, 1)
     average = np.stack([np.mean([*some.values()], 0) for some in runs])  # over seeds
-    covariance = _image_covariance(average, attribute_index(labels, sizes), sizes)
+    attributes = attribute_index(labels, sizes)
+    covariance = _image_covariance(average, attributes, sizes)
     moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
     moves += _seeds(scores, churn(runs, labels, sizes), random)
     leader = int(means.argmax())
+    own = np.diag(covariance)
+    same = own[:, np.newaxis] + own - 2 * covariance < ROUNDING  # their difference does not vary
+    equal = same & np.isclose(means[:, np.newaxis], means, rtol=0, atol=1e-9)
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
-    return [
-        Estimate(
-            _interval(mean, moves[:, index]),
-            _interval(means[leader] - mean, moves[:, leader] - moves[:, index]),
-            float(best[index]),
-        )
-        for index, mean in enumerate(means)
-    ]
+    best = equal @ best / equal.sum(1)  # the first of equals is not better than the others
+    images = _worth(attributes)
+    estimates = []
+    for index, mean in enumerate(means.tolist()):
+        score = _interval(mean, moves[:, index], 0.0)
+        if own[index] < ROUNDING:
+            score = _wider(score, _share(mean, 0.0, images))
+        distance = float(means[leader]) - mean
+        behind = _interval(distance, moves[:, leader] - moves[:, index], -1.0)
+        if same[leader, index] and index != leader:
+            behind = _wider(behind, _unseen(distance, images))
+        estimates.append(Estimate(score, behind, float(best[index])))
+    return estimates
 
 
 def flattery(
@@ -107,11 +124,13 @@ def flattery(
     with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
     runs share has no part in who is first, and counts as none.
     """
+    if len(runs) < 2:
+        return 0.0  # it was chosen from nothing
     scores = np.array([per_class_accuracy(run, labels, sizes) for run in runs])
     covariance = _image_covariance(np.stack(runs).astype(float), attribute_index(labels, sizes), sizes)
     centre = np.eye(len(runs)) - 1 / len(runs)
     covariance = centre @ covariance @ centre
-    variance = np.trace(covariance) / max(len(runs) - 1, 1)
+    variance = np.trace(covariance) / (len(runs) - 1)
     if variance <= churned:
         return 0.0
     random = np.random.default_rng(0)
@@ -125,23 +144,62 @@ def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Inte
     """The average per-class accuracy of one run's hits, with the noise of its images only."""
     value = per_class_accuracy(right, labels, sizes)
     every = np.asarray(right, dtype=float)[np.newaxis]
-    variance = _image_covariance(every, attribute_index(labels, sizes), sizes)[0, 0]
-    return _normal(value, math.sqrt(variance))
+    attributes = attribute_index(labels, sizes)
+    variance = float(_image_covariance(every, attributes, sizes)[0, 0])
+    return _share(value, variance, _worth(attributes))
 
 
 def of_mean(values: np.ndarray) -> Interval:
-    """The mean of independent values, one for each image."""
-    return _normal(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
+    """The mean of independent values in [0, 1], one for each image."""
+    return _share(float(values.mean()), float(values.var()) / len(values), len(values))
 
 
-def _normal(value: float, error: float) -> Interval:
-    half = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2) * error
-    return Interval(value, error, value - half, value + half)
+def _share(value: float, variance: float, most: float) -> Interval:
+    """Wilson's interval, with as many images as a share of this variance is worth.
+
+    Where they do not vary, that is unknown; it is then taken as `most`.
+    """
+    images = most if variance < ROUNDING else value * (1 - value) / variance
+    low, high = wilson(value, images)
+    inner, outer = wilson(value, images, 1.0)
+    return Interval(value, (outer - inner) / 2, low, high)
 
 
-def _interval(value: float, deviations: np.ndarray) -> Interval:
-    # The basic bootstrap interval: where the truth lies, if the estimate errs as the replicates do.
-    low, high = np.quantile(value - deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _unseen(distance: float, images: float) -> Interval:
+    """The distance of two whose difference is the same on all images of an attribute.
+
+    Of what was not seen there may be a share up to Wilson's limit of 0, and all of it speak for either.
+    """
+    error, share = (wilson(0.0, images, z)[1] for z in (1.0, Z))
+    return Interval(
+        distance, error, distance - share * (1 + distance), distance + share * (1 - distance)
+    )
+
+
+def _wider(one: Interval, other: Interval) -> Interval:
+    """What is in either, of the same value."""
+    low, high = min(one.low, other.low), max(one.high, other.high)
+    return Interval(one.value, max(one.error, other.error), low, high)
+
+
+def _worth(attributes: np.ndarray) -> float:
+    """How many images tell as much of a share as these, [images, categories], of the average one.
+
+    The average over C attributes that have n_c images, all of one accuracy p, has the variance
+    p (1 - p) sum(1 / n_c) / C^2.
+    """
+    counts = np.bincount(attributes.ravel())
+    counts = counts[counts > 0]
+    return float(len(counts) ** 2 / (1 / counts).sum())
+
+
+def _interval(value: float, deviations: np.ndarray, least: float) -> Interval:
+    """The basic bootstrap interval: where the truth lies, if the estimate errs as the replicates do.
+
+    The truth is between `least` and 1.
+    """
+    limits = np.quantile(value - deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.clip(limits, least, 1.0)
     # Not the standard deviation: Student's t with one degree of freedom has none.
     inner, outer = np.quantile(deviations, [ONE_SIGMA, 1 - ONE_SIGMA])
     return Interval(float(value), float(outer - inner) / 2, float(low), float(high))

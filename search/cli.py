@@ -614,11 +614,12 @@ def _check_output(path: Path) -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Another length; the schedule is stretched to it.")
+        int | None, typer.Option(min=1, help="Another length; the warm-up stays as long as it is.")
     ] = None,
-    warmup_epochs: Annotated[
-        int | None, typer.Option(min=0, help="Another warm-up than the stretched one.")
-    ] = None,
+    stretch_warmup: Annotated[
+        bool, typer.Option("--stretch-warmup", help="With --epochs: the warm-up in proportion.")
+    ] = False,
+    warmup_epochs: Annotated[int | None, typer.Option(min=0, help="Another warm-up.")] = None,
     train_on: Annotated[
         str | None, typer.Option(help="train, or train+val for the last run: not validated.")
     ] = None,
@@ -645,7 +646,7 @@ def train(
             "weights": weights,
         }
         bundle = load_bundle(config)
-        settings, notes = changed(bundle, changes, config)
+        settings, notes = changed(bundle, changes, config, stretch_warmup)
         folder = run or config.with_suffix(".run")
         if profile and not (submit or dry_run):
             raise InputError("--profile goes with --submit")
@@ -654,6 +655,7 @@ def train(
             given = {key: value for key, value in changes.items() if value is not None}
             options = given | {"run": folder.absolute()}
             words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+            words += ["--stretch-warmup"] * stretch_warmup
             arguments = [*words, "--", str(config.absolute())]
             if dry_run:
                 script = run_script(settings, bundle.slurm, profile, arguments)

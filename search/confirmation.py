@@ -173,7 +173,7 @@ class Confirmation:
 
     `optimism` is by how much the accuracy of the trial that the search puts first is expected to be too
     high: what fresh seeds do not repeat, and the luck with the images that they do
-    (search.bootstrap.flattery). None if the search is ranked by something else.
+    (search.bootstrap.flattery). Below 0 it is too low. None if the search is ranked by something else.
     """
 
     study: str  # the search
@@ -397,9 +397,10 @@ def verdict(confirmation: Confirmation) -> list[str]:
     """What follows, in sentences."""
     lines = [_who_is_best(confirmation)]
     if confirmation.optimism is not None:
+        points = 100 * confirmation.optimism
         lines.append(
-            "the search's figure for the trial that it puts first is expected to be too high by "
-            f"{100 * confirmation.optimism:.2f} points"
+            "the search's figure for the trial that it puts first is expected to be too "
+            f"{'low' if points < 0 else 'high'} by {abs(points):.2f} points"
         )
     if confirmation.overtaken:
         numbers = ", ".join(map(str, confirmation.overtaken))

@@ -227,20 +227,40 @@ def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:
             )
 
 
-def changed(bundle: Bundle, changes: Mapping[str, Any], path: Path) -> tuple[TrainConfig, list[str]]:
+def changed(
+    bundle: Bundle, changes: Mapping[str, Any], path: Path, stretch_warmup: bool = False
+) -> tuple[TrainConfig, list[str]]:
     """The configuration with other values, None for no change; and notes on what follows from them.
 
-    Another length stretches the warm-up too, unless it is given. Raises InputError.
+    Another length leaves the warm-up's epochs as many as they are, unless they are given too or
+    `stretch_warmup` changes them in proportion. Raises InputError.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    old, notes = bundle.config, []
+    old, notes, hint = bundle.config, [], ""
     epochs = given.get("epochs", old.epochs)
-    if epochs != old.epochs and "warmup_epochs" not in given:
-        given["warmup_epochs"] = min(round(old.warmup_epochs * epochs / old.epochs), max(epochs - 1, 0))
-        how = "stretched" if epochs > old.epochs else "shortened"
+    stretched = min(round(old.warmup_epochs * epochs / old.epochs), epochs - 1)
+    if stretch_warmup:
+        if "warmup_epochs" in given:
+            raise InputError(
+                f"--stretch-warmup and --warmup-epochs {given['warmup_epochs']} are two lengths of the "
+                "warm-up; give one of them"
+            )
+        if "epochs" not in given:
+            raise InputError("--stretch-warmup goes with --epochs, to whose length it stretches")
+        given["warmup_epochs"] = stretched
+    elif epochs != old.epochs and "warmup_epochs" not in given:
+        if old.warmup_epochs >= epochs:
+            raise InputError(
+                f"--epochs {epochs}: the warm-up of {old.warmup_epochs} epochs leaves nothing of it; "
+                f"add --stretch-warmup, for one of {stretched}, or --warmup-epochs, 0 to {epochs - 1}"
+            )
+        if stretched != old.warmup_epochs:
+            hint = f"; --stretch-warmup makes it {stretched}"
+    warmup = given.get("warmup_epochs", old.warmup_epochs)
+    if (epochs, warmup) != (old.epochs, old.warmup_epochs):
         notes.append(
-            f"note: the schedule is {how} from {old.epochs} to {epochs} epochs, its warm-up from "
-            f"{old.warmup_epochs} to {given['warmup_epochs']} epochs; --warmup-epochs gives another"
+            f"note: the schedule has {epochs} epochs{_before(epochs, old.epochs)}, with a warm-up of "
+            f"{warmup}{_before(warmup, old.warmup_epochs)}{hint}"
         )
     if bundle.origin:
         known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
@@ -249,3 +269,7 @@ def changed(bundle: Bundle, changes: Mapping[str, Any], path: Path) -> tuple[Tra
     if not config.validates:
         notes.append("note: it trains on the validation images too, so nothing is validated")
     return config, notes
+
+
+def _before(now: int, before: int) -> str:
+    return " as before" if now == before else f" instead of {before}"

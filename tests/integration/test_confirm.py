@@ -103,7 +103,7 @@ def test_the_leaders_run_again_with_the_same_fresh_seeds(
     atelier = confirmed
     ranked = sorted(trials(atelier, tmp_path, "tiny"), key=lambda row: -float(row["value"]))
     leaders = [int(row["number"]) for row in ranked[:2]]
-    assert "is expected to be too high by" in confirm_stage.said
+    assert "is expected to be too " in confirm_stage.said
     reruns = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in reruns] == ["complete"] * 4
     pairs = [(int(row["candidate"]), int(row["seed"])) for row in reruns]

@@ -4,15 +4,20 @@ import os
 import signal
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tomli_w
+import torch
 
 from search import forking
 from search.cli import main
+from search.export import changed, load_bundle
+from search.study import load_study_file
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
+from trainer.loop import learning_rate
 
 
 @pytest.fixture
@@ -80,18 +85,53 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start,
     assert (tmp_path / "whole" / "curve.png").stat().st_size > 10_000
 
 
-def test_the_schedule_is_stretched_and_that_is_said(config, atelier, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "warmup", "said"),
+    [
+        ([], 1, "with a warm-up of 1 as before; --stretch-warmup makes it 2"),
+        (["--stretch-warmup"], 2, "with a warm-up of 2 instead of 1"),
+        (["--warmup-epochs", "3"], 3, "with a warm-up of 3 instead of 1"),
+    ],
+)
+def test_another_length_keeps_the_warmup_unless_asked_and_that_is_said(
+    config, atelier, words, warmup, said
+):
     text = config.read_text().replace("image_size = 96", "image_size = 32")
     config.write_text(text)  # 4 epochs, 1 of them warm-up
-    result = atelier("train", "c.toml", "--epochs", "8", "--run", "long")
-    [note] = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert "stretched from 4 to 8 epochs, its warm-up from 1 to 2 epochs" in note
+    result = atelier("train", "c.toml", "--epochs", "8", *words)
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: the schedule has 8 epochs instead of 4, {said}"]
     rates = [float(line.split("lr ")[1].split()[0]) for line in result.stdout.splitlines()]
-    assert len(rates) == 8
-    assert max(rates) == rates[1]
-    assert rates[1] == pytest.approx(0.001 * (20 - 1) / 20, rel=0.01)
-    kept = atelier("train", "c.toml", "--epochs", "8", "--warmup-epochs", "1", "--run", "short")
-    assert "note:" not in kept.stderr
+    ends = np.arange(1, 9) - 1 / 10  # where the last step of 10 begins
+    cosine = (1 + np.cos(np.pi * (ends - warmup) / (8 - warmup))) / 2
+    expected = 0.001 * np.where(ends < warmup, ends / warmup, cosine)
+    assert rates == pytest.approx(expected.tolist(), rel=0.005)  # three digits are printed
+
+
+def test_the_reports_run_is_its_search_with_another_length(tmp_path):
+    """120 epochs, of which 5 are warm-up to 0.005, as report.txt has it; the cosine is torch's own."""
+    study = load_study_file(Path(__file__).parents[2] / "studies" / "fashion.toml")
+    values = study.config(study.study.first[0]).model_dump(exclude_none=True)
+    (tmp_path / "c.toml").write_text(tomli_w.dumps({"train": values}))
+    bundle = load_bundle(tmp_path / "c.toml")
+    assert (bundle.config.epochs, bundle.config.warmup_epochs) == (30, 5)
+    config, [note] = changed(bundle, {"epochs": 120}, tmp_path / "c.toml")
+    assert note == (
+        "note: the schedule has 120 epochs instead of 30, with a warm-up of 5 as before; "
+        "--stretch-warmup makes it 20"
+    )
+    steps = 40  # of an epoch: 5,000 images
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.005)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=115 * steps)
+    expected = [0.005 * step / (5 * steps) for step in range(5 * steps)]
+    for _ in range(115 * steps):
+        expected += cosine.get_last_lr()
+        optimizer.step()
+        cosine.step()
+    rates = [learning_rate(step / steps, config) for step in range(120 * steps)]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    chosen = {0: 0, 1: 0.001, 2.5: 0.0025, 5: 0.005, 62.5: 0.0025, 120: 0}
+    assert [learning_rate(epoch, config) for epoch in chosen] == pytest.approx([*chosen.values()])
 
 
 def test_two_runs_do_not_work_in_one_folder(config, start, atelier):
@@ -131,6 +171,10 @@ def test_the_script_of_a_final_run_can_be_looked_at(config, atelier, tmp_path):
     assert "--array" not in script
     assert script.splitlines()[-1].endswith(
         f"train --epochs 9 --run {tmp_path}/c.run -- {tmp_path}/c.toml"
+    )
+    stretched = atelier("train", "c.toml", "--epochs", "9", "--stretch-warmup", "--dry-run").stdout
+    assert stretched.splitlines()[-1].endswith(
+        f"train --epochs 9 --run {tmp_path}/c.run --stretch-warmup -- {tmp_path}/c.toml"
     )
     assert not (tmp_path / "c.run").exists()
 
@@ -177,6 +221,10 @@ def test_from_a_finished_study_to_a_submission_without_hand_edits(atelier, study
     assert "note: the run learned from, or was chosen by, the images of val" in result.stderr
     scored = result.stdout
     rows = {line[:27].strip(): line[27:].split() for line in scored.splitlines()}
+    for words in rows.values():
+        value, low, high = (float(words[index]) for index in (0, 3, 5))
+        assert 0 <= low <= value <= high <= 1
+        assert low < high
     classes = np.array(list(checked(tmp_path / "val.zip", data, "val").values()))
     right = classes == read_dataset(data).splits["val"].labels
     assert float(rows["overall accuracy"][0]) == pytest.approx(right.mean(), abs=1e-4)

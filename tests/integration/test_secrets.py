@@ -23,7 +23,7 @@ VERBS = {
     "report": ["tiny", "-o", "pages"],
     "dashboard": ["--host", "0.0.0.0"],
     "export": ["tiny", "-o", "best.toml"],
-    "train": ["best.toml", "--epochs", "1"],
+    "train": ["best.toml", "--epochs", "1", "--stretch-warmup"],
     "replay": ["tiny", "--trial", "0"],
     "predict": ["best-run", "-o", "prediction.zip"],
     "model": ["study.toml"],

@@ -533,6 +533,19 @@ def change_of(key, value):
         (dict, ["--train-on", "val"], "train_on"),
         (dict, ["--train-on", "train+val", "--data", "{no_val}"], "val.txt: no such file"),
         (dict, ["--warmup-epochs", "9"], "warmup_epochs = 9"),
+        (dict, ["--stretch-warmup"], "--stretch-warmup goes with --epochs"),
+        (
+            dict,
+            ["--epochs", "9", "--stretch-warmup", "--warmup-epochs", "2"],
+            "--stretch-warmup and --warmup-epochs 2 are two lengths of the warm-up; give one of them",
+        ),
+        (
+            change_of("train.warmup_epochs", 2),
+            ["--epochs", "2"],
+            "--epochs 2: the warm-up of 2 epochs leaves nothing of it; add --stretch-warmup, "
+            "for one of 1, or --warmup-epochs, 0 to 1",
+        ),
+        (dict, ["--epochs", "1", "--dry-run"], "--warmup-epochs, 0 to 0"),
         (dict, ["--profile", "final"], "--profile goes with --submit"),
         (dict, ["--run", "{demo}"], "is not empty, and no run"),
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import recall_score
 
+from dashboards.wilson import Z, wilson
 from search import bootstrap
 from search.bootstrap import churn, compare, flattery, hits, of_hits, of_mean, per_class_accuracy
 from trainer.predictions import Predictions
@@ -43,8 +45,10 @@ def test_the_score_is_the_mean_recall(labels):
 def test_hits_are_of_the_last_five_epochs():
     labels = np.array([[0], [1]], dtype=np.uint8)
     classes = np.array([[[1], [0]]] * 3 + [[[0], [0]]] * 2 + [[[0], [1]]] * 2, dtype=np.uint8)
-    predictions = Predictions(labels, classes, np.zeros(classes.shape, dtype=np.float16))
-    assert hits(predictions).tolist() == [[4 / 5], [2 / 5]]
+    unknown = np.full(classes.shape, np.nan, dtype=np.float16)  # of a network that has diverged
+    right = hits(Predictions(labels, classes, unknown))
+    assert right.tolist() == [[4 / 5], [2 / 5]]
+    check(of_hits(right, labels, (2,)))
 
 
 def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
@@ -154,3 +158,131 @@ def test_intervals_of_one_run_cover_the_truth(labels):
         covered.append(known.low < truth < known.high)
     assert 0.92 < np.mean(covered) < 0.98
     assert of_mean(np.array([0.0, 1.0] * 50)).error == pytest.approx(0.05, rel=0.01)
+
+
+def test_intervals_cover_the_truth_near_1_and_with_few_images():
+    """Where the interval of a normal distribution held it 65 % and 74 % of the time."""
+    random = np.random.default_rng(0)
+    counts = (20, 10, 5, 3, 2)
+    labels = np.repeat(np.arange(len(counts)), counts)[:, np.newaxis]
+    whole, classes = [], []
+    for _ in range(1000):
+        known = of_mean((random.random(100) < 0.99).astype(float))
+        whole.append(known.low <= 0.99 <= known.high)
+        known = of_hits(random.random(labels.shape) < 0.95, labels, (len(counts),))
+        classes.append(known.low <= 0.95 <= known.high)
+    assert 0.9 < np.mean(whole) < 0.98
+    assert 0.9 < np.mean(classes) < 0.98
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 0.02, 0.5, 2 / 3, 0.98, 1.0])
+@pytest.mark.parametrize("images", [0.4, 1, 2, 17.5, 1000, 1e9])
+def test_wilsons_limits_are_the_truths_that_are_z_errors_away(share, images):
+    """(share - p)^2 = z^2 p (1 - p) / images, solved as a polynomial."""
+    for z in (1.0, Z):
+        roots = np.roots([1 + z**2 / images, -2 * share - z**2 / images, share**2])
+        assert wilson(share, images, z) == pytest.approx(sorted(roots.real), abs=1e-7)
+    assert pytest.approx(1.959964, abs=1e-6) == Z
+
+
+def classes_of(labels):
+    """Predictions that are odd, each the same for all images of an attribute."""
+    return {
+        "all right": labels,
+        "all wrong": (labels + 1) % SIZES,
+        "always the first": np.zeros_like(labels),
+        "one wrong": np.where(np.arange(len(labels))[:, np.newaxis] == 0, (labels + 1) % SIZES, labels),
+    }
+
+
+def sets_of_labels():
+    yield "one image", np.array([[2, 1]])
+    yield "two images", np.array([[0, 1], [0, 0]])
+    yield "one class", np.array([[1, 0]] * 7)
+    yield "a class with one image", np.array([[0, 0]] * 30 + [[1, 1]])
+    yield "many", np.stack([np.arange(300) % size for size in SIZES], 1)
+
+
+ODD = [
+    pytest.param(labels, classes == labels, id=f"{name}, {kind}")
+    for name, labels in sets_of_labels()
+    for kind, classes in classes_of(labels).items()
+]
+
+
+def check(interval, least=0.0):
+    figures = np.array([interval.value, interval.error, interval.low, interval.high])
+    assert np.isfinite(figures).all()
+    assert least <= interval.low <= interval.value <= interval.high <= 1
+    assert interval.high - interval.low > 1e-3
+    assert 0 < interval.error < interval.high - interval.low
+
+
+@pytest.mark.parametrize(("labels", "right"), ODD)
+def test_an_interval_of_few_images_or_of_none_wrong_can_be_true(labels, right):
+    with np.errstate(all="raise"):
+        known = of_hits(right, labels, SIZES)
+        check(known)
+        assert known.value == per_class_accuracy(right, labels, SIZES)
+        check(of_mean(right.mean(1)))
+        for column in right.T:
+            known = of_mean(column.astype(float))
+            check(known)
+            same = binomtest(int(column.sum()), len(column)).proportion_ci(0.95, method="wilson")
+            assert (known.low, known.high) == pytest.approx(same, abs=1e-9)
+
+
+def test_without_a_wrong_image_each_attribute_tells_what_it_has_images_for():
+    """4 and 20 images weigh alike: a quarter of 1/4 + 1/20 of an image's variance is 1 / 13.3 of it."""
+    labels = np.array([[0]] * 4 + [[1]] * 20)
+    known = of_hits(labels == labels, labels, (2,))
+    assert (known.low, known.high) == (pytest.approx((40 / 3) / (40 / 3 + Z**2)), 1)
+
+
+@pytest.mark.parametrize(("labels", "right"), ODD)
+def test_intervals_of_candidates_can_be_true(labels, right):
+    always = right.astype(float)
+    pair = [dict.fromkeys(range(5), run) for run in (always, always)]
+    other = dict.fromkeys(range(5), 1 - always)
+    mixed = {seed: always if seed % 2 else 1 - always for seed in range(5)}
+    with np.errstate(all="raise"):
+        for runs in (pair[:1], pair, [*pair, other], [*pair, mixed], [mixed, other]):
+            known = compare(runs, labels, SIZES)
+            leader = max(range(len(known)), key=lambda index: known[index].score.value)
+            for index, one in enumerate(known):
+                check(one.score)
+                if index != leader:
+                    check(one.behind, -1.0)
+            assert known[leader].behind == bootstrap.Interval(0, 0, 0, 0)
+            assert sum(one.best for one in known) == pytest.approx(1)
+            if len(runs) > 1 and runs[0] is pair[0]:
+                assert known[0].best == known[1].best
+
+
+def test_no_candidates_have_no_estimates(labels):
+    assert compare([], labels, SIZES) == []
+    assert flattery([], labels, SIZES, 0.0) == 0
+
+
+def test_candidates_that_are_equal_share_the_probability(labels):
+    """Their runs vary, so that only the distance between them is without any."""
+    runs = runs_of(labels, 0.7, 5)
+    first, second, third = compare([runs, dict(runs), runs_of(labels, 0.69, 5, 10)], labels, SIZES)
+    assert first.best == second.best
+    assert first.best + second.best + third.best == pytest.approx(1)
+    assert second.behind.value == 0
+    # 3.84 / (n + 3.84): 600 images, of which each attribute of the two categories has a third or half.
+    counts = np.concatenate([np.bincount(column) for column in labels.T])
+    limit = Z**2 / (25 / (1 / counts).sum() + Z**2)
+    assert (second.behind.low, second.behind.high) == pytest.approx((-limit, limit))
+
+
+def test_one_image_proves_no_distance():
+    """Right and wrong on all of n images: 1 - 2 (1 - p), with Wilson's p for n of n, is what is left."""
+    for n in (1, 50):
+        labels = np.zeros((n, 1), dtype=int)
+        runs = [dict.fromkeys(range(5), np.full((n, 1), right)) for right in (1.0, 0.0)]
+        _, wrong = compare(runs, labels, (1,))
+        low = binomtest(n, n).proportion_ci(0.95, method="wilson").low
+        assert (wrong.behind.value, wrong.behind.high) == (1, 1)
+        assert wrong.behind.low == pytest.approx(1 - 2 * (1 - low))

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
-from dashboards import drawing, figures
+from dashboards import drawing, figures, pages
 from dashboards.curves import METRICS, Curve, EndPoint, top
 from dashboards.status import TrialRow
 
@@ -102,6 +103,20 @@ def test_bars_have_wilsons_interval_and_leave_out_what_does_not_occur():
     assert bars.errors[1][1] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("hits", "images"), [(0, 1), (1, 1), (0, 2), (2, 2), (1, 2), (0, 999), (999, 999)]
+)
+def test_bars_have_a_width_inside_the_panel_and_can_be_drawn(hits, images, tmp_path):
+    drawn = figures.attributes([hits], [{"name": "a", "category": "fit", "images": images}])
+    [bars] = drawn.panels[0].series
+    ((below,), (above,)), (value,) = bars.errors, bars.y
+    assert min(below, above) >= 0
+    assert 0 <= value - below < value + above <= 1
+    known = binomtest(hits, images).proportion_ci(0.95, method="wilson")
+    assert (value - below, value + above) == pytest.approx(known, abs=1e-12)
+    drawing.save(drawn, "title", tmp_path / "a.png")  # Matplotlib refuses a bar that is below 0
+
+
 def test_the_top_is_by_score_then_accuracy_and_nan_comes_last():
     rows = [
         TrialRow(0, "complete", epochs=2, accuracy=0.9, value=0.5),
@@ -117,7 +132,9 @@ def test_what_is_not_finite_becomes_a_gap():
     drawn = figures.curves([curve(0, [0.3, math.nan, math.inf])], [])
     for panel in drawn.panels:
         json.dumps(drawing.plotly(panel), allow_nan=False)
-    figures.compare([curve(0, [math.nan], {"lr": 1.0})], "lr")
+    [panel] = figures.compare([curve(0, [math.nan], {"lr": 1.0})], "lr").panels
+    assert panel.note == "1 trial; best: trial 0, so far 0.0%"  # no gap that is not known
+    assert pages.percent(math.nan) == pages.percent(None) == "–"
 
 
 @pytest.fixture
