@@ -15,6 +15,9 @@ from search.worker import Worker
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
 from storage.runs import RunFolder
+from trainer.config import TrainConfig
+from trainer.loop import train
+from trainer.model_file import ModelFiles
 from trainer.workspace import Workspace
 
 
@@ -87,3 +90,22 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
         return Worker(file, study, trials, workspace, runs, wall_end, pack)
 
     return worker
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, demo):
+    """The run folder of a network that was trained for one epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainConfig(
+        data=str(demo),
+        backbone="test_resnet",
+        weights="none",
+        trainable="head",
+        image_size=32,
+        epochs=1,
+        warmup_epochs=0,
+    )
+    workspace = Workspace(config, folder / "cache")
+    files = ModelFiles(folder / "run", workspace.dataset)
+    assert len(list(train(config, workspace, keep=files.keep))) == 1
+    return folder / "run"

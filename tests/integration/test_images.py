@@ -1,16 +1,56 @@
 """What a study says of its images: attributes that have none, and the version of their reader."""
 
 import logging
+import shutil
+import zipfile
 
 import pytest
+from PIL import ExifTags, Image
 
 import search.study
 from search.study import InputError, load_study_file, open_study
 from storage import database, ledger
 from tests.studies import fill
 from trainer.dataset import read_dataset
+from trainer.images import load_image
 
 ABSENT = "no training image has"
+
+
+def only_to_predict(demo, folder, save):
+    """A folder with the attribute list and the test split, whose images `save` has written."""
+    (folder / "split").mkdir(parents=True)
+    (folder / "img").mkdir()
+    for name in ("list_attr_cloth.txt", "test.txt"):
+        shutil.copy(demo / "split" / name, folder / "split")
+    for path in (folder / "split" / "test.txt").read_text().splitlines():
+        save(load_image(demo / path), folder / path)
+
+
+def upright(image, path):
+    image.save(path, "PNG")
+
+
+def lying(image, path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(path, "PNG", exif=exif)
+
+
+def grey(image, path):
+    image.convert("L").save(path, "WEBP", lossless=True)
+
+
+def test_a_folder_with_nothing_but_images_is_predicted(atelier, demo, finished_run, tmp_path):
+    found = {}
+    for save in (upright, lying, grey):
+        folder = tmp_path / save.__name__
+        only_to_predict(demo, folder, save)
+        atelier("predict", finished_run, "--data", folder, "-o", f"{save.__name__}.zip")
+        with zipfile.ZipFile(f"{save.__name__}.zip") as archive:
+            found[save] = archive.read("prediction.txt").decode().splitlines()
+    assert found[upright] == found[lying]
+    assert len(found[grey]) == 10
 
 
 def test_attributes_without_images_are_named_at_the_start_and_in_the_report(

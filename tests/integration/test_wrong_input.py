@@ -22,12 +22,8 @@ from storage import database, ledger
 from tests.chaos.harness import small_disk
 from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill
-from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
-from trainer.loop import train
-from trainer.model_file import ModelFiles
-from trainer.workspace import Workspace
 
 TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
 
@@ -567,25 +563,6 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
     words = [word.format(no_val=no_val, demo=demo) for word in words]
     assert_one_line(runner.invoke(app, ["train", "c.toml", *words]), expected)
     assert not Path("c.run").exists()
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, demo):
-    """The run folder of a network that was trained for one epoch."""
-    folder = tmp_path_factory.mktemp("run")
-    config = TrainConfig(
-        data=str(demo),
-        backbone="test_resnet",
-        weights="none",
-        trainable="head",
-        image_size=32,
-        epochs=1,
-        warmup_epochs=0,
-    )
-    workspace = Workspace(config, folder / "cache")
-    files = ModelFiles(folder / "run", workspace.dataset)
-    assert len(list(train(config, workspace, keep=files.keep))) == 1
-    return folder / "run"
 
 
 @pytest.mark.parametrize(
