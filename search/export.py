@@ -17,10 +17,11 @@ from dashboards.status import Status, TrialRow
 from search.bootstrap import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
 from search.profile import Profiles, SlurmProfile
-from search.study import InputError, read_toml, validate, weights_identity
+from search.study import InputError, read_toml, reader_of, validate, weights_identity
 from storage.ledger import StudyEntry, curve
 from trainer.config import TrainConfig, Whole
 from trainer.files import write_atomically
+from trainer.images import READER
 
 FORMAT = 1
 PACKAGES = ("atelier", "torch", "torchvision", "timm", "optuna", "numpy", "pillow")
@@ -125,6 +126,7 @@ def export_trial(
         "curve": curve(engine, entry.study_id, row.number),
         "seed": config.seed,
         "dataset": entry.dataset,
+        "reader": reader_of(entry),
         "weights": entry.settings["train"].get("weights"),
         "git_commit": git_commit(),
         "exported": datetime.now(UTC).replace(microsecond=0),
@@ -236,8 +238,24 @@ def changed(
     `stretch_warmup` changes them in proportion. Raises InputError.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    old, notes, hint = bundle.config, [], ""
-    epochs = given.get("epochs", old.epochs)
+    notes = _schedule(bundle.config, given, stretch_warmup)
+    if bundle.origin:
+        known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
+        notes.append("trains trial {} of study {!r}, {}".format(*known))
+        if (reader := bundle.origin.get("reader", 1)) != READER:
+            notes.append(
+                f"note: the search had version {reader} of the reader of images, this is {READER}: the "
+                "same files may look different (CHANGELOG.md)"
+            )
+    config = validate(TrainConfig, bundle.config.model_dump() | given, path, "train")
+    if not config.validates:
+        notes.append("note: it trains on the validation images too, so nothing is validated")
+    return config, notes
+
+
+def _schedule(old: TrainConfig, given: dict[str, Any], stretch_warmup: bool) -> list[str]:
+    """Add the warm-up that another length has. Returns what is to be said of it. Raises InputError."""
+    epochs, hint = given.get("epochs", old.epochs), ""
     stretched = min(round(old.warmup_epochs * epochs / old.epochs), epochs - 1)
     if stretch_warmup:
         if "warmup_epochs" in given:
@@ -257,18 +275,12 @@ def changed(
         if stretched != old.warmup_epochs:
             hint = f"; --stretch-warmup makes it {stretched}"
     warmup = given.get("warmup_epochs", old.warmup_epochs)
-    if (epochs, warmup) != (old.epochs, old.warmup_epochs):
-        notes.append(
-            f"note: the schedule has {epochs} epochs{_before(epochs, old.epochs)}, with a warm-up of "
-            f"{warmup}{_before(warmup, old.warmup_epochs)}{hint}"
-        )
-    if bundle.origin:
-        known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
-        notes.append("trains trial {} of study {!r}, {}".format(*known))
-    config = validate(TrainConfig, old.model_dump() | given, path, "train")
-    if not config.validates:
-        notes.append("note: it trains on the validation images too, so nothing is validated")
-    return config, notes
+    if (epochs, warmup) == (old.epochs, old.warmup_epochs):
+        return []
+    return [
+        f"note: the schedule has {epochs} epochs{_before(epochs, old.epochs)}, with a warm-up of "
+        f"{warmup}{_before(warmup, old.warmup_epochs)}{hint}"
+    ]
 
 
 def _before(now: int, before: int) -> str:

@@ -555,9 +555,15 @@ def _entered(engine: sa.Engine, name: str) -> ledger.StudyEntry:
     return entry
 
 
+def reader_of(entry: ledger.StudyEntry) -> int:
+    """The version of the reader of images that a study was made with."""
+    version: int = entry.settings.get("images", {}).get("reader", 1)
+    return version
+
+
 def check_reader(entry: ledger.StudyEntry) -> None:
     """That its images would be read as they were. Raises InputError."""
-    made_by = entry.settings.get("images", {}).get("reader", 1)
+    made_by = reader_of(entry)
     if made_by != READER:
         raise InputError(
             f"study {entry.name!r} was made with version {made_by} of the reader of images, this is "

@@ -41,9 +41,8 @@ def data_check(folder: Path) -> None:
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
         typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
         if all(split.labels is None for split in dataset.splits.values()):
-            typer.echo(
-                f"without labels it is good for: atelier predict --split {next(iter(dataset.splits))}"
-            )
+            able = " or ".join(dataset.splits)
+            typer.echo(f"without labels it is good for: atelier predict --split {able}")
 
 
 @data_app.command("demo")

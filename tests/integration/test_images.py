@@ -68,6 +68,11 @@ def test_attributes_without_images_are_named_at_the_start_and_in_the_report(
     assert f"note: {said.partition(': ')[2]}" in trained.stderr
     assert "can learn it" in said
 
+    config = (tmp_path / "best.toml").read_text()
+    assert "of the reader of images" not in trained.stderr
+    (tmp_path / "old.toml").write_text(config.replace("reader = 2\n", ""))
+    assert "had version 1 of the reader of images" in atelier("train", "old.toml").stderr
+
 
 def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     engine, demo, atelier, tmp_path, monkeypatch

@@ -262,33 +262,67 @@ def test_what_is_found_in_the_real_data_is_right(real_data):
     assert len(lines) == 7
 
 
-def test_only_what_is_needed_is_asked_for(data, tmp_path):
-    """A folder with the test split and the attribute list, and lists whose images are elsewhere."""
-    bare = tmp_path / "bare"
-    (bare / "split").mkdir(parents=True)
-    for name in ("list_attr_cloth.txt", "test.txt"):
-        shutil.copy(data / "split" / name, bare / "split")
-    for path in images(data, "test"):
-        (bare / path).parent.mkdir(exist_ok=True)
-        shutil.copy(data / path, bare / path)
-    test = read_dataset(bare, ["test"], labelled=False).splits["test"]
-    assert len(test) == 10
+def remove(*names):
+    def change(data):
+        for name in names:
+            (data / "split" / name).unlink()
+
+    return change
+
+
+def remove_images(split):
+    def change(data):
+        for path in images(data, split):
+            (data / path).unlink()
+
+    return change
+
+
+def spoil(name):
+    return lambda data: (data / "split" / name).write_text("spoilt")
+
+
+NO_LABELS = remove("train_attr.txt", "val_attr.txt")
+ENOUGH = {  # what is not there, and what is to be done all the same
+    "predict test, of test alone": (
+        remove("train.txt", "train_attr.txt", "val.txt", "val_attr.txt"),
+        (["test"], False),
+    ),
+    "predict test, without the images of train": (remove_images("train"), (["test"], False)),
+    "predict val, without its labels": (remove("val_attr.txt"), (["val"], False)),
+    "predict val, with labels of train that are broken": (spoil("train_attr.txt"), (["val"], False)),
+    "predict train, without any labels": (NO_LABELS, (["train"], False)),
+    "predict both, without test": (remove("test.txt"), (["train", "val"], False)),
+    "search, without the images of test": (remove_images("test"), (["train", "val"], True)),
+    "search, with a list of test that is broken": (spoil("test.txt"), (["train", "val"], True)),
+}
+
+
+@pytest.mark.parametrize("name", ENOUGH)
+def test_only_what_is_needed_is_asked_for(name, data):
+    change, (splits, labelled) = ENOUGH[name]
+    change(data)
+    dataset = read_dataset(data, splits, labelled)
+    assert [*dataset.splits] == splits
+    assert all((split.labels is not None) == labelled for split in dataset.splits.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "able"),
+    [
+        (remove("train.txt", "train_attr.txt", "val.txt", "val_attr.txt"), ["test"]),
+        (NO_LABELS, ["train", "val", "test"]),
+        (lambda data: (NO_LABELS(data), remove("test.txt", "val.txt")(data)), ["train"]),
+    ],
+)
+def test_a_folder_without_labels_says_what_it_is_good_for(change, able, data):
+    change(data)
     with pytest.raises(DatasetError) as caught:
-        read_dataset(bare)
-    assert (
-        "train.txt: no such file; without it the folder is only good for: atelier predict --split test"
-        in str(caught.value)
-    )
-    assert check(bare, 0)[-1] == "without labels it is good for: atelier predict --split test"
-    for path in images(data, "test"):
-        (data / path).unlink()
-    assert {*read_dataset(data).splits} == {"train", "val"}
-    (data / "split" / "train_attr.txt").write_text("spoilt")
-    read_dataset(data, ["val"], labelled=False)
-    (data / "split" / "val_attr.txt").unlink()
-    (data / "split" / "train_attr.txt").unlink()
-    (data / "split" / "test.txt").unlink()
-    assert check(data, 0)[-1] == "without labels it is good for: atelier predict --split train"
+        read_dataset(data)
+    use = f"without it the folder is only good for: atelier predict --split {' or '.join(able)}"
+    assert str(caught.value).endswith(f".txt: no such file; {use}")
+    lines = check(data, 0)
+    assert lines[-1] == f"without labels it is good for: atelier predict --split {' or '.join(able)}"
 
 
 def test_the_folder_around_it_or_inside_it_is_not_the_dataset(data):
