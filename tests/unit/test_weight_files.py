@@ -23,6 +23,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.slurm.submit import _check_weights
+from search.study import InputError
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.kind import kind_of
@@ -527,6 +529,16 @@ def test_other_files_are_called_what_they_are(kind, tmp_path):
     path = tmp_path / "w.pth"
     make(weights_of(RESNET), path)
     assert expected in refusal(RESNET, path)
+
+
+def test_submit_looks_at_the_file(tiny, tmp_path):
+    path = tmp_path / "w.pth"
+    config = tiny.model_copy(update={"weights": str(path)})
+    path.write_bytes(b"<html>")
+    with pytest.raises(InputError, match="is an HTML page"):
+        _check_weights(config)
+    torch.save({}, path)
+    _check_weights(config)
 
 
 def test_a_runs_file_of_another_backbone(run_of, tmp_path):
