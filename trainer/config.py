@@ -34,7 +34,7 @@ class TrainConfig(BaseModel):
 
     data: str  # folder of the dataset
     backbone: str = "seresnext50_32x4d.gluon_in1k"  # timm name, ResNet or EfficientNet family
-    weights: str = "timm"  # "timm": by the name's tag; a .safetensors/.pth file; or "none"
+    weights: str = "timm"  # "timm": by the name's tag; a file's path; or "none"
     trainable: str = "layer4"  # the first trained stage, or "head"
     frozen_batchnorm: Literal["eval", "train"] = "eval"  # "train": batch statistics below `trainable`
     image_size: Whole = Field(224, ge=32, le=1024)  # pixels, square

@@ -5,7 +5,6 @@ import logging
 import os
 import resource
 import socket
-import textwrap
 from contextlib import suppress
 from functools import cache
 
@@ -13,6 +12,7 @@ import psutil
 import torch
 
 from trainer.allocation import cpu_count, memory_limit, number, sign_of_gpu
+from trainer.torch_file import said
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,8 @@ def pick_device() -> torch.device:
     try:
         torch.ones(1, device="cuda").add(1).item()
     except Exception as error:  # a driver that is absent, old or broken: each has an error of its own
-        said = textwrap.shorten(str(error).strip() or type(error).__name__, 300)
         raise DeviceError(
-            f"{socket.gethostname()} has no GPU that torch can use: {said}; a GPU was asked for "
+            f"{socket.gethostname()} has no GPU that torch can use: {said(error)}; a GPU was asked for "
             f"({asked}); mend that, use another machine, or train on the CPU with {DEVICE}=cpu"
         ) from error
     return torch.device("cuda")

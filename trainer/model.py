@@ -13,14 +13,13 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from trainer.config import TrainConfig
-from trainer.torch_file import TorchFileError, load_state, reason
+from trainer.weights import Tensors, WeightsError, load_weights, not_finite
 
 HEAD = (512, 128)  # hidden widths of the report's prediction head
 
@@ -65,11 +64,15 @@ class Backbone:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def cuts(self) -> list[str]:
+        """What `trainable` may be: the first trained stage, or the head alone."""
+        return [*(name for name in self.stages if name != "pool"), "head"]
+
     def split(self, trainable: str) -> tuple[nn.Sequential, nn.Sequential]:
         """(trunk, trained stages); the head is not in either. Raises ModelError."""
-        names = [*(name for name in self.stages if name != "pool"), "head"]
-        if trainable not in names:
-            raise ModelError(f"trainable = {trainable!r}: allowed is one of {', '.join(names)}")
+        if trainable not in self.cuts:
+            raise ModelError(f"trainable = {trainable!r}: allowed is one of {', '.join(self.cuts)}")
         # a module's name holds no dot
         stages = [(name.replace(".", "_"), stage) for name, stage in self.stages.items()]
         cut = len(stages) if trainable == "head" else list(self.stages).index(trainable)
@@ -77,6 +80,15 @@ class Backbone:
             nn.Sequential(OrderedDict(stages[:cut])),
             nn.Sequential(OrderedDict(stages[cut:])),
         )
+
+
+def saved_names(trunk: nn.Module, tail: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of both by their names in a file of a run, which are not copies."""
+    return {
+        f"{part}.{name}": tensor
+        for part, module in (("trunk", trunk), ("tail", tail))
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def fold_batchnorm(trunk: nn.Module, size: int) -> nn.Module:
@@ -133,7 +145,26 @@ def load_backbone(config: TrainConfig) -> Backbone:
         )
     stages["pool"] = model.global_pool
     cfg = model.pretrained_cfg
-    return Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
+    backbone = Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
+    if config.weights != "none":
+        _fill(backbone, model, config)
+    return backbone
+
+
+def _fill(backbone: Backbone, model: nn.Module, config: TrainConfig) -> None:
+    """Load a file's weights, if it is one's, and look at the values. Raises ModelError."""
+    named: Tensors = model.state_dict(keep_vars=True)  # as timm names them, classifier and all
+    cuts = [backbone.split(cut) for cut in backbone.cuts]
+    saved = [saved_names(trunk, nn.Sequential(stages)) for trunk, stages in cuts]
+    ours = {id(tensor) for tensor in saved[0].values()}
+    needed = {name: tensor for name, tensor in named.items() if id(tensor) in ours}
+    try:
+        if config.weights != "timm":
+            load_weights(Path(config.weights), config.backbone, [needed, *saved], named.keys())
+        if wrong := not_finite(needed):
+            raise WeightsError(f"{wrong}; get the file again, or one of a training that did not diverge")
+    except WeightsError as error:
+        raise ModelError(f"weights = {config.weights!r}: {error}") from error
 
 
 def _create(config: TrainConfig) -> nn.Module:
@@ -146,8 +177,6 @@ def _create(config: TrainConfig) -> nn.Module:
             model: nn.Module = timm.create_model(config.backbone, pretrained=False)
         else:
             model = _create_pretrained(config.backbone)
-    if config.weights not in ("timm", "none"):
-        _load_weights(model, Path(config.weights))
     return model
 
 
@@ -171,24 +200,9 @@ def _create_pretrained(name: str) -> nn.Module:
     except Exception as error:  # the hub client raises many kinds of errors when it is offline
         raise ModelError(
             f"weights = 'timm': cannot get {name} ({type(error).__name__}); on a machine without "
-            "internet give a .safetensors or .pth file as weights, or fill the cache beforehand"
+            "internet give a file as weights, or fill the cache beforehand"
         ) from error
     return model
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ModelError(
-            f"weights = {str(path)!r}: allowed is 'timm', 'none', or a .safetensors or .pth file"
-        )
-    if not path.is_file():
-        raise ModelError(f"weights = {str(path)!r}: no such file; give its path with --weights")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else load_state(path.read_bytes())
-        model.load_state_dict(state)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        what = str(error) if isinstance(error, TorchFileError) else reason(error)
-        raise ModelError(f"weights = {str(path)!r} do not fit the backbone: {what}") from error
 
 
 @dataclass(frozen=True)

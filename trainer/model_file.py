@@ -15,12 +15,12 @@ from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
 from trainer.loop import Run
-from trainer.model import ModelError, make_head
+from trainer.model import ModelError, make_head, saved_names
 from trainer.runtime import Runtime
 from trainer.stream import BLOCK, prepared_images, read_images
-from trainer.torch_file import reason
+from trainer.torch_file import reason, said
+from trainer.weights import KEY, not_finite
 
-KEY = "atelier"  # of the file's metadata, which are strings: JSON
 FORMAT = 1
 
 
@@ -73,11 +73,8 @@ class ModelFiles:
             categories=list(self._dataset.categories),
             sizes=list(self._dataset.sizes),
         )
-        state = {
-            f"{part}.{name}": tensor.detach().cpu().contiguous()
-            for part, module in (("trunk", run.trunk), ("tail", run.tail))
-            for name, tensor in module.state_dict().items()
-        }
+        names = saved_names(run.trunk, run.tail)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in names.items()}
         return safetensors.torch.save(state, {KEY: json.dumps(description.model_dump())})
 
 
@@ -90,7 +87,9 @@ class SavedModel:
                 text = (file.metadata() or {}).get(KEY)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{path}: cannot be read ({error}); give a run of: atelier train") from None
+            raise ModelError(
+                f"{path}: cannot be read ({said(error)}); give a run of: atelier train"
+            ) from None
         if text is None:
             raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
         self.description = _described(path, text)
@@ -114,6 +113,8 @@ class SavedModel:
                     "run of: atelier train"
                 ) from None
             self._runtime.place(module).eval()
+        if wrong := not_finite(saved_names(self._trunk, self._tail)):
+            raise ModelError(f"{path}: {wrong}; give a run of: atelier train that did not diverge")
         self._frozen = self._runtime.freeze(self._trunk)
 
     def check(self, dataset: Dataset) -> None:

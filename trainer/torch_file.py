@@ -1,32 +1,123 @@
 """Files of torch.save, which somebody else may have written."""
 
 import io
+import re
 import textwrap
+import warnings
 import zipfile
 from typing import Any
 
 import torch
+from torch._weights_only_unpickler import get_globals_in_pkl
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+LEGACY_PICKLES = 4  # of a file of the older format, before its storages: the last one is the content
+MOST_CLASSES = 1000  # in one file; each is looked for again and again
+# Sentences of torch's that help its programmer, not our user.
+ADVICE = re.compile(
+    r"(Weights only load failed|In PyTorch 2\.6|Re-running|Do it only|This file can still"
+    r"|\(\d\) |Please |Alternatively|Check the documentation|Search for|For debugging|Compile with"
+    r"|CUDA kernel errors|Exception raised from|frame #)"
+)
+UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]| at 0x[0-9a-fA-F]+")  # colours, and addresses in memory
 
 
 class TorchFileError(ValueError):
     """The bytes are none that torch.save writes of a state; the message is one line."""
 
 
+class _Inert(type):
+    """torch puts items into dicts only, and asks by equality whether something is one."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or other is dict
+
+    __hash__ = type.__hash__
+
+
+class StandIn(list[Any], metaclass=_Inert):
+    """In the place of an object whose class torch does not know: is given things, and does nothing.
+
+    A list too, because torch appends to nothing else.
+    """
+
+    entries: dict[Any, Any]  # attributes, and items of a dict
+
+    def __new__(cls, *_: object) -> "StandIn":
+        """Of any arguments."""
+        made = super().__new__(cls)
+        made.entries = {}
+        return made
+
+    def __init__(self, *_: object) -> None:
+        pass  # a list would take them for its items
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.entries.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, item: object) -> None:
+        pass
+
+    def extend(self, items: object) -> None:
+        pass
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+
+
 def load_state(data: bytes) -> dict[str, Any]:
     """A state with its tensors on the CPU. No code of the file is run. Raises TorchFileError."""
-    try:
-        _refuse_what_swells(data)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise TorchFileError(reason(error)) from error
+    state = _load(data)
     if not isinstance(state, dict):
         raise TorchFileError(f"it holds no state, but a {type(state).__name__}")
     return state
 
 
+def load_content(data: bytes) -> Any:
+    """Whatever was saved, with its tensors on the CPU and a StandIn for what is of no class of torch's.
+
+    No code of the file is run, nor of those classes. Raises TorchFileError.
+    """
+    return _load(data, stand_in=True)
+
+
+def _load(data: bytes, stand_in: bool = False) -> Any:
+    try:
+        _refuse_what_swells(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are on stderr, and what fails says so
+            names = _unknown_classes(data) if stand_in else set()
+            if len(names) > MOST_CLASSES:
+                raise ValueError(f"it has objects of {len(names)} classes")
+            with safe_globals([(_Inert(name, (StandIn,), {}), name) for name in names]):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise TorchFileError(reason(error)) from error
+
+
+def _unknown_classes(data: bytes) -> set[str]:
+    """What the file names that torch may not know, as MODULE.NAME. Nothing is unpickled."""
+    if data.startswith(b"PK"):
+        return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    file = io.BytesIO(data)
+    return {name for _ in range(LEGACY_PICKLES) for name in get_globals_in_pkl(file)}
+
+
 def reason(error: Exception) -> str:
     """What torch says, in one line and without its advice."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    return textwrap.shorten(f"{type(error).__name__}: {said(error)}", 300)
+
+
+def said(error: Exception) -> str:
+    """The same without the error's type."""
+    text = UNPRINTABLE.sub("", str(error))
+    sentences = re.split(r"\n\s*|(?<=\.)\s+|WeightsUnpickler error:\s*", text)
+    kept = " ".join(one for one in sentences if one and not ADVICE.match(one))
+    return textwrap.shorten(kept, 300) or type(error).__name__
 
 
 def _refuse_what_swells(data: bytes) -> None:

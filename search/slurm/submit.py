@@ -24,12 +24,13 @@ from search.slurm.commands import (
     one_line,
 )
 from search.slurm.script import array_script, log_folder, means, option_words, run_script
-from search.study import InputError, StudyFile, open_study
+from search.study import NO_FILE, InputError, StudyFile, open_study
 from storage.database import connect, prepare
 from storage.ledger import enter_array_job, split_job
 from storage.runs import make_private
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
+from trainer.kind import not_weights
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,11 @@ def _make_log_folder() -> None:
 
 
 def _check_weights(config: TrainConfig) -> None:
-    """Raises InputError unless the nodes will find the weights without the internet."""
+    """Raises InputError unless the nodes will find weights, and without the internet."""
+    if config.weights not in NO_FILE and (wrong := not_weights(Path(config.weights))):
+        raise InputError(f"weights = {config.weights!r}: {wrong}")
     if config.weights != "timm":
-        return  # a file, or none
+        return
     name = config.backbone
     if "." not in name:
         raise InputError(f"backbone = {name!r}: name the weights' tag too, as in {name}.TAG")

@@ -5,8 +5,10 @@ or a gigabyte of memory is a fault. Another reader is one more entry in TARGETS.
 they are called, so that `instrumented.py` can instrument them, and only those that are asked for.
 """
 
+import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -212,9 +214,9 @@ def _read_digest(path: Path) -> None:
 def _read_weights(path: Path) -> None:
     from torch import nn
 
-    from trainer.model import _load_weights
+    from trainer.weights import load_weights
 
-    _load_weights(nn.Linear(3, 2), path)
+    load_weights(path, "linear", [nn.Linear(3, 2).state_dict()], ())
 
 
 def _read_model(path: Path) -> None:
@@ -342,9 +344,11 @@ def _weights() -> "dict[str, Tensor]":
 def _saved_weights() -> Iterable[bytes]:
     import torch
 
-    for zipped in (True, False):
+    names = {f"module.{name}": tensor for name, tensor in _weights().items()}
+    wrapped = {"args": argparse.Namespace(lr=1), "state_dict": names}
+    for content, zipped in itertools.product((_weights(), wrapped), (True, False)):
         buffer = io.BytesIO()
-        torch.save(_weights(), buffer, _use_new_zipfile_serialization=zipped)
+        torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
         # The older format holds the storage's address, which is another each time.
         yield re.sub(rb"\d{14,15}", lambda found: b"1" * len(found[0]), buffer.getvalue())
 

@@ -108,7 +108,7 @@ STUDY_FILES = {
     "backbone of another family": (put("test_resnet", "vit_tiny_patch16_224"), "allowed are timm's"),
     "unknown stage": (put('"layer4"', '"layer9"'), "allowed is one of stem"),
     "missing weights": (put('weights = "none"', 'weights = "w.pth"'), "no such file"),
-    "weights of another kind": (put('weights = "none"', 'weights = "w.txt"'), "allowed is"),
+    "a folder for weights": (put('weights = "none"', 'weights = "/"'), "is a folder; give the file"),
     "missing dataset": (put('data = "', 'data = "/nowhere'), "does not exist"),
     "a search without validation": (add(TRAIN_KEY, 'train_on = "train+val"'), "needs the validation"),
     "too many training images": (add(TRAIN_KEY, "train_images = 999"), "300 training images"),
@@ -457,7 +457,7 @@ def test_weights_that_are_no_weights(study_text, tmp_path):
     path.write_text(study_text)
     (tmp_path / "junk.pth").write_bytes(os.urandom(3000))
     result = runner.invoke(app, ["search", str(path), "--weights", str(tmp_path / "junk.pth")])
-    assert_one_line(result, "do not fit the backbone")
+    assert_one_line(result, "is of no known kind; allowed is a safetensors file or")
 
 
 def test_a_home_that_cannot_be_used(folder, study_text, tmp_path, monkeypatch):

@@ -32,8 +32,11 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def fill(hub):
-    """As `hf download` leaves it, with weights that no other process could draw. Returns them."""
+def fill(hub, value=None):
+    """As `hf download` leaves it, with weights that no other process could draw. Returns them.
+
+    One of layer4's may have a given value.
+    """
     commit = "0" * 40
     model = hub / f"models--timm--{NAME}"
     snapshot = model / "snapshots" / commit
@@ -41,6 +44,8 @@ def fill(hub):
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
     state = timm.create_model(NAME, pretrained=False).state_dict()
+    if value is not None:
+        state["layer4.0.bn1.weight"][0] = value
     save_file(state, snapshot / "model.safetensors")
     return state
 
@@ -56,6 +61,21 @@ def test_weights_are_loaded_from_the_cache_without_internet(hub, tmp_path):
     loaded = torch.load(result, weights_only=True)
     for name, tensor in loaded["layer4"].items():
         assert torch.equal(tensor, state[f"layer4.{name}"])
+
+
+def test_weights_of_the_cache_are_numbers(hub, tmp_path):
+    fill(hub, torch.inf)
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD, NAME, str(tmp_path / "loaded.pt")],
+        env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert (
+        "weights = 'timm': 1 of the 512 values of layer4.0.bn1.weight are NaN or infinite; get the"
+        in ended.stderr
+    )
 
 
 def test_submit_wants_the_weights_to_be_in_the_cache(hub, tiny):

@@ -1,0 +1,280 @@
+"""Weights out of whatever a file wraps them in.
+
+A tensor is named by the way to it through the file's dicts, with dots between them: then all that wraps
+weights, `state_dict` as well as `module.`, is a prefix of their names. What is taken is all that stands
+under the one prefix that has every tensor of the network, in its shape.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from trainer.kind import SAFETENSORS, kind_of, not_weights
+from trainer.torch_file import StandIn, TorchFileError, load_content, reason
+
+log = logging.getLogger(__name__)
+
+ANEW = "with: torch.save(model.state_dict(), FILE)"
+KEY = "atelier"  # of what a file of ours says of itself, in its metadata, which are strings: JSON
+TAKEN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEEPEST = 12  # dicts in dicts
+OF_A_CHECKPOINT = {"tail", "trunk", "optimizer", "history"}  # of a run of ours
+SAYING_OF_WHAT = ("backbone", "arch", "architecture", "model_name")  # keys of ours, and of others
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class WeightsError(ValueError):
+    """A file has no weights for a network; the message is one line, to go after the file's name."""
+
+
+def load_weights(
+    path: Path, backbone: str, spellings: Sequence[Tensors], known: Collection[str]
+) -> None:
+    """Fill a network's tensors with those of a file. Raises WeightsError; then some may be filled.
+
+    Each spelling has the tensors to fill, the network's own, by other names; a file uses one of them.
+    Tensors of whole numbers may be absent. The log says what was taken and what was not used, unless a
+    file has the first spelling's names and else those in `known` only.
+    """
+    try:
+        if wrong := not_weights(path):
+            raise WeightsError(wrong)
+        file = _read_safetensors(path) if kind_of(path) == SAFETENSORS else _read_torch(path)
+    except OSError as error:
+        raise WeightsError(
+            f"cannot be read ({error.strerror}); mend that, or give another file"
+        ) from None
+    candidates = [one for spelling in spellings for one in _candidates(file.tensors, spelling)]
+    fitting = [one for one in candidates if one.fits]
+    if not fitting:
+        raise WeightsError(_why_nothing_fits(file, backbone, candidates))
+    taken = fitting[0]
+    if others := [one for one in fitting if not one.equals(taken)]:
+        places = " and ".join(one.place for one in [taken, *others][:4])
+        raise WeightsError(
+            f"has weights that fit {places}, and they differ; save those that you mean in a file of "
+            "their own"
+        )
+    taken.fill()
+    unused = [name.removeprefix(taken.prefix) for name in file.tensors if name not in taken.used]
+    if taken.prefix or taken.spelling is not spellings[0] or not set(unused) <= set(known):
+        of = f" (it says that it is of {_few([file.of_what])})" if file.is_of_another(backbone) else ""
+        rest = f"; not used: {_few(unused)}" if unused else ""
+        log.info("weights = %r%s: the backbone's are %s%s", str(path), of, taken.place, rest)
+
+
+def not_finite(tensors: Tensors) -> str | None:
+    """Which values are NaN or infinite, in a few words; None if there are none."""
+    wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not wrong:
+        return None
+    first = tensors[wrong[0]]
+    count = first.numel() - int(first.isfinite().sum())
+    more = f", and some of {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+    return f"{count} of the {first.numel()} values of {wrong[0]}{more} are NaN or infinite"
+
+
+@dataclass
+class _File:
+    """What is in a file of weights."""
+
+    about: object  # what it says of itself: a dict, or nothing of use
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)  # classes of whole networks
+    _seen: set[int] = field(default_factory=set)  # a dict may be there twice, even in itself
+
+    def gather(self, value: object, prefix: str = "", depth: int = DEEPEST) -> None:
+        """Add the tensors in a part of the content. Raises WeightsError."""
+        if isinstance(value, torch.Tensor):
+            name = prefix.removesuffix(".")
+            if name in self.tensors:
+                raise WeightsError(
+                    f"has two tensors by the name {_few([name])}; save the one that you mean"
+                )
+            if not value.is_nested:  # it has no shape
+                self.tensors[name] = value
+        elif isinstance(value, StandIn) and "_modules" in value.entries:
+            self.modules.append(type(value).__name__)
+        elif depth and id(value) not in self._seen:
+            self._seen.add(id(value))
+            for key, inner in _items(value):
+                if isinstance(key, str | int):
+                    self.gather(inner, f"{prefix}{key}.", depth - 1)
+
+    @property
+    def is_a_checkpoint(self) -> bool:
+        return isinstance(self.about, dict) and self.about.keys() >= OF_A_CHECKPOINT
+
+    @property
+    def of_what(self) -> str:
+        """The backbone that the file says it is of; empty if it says none."""
+        config = self.about.get("config") if isinstance(self.about, dict) else None
+        places = [one for one in (config, self.about) if isinstance(one, dict)]
+        words = (place.get(key) for key in SAYING_OF_WHAT for place in places)
+        return next((word for word in words if isinstance(word, str)), "")
+
+    def is_of_another(self, backbone: str) -> bool:
+        """Whether it says that it is of a backbone other than this."""
+        bases = {name.partition(".")[0] for name in (self.of_what, backbone)}
+        return bool(self.of_what) and len(bases) > 1
+
+
+def _items(value: object) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, StandIn):
+        return value.entries.items()
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _read_safetensors(path: Path) -> _File:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"cannot be read ({reason(error)}); get the file again") from None
+    try:
+        about = json.loads(metadata.get(KEY, "{}"))
+    except (RecursionError, ValueError):
+        about = None
+    return _File(about, tensors)
+
+
+def _read_torch(path: Path) -> _File:
+    try:
+        content = load_content(path.read_bytes())
+    except TorchFileError as error:
+        if "persistent_load" in str(error):  # the older format has the source of a network's class there
+            raise WeightsError(f"holds a whole network, not its weights; save them {ANEW}") from None
+        raise WeightsError(
+            f"cannot be read ({error}); get the file again, or save it anew {ANEW}"
+        ) from None
+    file = _File(content)
+    file.gather(content)
+    return file
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The tensors under one prefix of a file's names, taken for those of one spelling."""
+
+    tensors: Tensors  # the file's
+    prefix: str
+    spelling: Tensors
+    needed: Tensors  # those of the spelling that must be there
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.needed if self.prefix + name not in self.tensors]
+
+    @property
+    def unfit(self) -> list[str]:
+        """Those of another shape."""
+        there = self.needed.keys() - self.missing
+        return [n for n in self.needed if n in there and self._found(n).shape != self.needed[n].shape]
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing and not self.unfit
+
+    @property
+    def place(self) -> str:
+        return f"under '{_few([self.prefix])}'" if self.prefix else "at the top"
+
+    @property
+    def used(self) -> set[str]:
+        return {self.prefix + name for name in self.spelling}
+
+    def _found(self, name: str) -> torch.Tensor:
+        return self.tensors[self.prefix + name]
+
+    def equals(self, other: "_Candidate") -> bool:
+        """Whether another one that fits has the same values."""
+        theirs = {id(own): other._found(name) for name, own in other.needed.items()}
+        pairs = ((self._found(name), theirs[id(own)]) for name, own in self.needed.items())
+        return all(
+            a is b or (a.dtype == b.dtype and _is_plain(a) and torch.equal(a, b)) for a, b in pairs
+        )
+
+    def fill(self) -> None:
+        """Copy the file's values into the network's tensors. Raises WeightsError."""
+        for name in self.needed:
+            found = self._found(name)
+            if found.dtype not in TAKEN or not _is_plain(found):
+                allowed = ", ".join(str(one).removeprefix("torch.") for one in TAKEN)
+                what = f"{_few([self.prefix + name])} is {_kind(found)}"
+                raise WeightsError(f"{what}; allowed are dense tensors of {allowed}")
+        with torch.no_grad():
+            for name, own in self.spelling.items():
+                maybe = self.tensors.get(self.prefix + name)
+                if maybe is not None and maybe.shape == own.shape and _is_plain(maybe):
+                    own.copy_(maybe)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its values are there as they are: it is not sparse, without values, or quantized."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and not tensor.is_quantized and not tensor.is_complex()
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_meta:
+        return "without values"
+    what = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+    return f"of {str(what).removeprefix('torch.')}"
+
+
+def _candidates(tensors: Tensors, spelling: Tensors) -> Iterator[_Candidate]:
+    """Of one spelling, under each prefix that has the most of its names."""
+    needed = {name: own for name, own in spelling.items() if own.is_floating_point()}
+    having: Counter[str] = Counter()
+    for name in tensors:
+        start, dots = 0, name.count(".")
+        for _ in range(dots + 1):
+            if name[start:] in needed:
+                having[name[:start]] += 1
+            start = name.find(".", start) + 1
+    most = max(having.values(), default=0)
+    for prefix, count in having.items():
+        if count == most:
+            yield _Candidate(tensors, prefix, spelling, needed)
+
+
+def _why_nothing_fits(file: _File, backbone: str, candidates: list[_Candidate]) -> str:
+    if file.modules:
+        return f"holds a whole {_few(file.modules[:1])}, not its weights; save them {ANEW}"
+    if file.is_a_checkpoint and not file.is_of_another(backbone):
+        return "is a checkpoint with no more than a run's trained part; give the run's best.safetensors"
+    of = f"says that it is of {_few([file.of_what])}, and " if file.is_of_another(backbone) else ""
+    return f"{of}{_miss(file, candidates)}; give weights of {backbone}"
+
+
+def _miss(file: _File, candidates: list[_Candidate]) -> str:
+    """What the candidate lacks that comes the nearest."""
+    if not file.tensors:
+        return "holds no tensors"
+    if not candidates:
+        return f"has none of the backbone's tensors, but {_few(list(file.tensors))}"
+    nearest = min(candidates, key=lambda one: len(one.missing) + len(one.unfit))
+    if nearest.missing:
+        lacking, needed = len(nearest.missing), len(nearest.needed)
+        return f"lacks {lacking} of the backbone's {needed} tensors: {_few(nearest.missing)}"
+    first = nearest.unfit[0]
+    name = _few([nearest.prefix + first])
+    found, own = (list(tensor.shape) for tensor in (nearest._found(first), nearest.needed[first]))
+    return f"{name} is of shape {found}, and the backbone's of {own}"
+
+
+def _few(names: list[str]) -> str:
+    """Names of a file's, fit for a message, and no more of them than that can hold."""
+    shown = ", ".join(repr(name)[1:-1][:80] for name in names[:2])
+    return shown + (f" and {len(names) - 2} more" if len(names) > 2 else "")
