@@ -201,6 +201,8 @@ class _Tables(BaseModel):
 
 def load_bundle(path: Path) -> Bundle:
     """Read an exported configuration. Raises InputError."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the configuration that atelier export wrote")
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one with: atelier export STUDY -o {path}")
     tables = read_toml(path)

@@ -105,6 +105,8 @@ def _write_curve(folder: Path, results: list[EpochResult]) -> None:
 
 def model_path(run: Path) -> Path:
     """The file to predict with: a finished run's best model, else its last. Raises InputError."""
+    if run.suffix == ".toml" and run.with_suffix(".run").is_dir():
+        raise InputError(f"{run} is a configuration; its run is {run.with_suffix('.run')}: give that")
     if run.is_file():
         return run
     best, last = run / "best.safetensors", run / "last.safetensors"

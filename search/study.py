@@ -349,6 +349,8 @@ def _corner(spec: Range | list[float | int], which: str) -> Any:
 def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile:
     """Read a study file; `overrides` are `table.key=value`. Raises InputError."""
     tables = read_toml(path)
+    if "train" in tables and not {"study", "space"} & tables.keys():
+        raise InputError(f"{path} is the configuration of one run; train it with: atelier train {path}")
     for override in overrides or []:
         _override(tables, override)
     file = validate(StudyFile, tables, path)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import TrainConfig
+from trainer.kind import kind_of
 from trainer.text import TextError, as_on_disk, read_lines, same_letters
 
 # What the numbers in list_attr_cloth.txt stand for (DeepFashion's documentation).
@@ -230,7 +231,9 @@ class _Reader:
         """The dataset with these splits; None without its attributes."""
         folder = self._folder
         if not folder.is_dir():
-            found = "it is a file, not a folder" if folder.exists() else "the folder does not exist"
+            found = "the folder does not exist"
+            if folder.exists():
+                found = f"it is {kind_of(folder) or 'a file'}, not a folder"
             self._add(f"no dataset at {folder}", MISSING, found)
             return None
         rows = self._attributes(folder / "split" / ATTRIBUTES)

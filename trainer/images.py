@@ -5,7 +5,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from trainer.kind import kind_of
 
 # What this module makes of a file is a part of what a network learns from. So the number stands beside
 # all that is kept of its results, or compared by them. 1 dropped orientation and colour profile.
@@ -44,6 +46,11 @@ def load_image(path: Path) -> Image.Image:
             return shown if turn is None else shown.transpose(turn)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        kind = kind_of(path)
+        other = kind is not None and not any(name in kind.upper() for name in FORMATS)
+        found = f"is {kind}" if other else "is no image, or a damaged one"
+        raise ImageError(f"{path}: {found}; allowed are {', '.join(FORMATS)}") from None
     except Exception as error:  # what a damaged image raises depends on where it is damaged
         raise ImageError(f"{path}: cannot be read ({error}); save it anew as JPEG or PNG") from None
 

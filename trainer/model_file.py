@@ -14,6 +14,7 @@ from torch import nn
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
+from trainer.kind import SAFETENSORS, kind_of
 from trainer.loop import Run
 from trainer.model import ModelError, make_head, saved_names
 from trainer.runtime import Runtime
@@ -87,9 +88,11 @@ class SavedModel:
                 text = (file.metadata() or {}).get(KEY)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(
-                f"{path}: cannot be read ({said(error)}); give a run of: atelier train"
-            ) from None
+            kind = kind_of(path)
+            found = (
+                f"is {kind}" if kind not in (None, SAFETENSORS) else f"cannot be read ({said(error)})"
+            )
+            raise ModelError(f"{path}: {found}; give a run of: atelier train") from None
         if text is None:
             raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
         self.description = _described(path, text)

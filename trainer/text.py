@@ -5,6 +5,8 @@ import os
 import unicodedata
 from pathlib import Path
 
+from trainer.kind import kind_of
+
 # The longer first: UTF-32's mark begins with UTF-16's.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -24,8 +26,9 @@ def read_text(path: Path) -> str:
 
     Raises FileNotFoundError, TextError.
     """
+    path = as_on_disk(path)
     try:
-        data = as_on_disk(path).read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
@@ -34,11 +37,15 @@ def read_text(path: Path) -> str:
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
+        if kind := kind_of(path):
+            raise TextError(f"{path}: is {kind}; give a text file") from None
         at = len(mark) + error.start
         line = data[:at].count(b"\n") + 1
         raise TextError(
             f"{path}:{line}: byte 0x{data[at]:02x} is no {encoding.upper()}; save the file as UTF-8"
         ) from None
+    if text.startswith("version https://git-lfs"):
+        raise TextError(f"{path}: is {kind_of(path)}")
     # Files that were joined have their marks in the middle.
     return same_letters(text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n"))
 

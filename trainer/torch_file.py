@@ -8,7 +8,6 @@ import zipfile
 from typing import Any
 
 import torch
-from torch._weights_only_unpickler import get_globals_in_pkl
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 LEGACY_PICKLES = 4  # of a file of the older format, before its storages: the last one is the content
@@ -103,6 +102,9 @@ def _unknown_classes(data: bytes) -> set[str]:
     """What the file names that torch may not know, as MODULE.NAME. Nothing is unpickled."""
     if data.startswith(b"PK"):
         return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    # A part of torch that may move, and needed for an old format only.
+    from torch._weights_only_unpickler import get_globals_in_pkl
+
     file = io.BytesIO(data)
     return {name for _ in range(LEGACY_PICKLES) for name in get_globals_in_pkl(file)}
 

@@ -52,6 +52,8 @@ def load_weights(
         raise WeightsError(
             f"cannot be read ({error.strerror}); mend that, or give another file"
         ) from None
+    if file.is_ours and file.is_of_another(backbone):
+        raise WeightsError(f"is a run's of {_few([file.of_what])}; give weights of {backbone}")
     candidates = [one for spelling in spellings for one in _candidates(file.tensors, spelling)]
     fitting = [one for one in candidates if one.fits]
     if not fitting:
@@ -114,9 +116,18 @@ class _File:
         return isinstance(self.about, dict) and self.about.keys() >= OF_A_CHECKPOINT
 
     @property
+    def _config(self) -> object:
+        return self.about.get("config") if isinstance(self.about, dict) else None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has the configuration of a run inside."""
+        return isinstance(self._config, dict) and "backbone" in self._config
+
+    @property
     def of_what(self) -> str:
         """The backbone that the file says it is of; empty if it says none."""
-        config = self.about.get("config") if isinstance(self.about, dict) else None
+        config = self._config
         places = [one for one in (config, self.about) if isinstance(one, dict)]
         words = (place.get(key) for key in SAYING_OF_WHAT for place in places)
         return next((word for word in words if isinstance(word, str)), "")

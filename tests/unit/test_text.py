@@ -55,6 +55,12 @@ def test_a_line_ends_where_an_editor_ends_it(tmp_path):
             "file.txt:2: byte 0xfc is no UTF-8; save the file as UTF-8",
         ),
         (b"\xef\xbb\xbf\n\n\xff", "file.txt:3: byte 0xff is no UTF-8"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid x\n",
+            "is a Git LFS pointer (run: git lfs pull)",
+        ),
+        (b"\x1f\x8b\x08\xff", "file.txt: is a gzip file (unpack it first); give a text file"),
+        (b"\x89PNG\r\n\x1a\n\xff", "file.txt: is a PNG image; give a text file"),
         (b"\xff\xfea\x00\n", "file.txt:1: byte 0x0a is no UTF-16-LE"),
     ],
 )
@@ -63,6 +69,7 @@ def test_what_is_no_text_is_told_with_its_line(data, expected, tmp_path):
     with pytest.raises(TextError) as caught:
         read_text(tmp_path / "file.txt")
     assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(TextError, match="cannot be read"):
         read_text(tmp_path)
 
