@@ -359,7 +359,7 @@ class Run:
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss(logits, workspace.val_targets), logits]
+            outputs += [self.loss.of_split(logits, workspace.val_targets).mean(), logits]
         losses, trained, *validated = _to_host(outputs)  # where the host waits for the device
         order = workspace.stream.order(self.config.seed, self.stream_epoch)
         self.history.append(
