@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from trainer.dataset import DatasetError
 from trainer.predictions import Predictions
 
 
@@ -60,6 +61,15 @@ class TrainConfig(BaseModel):
     def validates(self) -> bool:
         """Whether there is a validation split that the run does not train on."""
         return self.train_on == "train"
+
+    def images_of(self, split: int) -> int:
+        """How many images an epoch has, of so many in the split. Raises DatasetError."""
+        if (self.train_images or 0) > split:
+            raise DatasetError(
+                f"train_images = {self.train_images}: the dataset has {split} training images; allowed "
+                f"is 1 to {split}"
+            )
+        return self.train_images or split
 
     @field_validator("data", "weights")
     @classmethod
