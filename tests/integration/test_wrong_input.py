@@ -523,7 +523,8 @@ def test_a_full_disk(folder, tiny):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         left = [path for path in (folder / "full").rglob("*") if path.suffix not in ("", ".lock")]
     assert result.returncode == 2, result.stderr
-    assert "error: No space left on device, in ATELIER_HOME" in result.stderr.splitlines()[-1]
+    found = "error: No space left on device for 0.9 MB of prepared images, in ATELIER_HOME"
+    assert found in result.stderr.splitlines()[-1]
     assert left == []
 
 
