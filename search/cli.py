@@ -209,7 +209,7 @@ def worker_(
         wanted = _pack(pack)
         job = own_job()
         prepare_process()
-        workspace = Workspace(file.shared, image_cache())
+        workspace = Workspace(file.shared, image_cache(), batch_sizes=file.batch_sizes)
         owner = database.connect(patience=database.PATIENCE)
         database.ensure_tables(owner)
         engine, storage, _ = database.for_worker(owner)
@@ -695,7 +695,7 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
         )
 
     prepare_process()
-    workspace = Workspace(settings, image_cache())
+    workspace = Workspace(settings, image_cache(), batch_sizes=[settings.batch_size])
     check_origin(bundle, settings, workspace.dataset.fingerprint)
     _say_each(notes)
     _say_each([f"note: {one}" for one in absent_attributes(workspace.dataset.attribute_table(settings))])

@@ -5,7 +5,7 @@ n is candidate n mod K with seed n div K: all candidates get a seed before the n
 same seeds. A candidate that cannot win any more is passed over.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,10 @@ class ConfirmationFile(StudyFile):
     @property
     def made_on(self) -> str:
         return self.dataset
+
+    def corners(self) -> Iterator[dict[str, Any]]:
+        """The candidates: nothing else is trained."""
+        return (one["params"] for one in self.candidates)
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The full configuration of a trial with these parameters."""

@@ -75,8 +75,10 @@ def _run(
             results.append(result)
             show(result)
             if not result.finite:
+                # Of an epoch from a checkpoint the cause is known no more.
+                cause = result.cause or "mend what this run said when it came to that epoch"
                 raise InputError(
-                    f"the loss is not finite in epoch {result.epoch + 1}; lower lr, with another --run"
+                    f"the loss is not finite in epoch {result.epoch + 1}: {cause}, with another --run"
                 )
             if stop.requested:
                 break

@@ -39,15 +39,15 @@ def rehearse(file: StudyFile) -> Dataset:
     forking.start_server()  # imports torch, beside this process, which needs none
     import dashboards.note  # noqa: F401  # of a new study; it takes a second, which is free meanwhile
 
-    forking.call(preparation, file.shared, image_cache())
+    forking.call(preparation, file.shared, file.batch_sizes, image_cache())
     return dataset
 
 
-def preparation(config: TrainConfig, cache: Path) -> None:
+def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
     """What `rehearse` has done in a process of its own."""
     from trainer.workspace import prepare
 
-    prepare(config, cache)
+    prepare(config, batch_sizes, cache)
 
 
 def work(arguments: list[str]) -> None:

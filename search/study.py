@@ -201,6 +201,11 @@ class StudyFile(Table):
         """A configuration of the study with its largest batches, which need the most memory."""
         return max(map(self.config, self.corners()), key=lambda config: config.batch_size)
 
+    @property
+    def batch_sizes(self) -> set[int]:
+        """All that the study's trials may have."""
+        return {self.config(params).batch_size for params in self.corners()}
+
     def _lows(self) -> dict[str, Any]:
         return {name: _corner(spec, "low") for name, spec in self.space.items()}
 

@@ -329,8 +329,12 @@ class Worker:
         elif result.epoch < claim.last_epoch or claim.promoted:
             return  # decided before
         if not result.finite:
+            # Of an epoch from a checkpoint the cause is known no more.
+            cause = f": {result.cause}" if result.cause else ""
+            reason = f"loss not finite in epoch {result.epoch + 1}{cause}"
+            log.warning("trial %d: %s", claim.trial_number, reason)
             # Told as pruned, with the worst value: samplers do not see failed trials.
-            self._finish(trial, "pruned", 0.0, f"loss not finite in epoch {result.epoch + 1}")
+            self._finish(trial, "pruned", 0.0, reason)
         elif result.epoch + 1 == trial.run.config.epochs:
             history = trial.run.history
             # Before the end: a complete trial has its predictions. The same trial writes the same again.

@@ -105,6 +105,8 @@ class EpochResult:
     images: int  # training images seen
     peak_memory: int  # bytes, of the device where it counts them, else of the process
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
+    # Of a loss that is not finite: what was not finite first, and what to do. It is on no record.
+    cause: str | None = field(default=None, compare=False)
 
     @property
     def finite(self) -> bool:
@@ -117,6 +119,6 @@ class EpochResult:
         return bool(self.val_category)
 
     def columns(self) -> dict[str, Any]:
-        """The numbers without the predictions: the columns of the table `epoch`."""
-        names = [one.name for one in fields(self) if one.name != "predictions"]
+        """The numbers, without predictions and cause: the columns of the table `epoch`."""
+        names = [one.name for one in fields(self) if one.name not in ("predictions", "cause")]
         return {name: getattr(self, name) for name in names}

@@ -126,7 +126,10 @@ class Dataset:
         if wanted is None:
             return np.arange(images)
         if wanted > images:
-            raise DatasetError(f"train_images = {wanted}: the dataset has {images} training images")
+            raise DatasetError(
+                f"train_images = {wanted}: the dataset has {images} training images; allowed is 1 to "
+                f"{images}"
+            )
         return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
 
     def attribute_table(self, config: TrainConfig) -> list[dict[str, str | int]]:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import nn
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import TUNABLE, EpochResult, TrainConfig
 from trainer.device import available_memory, is_out_of_memory, peak_memory, release_memory
+from trainer.diagnosis import first_not_finite
+from trainer.images import READER
 from trainer.loss import AttributeLoss, accuracy, class_weights, predict
 from trainer.model import make_head
 from trainer.predictions import Predictions
@@ -359,24 +361,26 @@ class Run:
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss(logits, workspace.val_targets), logits]
+            outputs += [self.loss.of_split(logits, workspace.val_targets).mean(), logits]
         losses, trained, *validated = _to_host(outputs)  # where the host waits for the device
         order = workspace.stream.order(self.config.seed, self.stream_epoch)
-        self.history.append(
-            EpochResult(
-                epoch=len(self.history),
-                stream_epoch=self.stream_epoch,
-                lr=self._rate(self.step - 1),
-                train_loss=float(losses.sum()) / len(order),
-                train_accuracy=accuracy(trained, workspace.train_labels[order], sizes).per_class,
-                seconds=partial.seconds + time.monotonic() - started,
-                images=len(order),
-                peak_memory=peak_memory(self.device),
-                **(self._validated(*validated) if validated else {}),
-            )
+        result = EpochResult(
+            epoch=len(self.history),
+            stream_epoch=self.stream_epoch,
+            lr=self.rate(self.step - 1),
+            train_loss=float(losses.sum()) / len(order),
+            train_accuracy=accuracy(trained, workspace.train_labels[order], sizes).per_class,
+            seconds=partial.seconds + time.monotonic() - started,
+            images=len(order),
+            peak_memory=peak_memory(self.device),
+            **(self._validated(*validated) if validated else {}),
         )
+        if not result.finite:
+            cause = first_not_finite(self, losses, trained, validated[1] if validated else None)
+            result = replace(result, cause=cause)
+        self.history.append(result)
         self.partial, self.stream_epoch = _Partial(), None
-        return self.history[-1]
+        return result
 
     def _validated(self, loss: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
         targets, sizes = self.workspace.val_labels, self.workspace.sizes
@@ -396,7 +400,7 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on trunk output. Returns detached logits and loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
+            group["lr"] = self.rate(self.step)
         output = self.workspace.logits(self.tail, features)
         loss = self.loss(output, target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -405,7 +409,8 @@ class Run:
         self.step += 1
         return output.detach(), loss.detach()
 
-    def _rate(self, step: int) -> float:
+    def rate(self, step: int) -> float:
+        """The learning rate of a step of the run, from 0."""
         return learning_rate(step / self.steps_per_epoch, self.config)
 
     def evaluate(self) -> torch.Tensor:
@@ -421,6 +426,7 @@ class Run:
         """All that the next epoch depends on, as plain tensors, numbers and strings."""
         return {
             "format": FORMAT,
+            "reader": READER,
             "config": self.config.model_dump(),
             "tail": self.tail.state_dict(),
             "trunk": self.trunk.state_dict() if self.owns_trunk else {},
@@ -439,6 +445,11 @@ class Run:
             raise CheckpointError(
                 f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
                 "with the version that made it, or delete the checkpoint"
+            )
+        if (reader := state.get("reader", 1)) != READER:
+            raise CheckpointError(
+                f"the checkpoint was made with version {reader} of the reader of images, this is "
+                f"{READER} (CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
             )
         self._compare(state["config"])
         self.tail.load_state_dict(state["tail"])

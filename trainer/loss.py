@@ -44,6 +44,21 @@ class AttributeLoss:
     smoothing: str = "report"
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.by_category(logits, targets).mean()
+
+    def of_split(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same of images that the weights were not made from, float [categories].
+
+        A category is left at 0 where none of its images has an attribute with a weight: its loss is 0/0.
+        """
+        weights = torch.split(self.weights, [*self.sizes])
+        weighted = [
+            (weight[target] > 0).any() for weight, target in zip(weights, targets.T, strict=True)
+        ]
+        return torch.where(torch.stack(weighted), self.by_category(logits, targets), 0.0)
+
+    def by_category(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The slices' losses, float [categories]; their mean is the loss."""
         sizes = [*self.sizes]
         parts = torch.split(logits.float(), sizes, 1)
         weights = torch.split(self.weights, sizes)
@@ -51,7 +66,7 @@ class AttributeLoss:
             self._slice(part, target, weight)
             for part, target, weight in zip(parts, targets.T, weights, strict=True)
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(losses)
 
     def _slice(self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         share = 0.5 if self.smoothing == "report" else 1 / logits.shape[1]

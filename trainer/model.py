@@ -7,6 +7,7 @@ output for the validation images is computed once. Four fifths of the multiply-a
 import copy
 import difflib
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from trainer.config import TrainConfig
+from trainer.torch_file import reason
 from trainer.weights import Tensors, WeightsError, load_weights, not_finite
 
 HEAD = (512, 128)  # hidden widths of the report's prediction head
@@ -80,6 +82,21 @@ class Backbone:
             nn.Sequential(OrderedDict(stages[:cut])),
             nn.Sequential(OrderedDict(stages[cut:])),
         )
+
+    def problem(self, config: TrainConfig, images: int) -> str | None:
+        """What a stage says of so many training images of the config's size; None if it takes them.
+
+        Only their shapes go through the network: nothing is computed.
+        """
+        parts = copy.deepcopy(nn.ModuleList(self.split(config.trainable))).to("meta")
+        trunk, tail = parts
+        trunk.train(config.frozen_batchnorm == "train")
+        tail.train()
+        try:
+            tail(trunk(torch.empty(images, 3, config.image_size, config.image_size, device="meta")))
+        except (RuntimeError, ValueError) as error:
+            return reason(error)
+        return None
 
 
 def saved_names(trunk: nn.Module, tail: nn.Module) -> dict[str, torch.Tensor]:
@@ -146,6 +163,11 @@ def load_backbone(config: TrainConfig) -> Backbone:
     stages["pool"] = model.global_pool
     cfg = model.pretrained_cfg
     backbone = Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
+    if problem := backbone.problem(config, 2):
+        raise ModelError(
+            f"image_size = {config.image_size}: {config.backbone} takes no images of that size "
+            f"({problem}); give another, such as a multiple of 32"
+        )
     if config.weights != "none":
         _fill(backbone, model, config)
     return backbone
@@ -165,6 +187,27 @@ def _fill(backbone: Backbone, model: nn.Module, config: TrainConfig) -> None:
             raise WeightsError(f"{wrong}; get the file again, or one of a training that did not diverge")
     except WeightsError as error:
         raise ModelError(f"weights = {config.weights!r}: {error}") from error
+
+
+def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: Iterable[int]) -> None:
+    """That a network learns from every batch that these batch sizes make of so many images.
+
+    Raises ModelError for a last batch of one image whose BatchNorms have one value per channel.
+    """
+    wrong = [str(size) for size in sorted(set(sizes)) if images % size == 1 % size]
+    if not wrong or backbone.problem(config, 1) is None:
+        return
+    changes = {"image_size": 2 * config.image_size, "frozen_batchnorm": "eval", "trainable": "head"}
+    others = [
+        f", or {key} = {value!r}"
+        for key, value in changes.items()
+        if backbone.problem(config.model_copy(update={key: value}), 1) is None
+    ]
+    raise ModelError(
+        f"batch_size = {' or '.join(wrong)}: the last batch of {images} training images has 1 image, of "
+        f"which a BatchNorm of {config.backbone} gets 1 value per channel, at image_size = "
+        f"{config.image_size}; allowed is another batch_size or train_images{''.join(others)}"
+    )
 
 
 def _create(config: TrainConfig) -> nn.Module:

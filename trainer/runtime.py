@@ -75,11 +75,14 @@ class Runtime:
         scaled = images.float().sub_(self._mean).div_(self._std)
         return scaled.contiguous(memory_format=torch.channels_last)  # last: three times as fast
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in bf16 where that is enough."""
         wanted = self.config.precision
-        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        return wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.rounds else nullcontext()
 
 
 def joined(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:

@@ -5,11 +5,13 @@ memory-mapped file that all processes of a machine share. What is random depends
 seed, the epoch and the image's index: any epoch can be made again, in any process, from any block on.
 """
 
+import errno
 import math
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -72,6 +74,7 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         with partial.open("wb") as file:  # not mapped: a full disk would end the process by SIGBUS
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
+            _reserve(file, math.prod(shape))
             for name in split.paths:
                 image = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
                 file.write(image.numpy().tobytes())
@@ -80,6 +83,17 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take the space for so many bytes from here on now, not when the disk is full after minutes."""
+    file.flush()
+    try:
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # else the file system cannot do it
+            what = f"{error.strerror} for {size / 1e6:,.1f} MB of prepared images"
+            raise OSError(error.errno, what) from None
 
 
 def read_images(path: Path, indices: np.ndarray) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
 from trainer.device import pick_device
+from trainer.model import check_batches
 from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
@@ -32,10 +33,16 @@ class Workspace(Runtime):
     """What the trials of a study share in one process: data, trunk and validation features.
 
     Raises DatasetError, ImageError, ModelError, and what `pick_device` raises. `cache` is the folder for
-    prepared images and compiled code.
+    prepared images and compiled code; `batch_sizes` are those that runs may have: all are tried.
     """
 
-    def __init__(self, config: TrainConfig, cache: Path, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        cache: Path,
+        device: torch.device | None = None,
+        batch_sizes: Iterable[int] = (),
+    ) -> None:
         self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
         super().__init__(config, device)
         _prepare_compiler(cache / "compiled")
@@ -45,6 +52,7 @@ class Workspace(Runtime):
         self.frozen = self.freeze(self.trunk)
         train = self.dataset.split(config.train_on)
         self.indices = self.dataset.training_rows(config)
+        check_batches(config, self.backbone, len(self.indices), batch_sizes)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
         self.train_labels = _labels(train)
@@ -114,13 +122,13 @@ class Workspace(Runtime):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
 
-def prepare(config: TrainConfig, cache: Path) -> None:
+def prepare(config: TrainConfig, batch_sizes: Iterable[int], cache: Path) -> None:
     """Try the device; prepare the images and build the network once, on the CPU, for the errors of that.
 
     Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError.
     """
     pick_device()
-    Workspace(config, cache, torch.device("cpu"))
+    Workspace(config, cache, torch.device("cpu"), batch_sizes)
 
 
 def _prepare_compiler(cache: Path) -> None:

@@ -29,7 +29,7 @@ from storage.database import connect, prepare
 from storage.ledger import enter_array_job, split_job
 from storage.runs import make_private
 from trainer.config import TrainConfig
-from trainer.dataset import read_dataset
+from trainer.dataset import Dataset, read_dataset
 from trainer.kind import not_weights
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) 
     script = array_script(file, profile, array, options)
     file.identity()  # reads the weights file
     _check_weights(file.shared)
-    dataset = read_dataset(file.shared.data)
+    dataset = _dataset(file.shared)
     engine = connect()
     _make_log_folder()
     check_script(script)
@@ -81,10 +81,17 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
     """
     script = run_script(config, bundle.slurm, profile, options)
     _check_weights(config)
-    check_origin(bundle, config, read_dataset(config.data).fingerprint)
+    check_origin(bundle, config, _dataset(config).fingerprint)
     _make_log_folder()
     check_script(script)
     return submit_script(script)
+
+
+def _dataset(config: TrainConfig) -> Dataset:
+    """Raises DatasetError, also if it has too few images for the configuration."""
+    dataset = read_dataset(config.data)
+    dataset.training_rows(config)
+    return dataset
 
 
 def _make_log_folder() -> None:

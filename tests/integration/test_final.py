@@ -159,8 +159,12 @@ def test_a_loss_that_diverges_ends_the_run(config, atelier):
     text = config.read_text().replace("image_size = 96", "image_size = 32")
     config.write_text(text.replace("lr = 0.001", "lr = 1e30"))
     error = atelier("train", "c.toml", code=2).stderr
-    assert "the loss is not finite" in error
-    assert "lower lr, with another --run" in error
+    assert error.strip().splitlines()[-1] == (
+        "error: the loss is not finite in epoch 1: first the logits of every category, in step 3 of 10; "
+        "training diverged: lower lr or weight_decay, with another --run"
+    )
+    again = atelier("train", "c.toml", code=2).stderr
+    assert "mend what this run said when it came to that epoch, with another --run" in again
 
 
 def test_the_script_of_a_final_run_can_be_looked_at(config, atelier, tmp_path):

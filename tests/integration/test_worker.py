@@ -1,6 +1,7 @@
 """How a trial ends, and how a worker does: errors, out of memory, overflow, requests to stop."""
 
 import itertools
+import math
 import os
 import signal
 import time
@@ -107,12 +108,18 @@ def test_out_of_memory_is_told_to_the_sampler(engine, make_worker, monkeypatch):
     assert reasons(engine)[0].startswith("out of memory")
 
 
-def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker):
+def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker, caplog):
     worker = make_worker("study.max_trials=1", "space.lr=[1e20]")
     worker.run()
     [trial] = worker.study.trials
     assert (trial.state, trial.value) == (TrialState.PRUNED, 0.0)
-    assert reasons(engine) == ["loss not finite in epoch 1"]
+    [reason] = reasons(engine)
+    steps = math.ceil(300 / trial.params["batch_size"])
+    assert reason == (
+        f"loss not finite in epoch 1: first the logits of every category, in step 3 of {steps}; "
+        "training diverged: lower lr or weight_decay"
+    )
+    assert f"trial 0: {reason}" in caplog.text
 
 
 def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worker, monkeypatch):

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.confirmation import plan
 from search.study import InputError, load_study_file, open_study
 from storage import database, ledger
+from storage.models import Attempt
 from tests.chaos.harness import small_disk
 from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill
@@ -111,7 +114,20 @@ STUDY_FILES = {
     "a folder for weights": (put('weights = "none"', 'weights = "/"'), "is a folder; give the file"),
     "missing dataset": (put('data = "', 'data = "/nowhere'), "does not exist"),
     "a search without validation": (add(TRAIN_KEY, 'train_on = "train+val"'), "needs the validation"),
-    "too many training images": (add(TRAIN_KEY, "train_images = 999"), "300 training images"),
+    "too many training images": (add(TRAIN_KEY, "train_images = 999"), "allowed is 1 to 300"),
+    "a last batch of one image": (
+        add(TRAIN_KEY, "train_images = 65"),
+        "batch_size = 32 or 64: the last batch of 65 training images has 1 image",
+    ),
+    "a last batch of one image, of the second batch size": (
+        put("[32, 64]", "[64, 299]"),
+        "batch_size = 299: the last batch of 300 training images has 1 image",
+    ),
+    "batches of one image": (put("[32, 64]", "[64, 1, 32]"), "batch_size = 1: the last batch"),
+    "an image size that a backbone does not take": (
+        lambda text: put("test_resnet", "resnetaa34d")(put("image_size = 32", "image_size = 48")(text)),
+        "image_size = 48: resnetaa34d takes no images of that size",
+    ),
 }
 
 runner = CliRunner()
@@ -165,6 +181,8 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
     [
         (["search", "no.toml"], "no such file"),
         (["worker", "no.toml"], "no such file"),
+        (["worker", "{study}", "--set", "train.train_images=65"], "batch_size = 32 or 64: the last"),
+        (["worker", "{study}", "--set", "space.batch_size=[64,299]"], "batch_size = 299: the last"),
         (["train", "no.toml"], "no such file"),
         (["status", "nobody"], "no database in"),
         (["export", "nobody"], "no database in"),
@@ -371,6 +389,27 @@ def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp
     assert_one_line(runner.invoke(app, ["export", "tiny", "--trial", "7"]), "no trial 7")
 
 
+def test_a_worker_that_joins_a_study_whose_batches_cannot_be_trained(
+    folder, engine, demo, study_text, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setenv("ATELIER_HOME", str(folder / "home"))
+    Path("study.toml").write_text(study_text)
+    file = load_study_file(Path("study.toml"), ["train.train_images=65"])
+    open_study(file, engine, database.optuna_storage(engine), read_dataset(demo), lead=True)
+    assert_one_line(runner.invoke(app, ["worker", "tiny"]), "batch_size = 32 or 64: the last batch")
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(Attempt)).all() == []
+
+
+def test_a_confirmation_needs_the_batches_of_its_candidates_only(engine):
+    fill(engine, ["complete"] * 9)
+    file = plan(engine, ledger.study_entry(engine, "filled"), 2, None)
+    sizes = {one["params"]["batch_size"] for one in file.candidates}
+    assert file.batch_sizes == sizes < {64, 128, 256}
+    assert file.largest.batch_size == max(sizes)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -482,7 +521,8 @@ def test_a_full_disk(folder, tiny):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         left = [path for path in (folder / "full").rglob("*") if path.suffix not in ("", ".lock")]
     assert result.returncode == 2, result.stderr
-    assert "error: No space left on device, in ATELIER_HOME" in result.stderr.splitlines()[-1]
+    found = "error: No space left on device for 0.9 MB of prepared images, in ATELIER_HOME"
+    assert found in result.stderr.splitlines()[-1]
     assert left == []
 
 
@@ -547,6 +587,17 @@ def change_of(key, value):
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),
         (dict, ["--submit", "--profile", "none"], "the file has final"),
         (dict, ["--submit", "--data", "nowhere"], "does not exist"),
+        (change_of("train.train_images", 999), ["--submit"], "allowed is 1 to 300"),
+        (
+            change_of("train.train_images", 381),
+            ["--submit", "--train-on", "train+val"],
+            "allowed is 1 to 380",
+        ),
+        (change_of("train.train_images", 65), [], "or image_size = 64, or trainable = 'head'"),
+        (change_of("train.train_images", 1), [], "the last batch of 1 training images has 1 image"),
+        (change_of("train.batch_size", 299), [], "allowed is another batch_size or train_images"),
+        (change_of("train.batch_size", 379), ["--train-on", "train+val"], "of 380 training images"),
+        (change_of("train.batch_size", 1), [], "batch_size = 1: the last batch of 300 training"),
     ],
 )
 def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, words, expected):
@@ -563,6 +614,36 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
     words = [word.format(no_val=no_val, demo=demo) for word in words]
     assert_one_line(runner.invoke(app, ["train", "c.toml", *words]), expected)
     assert not Path("c.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["search", "one.toml"],
+            "one.toml is the configuration of one run; train it with: atelier train",
+        ),
+        (["submit", "one.toml"], "one.toml is the configuration of one run"),
+        (["search", "{run}/best.safetensors"], "best.safetensors: is a safetensors file; give a text"),
+        (["train", "one.run"], "one.run is a folder; give the configuration that atelier export wrote"),
+        (["train", "study.toml"], "is a study file with a [space]; run it with: atelier search"),
+        (["predict", "one.toml"], "one.toml is a configuration; its run is one.run: give that"),
+        (
+            ["predict", "{run}/best.safetensors", "--data", "pack.zip"],
+            "a zip archive (unpack it first), not",
+        ),
+        (["predict", "pack.zip"], "pack.zip: is a zip archive (unpack it first); give a run of"),
+        (["predict", "{run}", "--split", "val", "--scores", "pack.zip"], "is a zip archive"),
+    ],
+)
+def test_the_container_of_what_is_wanted(folder, finished_run, study_text, words, expected):
+    Path("one.run").mkdir()
+    Path("one.toml").write_text('[train]\ndata = "data"\n')
+    Path("study.toml").write_text(study_text)
+    with zipfile.ZipFile("pack.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("é" * 40, "é" * 4000)
+    result = runner.invoke(app, [word.format(run=finished_run) for word in words])
+    assert_one_line(result, expected)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,36 @@ def test_a_class_without_images_is_left_out():
     assert class_weights(targets, (3,))[2] == 0
 
 
+def test_a_splits_loss_is_the_batchs_bit_for_bit(batch):
+    logits, targets, weights = batch
+    for epsilon in (0.0, 0.01):
+        for smoothing in ("report", "uniform"):
+            loss = AttributeLoss(SIZES, weights, epsilon, smoothing)
+            assert torch.equal(loss.of_split(logits, targets).mean(), loss(logits, targets))
+
+
+@pytest.mark.parametrize("images", [1, 3, 40])
+@pytest.mark.parametrize("unknown", [[0], [5], [1, 4], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("epsilon", [0.0, 0.01])
+def test_a_category_of_which_only_untrained_attributes_are_seen_has_no_loss(
+    batch, images, unknown, epsilon
+):
+    logits, targets, weights = (part.clone() for part in batch)
+    logits, targets = logits[:images], targets[:images]
+    for category, (weight,) in enumerate(slices(weights)):
+        if category in unknown:
+            targets[:, category] = 2
+            weight[2] = 0.0  # no training image has it
+    loss = AttributeLoss(SIZES, weights, epsilon)
+    found, plain = loss.of_split(logits, targets), loss.by_category(logits, targets)
+    for category in range(6):
+        if category in unknown:
+            assert found[category] == 0
+            assert not plain[category].isfinite()
+        else:
+            assert torch.equal(found[category], plain[category])
+
+
 def test_schedule_is_linear_then_cosine():
     config = TrainConfig(data="x", lr=0.005, epochs=30, warmup_epochs=5)
     expected = {0: 0.0, 2.5: 0.0025, 5: 0.005, 30: 0.0}

@@ -381,6 +381,22 @@ def test_training_on_both_splits_validates_nothing(tiny, demo, cache, tmp_path):
     assert [r.train_loss for r in again] == [r.train_loss for r in results]
 
 
+@pytest.mark.parametrize("columns", [[5], [0, 1, 2, 3, 4, 5]])
+def test_validation_images_of_attributes_that_no_training_image_has(demo, tiny, tmp_path, columns):
+    """They are judged by accuracy; the loss has no weight for them, which is no divergence."""
+    data = first_images(demo, tmp_path / "data", train=64, val=9)
+    for split, value in (("train", "0"), ("val", "2")):
+        path = tmp_path / "data" / "split" / f"{split}_attr.txt"
+        rows = [line.split() for line in path.read_text().splitlines()]
+        rows = [[value if n in columns else old for n, old in enumerate(row)] for row in rows]
+        path.write_text("".join(" ".join(row) + "\n" for row in rows))
+    config = tiny.model_copy(update={"data": data, "epochs": 1, "warmup_epochs": 0})
+    [result] = train(config, Workspace(config, tmp_path / "cache"))
+    assert result.finite
+    assert (result.val_loss == 0) == (len(columns) == 6)
+    assert result.val_accuracy < 0.5
+
+
 def test_a_mirror_image_has_its_say(tiny, workspace, cache, tmp_path):
     files = ModelFiles(tmp_path / "run", workspace.dataset)
     list(train(tiny, workspace, keep=files.keep))
@@ -423,6 +439,8 @@ def test_a_checkpoint_of_another_version(tiny, workspace):
     run = Run(tiny, workspace)
     with pytest.raises(CheckpointError, match="has format 2, this version reads 3"):
         run.load(run.state() | {"format": 2})
+    with pytest.raises(CheckpointError, match="with version 1 of the reader of images, this is 2"):
+        run.load({key: value for key, value in run.state().items() if key != "reader"})
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-40], lambda data: b"no zip"])

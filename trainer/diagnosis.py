@@ -1,0 +1,134 @@
+"""What was not finite first, once the loss of an epoch is not.
+
+It is found at the epoch's end, from what the steps have left, so that no step pays for it. The trunk's
+output is not kept: that of one step is made again.
+"""
+
+import copy
+from collections.abc import Sequence
+from itertools import compress
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from trainer.loop import Run
+
+
+class _Finding(NamedTuple):
+    what: str
+    where: str
+    remedy: str
+
+
+def first_not_finite(
+    run: "Run", losses: torch.Tensor, logits: torch.Tensor, val_logits: torch.Tensor | None
+) -> str:
+    """What it was, where, and what to do: one line. The run is at the end of that epoch.
+
+    `losses` float [steps] and `logits` float [images, attributes] are those of the epoch's steps, in
+    their order; `val_logits` float [images, attributes] are the validation's, where there is one.
+    """
+    steps = torch.nonzero(~losses.isfinite()).flatten().tolist()
+    if steps:
+        found = _in_step(run, steps[0], logits)
+    elif not losses.sum().isfinite():
+        found = _Finding("the sum of the steps' losses", "in training", _remedy(run, run.step))
+    else:
+        assert val_logits is not None  # all else is finite
+        found = _in_validation(run, val_logits)
+    return f"first {found.what}, {found.where}; {found.remedy}"
+
+
+def _in_step(run: "Run", step: int, logits: torch.Tensor) -> _Finding:
+    """`step` is the one of the epoch, from 0; the logits are the whole epoch's."""
+    assert run.stream_epoch is not None
+    workspace = run.workspace
+    where = f"in step {step + 1} of {run.steps_per_epoch}"
+    remedy = _remedy(run, run.step - run.steps_per_epoch + step)
+    order = torch.from_numpy(workspace.stream.order(run.config.seed, run.stream_epoch))
+    logits, indices = (torch.split(part, run.config.batch_size)[step] for part in (logits, order))
+    if logits.isfinite().all():
+        losses = run.loss.by_category(logits.to(run.device), workspace.train_targets[indices])
+        return _Finding(_loss_of(run, losses), where, remedy)
+    paths = workspace.dataset.split(run.config.train_on).paths
+    names = [paths[index] for index in indices.tolist()]
+    return _of_trunk(run, _usable(_features(run, step)), names, where) or _Finding(
+        _logits_of(run, logits), where, remedy
+    )
+
+
+def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
+    """After the epoch's last step; the logits are those of all validation images."""
+    workspace = run.workspace
+    where, remedy = f"in the validation after step {run.steps_per_epoch}", _remedy(run, run.step)
+    if logits.isfinite().all():
+        losses = run.loss.of_split(logits.to(run.device), workspace.val_targets)
+        return _Finding(_loss_of(run, losses), where, remedy)
+    usable = torch.cat([_usable(part) for part in workspace.val_features(run.runnable_trunk)])
+    if found := _of_trunk(run, usable, workspace.dataset.split("val").paths, where):
+        return found
+    parts = {"weights": run.tail.parameters(), "BatchNorms' running statistics": run.tail.buffers()}
+    for name, tensors in parts.items():
+        if not all(bool(one.isfinite().all()) for one in tensors):
+            return _Finding(f"the {name} of the tail", where, remedy)
+    return _Finding(_logits_of(run, logits), where, remedy)
+
+
+def _of_trunk(run: "Run", usable: torch.Tensor, names: Sequence[str], where: str) -> _Finding | None:
+    """`usable` says of each of the named images whether its features are finite: bool [images]."""
+    broken = list(compress(names, (~usable).tolist()))
+    if not broken:
+        return None
+    if len(broken) == 1:
+        remedy = f"look at that image, and mend it or leave it out of the split, or {_numbers(run)}"
+        return _Finding(f"the trunk's features of {broken[0]}", where, remedy)
+    what = f"the trunk's features of {len(broken)} of {len(names)} images, such as {broken[0]}"
+    return _Finding(what, where, f"the trunk learns nothing: {_numbers(run)}")
+
+
+def _features(run: "Run", step: int) -> torch.Tensor:
+    """The trunk's output for the images of a step of the epoch, made again."""
+    assert run.stream_epoch is not None
+    block, within = divmod(step, run.steps_per_block)
+    # A copy: to run it in training mode changes its running statistics.
+    trunk = copy.deepcopy(run.trunk).train() if run.owns_trunk else run.runnable_trunk
+    blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block, block)
+    features, _ = next(blocks)
+    return torch.split(features, run.config.batch_size)[within]
+
+
+def _remedy(run: "Run", steps: int) -> str:
+    """What to do about numbers of what is trained that overflow after so many steps of the run."""
+    if steps and run.rate(steps - 1) > 0:
+        return "training diverged: lower lr or weight_decay"
+    decay = "lower weight_decay, or " if steps else ""
+    return f"lr has moved nothing yet: {decay}{_numbers(run)}"
+
+
+def _numbers(run: "Run") -> str:
+    return "give other weights" + (", or precision = 'fp32'" if run.workspace.rounds else "")
+
+
+def _loss_of(run: "Run", losses: torch.Tensor) -> str:
+    """`losses` are float [categories]."""
+    return f"the loss of {_categories(run, losses.isfinite())}, while the logits are finite"
+
+
+def _logits_of(run: "Run", logits: torch.Tensor) -> str:
+    parts = torch.split(logits.isfinite().all(0), [*run.workspace.sizes])
+    return f"the logits of {_categories(run, torch.stack([part.all() for part in parts]))}"
+
+
+def _categories(run: "Run", finite: torch.Tensor) -> str:
+    """The names of those that are not; `finite` is bool [categories]."""
+    every = run.workspace.dataset.categories
+    names = list(compress(every, (~finite).tolist()))
+    if len(names) in (0, len(every)):  # 0: it is their mean that overflows
+        return "every category"
+    return ("category " if len(names) == 1 else "categories ") + ", ".join(names)
+
+
+def _usable(features: torch.Tensor) -> torch.Tensor:
+    """Whether an image's features are finite: bool [images], in main memory."""
+    return features.flatten(1).isfinite().all(1).cpu()
