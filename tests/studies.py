@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from storage import database, ledger
 from storage.models import Attempt, Epoch, Worker
+from trainer.images import READER
 
 SPACE = {
     "lr": FloatDistribution(1e-4, 1e-2, log=True),
@@ -53,6 +54,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
         max_gpu_seconds=None,
         settings={
             "study": {"score": "mean-last-5"},
+            "images": {"reader": READER},
             "train": {"epochs": epochs, "warmup_epochs": 0, "backbone": "resnet10t"},
             "space": {
                 name: list(one.choices)

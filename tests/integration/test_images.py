@@ -88,6 +88,9 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
         assert "of the reader of images" in atelier(*words, code=2).stderr
     monkeypatch.undo()
 
-    fill(engine, ["complete"], epochs=1, name="before")  # a study from when there was one reader only
+    study_id = fill(engine, ["complete"], epochs=1, name="before")
+    settings = ledger.study_entry(engine, "before").settings
+    del settings["images"]  # as of a study from when there was one reader only
+    ledger.update_study(engine, study_id, settings=settings)
     with pytest.raises(InputError, match="with version 1 of the reader of images"):
         search.study.check_reader(ledger.study_entry(engine, "before"))

@@ -266,7 +266,7 @@ def missing_list(data):
 @pytest.mark.parametrize(
     ("damage", "where", "what"),
     [
-        (broken_image, "train.txt:4", "cannot be read"),
+        (broken_image, "train.txt:4", "is no image, or a damaged one"),
         (animation, "train.txt:4", "2 pictures in one file"),
         (huge_image, "train.txt:4", "cannot be read"),
         (missing_image, "train.txt:4", "no such image"),
