@@ -9,6 +9,7 @@ import secrets
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Accounts:
             raise AccountError(f"the password is too short; take at least {MINIMUM_PASSWORD} characters")
         if len(password) > LONGEST_PASSWORD:
             raise AccountError(f"the password is too long; take at most {LONGEST_PASSWORD} characters")
-        self._write({**self.all(), name: Account(name, role, _HASHER.hash(password))})
+        self._write({**self.all(), name: Account(name, role, _HASHER.hash(_composed(password)))})
 
     def remove(self, name: str) -> None:
         """Raises AccountError for an unknown name."""
@@ -87,7 +88,7 @@ class Accounts:
         """The account, if the password is right. An unknown name takes as long as a known one."""
         account = self.all().get(name)
         try:
-            _HASHER.verify(account.hash if account else _NOBODY, password)
+            _HASHER.verify(account.hash if account else _NOBODY, _composed(password))
         except (Argon2Error, InvalidHashError):
             return None
         return account
@@ -96,6 +97,11 @@ class Accounts:
         rows = {name: {"role": a.role, "hash": a.hash} for name, a in sorted(accounts.items())}
         with _private_file(self.path.parent, json.dumps(rows, indent=2).encode()) as new:
             os.replace(new, self.path)
+
+
+def _composed(password: str) -> str:
+    """In NFC (RFC 8265): a Mac may send letters and their accents apart."""
+    return unicodedata.normalize("NFC", password)
 
 
 def _check_name(name: str) -> None:

@@ -770,6 +770,7 @@ def predict(
         _check_output(output)
         prepare_process()
         predictor = final.Predictor(run, split, data, scores)
+        _say_each(predictor.notes)
         final.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
         final.write_submission(classes, output, predictor.source)

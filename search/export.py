@@ -17,7 +17,7 @@ from dashboards.status import Status, TrialRow
 from search.bootstrap import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
 from search.profile import Profiles, SlurmProfile
-from search.study import InputError, read_toml, reader_of, validate, weights_identity
+from search.study import InputError, read_toml, reader_note, reader_of, validate, weights_identity
 from storage.ledger import StudyEntry, curve
 from trainer.config import TrainConfig, Whole
 from trainer.files import write_atomically
@@ -223,6 +223,8 @@ def load_bundle(path: Path) -> Bundle:
 def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:
     """That the files are those of the search. `dataset` is a fingerprint. Raises InputError."""
     found = {"data": ("dataset", dataset), "weights": ("weights", weights_identity(config.weights))}
+    if bundle.origin.get("reader", 1) != READER:
+        del found["data"]  # fingerprints were made otherwise then; a note says what may differ
     for option, (name, value) in found.items():
         if bundle.origin.get(name, value) != value:
             raise InputError(
@@ -240,24 +242,23 @@ def changed(
     `stretch_warmup` changes them in proportion. Raises InputError.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    notes = _schedule(bundle.config, given, stretch_warmup)
+    warmup, notes = _schedule(bundle.config, given, stretch_warmup)
+    given["warmup_epochs"] = warmup
     if bundle.origin:
         known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
         notes.append("trains trial {} of study {!r}, {}".format(*known))
         if (reader := bundle.origin.get("reader", 1)) != READER:
-            notes.append(
-                f"note: the search had version {reader} of the reader of images, this is {READER}: the "
-                "same files may look different (CHANGELOG.md)"
-            )
+            notes.append(reader_note("search", reader))
     config = validate(TrainConfig, bundle.config.model_dump() | given, path, "train")
     if not config.validates:
         notes.append("note: it trains on the validation images too, so nothing is validated")
     return config, notes
 
 
-def _schedule(old: TrainConfig, given: dict[str, Any], stretch_warmup: bool) -> list[str]:
-    """Add the warm-up that another length has. Returns what is to be said of it. Raises InputError."""
+def _schedule(old: TrainConfig, given: Mapping[str, Any], stretch_warmup: bool) -> tuple[int, list[str]]:
+    """The warm-up's epochs, and what is to be said of the schedule. Raises InputError."""
     epochs, hint = given.get("epochs", old.epochs), ""
+    warmup = given.get("warmup_epochs", old.warmup_epochs)
     stretched = min(round(old.warmup_epochs * epochs / old.epochs), epochs - 1)
     if stretch_warmup:
         if "warmup_epochs" in given:
@@ -267,19 +268,19 @@ def _schedule(old: TrainConfig, given: dict[str, Any], stretch_warmup: bool) -> 
             )
         if "epochs" not in given:
             raise InputError("--stretch-warmup goes with --epochs, to whose length it stretches")
-        given["warmup_epochs"] = stretched
+        warmup = stretched
     elif epochs != old.epochs and "warmup_epochs" not in given:
         if old.warmup_epochs >= epochs:
+            others = f"--stretch-warmup, for one of {stretched}, or --warmup-epochs, 0 to {epochs - 1}"
             raise InputError(
                 f"--epochs {epochs}: the warm-up of {old.warmup_epochs} epochs leaves nothing of it; "
-                f"add --stretch-warmup, for one of {stretched}, or --warmup-epochs, 0 to {epochs - 1}"
+                f"add {others if epochs > 1 else '--warmup-epochs 0'}"
             )
         if stretched != old.warmup_epochs:
             hint = f"; --stretch-warmup makes it {stretched}"
-    warmup = given.get("warmup_epochs", old.warmup_epochs)
     if (epochs, warmup) == (old.epochs, old.warmup_epochs):
-        return []
-    return [
+        return warmup, []
+    return warmup, [
         f"note: the schedule has {epochs} epochs{_before(epochs, old.epochs)}, with a warm-up of "
         f"{warmup}{_before(warmup, old.warmup_epochs)}{hint}"
     ]

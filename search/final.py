@@ -19,11 +19,12 @@ from search.bootstrap import Interval, of_hits, of_mean
 from search.exit_codes import ExitCode
 from search.slurm.job import own_job
 from search.stopping import Stop, on_signals
-from search.study import InputError
+from search.study import InputError, reader_note
 from trainer.checkpoint import Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import read_dataset, read_labels
 from trainer.files import write_atomically
+from trainer.images import READER
 from trainer.loop import train
 from trainer.model_file import ModelFiles, SavedModel
 from trainer.workspace import Workspace
@@ -76,9 +77,9 @@ def _run(
             show(result)
             if not result.finite:
                 # Of an epoch from a checkpoint the cause is known no more.
-                cause = result.cause or "mend what this run said when it came to that epoch"
+                cause = result.cause or "what it was is in what an earlier start of this run said"
                 raise InputError(
-                    f"the loss is not finite in epoch {result.epoch + 1}: {cause}, with another --run"
+                    f"the loss is not finite in epoch {result.epoch + 1}: {cause}; give another --run"
                 )
             if stop.requested:
                 break
@@ -133,6 +134,8 @@ class Predictor:
         self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
         self._dataset = read_dataset(data or self._model.config.data, split.split("+"), labelled=False)
         self._model.check(self._dataset)
+        reader = self._model.description.reader
+        self.notes = [] if reader == READER else [reader_note("run", reader)]
         self._split = self._dataset.split(split)
         sizes = self._dataset.sizes
         self._truth = read_labels(truth, len(self._split), sizes) if truth else None

@@ -568,6 +568,14 @@ def reader_of(entry: ledger.StudyEntry) -> int:
     return version
 
 
+def reader_note(what: str, version: int) -> str:
+    """What to say where a search or a run is used that had another version of the reader."""
+    return (
+        f"note: the {what} had version {version} of the reader of images, this is {READER}: the same "
+        "files may look different (CHANGELOG.md)"
+    )
+
+
 def check_reader(entry: ledger.StudyEntry) -> None:
     """That its images would be read as they were. Raises InputError."""
     made_by = reader_of(entry)

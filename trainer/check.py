@@ -1,8 +1,10 @@
 """`atelier data check`: all that is wrong with a dataset, and what its user should know of it."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.dataset import ATTRIBUTES, LEARNED, Dataset, Finding, Split, examine, listed_splits
@@ -23,10 +25,16 @@ def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
     wanted = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
     dataset, findings = examine(folder, [*wanted], labelled)
     if dataset is not None:
-        findings += _of_images(dataset)
-        if labelled and not findings:  # rows and labels belong together
+        if labelled and all(name in dataset.splits for name in LEARNED) and not findings:
             findings += _absent(dataset)
+        findings += _of_images(dataset)
+    if labelled:  # a search does not look at the test split
+        findings = [replace(one, is_error=one.is_error and not _is_of_test(one)) for one in findings]
     return dataset, sorted(findings, key=lambda finding: not finding.is_error)
+
+
+def _is_of_test(finding: Finding) -> bool:
+    return "/split/test" in finding.place
 
 
 def summary(findings: list[Finding]) -> str:
@@ -35,7 +43,8 @@ def summary(findings: list[Finding]) -> str:
     for name, is_error in (("errors", True), ("warnings", False)):
         kinds = Counter(one.kind for one in findings if one.is_error is is_error)
         each = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
-        words.append(f"{kinds.total() or 'no'} {name}" + (f" ({each})" if each else ""))
+        number = "1 " + name[:-1] if kinds.total() == 1 else f"{kinds.total() or 'no'} {name}"
+        words.append(number + (f" ({each})" if each else ""))
     return ", ".join(words)
 
 
@@ -43,14 +52,14 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
     equal: dict[bytes, list[Row]] = defaultdict(list)
     for split in dataset.splits.values():
         for index, path in enumerate(split.paths):
+            file = dataset.folder / path
+            if not os.path.isfile(file):
+                continue  # the reader has found that
             try:
-                data = (dataset.folder / path).read_bytes()
-                load_image(dataset.folder / path)
-            except (OSError, ValueError) as error:
-                if isinstance(error, ImageError):  # else the reader has found it missing
-                    yield Finding(_place(dataset, (split, index)), "broken images", str(error))
-                continue
-            equal[hashlib.sha256(data).digest()].append((split, index))
+                load_image(file)
+                equal[hashlib.sha256(file.read_bytes()).digest()].append((split, index))
+            except (ImageError, OSError) as error:
+                yield Finding(_place(dataset, (split, index)), "broken images", str(error))
     for first, *others in equal.values():
         for other in others:
             yield from _repeated(dataset, first, other)

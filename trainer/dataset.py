@@ -37,10 +37,6 @@ HEAD = re.compile(r"\S*name\s+\S*type", re.IGNORECASE)  # attribute_name attribu
 MOST_DIGITS = 9  # of a label
 MOST_OF_A_TYPE = 256  # attributes: predictions are kept in bytes
 LEARNED = ("train", "val")  # the splits of a search
-ABSENT = {  # what an attribute table has of a split, and what follows where that is 0
-    "training": ("train_images", "no network can learn it"),
-    "validation": ("images", "the score leaves it out"),
-}
 MISSING = "missing files"  # a finding's kind
 
 
@@ -167,7 +163,10 @@ class Dataset:
 def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """What follows from attributes without images, in sentences; `table` is an attribute table."""
     lines = []
-    for split, (key, so) in ABSENT.items():
+    for split, key, so in (
+        ("training", "train_images", "no network can learn it"),
+        ("validation", "images", "the score leaves it out"),
+    ):
         # A study of an earlier version does not know how many training images there are.
         if names := [str(row["name"]) for row in table if row.get(key) == 0]:
             lines.append(f"no {split} image has {', '.join(names)}: {so}")
@@ -186,7 +185,7 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
     advice = f"list all with: atelier data check {folder}"
     if findings[0].kind == MISSING:
         more, advice = "", "name the dataset's folder with --data"
-        if able := listed_splits(Path(folder)):
+        if (able := listed_splits(Path(folder))) and dataset is not None:
             use = f"is only good for: atelier predict --split {' or '.join(able)}"
             advice = f"without it the folder {use}" if labelled else f"it has {', '.join(able)}"
     raise DatasetError(f"{findings[0]}{more}; {advice}")
@@ -257,7 +256,8 @@ class _Reader:
         try:
             return read_lines(path)
         except FileNotFoundError:
-            self._add(str(path), MISSING, f"no such file{_elsewhere(self._folder)}")
+            hint = _elsewhere(self._folder) if path.name == ATTRIBUTES else ""
+            self._add(str(path), MISSING, f"no such file{hint}")
         except TextError as error:
             place, _, text = str(error).partition(": ")
             self._add(place, "unreadable files", text)
@@ -306,21 +306,32 @@ class _Reader:
         """
         if os.path.isfile(self._folder / path):  # False too for what cannot be a path
             return path
-        folder, _, name = path.replace("\\", "/").rpartition("/")
-        place = self._folder / folder
+        found = ""
+        for part in path.replace("\\", "/").split("/"):
+            place = self._folder / found
+            names = self._names_in(place).get(same_letters(part).casefold(), [])
+            if os.path.exists(place / part):
+                names = [part]
+            if len(names) != 1:
+                return None
+            found = os.path.join(found, names[0])
+        return found if os.path.isfile(self._folder / found) else None
+
+    def _names_in(self, place: Path) -> dict[str, list[str]]:
         if place not in self._names:
             self._names[place] = defaultdict(list)
             for present in os.listdir(place) if os.path.isdir(place) else []:
                 self._names[place][same_letters(present).casefold()].append(present)
-        found = self._names[place][same_letters(name).casefold()]
-        return os.path.join(folder, found[0]) if len(found) == 1 else None
+        return self._names[place]
 
     def labels(self, path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray | None:
         """int64 [images, categories]; None if something is wrong with them."""
         rows = self._lines(path)
         if rows is None:
             return None
-        faults = [(len(rows), f"{len(rows)} rows for {images} images")] if len(rows) != images else []
+        faults = (
+            [(max(len(rows), 1), f"{len(rows)} rows for {images} images")] if len(rows) != images else []
+        )
         values = []
         for number, row in enumerate(rows, 1):
             words = row.replace(",", " ").split()

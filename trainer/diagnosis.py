@@ -103,7 +103,7 @@ def _remedy(run: "Run", steps: int) -> str:
     if steps and run.rate(steps - 1) > 0:
         return "training diverged: lower lr or weight_decay"
     decay = "lower weight_decay, or " if steps else ""
-    return f"lr has moved nothing yet: {decay}{_numbers(run)}"
+    return f"the learning rate was 0 until then: {decay}{_numbers(run)}"
 
 
 def _numbers(run: "Run") -> str:

@@ -1,4 +1,4 @@
-"""An image as every viewer shows it: upright, in sRGB, on white. What cannot be read says why."""
+"""An image as viewers show it: upright, in sRGB, on white. What cannot be read says why."""
 
 import io
 import warnings
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from trainer.kind import kind_of
+from trainer.kind import IMAGES, kind_of
 
 # What this module makes of a file is a part of what a network learns from. So the number stands beside
 # all that is kept of its results, or compared by them. 1 dropped orientation and colour profile.
@@ -18,7 +18,8 @@ MOST_PIXELS = 25_000_000  # of an image: decoded, a JPEG in many passes takes 10
 
 # Pillow's modes whose numbers have one meaning on a screen, by how colours of them are converted.
 GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBX", "RGBA", "YCbCr", "CMYK")
-SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+SIXTEEN_BITS = ("I;16", "I;16B")
+TIFF_BITS, TIFF_MEANING, TIFF_BLACK_IS_0 = 258, 262, 1  # TIFF 6.0, section 8
 UPRIGHT = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,8 +49,7 @@ def load_image(path: Path) -> Image.Image:
         raise
     except UnidentifiedImageError:
         kind = kind_of(path)
-        other = kind is not None and not any(name in kind.upper() for name in FORMATS)
-        found = f"is {kind}" if other else "is no image, or a damaged one"
+        found = "is no image, or a damaged one" if kind in (None, *IMAGES) else f"is {kind}"
         raise ImageError(f"{path}: {found}; allowed are {', '.join(FORMATS)}") from None
     except Exception as error:  # what a damaged image raises depends on where it is damaged
         raise ImageError(f"{path}: cannot be read ({error}); save it anew as JPEG or PNG") from None
@@ -59,10 +59,10 @@ def _check(path: Path, image: Image.Image) -> None:
     if image.width * image.height > MOST_PIXELS:
         size = f"{image.width} x {image.height}"
         raise ImageError(f"{path}: {size} pixels, allowed are {MOST_PIXELS:,} in all; make it smaller")
-    if image.mode not in (*GREY, *COLOUR, *SIXTEEN_BITS):
+    if image.mode not in (*GREY, *COLOUR, *SIXTEEN_BITS) or _is_odd_grey(image):
         raise ImageError(
-            f"{path}: pixels of mode {image.mode}, which say nothing of brightness on a screen; save it "
-            "in grey or RGB, with 8 or 16 bits"
+            f"{path}: pixels of mode {image.mode} whose brightness on a screen is open; save it in grey "
+            "or RGB, with 8 bits"
         )
     # In a JPEG others than the first are previews, or what the other eye sees.
     frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
@@ -70,8 +70,20 @@ def _check(path: Path, image: Image.Image) -> None:
         raise ImageError(f"{path}: {frames} pictures in one file; save the one that is meant")
 
 
+def _is_odd_grey(image: Image.Image) -> bool:
+    """Whether 16 bits are more than a grey: 12 of them used, white at 0, one grey unseen."""
+    if image.mode not in SIXTEEN_BITS:
+        return False
+    tags = getattr(image, "tag_v2", {TIFF_BITS: (16,), TIFF_MEANING: TIFF_BLACK_IS_0})
+    swapped = tags.get(TIFF_MEANING) != TIFF_BLACK_IS_0
+    return swapped or tags.get(TIFF_BITS) != (16,) or "transparency" in image.info
+
+
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1, upright, where there is none. Pillow turns a TIFF itself."""
+    """EXIF's orientation; 1, upright, where there is none. Pillow turns a TIFF itself.
+
+    Not by ImageOps.exif_transpose, which writes the EXIF anew: that of some cameras fails there.
+    """
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # viewers show an image whose EXIF is damaged as if it had none

@@ -9,9 +9,17 @@ LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
 PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")  # of pickles
 TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # of torch.save's older format
 UNPACK = "(unpack it first)"
+POINTER = b"version https://git-lfs.github.com/"
+PNG, JPEG, GIF, WEBP, AVIF = IMAGES = (
+    "a PNG image",
+    "a JPEG image",
+    "a GIF image",
+    "a WebP image",
+    "an AVIF image",
+)
 # Which bytes stand where in the other kinds of files that people take for the right one.
 SIGNS = (
-    (0, b"version https://git-lfs.github.com/", "a Git LFS pointer (run: git lfs pull)"),
+    (0, POINTER, "a Git LFS pointer (run: git lfs pull)"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"GGUF", "a GGUF model"),
@@ -23,11 +31,11 @@ SIGNS = (
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive {UNPACK}"),
     (0, b"Rar!", f"a RAR archive {UNPACK}"),
     (257, b"ustar", f"a tar archive {UNPACK}"),
-    (0, b"\x89PNG\r\n", "a PNG image"),
-    (0, b"\xff\xd8\xff", "a JPEG image"),
-    (0, b"GIF8", "a GIF image"),
-    (8, b"WEBP", "a WebP image"),
-    (4, b"ftypavif", "an AVIF image"),
+    (0, b"\x89PNG\r\n", PNG),
+    (0, b"\xff\xd8\xff", JPEG),
+    (0, b"GIF8", GIF),
+    (8, b"WEBP", WEBP),
+    (4, b"ftypavif", AVIF),
     *((4, b"ftyp" + brand, "a HEIC image") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
     (4, b"ftyp", "an MP4 video"),
     (0, b"%PDF", "a PDF document"),

@@ -376,8 +376,12 @@ class Run:
             **(self._validated(*validated) if validated else {}),
         )
         if not result.finite:
-            cause = first_not_finite(self, losses, trained, validated[1] if validated else None)
-            result = replace(result, cause=cause)
+            seen = validated[1] if validated else None
+            try:
+                result = replace(result, cause=first_not_finite(self, losses, trained, seen))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
         self.history.append(result)
         self.partial, self.stream_epoch = _Partial(), None
         return result

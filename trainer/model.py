@@ -88,8 +88,9 @@ class Backbone:
 
         Only their shapes go through the network: nothing is computed.
         """
-        parts = copy.deepcopy(nn.ModuleList(self.split(config.trainable))).to("meta")
-        trunk, tail = parts
+        both = nn.ModuleList(self.split(config.trainable))
+        tensors = [*both.parameters(), *both.buffers()]  # not copied: a network is 100 MB
+        trunk, tail = copy.deepcopy(both, {id(one): one.to("meta") for one in tensors})
         trunk.train(config.frozen_batchnorm == "train")
         tail.train()
         try:
@@ -163,11 +164,6 @@ def load_backbone(config: TrainConfig) -> Backbone:
     stages["pool"] = model.global_pool
     cfg = model.pretrained_cfg
     backbone = Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
-    if problem := backbone.problem(config, 2):
-        raise ModelError(
-            f"image_size = {config.image_size}: {config.backbone} takes no images of that size "
-            f"({problem}); give another, such as a multiple of 32"
-        )
     if config.weights != "none":
         _fill(backbone, model, config)
     return backbone
@@ -187,6 +183,15 @@ def _fill(backbone: Backbone, model: nn.Module, config: TrainConfig) -> None:
             raise WeightsError(f"{wrong}; get the file again, or one of a training that did not diverge")
     except WeightsError as error:
         raise ModelError(f"weights = {config.weights!r}: {error}") from error
+
+
+def check_size(config: TrainConfig, backbone: Backbone) -> None:
+    """That a network takes images of the configuration's size. Raises ModelError."""
+    if problem := backbone.problem(config, 2):
+        raise ModelError(
+            f"image_size = {config.image_size}: {config.backbone} takes no images of that size "
+            f"({problem}); give another, such as a multiple of 32"
+        )
 
 
 def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: Iterable[int]) -> None:
@@ -261,7 +266,7 @@ class StageRow:
 def stage_table(config: TrainConfig, outputs: int) -> list[StageRow]:
     """Parameters and multiply-adds of every stage, on an image of the config's size."""
     backbone = load_backbone(config.model_copy(update={"weights": "none"}))
-    backbone.split(config.trainable)  # raises for an unknown stage
+    check_size(config, backbone)
     stages = OrderedDict(backbone.stages)
     stages["head"] = make_head(backbone.features, outputs, config.dropout, torch.Generator())
     rows, trained = [], False

@@ -14,6 +14,7 @@ from torch import nn
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
+from trainer.images import READER
 from trainer.kind import SAFETENSORS, kind_of
 from trainer.loop import Run
 from trainer.model import ModelError, make_head, saved_names
@@ -37,6 +38,7 @@ class Description(BaseModel):
     categories: list[str]
     sizes: list[PositiveInt]  # attributes of each category
     format: int = FORMAT
+    reader: int = 1  # the version of the reader of images that the network learned with
 
     @model_validator(mode="after")
     def _each_attribute_has_a_category(self) -> Self:
@@ -73,6 +75,7 @@ class ModelFiles:
             attributes=list(self._dataset.attributes),
             categories=list(self._dataset.categories),
             sizes=list(self._dataset.sizes),
+            reader=READER,
         )
         names = saved_names(run.trunk, run.tail)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in names.items()}
@@ -87,7 +90,11 @@ class SavedModel:
             with safetensors.safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get(KEY)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
+            raise ModelError(
+                f"{path}: cannot be read ({said(error)}); give a run of: atelier train"
+            ) from None
+        except safetensors.SafetensorError as error:
             kind = kind_of(path)
             found = (
                 f"is {kind}" if kind not in (None, SAFETENSORS) else f"cannot be read ({said(error)})"

@@ -5,7 +5,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-from trainer.kind import kind_of
+from trainer.kind import POINTER, kind_of
 
 # The longer first: UTF-32's mark begins with UTF-16's.
 MARKS = (
@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
         raise TextError(
             f"{path}:{line}: byte 0x{data[at]:02x} is no {encoding.upper()}; save the file as UTF-8"
         ) from None
-    if text.startswith("version https://git-lfs"):
+    if data.startswith(POINTER):
         raise TextError(f"{path}: is {kind_of(path)}")
     # Files that were joined have their marks in the middle.
     return same_letters(text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n"))

@@ -50,7 +50,7 @@ def load_weights(
         file = _read_safetensors(path) if kind_of(path) == SAFETENSORS else _read_torch(path)
     except OSError as error:
         raise WeightsError(
-            f"cannot be read ({error.strerror}); mend that, or give another file"
+            f"cannot be read ({error.strerror or error}); mend that, or give another file"
         ) from None
     if file.is_ours and file.is_of_another(backbone):
         raise WeightsError(f"is a run's of {_few([file.of_what])}; give weights of {backbone}")
@@ -91,6 +91,7 @@ class _File:
     about: object  # what it says of itself: a dict, or nothing of use
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)  # classes of whole networks
+    is_a_model: bool = False  # of a run of ours
     _seen: set[int] = field(default_factory=set)  # a dict may be there twice, even in itself
 
     def gather(self, value: object, prefix: str = "", depth: int = DEEPEST) -> None:
@@ -121,8 +122,8 @@ class _File:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it has the configuration of a run inside."""
-        return isinstance(self._config, dict) and "backbone" in self._config
+        """Whether it is a run's model or checkpoint."""
+        return isinstance(self.about, dict) and (self.is_a_model or self.is_a_checkpoint)
 
     @property
     def of_what(self) -> str:
@@ -157,7 +158,7 @@ def _read_safetensors(path: Path) -> _File:
         about = json.loads(metadata.get(KEY, "{}"))
     except (RecursionError, ValueError):
         about = None
-    return _File(about, tensors)
+    return _File(about, tensors, is_a_model=KEY in metadata)
 
 
 def _read_torch(path: Path) -> _File:

@@ -16,7 +16,7 @@ from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
 from trainer.device import pick_device
-from trainer.model import check_batches
+from trainer.model import check_batches, check_size
 from trainer.runtime import Runtime, joined
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
@@ -52,6 +52,7 @@ class Workspace(Runtime):
         self.frozen = self.freeze(self.trunk)
         train = self.dataset.split(config.train_on)
         self.indices = self.dataset.training_rows(config)
+        check_size(config, self.backbone)
         check_batches(config, self.backbone, len(self.indices), batch_sizes)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)

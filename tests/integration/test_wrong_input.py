@@ -581,7 +581,7 @@ def change_of(key, value):
             "--epochs 2: the warm-up of 2 epochs leaves nothing of it; add --stretch-warmup, "
             "for one of 1, or --warmup-epochs, 0 to 1",
         ),
-        (dict, ["--epochs", "1", "--dry-run"], "--warmup-epochs, 0 to 0"),
+        (dict, ["--epochs", "1", "--dry-run"], "leaves nothing of it; add --warmup-epochs 0"),
         (dict, ["--profile", "final"], "--profile goes with --submit"),
         (dict, ["--run", "{demo}"], "is not empty, and no run"),
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.loop import Run, train, turn
-from trainer.model import ModelError, load_backbone, stage_table
+from trainer.model import ModelError, check_size, load_backbone, stage_table
 from trainer.workspace import Workspace
 
 # Settings of which an epoch ends with a batch of one image, and what is allowed besides other batches.
@@ -108,7 +108,8 @@ def test_an_image_size_that_a_backbone_does_not_take(tiny, backbone, trainable, 
     with pytest.raises(
         ModelError, match=f"^image_size = {size}: {backbone} takes no images of that size"
     ):
-        load_backbone(config)
+        check_size(config, load_backbone(config))
     with pytest.raises(ModelError, match="give another, such as a multiple of 32"):
         stage_table(config, 26)
-    load_backbone(config.model_copy(update={"image_size": 64}))
+    other = config.model_copy(update={"image_size": 64})
+    check_size(other, load_backbone(other))

@@ -214,6 +214,27 @@ def test_rows_are_compared(name, data):
     read_dataset(data)  # it can be used
 
 
+def test_a_warning_hides_no_other(data):
+    copy_an_image(data)
+    take_an_attribute_from_val(data)
+    assert "2 warnings (attributes without images: 1, equal images: 1)" in check(data, 0)[-1]
+
+
+def test_of_test_a_search_needs_nothing(data):
+    (data / images(data, "test")[0]).unlink()
+    lines = check(data, 0)
+    assert lines[0].startswith("warning: test.txt:1: no such image")
+    assert "no errors, 1 warning (missing images: 1)" in lines[-1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Pillow leaves it open
+def test_a_file_that_is_no_file_is_found(data):
+    path = data / images(data, "val")[2]
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # there, and not to be read
+    assert any(line.startswith("error: val.txt:3: ") for line in check(data, 2))
+
+
 def test_errors_stand_apart_from_warnings(data):
     repeat_a_row(data)
     (data / images(data, "val")[0]).unlink()
@@ -221,7 +242,7 @@ def test_errors_stand_apart_from_warnings(data):
     lines = check(data, 2)
     assert [line.split(":")[0] for line in lines] == ["error", "error", "warning", "error"]
     assert lines[-1].startswith(
-        f"error: {data} has 2 errors (missing images: 1, broken images: 1), 1 warnings"
+        f"error: {data} has 2 errors (missing images: 1, broken images: 1), 1 warning"
     )
 
 

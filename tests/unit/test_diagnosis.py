@@ -64,7 +64,7 @@ def cause(run, spoil=None, after=0):
         ),
         (
             {"weight_decay": 1e39},
-            "the logits of every category, in step 2 of 5; lr has moved nothing yet: lower "
+            "the logits of every category, in step 2 of 5; the learning rate was 0 until then: lower "
             "weight_decay, or give other weights",
         ),
         (
@@ -127,7 +127,9 @@ def spoil_statistics(run):
 )
 def test_what_is_trained(prepared, spoil, after, expected):
     said = cause(prepared(), spoil, after)
-    remedy = DIVERGED if after > 1 else "lr has moved nothing yet"  # the warm-up's first rate is 0
+    remedy = (
+        DIVERGED if after > 1 else "the learning rate was 0 until then"
+    )  # the warm-up's first rate is 0
     assert said.startswith(f"first {expected}; {remedy}")
 
 

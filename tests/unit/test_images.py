@@ -106,6 +106,30 @@ def test_colours_are_those_of_the_profile(name, tmp_path):
         assert apart(pixels(path), garment()) <= (1 if name in LOSSLESS else 4)
 
 
+def linear_grey():
+    """A profile in which grey is linear in light: ICC.1:2010, 7.2, 8.5 and 10.5."""
+    xyz = b"XYZ \0\0\0\0" + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    tags = {b"wtpt": xyz, b"kTRC": b"curv" + bytes(8)}  # a curve of no points is a straight line
+    table, data, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, start + len(data), len(content))
+        data += content
+    header = struct.pack(
+        ">I4sI4s4s4s12x4s", start + len(data), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp"
+    )
+    light = struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    return header.ljust(68, b"\0") + light.ljust(60, b"\0") + struct.pack(">I", len(tags)) + table + data
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_greys_are_those_of_the_profile(bits, tmp_path):
+    image = Image.fromarray(GREY if bits == 8 else GREY.astype(np.uint16) * 257)
+    found = pixels(put(tmp_path, image, "PNG", icc_profile=linear_grey())).astype(int)
+    light = GREYS / 255
+    seen = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(found - 255 * seen).mean() <= 1  # in the dark, 8 bits of light are few
+
+
 GREY = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[np.newaxis], 4, 0)
 GREYS = np.stack([GREY] * 3, 2)
 SEEN = {  # (image, format, options): what a viewer shows on white, and by how much it may differ
@@ -184,7 +208,25 @@ def saved(image, kind, **options):
 
 
 PLAIN = Image.new("RGB", (16, 16))
+
+
+def odd_tiff(bits=16, black_is_0=1):
+    """16 x 16 greys of 16 bits, or of 12 in so many bytes (TIFF 6.0, section 4)."""
+    data = bytes(16 * 16 * bits // 8)
+    entries = [(256, 3, 16), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, black_is_0)]
+    entries += [(273, 4, 8 + 2 + 8 * 12 + 4), (278, 3, 16), (279, 4, len(data))]
+    table = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<H2x" if kind == 3 else "<I", value)
+        for tag, kind, value in entries
+    )
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + data
+
+
+SIXTEEN = Image.fromarray(np.zeros((4, 4), np.uint16))
 REFUSED = {
+    "12 bits": (odd_tiff(bits=12), "mode I;16"),
+    "16 bits with white at 0": (odd_tiff(black_is_0=0), "mode I;16"),
+    "16 bits, of which one is transparent": (saved(SIXTEEN, "PNG", transparency=7), "mode I;16"),
     "floats": (saved(Image.new("F", (4, 4)), "TIFF"), "mode F"),
     "32 bits": (saved(Image.new("I", (4, 4)), "TIFF"), "mode I"),
     "LAB": (saved(Image.new("LAB", (4, 4)), "TIFF"), "mode LAB"),
