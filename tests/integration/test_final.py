@@ -161,7 +161,7 @@ def test_a_loss_that_diverges_ends_the_run(config, atelier):
     error = atelier("train", "c.toml", code=2).stderr
     assert error.strip().splitlines()[-1] == (
         "error: the loss is not finite in epoch 1: first the logits of every category, in step 3 of 10; "
-        "training diverged: lower lr or weight_decay, with another --run"
+        "training diverged: lower lr or weight_decay; give another --run"
     )
     again = atelier("train", "c.toml", code=2).stderr
     assert "what it was is in what an earlier start of this run said; give another --run" in again
