@@ -19,6 +19,7 @@ from typing import Any
 
 from search.exit_codes import ExitCode
 
+OWN_FOLDER = str(Path(__file__).resolve().parents[1])
 LONGEST_SOCKET_FOLDER = 75  # bytes; with what the fork server adds, it must be within the kernel's 107
 # Ctrl-C, and what ends a whole job: for this process, which passes it on. The server only forks.
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM}
@@ -29,9 +30,12 @@ context.set_forkserver_preload(["search.preload"])
 
 def start_server() -> None:
     """Begin with the imports, beside whatever this process does next. Nothing to do if it runs."""
-    folder, safe = tempfile.gettempdir(), os.environ.get("PYTHONSAFEPATH", "")
-    # A folder named search, where the user stands, is not this package.
-    os.environ["PYTHONSAFEPATH"] = "1"
+    folder = tempfile.gettempdir()
+    # A folder named search, where the user stands or PYTHONPATH leads to, is not this package.
+    paths = [OWN_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
+    for_the_server = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    before = {name: os.environ.get(name, "") for name in for_the_server}  # empty is as good as unset
+    os.environ.update(for_the_server)
     if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"
     resource_tracker.ensure_running()  # else the server's start does it, which unblocks the signals
@@ -40,7 +44,8 @@ def start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-        tempfile.tempdir, os.environ["PYTHONSAFEPATH"] = folder, safe  # empty is as good as unset
+        tempfile.tempdir = folder
+        os.environ.update(before)
 
 
 def start(

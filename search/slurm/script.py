@@ -137,8 +137,8 @@ def _script(
     environment: dict[str, str],
     log: str,
 ) -> str:
-    # -P: a folder named search, where the user stands, is not this package.
-    command = [sys.executable, "-P", "-m", "search", *arguments]
+    # -P: a file of such a name, where the user stands, is not this one.
+    command = [sys.executable, "-P", "-m", "atelier_command", *arguments]
     path = log_pattern(log_folder(), log)
     return render_script(profile, array, command, Path.cwd(), environment, path)
 

@@ -1,4 +1,4 @@
-"""`python -P -m search ...`, with an optimizer step that first sleeps for $STEP_SECONDS.
+"""`python -P -m atelier_command ...`, with an optimizer step that first sleeps for $STEP_SECONDS.
 
 An epoch is then as long as a drill needs it, and the CPU is free for other drills. All else is the real
 thing: curves, checkpoints, signals, leases, and the process that SLURM has started. Once there is a file
@@ -30,6 +30,6 @@ Run.train_step = slow_step
 if seconds := os.environ.get("WALL_SECONDS"):
     job = os.environ["SLURM_JOB_ID"]
     subprocess.run(["scontrol", "update", f"jobid={job}", f"EndTime=now+{seconds}"], check=True)
-assert sys.argv[1:4] == ["-P", "-m", "search"], sys.argv
+assert sys.argv[1:4] == ["-P", "-m", "atelier_command"], sys.argv
 del sys.argv[1:4]
-runpy.run_module("search", run_name="__main__", alter_sys=True)
+runpy.run_module("atelier_command", run_name="__main__", alter_sys=True)

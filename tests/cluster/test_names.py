@@ -68,8 +68,10 @@ def test_sbatch_accepts_the_script_and_runs_no_name(place, name, where, tmp_path
     # Run it for real, with a worker that only says what it was given.
     lines = script.splitlines()
     shown = [sys.executable, "-c", "import os, sys; print([os.getcwd(), *sys.argv[1:]])"]
-    assert lines[-1].startswith(f"exec {sys.executable} -P -m search worker ")
-    lines[-1] = lines[-1].replace(f"{sys.executable} -P -m search", f"{shown[0]} -c '{shown[2]}'", 1)
+    assert lines[-1].startswith(f"exec {sys.executable} -P -m atelier_command worker ")
+    lines[-1] = lines[-1].replace(
+        f"{sys.executable} -P -m atelier_command", f"{shown[0]} -c '{shown[2]}'", 1
+    )
     run = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == repr([str(study.folder), "worker", str(study.folder / "study.toml")])
     assert not list(tmp_path.rglob("injected"))
