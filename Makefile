@@ -6,6 +6,8 @@ SECONDS ?= 90
 ROUNDS ?= 1
 RUNS ?= 100000
 BIN := .venv/bin
+MEGABYTES := 7500
+missing = { echo "make: $(strip $(1))" >&2; exit 2; }
 SLOWEST := --durations=10 --durations-min=1
 
 .PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos fuzz check format
@@ -24,8 +26,17 @@ help:
 
 venv: .venv/installed
 
+# What is missing is said before anything is downloaded.
 .venv/installed: pyproject.toml requirements.txt
-	@echo "Installing into .venv (PyTorch is large: some minutes) ..."
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || $(call missing, \
+		$(PYTHON) is no Python 3.11 or newer; install one or name another: make venv PYTHON=python3.12)
+	@$(PYTHON) -c "import ensurepip, venv" 2> /dev/null || $(call missing, \
+		$(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv)
+	@$(PYTHON) -c "import ssl, sys; sys.exit(not any(ssl.get_default_verify_paths()[:2]))" || $(call missing, \
+		there are no certificates to download with; on Debian and Ubuntu: apt install ca-certificates)
+	@[ "$$(df -Pm . | awk 'END { print $$4 }')" -ge $(MEGABYTES) ] || $(call missing, \
+		less than $(MEGABYTES) MB are free here and PyTorch with CUDA needs them; clone to another disk)
+	@echo "Installing into .venv (3.3 GB to download, 6.7 GB on the disk, most of it PyTorch: some minutes) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --progress-bar off --require-hashes --requirement requirements.txt
 	$(BIN)/pip install --progress-bar off --no-deps --no-build-isolation --editable .

@@ -1,6 +1,7 @@
 """What the tests share: the real data where they are, a tiny drawn dataset, a real PostgreSQL."""
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,13 @@ def real_weights() -> Path:
     if not path.is_file():
         pytest.skip(f"needs the weights file {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """What torch.compile needs on a CPU."""
+    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])):
+        pytest.skip("needs a C++ compiler; on Debian and Ubuntu: apt install g++")
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,7 @@ def test_every_image_is_that_of_torchvision_byte_for_byte(pictures):
     assert torch.equal(ours, expected(pictures, parameters))
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_it_gives_the_same_bytes(pictures, caplog):
     with caplog.at_level(logging.WARNING, "trainer.augment"):
         compiled = Augmentation(compiled=True)

@@ -481,6 +481,7 @@ def test_the_trunk_that_runs_has_no_batchnorm_left_and_says_the_same(tiny, backb
         assert (folded(images) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_network_learns_the_same_but_for_rounding(tiny, unbroken_curves, tmp_path):
     # One batch an epoch: each shape is compiled for itself, which takes seconds.
     uncompiled = tiny.model_copy(update={"epochs": 2, "train_images": 64})
