@@ -346,7 +346,7 @@ class _Reader:
 
 def _fault_of_labels(words: list[str], sizes: tuple[int, ...]) -> str | None:
     if len(words) != len(sizes) or not all(map(_is_number, words)):
-        return f"expected {len(sizes)} indices, found {' '.join(words)!r}"
+        return f"expected {len(sizes)} indices, whole numbers from 0, found {' '.join(words)!r}"
     for column, (word, size) in enumerate(zip(words, sizes, strict=True), 1):
         if int(word) >= size:
             return f"label {int(word)} in column {column}, allowed is 0 to {size - 1}"

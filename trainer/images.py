@@ -49,10 +49,16 @@ def load_image(path: Path) -> Image.Image:
         raise
     except UnidentifiedImageError:
         kind = kind_of(path)
-        found = "is no image, or a damaged one" if kind in (None, *IMAGES) else f"is {kind}"
-        raise ImageError(f"{path}: {found}; allowed are {', '.join(FORMATS)}") from None
+        found = "is of no known kind, or damaged" if kind in (None, *IMAGES) else f"is {kind}"
+        raise ImageError(
+            f"{path}: {found}; allowed are {', '.join(FORMATS)}: save it anew, or get it again"
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{path}: too large; allowed are {MOST_PIXELS:,} pixels; make it smaller"
+        ) from None
     except Exception as error:  # what a damaged image raises depends on where it is damaged
-        raise ImageError(f"{path}: cannot be read ({error}); save it anew as JPEG or PNG") from None
+        raise ImageError(f"{path}: cannot be read ({error}); save it anew, or get it again") from None
 
 
 def _check(path: Path, image: Image.Image) -> None:

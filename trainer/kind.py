@@ -104,7 +104,7 @@ def not_weights(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; give the file of weights in it"
     if not path.is_file():
-        return "no such file; give its path with --weights"
+        return "no such file; give a file's path with --weights, or timm, or none"
     kind = kind_of(path)
     if kind in (SAFETENSORS, TORCH):
         return None

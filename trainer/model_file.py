@@ -58,7 +58,9 @@ class ModelFiles:
         self._folder, self._dataset = folder, dataset
 
     def keep(self, run: Run, result: EpochResult) -> None:
-        """Write what this epoch changes."""
+        """Write what this epoch changes; nothing of a network that has diverged."""
+        if not result.finite:
+            return
         earlier = [one.val_accuracy for one in run.history if one.epoch < result.epoch]
         is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
         names = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}

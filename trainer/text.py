@@ -44,6 +44,8 @@ def read_text(path: Path) -> str:
         raise TextError(
             f"{path}:{line}: byte 0x{data[at]:02x} is no {encoding.upper()}; save the file as UTF-8"
         ) from None
+    if "\0" in text:
+        raise TextError(f"{path}: has NUL bytes, as UTF-16 without a mark has; save the file as UTF-8")
     if data.startswith(POINTER):
         raise TextError(f"{path}: is {kind_of(path)}")
     # Files that were joined have their marks in the middle.

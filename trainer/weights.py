@@ -275,7 +275,9 @@ def _miss(file: _File, candidates: list[_Candidate]) -> str:
     if not file.tensors:
         return "holds no tensors"
     if not candidates:
-        return f"has none of the backbone's tensors, but {_few(list(file.tensors))}"
+        return (
+            f"has none of the backbone's tensors, but {_few(list(file.tensors)) or 'one without a name'}"
+        )
     nearest = min(candidates, key=lambda one: len(one.missing) + len(one.unfit))
     if nearest.missing:
         lacking, needed = len(nearest.missing), len(nearest.needed)

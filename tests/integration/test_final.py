@@ -155,8 +155,11 @@ def test_the_last_run_learns_from_the_validation_images_too(config, atelier, tmp
     assert len(checked(tmp_path / "prediction.zip", demo, "test")) == 10
 
 
-def test_a_loss_that_diverges_ends_the_run(config, atelier):
+def test_a_loss_that_diverges_ends_the_run(config, atelier, tmp_path):
     text = config.read_text().replace("image_size = 96", "image_size = 32")
+    config.write_text(text.replace("epochs = 3", "epochs = 1").replace("lr = 0.001", "lr = 1e30"))
+    atelier("train", "c.toml", "--run", "short", "--warmup-epochs", "0", code=2)
+    assert not list((tmp_path / "short").glob("*.safetensors"))  # nothing to predict with
     config.write_text(text.replace("lr = 0.001", "lr = 1e30"))
     error = atelier("train", "c.toml", code=2).stderr
     assert error.strip().splitlines()[-1] == (

@@ -266,9 +266,9 @@ def missing_list(data):
 @pytest.mark.parametrize(
     ("damage", "where", "what"),
     [
-        (broken_image, "train.txt:4", "is no image, or a damaged one"),
+        (broken_image, "train.txt:4", "is of no known kind, or damaged"),
         (animation, "train.txt:4", "2 pictures in one file"),
-        (huge_image, "train.txt:4", "cannot be read"),
+        (huge_image, "train.txt:4", "too large; allowed are 25,000,000 pixels"),
         (missing_image, "train.txt:4", "no such image"),
         (label_out_of_range, "train_attr.txt:1", "label 7 in column 1, allowed is 0 to 6"),
         (word_as_label, "val_attr.txt:1", "expected 6 indices"),

@@ -59,6 +59,7 @@ def test_a_line_ends_where_an_editor_ends_it(tmp_path):
             b"version https://git-lfs.github.com/spec/v1\noid x\n",
             "is a Git LFS pointer (run: git lfs pull)",
         ),
+        ("0 1\n".encode("utf-16-le"), "file.txt: has NUL bytes, as UTF-16 without a mark has"),
         (b"\x1f\x8b\x08\xff", "file.txt: is a gzip file (unpack it first); give a text file"),
         (b"\x89PNG\r\n\x1a\n\xff", "file.txt: is a PNG image; give a text file"),
         (b"\xff\xfea\x00\n", "file.txt:1: byte 0x0a is no UTF-16-LE"),
