@@ -27,6 +27,7 @@ from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
+from trainer.images import READER
 
 TRAIN_KEY, STUDY_KEY = "[train]\n", "[study]\n"
 
@@ -608,7 +609,7 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
         "format": 1,
         "train": tiny.model_dump(exclude_none=True),
         "slurm": {"final": {}},
-        "origin": {},
+        "origin": {"reader": READER},
     }
     Path("c.toml").write_text(tomli_w.dumps(change(tables)))
     words = [word.format(no_val=no_val, demo=demo) for word in words]
