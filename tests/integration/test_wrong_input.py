@@ -565,7 +565,11 @@ def change_of(key, value):
         (change_of("format", 99), [], "has format 99, this version reads 1"),
         (change_of("train.from_the_future", 1), [], "unknown key 'from_the_future'"),
         (change_of("slurm.final.cpu", 1), [], "did you mean cpus"),
-        (change_of("origin.dataset", "0" * 64), [], "is not the dataset of the search"),
+        (
+            change_of("origin", {"dataset": "0" * 64, "reader": READER}),
+            [],
+            "is not the dataset of the search",
+        ),
         (change_of("origin.weights", "SHA-256 0"), [], "is not the weights of the search"),
         (dict, ["--train-on", "val"], "train_on"),
         (dict, ["--train-on", "train+val", "--data", "{no_val}"], "val.txt: no such file"),
@@ -609,7 +613,7 @@ def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, wor
         "format": 1,
         "train": tiny.model_dump(exclude_none=True),
         "slurm": {"final": {}},
-        "origin": {"reader": READER},
+        "origin": {},
     }
     Path("c.toml").write_text(tomli_w.dumps(change(tables)))
     words = [word.format(no_val=no_val, demo=demo) for word in words]
