@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from search.exit_codes import ExitCode
-from storage.ownership import private
+from storage.ownership import ForeignHomeError, private, require_own
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -101,6 +101,11 @@ def one_line(error: Exception) -> str | None:
         from storage.database import home
 
         own = Path(str(error.filename)).absolute().is_relative_to(home())
+        if own and isinstance(error, PermissionError):
+            try:
+                require_own(home())
+            except ForeignHomeError as foreign:
+                return printable(str(foreign))
         other = "set ATELIER_HOME to another folder" if own else "choose another path"
         return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
     # By the module, not by the class, which would have to be imported, and torch with it.

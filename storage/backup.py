@@ -42,7 +42,7 @@ from optuna.trial import TrialState
 from storage import database
 from storage.ledger import RESTORED
 from storage.models import Attempt, Base, Study, Worker
-from storage.ownership import as_owner, require_own
+from storage.ownership import as_owner, private, require_own
 from storage.runs import RunFolder, artifacts, files_in, make_private
 
 log = logging.getLogger(__name__)
@@ -96,8 +96,13 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         # Opened by whoever asks for it; what is needed in the home meanwhile is its owner's.
-        with new.open("xb") as file, as_owner(database.home()), _alone(), _held() as hold:
-            os.fchmod(file.fileno(), 0o600)
+        with (
+            private(),
+            new.open("xb") as file,
+            as_owner(database.home()),
+            _alone(),
+            _held() as hold,
+        ):
             with tarfile.open(fileobj=file, mode="w") as tar:
                 writer = _Writer(tar)
                 columns, known = _dump(engine, writer)

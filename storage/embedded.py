@@ -208,7 +208,7 @@ class EmbeddedPostgres:
 
     def _owned(self) -> Path:
         """What belongs to the user that the server is run as, or for: the data, or the home."""
-        with suppress(FileNotFoundError, KeyError):
+        with suppress(FileNotFoundError, PermissionError, KeyError):
             if self.data.stat().st_uid != pwd.getpwnam(SYSTEM_USER).pw_uid:
                 return self.data
         return self.home
@@ -429,6 +429,7 @@ class EmbeddedPostgres:
         self._own(rules)
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
+            "unix_socket_permissions": "0700",  # some systems look at the folder only
             "max_connections": "300",
         }
         options = " ".join(f"-c {name}={shlex.quote(value)}" for name, value in settings.items())

@@ -7,13 +7,13 @@ from pathlib import Path
 import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
-from tests.conftest import as_superuser, free_port
-from tests.studies import fill
 from typer.testing import CliRunner
 
 from search.cli import app
 from storage import database, libpq
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from tests.conftest import as_superuser, free_port
+from tests.studies import fill
 
 runner = CliRunner()
 NOWHERE = "/nowhere/at/all"
@@ -45,10 +45,12 @@ def other_server(tmp_path_factory, give_data):
 
 
 def what_is_on(port):
-    with psycopg2.connect(host="127.0.0.1", port=port, user="postgres", dbname="postgres") as connection:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT rolname FROM pg_roles UNION ALL SELECT datname FROM pg_database")
-            return sorted(name for [name] in cursor.fetchall())
+    connection = psycopg2.connect(host="127.0.0.1", port=port, user="postgres", dbname="postgres")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT rolname FROM pg_roles UNION ALL SELECT datname FROM pg_database")
+        found = sorted(name for [name] in cursor.fetchall())
+    connection.close()
+    return found
 
 
 def read_by_libpq():
@@ -237,7 +239,9 @@ def test_looking_where_nothing_is_makes_nothing(folder, tmp_path, monkeypatch):
         assert everything_in(tmp_path) == before, words
 
 
-def test_looking_into_an_empty_database_makes_nothing(folder, tmp_path, monkeypatch, database_url, server):
+def test_looking_into_an_empty_database_makes_nothing(
+    folder, tmp_path, monkeypatch, database_url, server
+):
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "new" / "home"))
     before = everything_in(tmp_path), on_server(server, database_url)
     for words in LOOKING:
@@ -291,7 +295,10 @@ def test_a_folder_for_data_that_is_empty_is_no_database(home, folder):
         ("atelier@127.0.0.1:99999/a", "invalid port number"),
         ("atelier@127.0.0.1/a?sslmode=maybe", "invalid sslmode value"),
         ("atelier@/a?service=none&sslmode=disable", "none"),
-        ("atelier@127.0.0.1:{port}/a?sslmode=verify-full&sslrootcert=/nowhere", "server does not support SSL"),
+        (
+            "atelier@127.0.0.1:{port}/a?sslmode=verify-full&sslrootcert=/nowhere",
+            "server does not support SSL",
+        ),
         ("atelier@127.0.0.1:{port}/nothing", 'database "nothing" does not exist'),
         ("nobody@127.0.0.1:{port}/postgres", 'role "nobody" does not exist'),
         ("atelier@127.0.0.1:{port}/a?sslmode=require", "server does not support SSL"),
