@@ -166,7 +166,9 @@ def db_status() -> None:
         from storage.ledger import study_names
         from storage.prune import forgotten
 
-        if database.configured_url() is None and not _embedded().is_running():
+        if database.configured_url() is None and not (
+            _embedded().exists() and _embedded().is_running()  # the first says what may not be seen
+        ):
             typer.echo(f"embedded, in {database.home()}: not running")
             return
         engine = database.look()
