@@ -20,6 +20,7 @@ from argon2 import PasswordHasher, extract_parameters
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from storage.database import home
+from storage.ownership import as_owner
 
 ROLES = ("viewer", "editor")
 MINIMUM_PASSWORD, LONGEST_PASSWORD = 10, 1000  # characters
@@ -117,15 +118,16 @@ def _check_role(role: str) -> None:
 @contextmanager
 def _private_file(folder: Path, data: bytes) -> Iterator[str]:
     """A whole file of mode 600 that is gone afterwards, unless it was moved to its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number, path = tempfile.mkstemp(dir=folder, prefix="dashboard.")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-        yield path
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+    with as_owner(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        number, path = tempfile.mkstemp(dir=folder, prefix="dashboard.")
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(data)
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 _NOBODY = _HASHER.hash(secrets.token_urlsafe())
@@ -134,6 +136,8 @@ _NOBODY = _HASHER.hash(secrets.token_urlsafe())
 def session_key(folder: Path | None = None) -> bytes:
     """The key that signs sessions; made once per home, readable by its owner alone."""
     path = (folder or home()) / "dashboard.key"
+    with suppress(FileNotFoundError):
+        return path.read_bytes()
     with _private_file(path.parent, secrets.token_bytes(32)) as new, suppress(FileExistsError):
         os.link(new, path)  # unlike a rename, it fails if somebody was first
     return path.read_bytes()

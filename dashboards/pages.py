@@ -216,7 +216,7 @@ def trial(study_id: int, trial: int) -> str:
         status=status,
         row=row,
         curve=curve,
-        settings={**entry.settings.get("train", {}), **entry.settings.get("places", {})},
+        settings={**entry.settings.get("train", {}), **entry.places},
         drawn=figures.curves([curve], curves.category_names(entry.attributes, [curve])),
         bars=figures.attributes(curve.hits or [], entry.attributes) if able else None,
         attempts=attempts,

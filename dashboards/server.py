@@ -102,8 +102,8 @@ def serve(address: Address) -> None:
                 f"cannot listen at {address.host}:{address.port} ({error.strerror}); "
                 "choose another --port or --host"
             ) from None
-    engine = database.connect()
-    database.prepare(engine, to_write=False)  # its errors belong to the terminal
+    engine = database.look()
+    database.require_schema(engine)  # its errors belong to the terminal
     engine.dispose()
     _Server(address, accounts).run()
 
@@ -120,8 +120,8 @@ def _say_where(address: Address, token: str | None) -> None:
 
 def open_doors() -> dict[str, Door]:
     """Both roles' ways to the database. Raises DatabaseError."""
-    engine = database.connect(sessions=database.PAGES)
-    database.prepare(engine, to_write=False)
+    engine = database.look(database.PAGES)
+    database.require_schema(engine)
     looking = database.read_only(engine)
     if not looking.has_role:
         with engine.connect() as connection:
@@ -130,7 +130,7 @@ def open_doors() -> dict[str, Door]:
             f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGES)),
+        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGES, make_tables=False)),
         "viewer": Door.to(looking.engine, looking.storage),
     }
 

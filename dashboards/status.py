@@ -24,7 +24,7 @@ from rich.text import Text
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
-from storage.database import retrying
+from storage.database import home, retrying
 from storage.ledger import (
     AUDIT,
     HELD,
@@ -37,6 +37,7 @@ from storage.ledger import (
     standings,
 )
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
+from storage.runs import from_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -365,7 +366,7 @@ def _workers(session: Session, study_id: int) -> list[WorkerRow]:
             pid=worker.pid,
             job=_job(worker),
             gpu=worker.gpu,
-            log=worker.log,
+            log=_log(worker),
             trial=number,
             renewed=float(renewed),
             running_for=float(running_for),
@@ -378,6 +379,10 @@ def _job(worker: Worker) -> str | None:
     if worker.slurm_array_job is None:
         return worker.slurm_job
     return f"{worker.slurm_array_job}_{worker.slurm_array_task}"
+
+
+def _log(worker: Worker) -> str | None:
+    return None if worker.log is None else str(from_record(worker.log))
 
 
 def _age(moment: Any) -> sa.ColumnElement[Any]:
@@ -656,7 +661,7 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
                 attempt=attempt.number,
                 worker=f"{worker.host}:{worker.pid}",
                 job=_job(worker),
-                log=worker.log,
+                log=_log(worker),
                 outcome=attempt.outcome,
                 reason=attempt.reason,
             )
@@ -691,6 +696,8 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
     if lines and log.is_file():
         parts += [Text(f"\n{log}:", style="bold")]
         parts += [Text("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))]
+    elif lines and log.name:
+        parts += [Text(f"\n{log} is not here (ATELIER_HOME is {home()})", style="bold")]
     return Group(*parts)
 
 

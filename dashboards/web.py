@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import optuna
@@ -40,6 +40,8 @@ from werkzeug.routing import RequestRedirect
 from dashboards import pages
 from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
 from storage import database, faults, ledger
+from storage.database import home
+from storage.ownership import as_owner
 from storage.runs import artifacts, make_private
 
 SESSION = timedelta(hours=12)
@@ -63,16 +65,21 @@ class Door:
 
     @classmethod
     def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "Door":
-        make_private(artifacts())
         app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
         app.catchall = False  # its errors are ours to answer
         return cls(engine, app)
 
 
 class _Artifacts(FileSystemArtifactStore):
-    """Files that may have gone already: else a study with a missing picture could not be deleted."""
+    """Files of the home, in a folder that the first one makes."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        with as_owner(home()):
+            make_private(artifacts())
+            super().write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
+        """Also what has gone already: else a study with a missing picture could not be deleted."""
         with suppress(ArtifactNotFound):
             super().remove(artifact_id)
 

@@ -14,6 +14,7 @@ import typer
 from search.console import StudyName, Verbs, errors_in_one_line, find_study, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
+from storage.ownership import for_people
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -472,7 +473,8 @@ def trials(
             text = frame.to_csv(index=False)
             first_columns = ",".join(frame.columns[:3])
             check_overwritable(csv, first_columns, "a table of trials")
-            csv.write_text(text)
+            with for_people():
+                csv.write_text(text)
 
 
 @app.command()
@@ -492,7 +494,8 @@ def plot(
         from dashboards.files import plot_study
 
         engine, entry = find_study(study)
-        plot_study(engine, entry, kind, output, trials, top, by, smooth)
+        with for_people():
+            plot_study(engine, entry, kind, output, trials, top, by, smooth)
         say(f"drawn: {output}")
 
 
@@ -508,7 +511,9 @@ def report(
         from search.report import write_report
 
         engine, entry = _search_study(study)
-        say(f"the report is {write_report(engine, entry, output)}, and report.md beside it")
+        with for_people():
+            page = write_report(engine, entry, output)
+        say(f"the report is {page}, and report.md beside it")
 
 
 @app.command()
@@ -563,7 +568,8 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
     row = choice.row
     accuracy = known_accuracy(entry, row, confirmation)
-    export_trial(engine, entry, choice, accuracy, output)
+    with for_people():
+        export_trial(engine, entry, choice, accuracy, output)
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
@@ -773,7 +779,8 @@ def predict(
         _say_each(predictor.notes)
         final.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
-        final.write_submission(classes, output, predictor.source)
+        with for_people():
+            final.write_submission(classes, output, predictor.source)
         say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:
             say(f"note: the run learned from, or was chosen by, the images of {split}")

@@ -11,11 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from search.exit_codes import ExitCode
+from storage.ownership import ForeignHomeError, private, require_own
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from storage.database import Sessions
     from storage.ledger import StudyEntry
 
 DATABASE_MODULES = {"sqlalchemy", "optuna", "psycopg2"}  # whose errors storage.faults judges
@@ -32,7 +32,7 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Read the verb's options and arguments, and run it."""
-        with _usage_in_one_line(ctx):
+        with _usage_in_one_line(ctx), private():
             return super().invoke(ctx)
 
 
@@ -101,6 +101,11 @@ def one_line(error: Exception) -> str | None:
         from storage.database import home
 
         own = Path(str(error.filename)).absolute().is_relative_to(home())
+        if own and isinstance(error, PermissionError):
+            try:
+                require_own(home())
+            except ForeignHomeError as foreign:
+                return printable(str(foreign))
         other = "set ATELIER_HOME to another folder" if own else "choose another path"
         return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
     # By the module, not by the class, which would have to be imported, and torch with it.
@@ -130,19 +135,6 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def existing_database(sessions: "Sessions | None" = None) -> "sa.Engine":
-    """Connect to a database that has been used before: looking must not make one."""
-    from search.study import InputError
-    from storage import database
-
-    if not database.exists():
-        raise InputError(
-            f"no database in {database.home()}; atelier search STUDY.toml makes one, "
-            "or name another with ATELIER_HOME or ATELIER_DATABASE_URL"
-        )
-    return database.connect(sessions=sessions or database.WORK)
-
-
 def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     """Find a study that exists, by its name or its file."""
     from search.study import InputError, load_study_file
@@ -153,7 +145,7 @@ def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
-    engine = existing_database()
+    engine = database.look()
     if database.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
     database.require_schema(engine)

@@ -116,7 +116,7 @@ def export_trial(
             f"trial {row.number} has no {', '.join(sorted(missing))} yet; choose another with --trial"
         )
     params = {key: value for key, value in row.params.items() if key in TrainConfig.model_fields}
-    config = TrainConfig(**entry.settings["train"] | entry.settings["places"] | params)
+    config = TrainConfig(**entry.settings["train"] | entry.places | params)
     origin = {
         "study": entry.name,
         "trial": row.number,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from search.exit_codes import ExitCode
+from storage.ownership import PRIVATE
 
 OWN_FOLDER = str(Path(__file__).resolve().parents[1])
 LONGEST_SOCKET_FOLDER = 75  # bytes; with what the fork server adds, it must be within the kernel's 107
@@ -70,7 +71,7 @@ def _run(
     output: str,
 ) -> None:
     _leave_group()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
@@ -85,6 +86,7 @@ def _take_environment(environment: dict[str, str]) -> None:
 
 def _leave_group() -> None:
     """Signals to the terminal's or the job's processes do not come here; those to this one do."""
+    os.umask(PRIVATE)  # the server's is as old as that; what these processes write is in the home
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_SERVER)
 

@@ -94,6 +94,7 @@ class LocalSearch:
         self.status, self._console = status, console
         self._interrupts = 0
         self._slots: list[_Slot] = []
+        self._logs: dict[int, Path] = {}  # by the number of a place, whose workers follow one another
         self._failures: list[_Slot] = []
         self._restarts, self._epochs = 0, 0
         self._look_again = 0.0  # for what others may leave
@@ -127,9 +128,9 @@ class LocalSearch:
             raise WorkersFailedError(f"{_why(slot)}; the whole log is {slot.log}")
 
     def _start(self, number: int) -> _Slot:
-        log = self._runs.logs / f"worker-{number}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.open("ab").close()  # what fails is told here, and not in the worker
+        if number not in self._logs:  # what fails is told here, and not in the worker
+            self._logs[number] = self._runs.new_log()
+        log = self._logs[number]
         environment = {
             **os.environ,
             "ATELIER_CPUS": str(max(cpu_count() // self._n_workers, 1)),

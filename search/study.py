@@ -31,6 +31,7 @@ from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, in_our_words, near
 from storage import ledger
 from storage.database import retrying
+from storage.runs import to_record
 from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.dataset import Dataset, absent_attributes
 from trainer.images import READER
@@ -273,7 +274,7 @@ class StudyFile(Table):
         return cls(
             study=StudySettings(name=entry.name, max_trials=entry.max_trials, **study),
             space=settings["space"],
-            train=settings["train"] | settings["places"],
+            train=settings["train"] | entry.places,
             # As the version that recorded it understood it: SLURM has the last word.
             slurm={
                 name: SlurmProfile.model_construct(**profile)
@@ -327,8 +328,8 @@ class StudyFile(Table):
         """Where the files are, for whoever starts from another folder."""
         data, weights = self.shared.data, self.shared.weights
         return {
-            "data": str(Path(data).absolute()),
-            "weights": weights if weights in NO_FILE else str(Path(weights).absolute()),
+            "data": to_record(Path(data).absolute()),
+            "weights": weights if weights in NO_FILE else to_record(Path(weights).absolute()),
         }
 
 

@@ -9,11 +9,11 @@ import typer
 from search.console import (
     Verbs,
     errors_in_one_line,
-    existing_database,
     find_study,
     printable,
     say,
 )
+from storage.ownership import for_people
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedPostgres
@@ -57,7 +57,8 @@ def data_demo(
     with errors_in_one_line():
         from trainer.demo import write_demo
 
-        write_demo(folder, train_images, val_images, test_images, seed)
+        with for_people():
+            write_demo(folder, train_images, val_images, test_images, seed)
         typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
 
 
@@ -164,10 +165,12 @@ def db_status() -> None:
         from storage.ledger import study_names
         from storage.prune import forgotten
 
-        if database.configured_url() is None and not _embedded().is_running():
+        if database.configured_url() is None and not (
+            _embedded().exists() and _embedded().is_running()  # the first says what may not be seen
+        ):
             typer.echo(f"embedded, in {database.home()}: not running")
             return
-        engine = database.connect()
+        engine = database.look()
         revision = database.schema_revision(engine)
         typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
@@ -182,9 +185,9 @@ def db_backup(
 ) -> None:
     """Write the database and the files of its studies into one archive, while workers run."""
     with errors_in_one_line():
-        from storage import backup
+        from storage import backup, database
 
-        manifest = backup.back_up(existing_database(), file)
+        manifest = backup.back_up(database.look(), file)
         files = len(manifest.members) - len(manifest.columns)
         typer.echo(
             f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified"
@@ -261,7 +264,7 @@ def _prune_deleted(remove: bool) -> None:
     from storage.embedded import EmbeddedPostgres
     from storage.runs import files_in, total_size
 
-    engine = existing_database()
+    engine = database.look()
     database.require_schema(engine)
     own = EmbeddedPostgres(database.home()).data
     if remove and os.environ.get("ATELIER_DATABASE_URL") and own.is_dir():
@@ -306,7 +309,7 @@ def db_check() -> None:
 
         from storage import database
 
-        engine = existing_database(replace(database.WORK, checked=False))
+        engine = database.look(replace(database.WORK, checked=False))
         problems = []
         for one in database.examine(engine):
             typer.echo(f"{'BAD' if one.problem else 'OK '} {one.name}: {one.found}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
@@ -39,7 +40,7 @@ from storage.ledger import (
     host,
 )
 from storage.prune import remove, superfluous
-from storage.runs import RunFolder
+from storage.runs import RunFolder, to_record
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
 from trainer.device import is_device_fault, is_out_of_memory
@@ -494,9 +495,9 @@ class Worker:
 
 
 def _own_log() -> str | None:
-    """The file that this process's messages go to; None if that is a terminal or a pipe."""
+    """The file that this process's messages go to, for the record; None for a terminal or a pipe."""
     try:
         path = os.readlink("/proc/self/fd/2")
     except OSError:
         return None
-    return path if os.path.isfile(path) else None
+    return to_record(Path(path)) if os.path.isfile(path) else None

@@ -42,6 +42,7 @@ from optuna.trial import TrialState
 from storage import database
 from storage.ledger import RESTORED
 from storage.models import Attempt, Base, Study, Worker
+from storage.ownership import as_owner, private, require_own
 from storage.runs import RunFolder, artifacts, files_in, make_private
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,14 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
         raise BackupError(f"{path}: no such folder; make it first")
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with _alone(), _held() as hold, new.open("xb") as file:
-            new.chmod(0o600)
+        # Opened by whoever asks for it; what is needed in the home meanwhile is its owner's.
+        with (
+            private(),
+            new.open("xb") as file,
+            as_owner(database.home()),
+            _alone(),
+            _held() as hold,
+        ):
             with tarfile.open(fileobj=file, mode="w") as tar:
                 writer = _Writer(tar)
                 columns, known = _dump(engine, writer)
@@ -141,6 +148,7 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
     Raises BackupError, DatabaseError; then there is no study in the database.
     """
     manifest = read_backup(path)
+    require_own(database.home())
     _refuse_unless_it_fits(engine, manifest)
     database.upgrade(engine, manifest.schema_revision)
     with _alone():

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-import psycopg2
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
@@ -27,6 +26,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from storage import libpq
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.faults import (
     INSUFFICIENT_PRIVILEGE,
@@ -35,6 +35,7 @@ from storage.faults import (
     Verdict,
     explain,
     is_transient,
+    is_worth_waiting,
     judge,
     reason,
     sqlstate,
@@ -73,7 +74,7 @@ class Sessions:
             "keepalives_count": 3,
             "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
             "application_name": "atelier",
-            "client_encoding": "utf8",  # whatever PGCLIENTENCODING says: names are in any language
+            "client_encoding": "utf8",  # names are in any language
             "options": " ".join(f"-c {name}={value}" for name, value in self.settings.items()),
         }
 
@@ -128,15 +129,21 @@ def configured_url() -> str | None:
     return os.environ.get("ATELIER_DATABASE_URL") or (url and url.render_as_string(hide_password=False))
 
 
-def database_url() -> URL:
-    """The configured URL, else that of the embedded server, which is started.
+def database_url(make: bool = True) -> URL:
+    """The configured URL, else that of the embedded server, which is started, and made if need be.
 
-    Raises DatabaseError.
+    Raises DatabaseError, also where there is nothing and it is not to `make` any, ForeignHomeError.
     """
     text = configured_url()
     if text is None:
+        embedded = EmbeddedPostgres(home())
+        if not make and not embedded.exists():
+            raise DatabaseError(
+                f"no database in {home()}; atelier search STUDY.toml makes one, or name another with "
+                "ATELIER_HOME or ATELIER_DATABASE_URL"
+            )
         try:
-            return make_url(EmbeddedPostgres(home()).acquire())
+            return make_url(embedded.acquire(make))
         except EmbeddedPostgresError as error:
             raise DatabaseError(str(error)) from error
     try:
@@ -156,12 +163,10 @@ def database_url() -> URL:
 
 def server_host(url: URL) -> str:
     """The host that libpq will connect to, or several with commas; empty for the default socket."""
-    service = url.query.get("service", os.environ.get("PGSERVICE"))
-    host = url.query.get("host", url.host or os.environ.get("PGHOST"))
-    address = url.query.get("hostaddr", os.environ.get("PGHOSTADDR"))
-    if service and not host:
-        return f"service {service}"
-    return str(address or host or "")
+    host = url.query.get("hostaddr") or url.query.get("host", url.host)
+    if "service" in url.query and not host:
+        return f"service {url.query['service']}"
+    return str(host or "")
 
 
 def is_local(hosts: str) -> bool:
@@ -181,7 +186,7 @@ def _refuse_unprotected(url: URL) -> None:
 
     Its default, `prefer`, does so wherever the server, or somebody in between, declines TLS.
     """
-    mode = str(url.query.get("sslmode", os.environ.get("PGSSLMODE", "prefer")))
+    mode = str(url.query.get("sslmode", "prefer"))
     if mode in ("prefer", "allow") and not is_local(server_host(url)):
         raise DatabaseError(
             f"the way to the database on {server_host(url)} may be in clear (sslmode={mode}); add to "
@@ -195,9 +200,9 @@ def shown(url: URL) -> str:
     return url.difference_update_query(["password"]).render_as_string()
 
 
-def exists() -> bool:
-    """Whether there is a database to look into: an external one, or an embedded one made before."""
-    return configured_url() is not None or EmbeddedPostgres(home()).data.is_dir()
+def look(sessions: Sessions | None = None) -> sa.Engine:
+    """An engine on a database that has been used before: looking makes nothing. Raises DatabaseError."""
+    return connect(database_url(make=False), sessions=sessions or WORK)
 
 
 def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WORK) -> sa.Engine:
@@ -208,7 +213,7 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
     engine = _engine(url or database_url(), sessions)
     try:
         for attempt in Retrying(
-            retry=retry_if_exception(is_transient),
+            retry=retry_if_exception(is_worth_waiting),
             wait=wait_random_exponential(multiplier=1, max=10),
             stop=stop_after_delay(patience),
             reraise=True,
@@ -277,7 +282,7 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
     named = {**named, **sessions.arguments()}
 
     def create() -> Any:
-        connection = psycopg2.connect(*positional, **named)
+        connection = libpq.connect(*positional, **named)
         try:
             if sessions.checked:
                 found = _settings(connection, sessions)
@@ -395,21 +400,19 @@ def require_fit(engine: sa.Engine, only: str | None = None) -> None:
 
 
 @retrying
-def prepare(engine: sa.Engine, to_write: bool = True) -> optuna.storages.BaseStorage:
+def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
-    ensure_tables(engine, to_write)
-    return optuna_storage(engine, make_tables=to_write)
+    ensure_tables(engine)
+    return optuna_storage(engine)
 
 
 @retrying
-def ensure_tables(engine: sa.Engine, to_write: bool = True) -> None:
+def ensure_tables(engine: sa.Engine) -> None:
     """Give an empty database Optuna's tables and ours.
 
-    Raises DatabaseError if there are tables of another version, or if nothing can be written; who only
-    looks at tables (not `to_write`) does without.
+    Raises DatabaseError if there are tables of another version, or if nothing can be written.
     """
-    if to_write:
-        require_fit(engine)
+    require_fit(engine)
     if schema_revision(engine) is None:
         upgrade(engine)
     else:

@@ -23,14 +23,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, Any, ClassVar
 from urllib.parse import quote
 
 import psutil
 import psycopg2
 
+from storage import libpq
 from storage.faults import is_transient, reason
 from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network, NetworkError
+from storage.ownership import as_owner, let_pass
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
@@ -39,6 +41,7 @@ with warnings.catch_warnings():
 SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 107
 PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes its time
+CONNECT_TIMEOUT = 10  # seconds for one try: a process that hangs accepts connections and says nothing
 
 
 class EmbeddedPostgresError(RuntimeError):
@@ -64,13 +67,17 @@ class EmbeddedPostgres:
         self._programs = self.home / "postgres.programs"  # where they are, if not in the wheel
         self.network = Network(self.home)
 
-    def acquire(self) -> str:
+    def exists(self) -> bool:
+        """Whether there are data of a server, which may or may not run."""
+        return (self.data / "PG_VERSION").exists()
+
+    def acquire(self, make: bool = True) -> str:
         """Start the server if need be and enter this process as a user. Returns the URL.
 
-        Raises EmbeddedPostgresError.
+        Without `make` there must be a database already. Raises EmbeddedPostgresError, ForeignHomeError.
         """
         with self._locked():
-            url = self._ensure_running()
+            url = self._ensure_running(make)
             key = (self.home, os.getpid())
             if key not in self._users:
                 self._users[key] = self._lock("postgres.users", fcntl.LOCK_SH)
@@ -128,8 +135,8 @@ class EmbeddedPostgres:
                     )
                 self._refuse_if_used("the server has to start anew")
                 password = self.network.set_up(address, port, tls)
-                if tls:
-                    self._own(self.network.key)
+                for file in self.network.server_files:
+                    self._own(file)
                 self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
                 self._stop()
                 self._ensure_running()
@@ -154,7 +161,7 @@ class EmbeddedPostgres:
         # A crash leaves its pid file behind, an orderly stop does not.
         if (self.home, os.getpid()) in self._users and (self.data / "postmaster.pid").exists():
             with self._locked():
-                self._ensure_running()
+                self._ensure_running(make=False)
 
     def stop(self, force: bool = True) -> bool:
         """Stop the server; without `force` not while it is used. Returns False if it was not running.
@@ -182,8 +189,10 @@ class EmbeddedPostgres:
     def _locked(self, needed: bool = True) -> Iterator[None]:
         """Alone with the home. Raises EmbeddedPostgresError, before anything is begun."""
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            with self._threads, ExitStack() as lock:
+            if os.geteuid() == 0 and not self.is_running():
+                self._open_programs()
+            with self._threads, as_owner(self._owned()), ExitStack() as lock:
+                self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
                 try:
                     file = lock.enter_context(self._lock("postgres.lock", fcntl.LOCK_EX))
                     # Not by closing it: a child that was forked just now has it open, too.
@@ -196,6 +205,13 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
+
+    def _owned(self) -> Path:
+        """What belongs to the user that the server is run as, or for: the data, or the home."""
+        with suppress(FileNotFoundError, PermissionError, KeyError):
+            if self.data.stat().st_uid != pwd.getpwnam(SYSTEM_USER).pw_uid:
+                return self.data
+        return self.home
 
     def _lock(self, name: str, mode: int) -> IO[str]:
         """An open file of the home with a flock on it. Raises BlockingIOError, NoLocksError.
@@ -249,8 +265,8 @@ class EmbeddedPostgres:
                 f"the server in {self.home} is in use by searches or workers; stop them first, {hint}"
             )
 
-    def _ensure_running(self) -> str:
-        """Returns the URL once the server answers."""
+    def _ensure_running(self, make: bool = True) -> str:
+        """Returns the URL once the server answers. Without `make` there must be a database already."""
         self._refuse_foreign_host()
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -260,23 +276,44 @@ class EmbeddedPostgres:
             # stopping now, or have no database yet.
             try:
                 port, folder = self._pid_file()[3:5]
-                self._create_database(port, folder)
+                if make:
+                    self._create_database(port, folder)
+                elif not self._has_database(port, folder):
+                    self._refuse_to_make()
                 return _url(port, folder)
             except (FileNotFoundError, ValueError, psycopg2.Error) as error:
                 # The first two: its notes are not written yet.
-                final = isinstance(error, psycopg2.Error) and not is_transient(error)
+                final = isinstance(error, psycopg2.Error) and (
+                    not is_transient(error) or self._has_lost_its_socket()
+                )
                 if final or time.monotonic() > deadline:
                     what = "says" if final else "does not answer"
                     raise EmbeddedPostgresError(
                         f"the server in {self.home} runs but {what}: {reason(error)}; "
-                        f"read {self._log}, then try: atelier db stop"
+                        f"read {self._log}, then try: atelier db stop --force"
                     ) from error
             time.sleep(0.1)
+
+    def _has_lost_its_socket(self) -> bool:
+        """Whether somebody has removed it from under a server that serves: waiting brings none back."""
+        with suppress(OSError, ValueError, IndexError):
+            _, _, _, port, folder, *_, state = self._pid_file()
+            lost = not Path(folder, f".s.PGSQL.{port}").is_socket()
+            return lost and state.strip() == "ready" and self.is_running()
+        return False
+
+    def _refuse_to_make(self) -> None:
+        """Raises EmbeddedPostgresError, and leaves the server as it was found if nobody needs it."""
+        if not self._keep.exists() and not self._in_use():
+            self._stop()
+        raise EmbeddedPostgresError(
+            f"the server in {self.home} has no database yet; atelier search STUDY.toml makes one"
+        )
 
     def _bring_up(self) -> None:
         if os.geteuid() == 0:
             self._open_to_system_user()
-        if not (self.data / "PG_VERSION").exists():
+        if not self.exists():
             self._initialise()
         self._sweep_after_crash()
         self._start()
@@ -302,7 +339,10 @@ class EmbeddedPostgres:
                 f"PostgreSQL does not run as root, and the user {SYSTEM_USER} cannot be made: "
                 f"{_last(said)}; make it, or work as another user than root"
             ) from error
-        wheel.ensure_prefix_permissions(self.home / "postgres.lock")
+        let_pass(self.data)
+
+    def _open_programs(self) -> None:
+        """As root: whoever the server runs as must reach the wheel's."""
         if self._programs.exists():
             return  # a system's PostgreSQL: its folders are not ours to open
         binaries = self._binaries()
@@ -311,7 +351,7 @@ class EmbeddedPostgres:
                 if folder.is_dir():
                     wheel.ensure_folder_permissions(folder, 0o044)
             wheel.ensure_folder_permissions(binaries, 0o055)
-        wheel.ensure_prefix_permissions(binaries)
+        let_pass(binaries)
 
     def _initialise(self) -> None:
         for leftover in self.home.glob("postgres.new-*"):
@@ -386,8 +426,10 @@ class EmbeddedPostgres:
         self._host.write_text(socket.gethostname() + "\n")
         rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
         rules.write_text(self.network.access_rules())
+        self._own(rules)
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
+            "unix_socket_permissions": "0700",  # some systems look at the folder only
             "max_connections": "300",
         }
         options = " ".join(f"-c {name}={shlex.quote(value)}" for name, value in settings.items())
@@ -411,14 +453,20 @@ class EmbeddedPostgres:
         for role in (VIEWER, WORKER):
             if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'", port, folder):
                 self._ask(f"CREATE ROLE {role} NOLOGIN ROLE {ROLE}", port, folder)
-        if not self._ask(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'", port, folder):
+        if not self._has_database(port, folder):
             self._ask(f"CREATE DATABASE {DATABASE} OWNER {ROLE}", port, folder)
+
+    def _has_database(self, port: str, folder: str) -> bool:
+        return bool(self._ask(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'", port, folder))
 
     def _ask(self, statement: str, port: str = "", folder: str = "") -> object:
         """Run a statement as superuser on the socket. Returns its first value, if there is one."""
         if not folder:
             port, folder = self._pid_file()[3:5]
-        connection = psycopg2.connect(host=folder, port=port, user="postgres", dbname="postgres")
+        where = {"host": folder, "port": port, "sslmode": "disable"}  # a socket has no TLS
+        connection = libpq.connect(
+            **where, user="postgres", dbname="postgres", connect_timeout=CONNECT_TIMEOUT
+        )
         connection.autocommit = True
         try:
             with connection.cursor() as cursor:
@@ -493,7 +541,12 @@ class EmbeddedPostgres:
         return Path(wheel.POSTGRES_VERSIONS[number])
 
     def _run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        user = SYSTEM_USER if os.geteuid() == 0 else None
+        identity: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            group = pwd.getpwnam(SYSTEM_USER).pw_gid
+            identity = {"user": SYSTEM_USER, "group": group, "extra_groups": []}
+        elif os.getuid() == 0:  # root acts as the home's owner; a server wants to be that for good
+            identity = {"user": os.geteuid(), "group": os.getegid()}
         # A file, not a pipe: the server inherits it from pg_ctl and would keep a pipe open for ever.
         # A session of its own: Ctrl-C in the terminal is not meant for the server.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -505,11 +558,12 @@ class EmbeddedPostgres:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     cwd=self.home,
-                    user=user,
+                    **identity,
+                    env=libpq.environment(),
                     start_new_session=True,
                 )
             except OSError as error:  # names a file, or nothing; the program or the user is meant
-                whom = f" as the user {user}" if user else ""
+                whom = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
                     f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
                     "ATELIER_DATABASE_URL to another server"
@@ -532,8 +586,8 @@ def _last(text: str) -> str:
 
 
 def _url(port: str, folder: str) -> str:
-    # The port is part of the socket's name; PGPORT may have differed where the server was started.
-    suffix = "" if port == os.environ.get("PGPORT", "5432") else f"&port={port}"
+    # The port is part of the socket's name. An earlier version let PGPORT say it.
+    suffix = "" if port == "5432" else f"&port={port}"
     return f"postgresql+psycopg2://{ROLE}@/{DATABASE}?host={quote(folder, safe='')}{suffix}"
 
 

@@ -6,6 +6,7 @@ class of a statement that we misspelt, and a database that was dropped of that o
 
 import enum
 import re
+from pathlib import Path
 
 import optuna
 import psycopg2
@@ -44,7 +45,7 @@ _TABLES = "these are not the tables that Atelier made: see atelier db check, or 
 _RIGHTS = "let the owner of the tables, or an administrator, grant it: see atelier db check"
 _DAMAGE = "the server's files are damaged: restore a backup"
 _CHARACTERS = "the database cannot hold it: make one with ENCODING 'UTF8'"
-_POOLER, _TLS = "pooler", "tls"  # not from PostgreSQL, so without a code
+_POOLER, _TLS, _WAY = "pooler", "tls", "way"  # not from PostgreSQL, so without a code
 # The same, with what to do.
 FINAL = {
     "0P000": _LOG_IN,
@@ -61,7 +62,8 @@ FINAL = {
     "XX001": _DAMAGE,
     "XX002": _DAMAGE,
     _POOLER: NO_POOLER,
-    _TLS: "are sslmode and sslrootcert in ATELIER_DATABASE_URL right?",
+    _TLS: "are sslmode, sslrootcert, sslcert and sslkey in ATELIER_DATABASE_URL right?",
+    _WAY: "write it as in postgresql://USER@HOST:5432/DATABASE?sslmode=verify-full",
 }
 # libpq gives no SQLSTATE for a session that does not come about. Of its texts only what cannot be
 # mistaken is judged; the rest, also what a server says in another language, is tried again.
@@ -71,11 +73,26 @@ _TEXTS = {
     r"\S+ authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects|"
     r'role ".*" does not exist|role ".*" is not permitted to log in|no such user': "28000",
     r'permission denied|invalid value for parameter "role"': INSUFFICIENT_PRIVILEGE,
+    r"Permission denied|authentication method requirement .* failed|channel binding (?:is )?required|"
+    r"GSSAPI continuation error|SCRAM authentication requires": "28000",
     r"unsupported startup parameter": _POOLER,
     r"server does not support SSL|certificate verify failed|server certificate for|"
-    r"root certificate file .* does not exist": _TLS,
+    r"root certificate file .* does not exist|could not (?:read|load|open|get) .*(?:certificate|key)|"
+    r"certificate present, but not private key|private key file .* (?:has|must)|"
+    r"(?:\S+ )*alert (?:unknown ca|.*certificate|handshake failure|protocol version)": _TLS,
+    r"received invalid response to SSL negotiation|"
+    r"expected authentication request from server, but received": _WAY,
 }
+# What libpq refuses before it connects to anybody.
+_REFUSED = re.compile(
+    r"could not parse network address|Unix-domain socket path .* is too long|could not match .* to|"
+    r"invalid (?:port number|integer value|\w+ value|SSL protocol version)|weak sslmode|"
+    r"definition of service|service file|syntax error in service file|nested service|GSSAPI encryption"
+)
 _ON_ITS_WAY = re.compile(r"session is read-only|in hot standby|starting up|shutting down|in recovery")
+# What a restart leaves as it is, unless the machine or its name comes and goes with the server.
+_NAME = re.compile(r"could not translate host name .*: (?!Temporary failure)")
+_SOCKET = re.compile(r'on socket "(.*)/[^/]*" failed: No such file or directory')
 
 
 def judge(error: BaseException) -> Verdict:
@@ -92,6 +109,22 @@ def judge(error: BaseException) -> Verdict:
 def is_transient(error: BaseException) -> bool:
     """Whether the database was away, so that the same may succeed later."""
     return judge(error) is Verdict.AGAIN
+
+
+def is_worth_waiting(error: BaseException) -> bool:
+    """The same for who was never there: a name that nobody knows is a wrong one, and so is a folder.
+
+    Who was there goes on trying: with some machines their names come and go.
+    """
+    if not is_transient(error):
+        return False
+    lines = _lines(error)
+    return not lines or any(not _NAME.search(line) and not _lacks_folder(line) for line in lines)
+
+
+def _lacks_folder(line: str) -> bool:
+    match = _SOCKET.search(line)
+    return match is not None and not Path(match[1]).is_dir()
 
 
 def reason(error: BaseException) -> str:
@@ -128,19 +161,25 @@ def _drivers(error: BaseException) -> BaseException:
 
 def _cause(error: BaseException) -> tuple[str | None, str]:
     """The SQLSTATE, also where only a text says it, and the line that does."""
-    origin = _drivers(error)
-    lines = [line.strip() for line in str(origin).splitlines() if line.strip() and not line[0].isspace()]
-    code = sqlstate(error)
+    origin, lines, code = _drivers(error), _lines(error), sqlstate(error)
     if code is None and isinstance(origin, psycopg2.OperationalError):
-        # At least one for each address that was tried; what is indented is libpq's advice.
+        # At least one for each address that was tried.
         every = " | ".join(lines)
         # Of several servers, another may be on its way to take over.
         for line in lines if not _ON_ITS_WAY.search(every) else ():
+            if _REFUSED.match(line):
+                return _WAY, line
             for text, meaning in _TEXTS.items():
                 if re.search(f"{_SAID}(?:{text})", line):
                     return meaning, line
         lines = [every]
     return code, "".join(lines[:1]) or type(origin).__name__
+
+
+def _lines(error: BaseException) -> list[str]:
+    """What the driver says, without libpq's advice, which is indented."""
+    text = str(_drivers(error))
+    return [line.strip() for line in text.splitlines() if line.strip() and not line[0].isspace()]
 
 
 def _is_away(error: BaseException, code: str | None) -> bool:

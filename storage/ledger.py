@@ -42,6 +42,7 @@ from sqlalchemy.orm import Session, aliased
 
 from storage.database import retrying
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
+from storage.runs import from_record
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
@@ -876,6 +877,12 @@ class StudyEntry:
     attributes: list[dict[str, Any]]  # see storage.models.Study
     optuna_version: str
     created: datetime
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the dataset and the weights are, for the present home."""
+        places = self.settings.get("places", {})
+        return {name: str(from_record(path)) for name, path in places.items()}
 
 
 @retrying

@@ -34,6 +34,7 @@ class Network:
     def __init__(self, home: Path) -> None:
         self._url, self._passfile = home / "database.url", home / "database.pass"
         self._certificate, self._key = home / "database.crt", home / "postgres.key"
+        self._files = {"passfile": self._passfile, "sslrootcert": self._certificate}  # of the URL
 
     @property
     def url(self) -> URL | None:
@@ -49,8 +50,9 @@ class Network:
             raise NetworkError(
                 f"{self._url}: holds no URL; delete it, then: atelier db start --listen ADDRESS"
             ) from None
-        # Earlier versions wrote no mode for --no-tls.
-        return url if "sslmode" in url.query else url.update_query_dict({"sslmode": "disable"})
+        # The home may have moved. Earlier versions wrote where it was, and no mode for --no-tls.
+        files = {key: str(self._files[key]) for key in self._files.keys() & url.query}
+        return url.update_query_dict({"sslmode": "disable", **url.query, **files})
 
     @staticmethod
     def check(address: str, tls: bool) -> None:
@@ -86,8 +88,9 @@ class Network:
         if url is None:
             self._url.unlink(missing_ok=True)
         else:
+            names = {key: Path(str(url.query[key])).name for key in self._files.keys() & url.query}
             new = self._url.with_name(f".{self._url.name}")  # other machines read it at any moment
-            new.write_text(url.render_as_string() + "\n")
+            new.write_text(url.update_query_dict(names).render_as_string() + "\n")
             new.replace(self._url)
 
     def server_settings(self) -> dict[str, str]:
@@ -115,9 +118,9 @@ class Network:
         return url.query.get("sslmode") == "verify-full"
 
     @property
-    def key(self) -> Path:
-        """The private key, which the server's user must own."""
-        return self._key
+    def server_files(self) -> list[Path]:
+        """What the server's user must be able to read, and of the key be the owner."""
+        return [path for path in (self._certificate, self._key) if path.exists()]
 
     def _make_certificate(self, address: str) -> None:
         kind = "IP" if re.fullmatch(r"[0-9.]+|.*:.*", address) else "DNS"

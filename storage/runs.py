@@ -1,13 +1,19 @@
 """The run folder: every path of a study on disk. Nobody else puts a file name together."""
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from urllib.parse import quote
 
 from storage.database import home
+from storage.ownership import private, require_own
+
+# What of a path is below a home, wherever that was: of a worker's log, or that of an array's task.
+_FORMER = re.compile(r"/.*/(runs/[^/]+-\d{8}-\d{6}/logs/[^/]+|slurm/[^/]+)")
 
 
 def total_size(files: Iterable[Path]) -> int:
@@ -26,9 +32,27 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only its owner may enter."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Make a folder of the home that only its owner may enter. Raises OSError, ForeignHomeError."""
+    require_own(home())
+    with private():
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def to_record(path: Path) -> str:
+    """A path for the database: one below the home is kept relative to it, so that it moves along."""
+    own = home()
+    for base in (own, own.resolve()):
+        if path.is_relative_to(base):
+            return f"./{path.relative_to(base)}"
+    return str(path)
+
+
+def from_record(text: str) -> Path:
+    """The path that was put on record. Earlier versions wrote where it was, in a home of that time."""
+    if former := _FORMER.fullmatch(text):
+        own = home() / former[1]
+        return own if own.exists() else Path(text)
+    return home() / text if text.startswith("./") else Path(text)
 
 
 class RunFolder:
@@ -64,6 +88,16 @@ class RunFolder:
         """The folder of the workers' logs."""
         return self.path / "logs"
 
+    def new_log(self) -> Path:
+        """An empty log that no other worker has, of this command or another's, on any machine."""
+        make_private(self.logs)
+        for number in count(1):
+            path = self.logs / f"worker-{number}.log"
+            with suppress(FileExistsError):
+                path.touch(mode=0o600, exist_ok=False)
+                return path
+        raise AssertionError("the numbers have no end")
+
 
 def artifacts() -> Path:
     """Where the pictures are that optuna-dashboard shows with a trial."""
@@ -71,5 +105,6 @@ def artifacts() -> Path:
 
 
 def image_cache() -> Path:
-    """Where prepared images are kept, for all studies."""
+    """Where prepared images are kept, for all studies. Raises ForeignHomeError."""
+    require_own(home())
     return home() / "cache"

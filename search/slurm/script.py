@@ -11,6 +11,7 @@ from pathlib import Path
 from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
 from search.study import InputError, StudyFile
+from storage import libpq
 from storage.database import configured_url, database_url, home, is_local, server_host
 from trainer.config import TrainConfig
 
@@ -161,7 +162,7 @@ def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:
     if profile.gpus or not any("gpu" in option for option in profile.options):
         # What was asked of SLURM is used, and no worker falls back to a CPU unasked.
         given["ATELIER_DEVICE"] = "cuda" if profile.gpus else "cpu"
-    for name in ("PGPASSFILE", "HF_HOME", "HF_HUB_CACHE"):
+    for name in (*libpq.FILES, "HF_HOME", "HF_HUB_CACHE"):
         if value := os.environ.get(name):
             given[name] = value
     if config.weights == "timm":

@@ -27,6 +27,7 @@ from search.slurm.script import array_script, log_folder, means, option_words, r
 from search.study import NO_FILE, InputError, StudyFile, open_study
 from storage.database import connect, prepare
 from storage.ledger import enter_array_job, split_job
+from storage.ownership import for_people
 from storage.runs import make_private
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
@@ -84,7 +85,8 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
     check_origin(bundle, config, _dataset(config).fingerprint)
     _make_log_folder()
     check_script(script)
-    return submit_script(script)
+    with for_people():  # SLURM gives the job this umask
+        return submit_script(script)
 
 
 def _dataset(config: TrainConfig) -> Dataset:

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.faults import Verdict, explain, is_transient, judge
+from storage.faults import Verdict, explain, is_transient, is_worth_waiting, judge
 
 AGAIN, FINAL, OURS = Verdict.AGAIN, Verdict.FINAL, Verdict.OURS
 
@@ -87,6 +87,26 @@ REFUSED = (
         (FINAL, SERVER + "FATAL:  no such user: a"),
         (FINAL, SERVER + "server does not support SSL, but SSL was required"),
         (FINAL, SERVER + "SSL error: certificate verify failed"),
+        (FINAL, SERVER + "SSL error: tlsv1 alert unknown ca"),
+        (FINAL, SERVER + "SSL error: tlsv13 alert certificate required"),
+        (FINAL, SERVER + 'could not read certificate file "/c": no start line'),
+        (FINAL, SERVER + 'could not load private key file "/k": bad'),
+        (FINAL, SERVER + 'private key file "/k" has group or world access'),
+        (FINAL, SERVER + 'certificate present, but not private key file "/k"'),
+        (FINAL, SERVER + "channel binding is required, but server did not offer it"),
+        (FINAL, SERVER + 'authentication method requirement "password" failed: it did not ask'),
+        (FINAL, SERVER + "expected authentication request from server, but received H"),
+        (FINAL, SERVER + "received invalid response to SSL negotiation: H"),
+        (FINAL, 'connection to server on socket "/s/.s.PGSQL.5432" failed: Permission denied'),
+        (FINAL, 'could not parse network address "db": Name or service not known'),
+        (FINAL, 'invalid port number: "99999"'),
+        (FINAL, 'invalid integer value "x" for connection option "port"'),
+        (FINAL, 'invalid sslmode value: "maybe"'),
+        (FINAL, 'definition of service "a" not found'),
+        (FINAL, 'Unix-domain socket path "/x" is too long (maximum 107 bytes)'),
+        (FINAL, "could not match 3 port numbers to 2 hosts"),
+        (AGAIN, SERVER + "SSL error: unexpected eof while reading"),
+        (AGAIN, SERVER + "SSL SYSCALL error: Connection reset by peer"),
     ],
 )
 def test_a_connection_that_does_not_come_about(verdict, text):
@@ -94,6 +114,30 @@ def test_a_connection_that_does_not_come_about(verdict, text):
         assert judge(error) is verdict
         assert len(explain(error).splitlines()) == 1
         assert "refused\n" not in explain(error)
+
+
+NOT_KNOWN = 'could not translate host name "db" to address: '
+NO_SOCKET = 'connection to server on socket "{}/.s.PGSQL.5432" failed: No such file or directory'
+
+
+@pytest.mark.parametrize(
+    ("waits", "text"),
+    [
+        (False, NOT_KNOWN + "Name or service not known"),
+        (False, NOT_KNOWN + "No address associated with hostname"),
+        (True, NOT_KNOWN + "Temporary failure in name resolution"),
+        (True, NOT_KNOWN + "Name or service not known\n" + REFUSED),  # of two hosts
+        (False, NO_SOCKET.format("/no/such/folder")),
+        (True, NO_SOCKET.format("/")),  # the server is not there yet
+        (True, REFUSED),
+        (True, "timeout expired"),
+        (False, SERVER + 'FATAL:  database "a" does not exist'),
+    ],
+)
+def test_who_was_never_there_waits_only_for_what_may_come(waits, text):
+    error = psycopg2.OperationalError(text)
+    assert is_worth_waiting(error) is waits
+    assert is_transient(error) is (judge(error) is not FINAL)  # who was there goes on trying
 
 
 def test_every_address_that_was_tried_is_said():
