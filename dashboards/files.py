@@ -2,12 +2,14 @@
 
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from dashboards import curves, drawing, figures
+from dashboards.asked import AskedError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
 from dashboards.status import Status, TrialRow, parameter_names, read_status
 from storage.ledger import StudyEntry
@@ -25,14 +27,13 @@ def plot_study(
     entry: StudyEntry,
     kind: str,
     output: Path,
-    trials: str = "",
+    trials: str | None = None,
     top: int | None = None,
     by: str | None = None,
     smooth: float = 0.0,
 ) -> None:
     """Draw one of the pages' figures of a study into a file. Raises PlotError, OutputError, OSError."""
-    if kind not in KINDS:
-        raise PlotError(f"--kind {kind!r}: allowed are {', '.join(KINDS)}")
+    _check_options(kind, trials, top, by, smooth)
     if output.suffix not in drawing.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(drawing.FORMATS)}")
     check_figure(output, entry.name)
@@ -49,10 +50,32 @@ def plot_study(
         drawn = figures.curves(some, curves.category_names(entry.attributes, some), smooth)
     else:
         names = parameter_names(chosen)
-        if by is not None and by not in names:
-            raise PlotError(f"--by {by}: allowed are {', '.join(names)}")
-        drawn = figures.compare(some, by or next(iter(names), ""))
+        drawn = figures.compare(some, next(iter(names), "") if by is None else _read("by", by, names))
     drawing.save(drawn, entry.name, output, mark(entry.name))
+
+
+def _check_options(
+    kind: str, trials: str | None, top: int | None, by: str | None, smooth: float
+) -> None:
+    """That every option has a meaning for this figure: none is left aside unsaid."""
+    _read("kind", kind, KINDS)
+    for option, given, kinds in (
+        ("trials", trials is not None, ("curves", "compare")),
+        ("top", top, ("curves", "compare")),
+        ("by", by is not None, ("compare",)),
+        ("smooth", smooth, ("curves",)),
+    ):
+        if given and kind not in kinds:
+            raise PlotError(f"--{option} has no meaning with --kind {kind}; leave it out")
+    if trials is not None and top:
+        raise PlotError("--trials and --top both choose trials; give one of them")
+
+
+def _read(option: str, text: str, allowed: Collection[str]) -> str:
+    try:
+        return read_choice(text, allowed)
+    except AskedError as error:
+        raise PlotError(f"--{option} {error}") from None
 
 
 def check_figure(output: Path, study: str) -> None:
@@ -78,15 +101,16 @@ def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> 
     return {"artifact_id": identity, "filename": name, "mimetype": "image/png", "encoding": None}
 
 
-def _choose(status: Status, trials: str, top: int) -> list[TrialRow]:
-    words = trials.replace(",", " ").split()
-    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
-        raise PlotError(f"--trials {trials!r}: write numbers, as in 3,14")
-    numbers = {int(word) for word in words}
-    chosen = [row for row in status.trials if row.number in numbers and row.epochs]
-    if missing := numbers - {row.number for row in chosen}:
-        raise PlotError(f"--trials: no epoch on record of trial {min(missing)}")
-    chosen = chosen or curves.top(status.trials, top)
-    if not chosen:
+def _choose(status: Status, trials: str | None, top: int) -> list[TrialRow]:
+    able = [row for row in status.trials if row.epochs]
+    if not able:
         raise PlotError(f"study {status.study!r} has no finished epoch yet")
+    if trials is None:
+        return curves.top(able, top)
+    try:
+        chosen, absent = pick(able, read_trials(trials))
+    except AskedError as error:
+        raise PlotError(f"--trials {error}") from None
+    if absent:
+        raise PlotError(f"--trials: no epoch on record of {in_words(absent)}; leave them out")
     return chosen

@@ -1,8 +1,8 @@
 """Our pages: studies, study, curves, compare, trial.
 
 Each is plain HTML that can be read without a script, with its figures as JSON beside it. The script
-draws them, fetches the same address again every few seconds and replaces what has changed. Filters are
-in the address.
+draws them, fetches the same address again every few seconds and changes what has changed. Filters are
+in the address. Each table can be had as CSV, with all its rows and columns.
 """
 
 import gzip
@@ -11,9 +11,11 @@ import json
 import math
 import shlex
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly
 import sqlalchemy as sa
@@ -22,11 +24,15 @@ from markupsafe import Markup
 from optuna.storages._rdb.models import TrialModel, TrialSystemAttributeModel
 from sqlalchemy.orm import Session
 
-from dashboards import curves, drawing, figures
+from dashboards import curves, drawing, figures, tables
+from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
 from dashboards.status import (
     STATES,
+    AttemptRow,
     Status,
+    StudyRow,
     TrialRow,
+    WorkerRow,
     duration,
     parameter_names,
     read_attempts,
@@ -38,16 +44,19 @@ from storage.ledger import StudyEntry, study_entry
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
 
-ROWS = 25  # of the table of trials
+ROWS, MOST_ROWS = 25, 4_000  # of the table of trials; more than 2 MB no page should have
 LOG_LINES = 40
+T = TypeVar("T")
 
 
 @blueprint.app_template_global()
-def figure(name: str, drawn: figures.Figure) -> Markup:
-    """The HTML of a figure: its legend, and a place and the data for each panel."""
-    return Markup(
-        render_template("figure.html", name=name, figure=drawn, panels=map(drawing.plotly, drawn.panels))
-    )
+def figure(name: str, drawn: figures.Figure, level: int = 2) -> Markup:
+    """The HTML of a figure: its legend, and a place and the data for each panel.
+
+    `level` is that of the panels' headings on the page.
+    """
+    panels = map(drawing.plotly, drawn.panels)
+    return Markup(render_template("figure.html", name=name, figure=drawn, panels=panels, level=level))
 
 
 blueprint.add_app_template_filter(duration, "duration")
@@ -58,6 +67,13 @@ blueprint.record(lambda setup: setup.app.jinja_env.globals.update(STATES=STATES)
 def number(value: object) -> str:
     """A hyperparameter's value."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@blueprint.app_template_filter()
+def moment(when: datetime) -> Markup:
+    """A time for people in any zone."""
+    utc = when.astimezone(UTC)
+    return Markup('<time datetime="{}">{:%Y-%m-%d %H:%M} UTC</time>').format(utc.isoformat(), utc)
 
 
 @blueprint.app_template_filter()
@@ -111,9 +127,63 @@ def script() -> Response:
     return _plotly.response()
 
 
+class Asked:
+    """What the address asks for, of the filters that a page has."""
+
+    def __init__(self, *filters: str) -> None:
+        self.problems: list[str] = []  # a line for each thing that is not understood
+        for name in (name for name in request.args if name not in filters):
+            allowed = f"allowed are {', '.join(filters)}" if filters else "this page has none"
+            self.problems.append(f"{name!r}: no such filter; {allowed}")
+
+    def one(self, name: str, read: Callable[[str], T], default: T) -> T:
+        """A filter's value, or the default if it is absent or blank, as a form sends it."""
+        given = self.all(name, read)
+        if len(given) > 1:
+            self.problems.append(f"{name}: given {len(given)} times; give it once")
+        return given[0] if given else default
+
+    def all(self, name: str, read: Callable[[str], T]) -> list[T]:
+        """The values of a filter that may be repeated."""
+        values = []
+        for text in filter(None, map(str.strip, request.args.getlist(name))):
+            try:
+                values.append(read(text))
+            except AskedError as error:
+                self.problems.append(f"{name}: {error}")
+        return values
+
+    def count(self, name: str, default: int, most: int, least: int = 1) -> int:
+        """A whole number."""
+        return self.one(name, partial(read_count, least=least, most=most), default)
+
+    def states(self) -> set[str]:
+        """Of trials; empty for all."""
+        return set(self.all("state", partial(read_choice, allowed=STATES)))
+
+    def page(self, template: str, **values: Any) -> tuple[str, int]:
+        """The page and its status. What is not understood is on it in place of what was asked for."""
+        status = 400 if self.problems else 200
+        return render_template(template, problems=self.problems, status_code=status, **values), status
+
+    def table(self, name: str, columns: list[str], rows: list[dict[str, Any]]) -> Response:
+        """A table as a file. What is not understood is an error here."""
+        if self.problems:
+            abort(400, "; ".join(self.problems))
+        response = Response(tables.csv_text(columns, rows), mimetype="text/csv")
+        response.headers["Content-Disposition"] = tables.attachment(name)
+        return response
+
+
 @blueprint.get("/")
-def index() -> str:
-    return render_template("studies.html", studies=read_studies(g.engine))
+def index() -> Any:
+    return Asked().page("studies.html", studies=read_studies(g.engine))
+
+
+@blueprint.get("/studies.csv")
+def studies_table() -> Response:
+    rows = [asdict(row) for row in read_studies(g.engine)]
+    return Asked().table("studies", tables.columns(StudyRow), rows)
 
 
 def _open(study_id: int) -> tuple[StudyEntry, Status]:
@@ -123,100 +193,166 @@ def _open(study_id: int) -> tuple[StudyEntry, Status]:
     return entry, read_status(g.engine, study_id, entry.name)
 
 
-def _count(name: str, default: int, most: int) -> int:
-    """A number from the address."""
-    text = request.args.get(name, "")
-    return min(int(text), most) if text.isascii() and text.isdecimal() and len(text) < 9 else default
-
-
-def _states() -> set[str]:
-    return set(request.args.getlist("state")) & set(STATES)
-
-
 @blueprint.get("/studies/<int:study_id>")
-def study(study_id: int) -> str:
+def study(study_id: int) -> Any:
+    asked = Asked("state", "rows")
+    states, shown = asked.states(), asked.count("rows", ROWS, MOST_ROWS)
     _, status = _open(study_id)
-    chosen = _states()
     ends = curves.read_ends(g.engine, study_id)
-    rows = [row for row in status.ranked() if not chosen or row.state in chosen]
-    shown = _count("rows", ROWS, 10_000)
-    return render_template(
+    rows = _in_states(status.ranked(), states)
+    return asked.page(
         "study.html",
         study_id=study_id,
         status=status,
-        states=chosen,
+        states=states,
         rows=rows[:shown],
         hidden=max(len(rows) - shown, 0),
+        most=MOST_ROWS,
         parameters=parameter_names(rows[:shown]),
         history=figures.history(ends) if ends else None,
     )
 
 
-def _chosen(status: Status, count: int) -> list[TrialRow]:
+def _in_states(rows: list[TrialRow], states: set[str]) -> list[TrialRow]:
+    return [row for row in rows if not states or row.state in states]
+
+
+@blueprint.get("/studies/<int:study_id>/trials.csv")
+def trials_table(study_id: int) -> Response:
+    asked = Asked("state")
+    states = asked.states()
+    _, status = _open(study_id)
+    rows = _in_states(status.trials, states)
+    columns = [*tables.columns(TrialRow, "params"), *parameter_names(rows)]
+    return asked.table(f"{status.study} trials", columns, [asdict(row) | row.params for row in rows])
+
+
+@blueprint.get("/studies/<int:study_id>/workers.csv")
+def workers_table(study_id: int) -> Response:
+    _, status = _open(study_id)
+    rows = [asdict(row) for row in status.workers]
+    return Asked().table(f"{status.study} workers", tables.columns(WorkerRow), rows)
+
+
+@dataclass
+class Choice:
+    """Trials that a page draws."""
+
+    trials: list[TrialRow]
+    named: str  # as the address names them
+    states: set[str]
+    left_out: list[str]  # a line for each reason why some that were named are not drawn
+
+    @property
+    def numbers(self) -> str:
+        """The trials in the address's words."""
+        return ",".join(str(row.number) for row in self.trials)
+
+
+def _choose(asked: Asked, status: Status, default: int, most: int) -> Choice:
     """The trials that the address names, else the best of the states that it names."""
-    named = request.args.get("trials", "").replace(",", " ").split()
-    numbers = {int(word) for word in named if word.isascii() and word.isdecimal() and len(word) < 9}
-    if numbers:
-        return [row for row in status.trials if row.number in numbers][: curves.MOST_DRAWN]
-    return curves.top(status.trials, count, _states())
+    named: list[range] = asked.one("trials", read_trials, [])
+    count = asked.count("top", default, most)
+    states, text = asked.states(), request.args.get("trials", "")
+    able = _in_states([row for row in status.trials if row.epochs], states)
+    if not named:
+        return Choice(curves.top(able, count), text, states, [])
+    left_out = []
+    chosen, absent = pick(able, named)
+    if absent:
+        where = " in these states" if states else ""
+        left_out.append(f"No epoch on record{where} of {in_words(absent)}.")
+    if len(chosen) > most:
+        left_out.append(f"The first {most} of these {len(chosen)} trials are drawn.")
+    return Choice(chosen[:most], text, states, left_out)
 
 
 @blueprint.get("/studies/<int:study_id>/curves")
-def curves_page(study_id: int) -> str:
+def curves_page(study_id: int) -> Any:
+    asked = Asked("trials", "top", "smooth", "state")
     entry, status = _open(study_id)
-    smooth = _count("smooth", 0, 95)
-    chosen = curves.read_curves(
-        g.engine, study_id, _chosen(status, _count("top", curves.DRAWN, curves.MOST_DRAWN))
-    )
-    return render_template(
+    choice = _choose(asked, status, curves.DRAWN, curves.MOST_DRAWN)
+    smooth = asked.count("smooth", 0, 95, least=0)
+    some = curves.read_curves(g.engine, study_id, choice.trials)
+    return asked.page(
         "curves.html",
         study_id=study_id,
         status=status,
-        states=_states(),
+        choice=choice,
         smooth=smooth,
-        chosen=chosen,
+        chosen=some,
         default=curves.DRAWN,
         most=curves.MOST_DRAWN,
-        drawn=figures.curves(chosen, curves.category_names(entry.attributes, chosen), smooth / 100),
+        drawn=figures.curves(some, curves.category_names(entry.attributes, some), smooth / 100),
     )
 
 
 @blueprint.get("/studies/<int:study_id>/compare")
-def compare(study_id: int) -> str:
-    _, status = _open(study_id)
-    names = parameter_names(status.trials)
-    by = request.args.get("by", "")
-    by = by if by in names else next(iter(names), "")
-    some = _chosen(status, _count("top", curves.COMPARED, curves.COMPARED))
-    return render_template(
+def compare(study_id: int) -> Any:
+    asked = Asked("by", "trials", "top", "state")
+    entry, status = _open(study_id)
+    choice = _choose(asked, status, curves.COMPARED, curves.COMPARED)
+    names = parameter_names(status.trials) or sorted(entry.settings["space"])
+    by = asked.one("by", partial(read_choice, allowed=names), next(iter(names), ""))
+    return asked.page(
         "compare.html",
         study_id=study_id,
         status=status,
-        states=_states(),
+        choice=choice,
         names=names,
         by=by,
         default=curves.COMPARED,
-        drawn=figures.compare(curves.read_curves(g.engine, study_id, some), by),
+        drawn=figures.compare(curves.read_curves(g.engine, study_id, choice.trials), by),
     )
 
 
-@blueprint.get("/studies/<int:study_id>/trials/<int:trial>")
-def trial(study_id: int, trial: int) -> str:
+@blueprint.get("/studies/<int:study_id>/epochs.csv")
+def epochs_table(study_id: int) -> Response:
+    """What Curves and Compare draw, in numbers."""
+    asked = Asked("trials", "top", "state")
+    entry, status = _open(study_id)
+    choice = _choose(asked, status, curves.DRAWN, curves.COMPARED)
+    some = curves.read_curves(g.engine, study_id, choice.trials)
+    names = [f"{name} accuracy" for name in curves.category_names(entry.attributes, some)]
+    rows = [
+        {
+            "trial": curve.trial.number,
+            "epoch": epoch + 1,
+            **{metric: values[place] for metric, values in curve.metrics.items()},
+            **dict(zip(names, curve.categories[place], strict=True)),
+        }
+        for curve in some
+        for place, epoch in enumerate(curve.epochs)
+    ]
+    return asked.table(f"{status.study} epochs", ["trial", "epoch", *curves.METRICS, *names], rows)
+
+
+def _open_trial(study_id: int, trial: int) -> tuple[StudyEntry, Status, TrialRow]:
     entry, status = _open(study_id)
     row = next((row for row in status.trials if row.number == trial), None)
     if row is None:
         abort(404, f"Study {entry.name} has no trial {trial}; it has {len(status.trials)}, from 0.")
+    return entry, status, row
+
+
+def _settings(entry: StudyEntry) -> dict[str, Any]:
+    return {**entry.settings.get("train", {}), **entry.places}
+
+
+@blueprint.get("/studies/<int:study_id>/trials/<int:trial>")
+def trial(study_id: int, trial: int) -> Any:
+    entry, status, row = _open_trial(study_id, trial)
     [curve] = curves.read_curves(g.engine, study_id, [row])
     attempts = read_attempts(g.engine, study_id, trial)
     log = attempts[-1].log if attempts else None
     able = curve.hits is not None and len(curve.hits) == len(entry.attributes)
-    return render_template(
+    return Asked().page(
         "trial.html",
         study_id=study_id,
         status=status,
         row=row,
         curve=curve,
-        settings={**entry.settings.get("train", {}), **entry.places},
+        settings=_settings(entry),
         drawn=figures.curves([curve], curves.category_names(entry.attributes, [curve])),
         bars=figures.attributes(curve.hits or [], entry.attributes) if able else None,
         attempts=attempts,
@@ -225,6 +361,25 @@ def trial(study_id: int, trial: int) -> str:
         artifacts=_artifacts(g.engine, study_id, trial),
         command=shlex.join(["atelier", "export", entry.name, "--trial", str(trial), "-o", "trial.toml"]),
     )
+
+
+@blueprint.get("/studies/<int:study_id>/trials/<int:trial>/settings.csv")
+def settings_table(study_id: int, trial: int) -> Response:
+    entry, _, row = _open_trial(study_id, trial)
+    parts = {"configuration": row.params, "setting": _settings(entry)}
+    rows = [
+        {"part": part, "name": name, "value": value}
+        for part, values in parts.items()
+        for name, value in sorted(values.items())
+    ]
+    return Asked().table(f"{entry.name} trial {trial} settings", ["part", "name", "value"], rows)
+
+
+@blueprint.get("/studies/<int:study_id>/trials/<int:trial>/attempts.csv")
+def attempts_table(study_id: int, trial: int) -> Response:
+    entry, _, _ = _open_trial(study_id, trial)
+    rows = [asdict(row) for row in read_attempts(g.engine, study_id, trial)]
+    return Asked().table(f"{entry.name} trial {trial} attempts", tables.columns(AttemptRow), rows)
 
 
 def _tail(log: str | None) -> str | None:

@@ -22,6 +22,7 @@ from flask import (
     Flask,
     Response,
     abort,
+    current_app,
     g,
     jsonify,
     redirect,
@@ -33,11 +34,12 @@ from flask import (
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from sqlalchemy.exc import NoResultFound
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
-from dashboards import pages
+from dashboards import pages, tables
 from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
 from storage import database, faults, ledger
 from storage.database import home
@@ -263,6 +265,8 @@ def _add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None
     @app.get("/login")
     def login() -> Any:
         token = request.args.get("token")
+        if token is None and "entered" in request.args:
+            return redirect(_wanted()) if _who(accounts, link)[0] else ask(_cookieless(), 401)
         if token is None:
             return ask()
         if link is not None and not accounts.all() and link.use(token):
@@ -289,7 +293,18 @@ def _enter(stamp: str, user: str = "") -> Any:
     session.clear()
     session.permanent = True
     session.update(user=user, stamp=stamp)
-    return redirect(_wanted())
+    # By way of a question of our own: whether the browser sends back what it was given.
+    return redirect(url_for("login", entered="", next=request.values.get("next", "")))
+
+
+def _cookieless() -> str:
+    """What the login page says to who was let in, but comes without the session's cookie."""
+    if current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
+        return "That was right, but the session's cookie is for https only: open this page by https."
+    return (
+        f"That was right, but this browser keeps no cookies of {request.host}, and so nobody stays "
+        "logged in. Allow them, then log in again."
+    )
 
 
 def _log_out() -> Any:
@@ -333,10 +348,20 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
             abort(404, "There is no such study or trial, or not any more.")
         if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
             _raise_the_reason(request.path)
+        if answer.mimetype == "text/csv":
+            _name_table(answer.headers)
         if is_page and answer.mimetype == "text/html":
             text = answer.get_data(as_text=True).replace('="/static/', f'="{prefix}/static/')
             answer.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
         return answer
+
+
+def _name_table(headers: Headers) -> None:
+    """optuna-dashboard's table is UTF-8, as is its name; it says neither in a way that browsers know."""
+    _, _, name = headers.get("Content-Disposition", "").partition("filename=")
+    words = name.encode("latin-1").decode().removesuffix(".csv")
+    headers["Content-Type"] = "text/csv; charset=utf-8"
+    headers["Content-Disposition"] = tables.attachment(words)
 
 
 def _raise_the_reason(path: str) -> None:

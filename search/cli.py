@@ -56,7 +56,10 @@ Pack = Annotated[
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, or the one with these arguments, with its log on stderr."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S%z",  # logs are read far from the machine's clock
+        stream=sys.stderr,
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -482,7 +485,7 @@ def plot(
     study: StudyName,
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .html file.")],
     kind: Annotated[str, typer.Option(help="curves, compare or history.")] = "curves",
-    trials: Annotated[str, typer.Option(help="As in 3,14; default: the best.")] = "",
+    trials: Annotated[str | None, typer.Option(help="As in 3,5-9; default: the best.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="How many of the best.")] = None,
     by: Annotated[str | None, typer.Option(help="With compare: the hyperparameter.")] = None,
     smooth: Annotated[

@@ -1,8 +1,13 @@
 // Draws the figures that a page carries as JSON, and keeps the page fresh: it fetches its own address
-// again, replaces what has changed, and redraws. Without it the page is readable, but has no plots.
+// again and changes what has changed. Without it the page is readable, but has no plots.
+//
+// What the reader does outlasts that: elements that stay are kept, with their focus, scroll and selection;
+// what is typed, ticked or unfolded is the reader's. Elements are told apart by their ids.
 "use strict";
 
 const SECONDS = 4;
+const PATIENCE = 20; // seconds, for an answer
+const PAPER = 640; // pixels, of the widest plot that A4 has room for
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 function themed(layout) {
@@ -20,65 +25,141 @@ function themed(layout) {
   };
 }
 
-const drawn = new Map(); // id of a place: the text of what is drawn there
+const drawn = new Map(); // place: the text of what is drawn there
 
 function draw() {
+  for (const place of drawn.keys()) {
+    if (place.isConnected) continue;
+    Plotly.purge(place);
+    drawn.delete(place);
+  }
   for (const script of document.querySelectorAll("script[data-plot]")) {
+    if (!window.Plotly) return trouble("The script that draws the figures did not arrive. Reload this page.");
     const place = document.getElementById(script.dataset.plot);
-    if (drawn.get(place.id) === script.textContent) continue;
+    if (drawn.get(place) === script.textContent) continue;
     const { data, layout } = JSON.parse(script.textContent);
-    drawn.set(place.id, script.textContent);
+    drawn.set(place, script.textContent);
     Plotly.react(place, data, themed(layout), { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
-// What a page is made of: if that changes, it is loaded again instead of mended.
-function parts(page) {
-  return [...page.querySelectorAll("[data-live], .plot")].map((part) => part.dataset.live ?? part.id).join();
-}
-
 function trouble(text) {
   const line = document.getElementById("trouble");
-  line.textContent = text;
-  line.hidden = !text;
+  if (line.textContent !== text) line.textContent = text;
+}
+
+// Makes an element or a text like a fresh one, with as few changes as that needs.
+function mend(old, fresh) {
+  if (old.isEqualNode(fresh)) return;
+  if (old.nodeType === Node.TEXT_NODE) return retype(old, fresh.data);
+  if (old.matches(".plot, noscript")) return; // Plotly's; and a text here that is elements in a parsed page
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name) && !(name === "open" && old.matches("details"))) old.removeAttribute(name);
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  const matches = partners(old, fresh);
+  const kept = new Set(matches.values());
+  for (const child of [...old.childNodes]) if (!kept.has(child)) child.remove();
+  let next = old.firstChild;
+  for (const child of fresh.childNodes) {
+    const match = matches.get(child);
+    if (!match) old.insertBefore(document.importNode(child, true), next);
+    else {
+      mend(match, child);
+      if (match === next) next = next.nextSibling;
+      else move(match, next);
+    }
+  }
+}
+
+// For each fresh child the old one that it is: the one of its id, else the first that is left of its kind.
+function partners(old, fresh) {
+  const kind = (node) => (node.id ? `#${node.id}` : `${node.nodeName}.${node.className ?? ""}`);
+  const left = new Map();
+  for (const child of old.childNodes) {
+    if (!left.has(kind(child))) left.set(kind(child), []);
+    left.get(kind(child)).push(child);
+  }
+  for (const some of left.values()) some.reverse();
+  const matches = new Map();
+  for (const child of fresh.childNodes) {
+    const match = left.get(kind(child))?.pop();
+    if (match) matches.set(child, match);
+  }
+  return matches;
+}
+
+// An element that is taken out for a moment would lose focus and selection.
+function move(node, next) {
+  const active = document.activeElement;
+  const selection = getSelection();
+  const { anchorNode, anchorOffset, focusNode, focusOffset } = selection;
+  next.before(node);
+  if (node.contains(active)) active.focus({ preventScroll: true });
+  if (anchorNode && (node.contains(anchorNode) || node.contains(focusNode))) {
+    selection.setBaseAndExtent(anchorNode, anchorOffset, focusNode, focusOffset);
+  }
+}
+
+// A selection stays on the characters that stay: of a log, which loses lines at its head and gets some at
+// its end; else of what is before and behind a change.
+function retype(node, text) {
+  const old = node.data;
+  for (let line = 0; line < old.length; line = old.indexOf("\n", line) + 1 || old.length) {
+    if (!text.startsWith(old.slice(line))) continue;
+    node.appendData(text.slice(old.length - line));
+    return node.deleteData(0, line);
+  }
+  const most = Math.min(old.length, text.length);
+  let head = 0;
+  while (head < most && old[head] === text[head]) head++;
+  let tail = 0;
+  while (tail < most - head && old.at(-1 - tail) === text.at(-1 - tail)) tail++;
+  node.replaceData(head, old.length - head - tail, text.slice(head, text.length - tail));
 }
 
 let last = "";
 
 async function refresh() {
-  if (document.hidden) return;
-  let response;
+  let response, text;
   try {
-    response = await fetch(location.href, { cache: "no-cache", headers: { Accept: "text/html" } });
+    response = await fetch(location.href, {
+      cache: "no-cache",
+      headers: { Accept: "text/html" },
+      signal: AbortSignal.timeout(1000 * PATIENCE),
+    });
+    text = await response.text();
   } catch {
     return trouble("The dashboard does not answer. It is asked again every few seconds.");
   }
   if (response.redirected) return trouble("The session has ended. Reload this page to log in again.");
-  const text = await response.text();
   const page = new DOMParser().parseFromString(text, "text/html");
-  const shown = document.body.dataset.status;
-  if (!response.ok && shown === "200") return trouble(page.querySelector("main p:not(#trouble)")?.textContent ?? response.statusText);
-  if (page.body.dataset.status !== shown) return location.reload(); // an error page, and now there is another
-  trouble("");
-  if (text === last) return;
-  last = text;
-  if (parts(page) !== parts(document)) return location.reload();
-  for (const fresh of page.querySelectorAll("[data-live]")) {
-    const old = document.querySelector(`[data-live="${CSS.escape(fresh.dataset.live)}"]`);
-    if (old.innerHTML === fresh.innerHTML) continue;
-    const open = [...old.querySelectorAll("details")].map((details) => details.open);
-    old.innerHTML = fresh.innerHTML;
-    old.querySelectorAll("details").forEach((details, index) => (details.open = Boolean(open[index])));
+  if (!response.ok && document.body.dataset.status === "200") {
+    return trouble(page.querySelector("main p:not(#trouble)")?.textContent ?? response.statusText);
   }
-  for (const fresh of page.querySelectorAll("script[data-plot]")) {
-    document.querySelector(`script[data-plot="${CSS.escape(fresh.dataset.plot)}"]`).textContent = fresh.textContent;
+  trouble("");
+  if (text !== last) {
+    last = text;
+    document.title = page.title;
+    document.body.dataset.status = page.body.dataset.status;
+    for (const part of ["header", "main"]) mend(document.querySelector(part), page.querySelector(part));
   }
   draw();
 }
 
+let pressed = false; // while the reader selects text, or a part of a plot
+let busy = false;
+
 async function follow() {
-  await refresh();
-  setTimeout(follow, SECONDS * 1000);
+  if (document.hidden || pressed || busy) return;
+  busy = true;
+  try {
+    await refresh();
+  } finally {
+    busy = false;
+  }
 }
 
 draw();
@@ -86,4 +167,26 @@ dark.addEventListener("change", () => {
   drawn.clear();
   draw();
 });
-setTimeout(follow, SECONDS * 1000);
+setInterval(follow, SECONDS * 1000);
+document.addEventListener("visibilitychange", follow);
+addEventListener("pointerdown", () => (pressed = true));
+for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => (pressed = false));
+// A page that the browser has kept is as it was left: with a filter that was ticked after it, and old news.
+addEventListener("pageshow", ({ persisted }) => {
+  if (!persisted) return;
+  for (const form of document.querySelectorAll("form.filters")) form.reset();
+  follow();
+});
+// A plot has the width of its place on the screen.
+const wide = new Set();
+addEventListener("beforeprint", () => {
+  for (const place of drawn.keys()) {
+    if (place.clientWidth <= PAPER) continue;
+    wide.add(place);
+    Plotly.relayout(place, { width: PAPER });
+  }
+});
+addEventListener("afterprint", () => {
+  for (const place of wide) Plotly.relayout(place, { width: null, autosize: true });
+  wide.clear();
+});

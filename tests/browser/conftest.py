@@ -12,15 +12,19 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import sqlalchemy as sa
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from dashboards.accounts import session_key
 from dashboards.server import open_doors
 from dashboards.web import make_app
-from tests.conftest import PASSWORD, free_port
+from storage import database
+from tests.conftest import PASSWORD, copied_database, free_port, give_accounts
 
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 PATIENCE = 180  # seconds, of a browser and of us, on a machine that has other things to do
@@ -126,17 +130,71 @@ def start(tmp_path, engine):
         process.stop()
 
 
-@pytest.fixture
-def page(chromium):
+@contextmanager
+def browsing(chromium, **options):
     """A page whose script must not fail."""
-    context = chromium.new_context(viewport={"width": 1440, "height": 900}, ignore_https_errors=True)
+    options = {"viewport": {"width": 1440, "height": 900}, "ignore_https_errors": True} | options
+    context = chromium.new_context(**options)
     context.set_default_timeout(1000 * PATIENCE)
+    with opened(context) as page:
+        yield page
+    context.close()
+
+
+@contextmanager
+def opened(context):
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     yield page
-    context.close()
+    page.close()
     assert errors == []
+
+
+@pytest.fixture
+def page(chromium):
+    with browsing(chromium) as page:
+        yield page
+
+
+class Site(NamedTuple):
+    """A dashboard that the tests of a module share."""
+
+    base: str
+    engine: sa.Engine
+    home: Path
+    cookies: dict  # of a viewer
+
+
+@pytest.fixture(scope="module")
+def site(chromium, server, template, tmp_path_factory):
+    home = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATELIER_HOME", str(home))
+        patch.setenv("ATELIER_DATABASE_URL", copied_database(server, "site", template))
+        engine = database.connect()
+        thread = Thread(give_accounts(home, patch))
+        with browsing(chromium) as page:
+            log_in(page, thread, "vera")
+            page.wait_for_url(f"{thread.base}/atelier/")
+            cookies = page.context.storage_state()
+        yield Site(thread.base, engine, home, cookies)
+        thread.stop()
+        engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def browser_of_site(chromium, site):
+    """A viewer's browser, which keeps what it has loaded: the script that draws is large."""
+    with browsing(chromium, storage_state=site.cookies) as page:
+        yield page.context
+
+
+@pytest.fixture
+def seen(browser_of_site):
+    """A viewer's page of the shared dashboard."""
+    with opened(browser_of_site) as page:
+        yield page
 
 
 def log_in(page, server, name, password=PASSWORD):
@@ -144,3 +202,24 @@ def log_in(page, server, name, password=PASSWORD):
     page.fill("input[name=name]", name)
     page.fill("input[name=password]", password)
     page.click("button")
+
+
+def wait_until(condition):
+    # Not Playwright's wait_for_function, whose eval our pages' policy forbids.
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def drawn(page):
+    """Wait until every plot of the page is drawn; returns how many there are."""
+    every = "[...document.querySelectorAll('.plot')].every((place) => place.querySelector('.main-svg'))"
+    wait_until(lambda: page.evaluate(every))
+    return page.locator(".plot").count()
+
+
+def ask_again(page):
+    """What a page does every few seconds, at once."""
+    wait_until(lambda: page.evaluate("!busy"))
+    page.evaluate("follow()")

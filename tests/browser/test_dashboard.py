@@ -5,11 +5,11 @@ import re
 import signal
 import ssl
 import subprocess
-import time
 
 import optuna
 import psycopg2
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 from dashboards.note import leave_note
 from dashboards.status import read_status
@@ -17,7 +17,7 @@ from search import forking, launch
 from search.exit_codes import ExitCode
 from search.study import load_study_file, open_study
 from storage import database, ledger
-from tests.browser.conftest import PATIENCE, SCREENSHOTS, log_in
+from tests.browser.conftest import PATIENCE, SCREENSHOTS, ask_again, drawn, log_in, wait_until
 from tests.conftest import PASSWORD, STUDY
 from tests.studies import fill
 from trainer.dataset import read_dataset
@@ -25,24 +25,9 @@ from trainer.dataset import read_dataset
 MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "pruned"] * 12
 
 
-def wait_until(condition):
-    # Not Playwright's wait_for_function, whose eval our pages' policy forbids.
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def points(page, plot):
     """How many points the last line of a plot has."""
     return page.evaluate(f"document.getElementById('{plot}').data.at(-1).x.length")
-
-
-def drawn(page):
-    """Wait until every plot of the page is drawn; returns how many there are."""
-    every = "[...document.querySelectorAll('.plot')].every((place) => place.querySelector('.main-svg'))"
-    wait_until(lambda: page.evaluate(every))
-    return page.locator(".plot").count()
 
 
 def test_a_viewer_logs_in_and_cannot_delete(dashboard, page, engine):
@@ -92,49 +77,70 @@ def test_optuna_dashboards_study_page_opens_through_the_login(dashboard, page, e
     page.wait_for_url(f"{dashboard.base}/atelier/")
 
 
+# Every page of ours, with the plots that it has: as it is, empty, and with what it says of an address.
 PAGES = {
+    "login": ("/login", 0),
     "studies": ("/atelier/", 0),
     "study": ("/atelier/studies/{study}", 2),
+    "empty": ("/atelier/studies/{empty}", 0),
+    "unknown-filter": ("/atelier/studies/{study}?state=failled", 2),
     "curves": ("/atelier/studies/{study}/curves?smooth=40", 9),
+    "no-curves": ("/atelier/studies/{empty}/curves", 0),
+    "absent-trials": ("/atelier/studies/{study}/curves?trials=0-2,99", 9),
     "compare": ("/atelier/studies/{study}/compare?by=dropout", 4),
     "trial": ("/atelier/studies/{study}/trials/0", 10),
+    "failed-trial": ("/atelier/studies/{study}/trials/2", 10),
+    "error": ("/atelier/nowhere", 0),
 }
+AUDITED = [(1440, "light"), (390, "dark")]
+SHOWN = {"studies", "study", "curves", "compare", "trial"}  # in every way
+
+
+@pytest.fixture(scope="module")
+def fashion(site):
+    """A study with a log, and an empty one."""
+    log = site.home / "slurm" / "12_3.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("2026-01-01 10:00:00+0000 INFO trial 0: attempt 1\n" * 9)
+    study = fill(site.engine, MIXED, name="fashion", max_trials=60, log=str(log))
+    return {"study": study, "empty": fill(site.engine, [], name="<b>empty</b> & more", max_trials=5)}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_our_pages_are_drawn_and_fit(dashboard, page, engine, home, width, scheme):
-    log = home / "slurm" / "12_3.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("2026-01-01 10:00:00 INFO trial 0: attempt 1\n" * 9)
-    study = fill(engine, MIXED, name="fashion", max_trials=60, log=str(log))
-    fill(engine, [], name="<b>empty</b> & more", max_trials=5)
+def test_our_pages_are_drawn_and_fit_and_are_accessible(site, seen, fashion, width, scheme):
+    page = seen
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
-    log_in(page, dashboard, "vera")
-    for name, (path, plots) in PAGES.items():
-        page.goto(dashboard.base + path.format(study=study))
-        assert drawn(page) == plots
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide"
-        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+    page.goto(f"{site.base}/atelier/")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", ground)[:3]))
     assert (brightness < 150) == (scheme == "dark")
+    audited = (width, scheme) in AUDITED
+    for name in PAGES if audited else SHOWN:
+        path, plots = PAGES[name]
+        page.goto(site.base + path.format(**fashion))
+        assert drawn(page) == plots, name
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide"
+        assert page.locator("h1").count() == 1, name
+        if audited:
+            found = Axe().run(page).response["violations"]
+            assert not found, (name, [(one["id"], one["nodes"][0]["html"]) for one in found])
+        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
 
 
-def test_filters_are_in_the_address(dashboard, page, engine):
-    study = fill(engine, MIXED)
-    log_in(page, dashboard, "vera")
-    page.goto(f"{dashboard.base}/atelier/studies/{study}")
+def test_filters_are_in_the_address(site, seen, fashion):
+    page, study = seen, fashion["study"]
+    page.goto(f"{site.base}/atelier/studies/{study}")
     page.check("label:has-text('failed') input")
     page.click("button:has-text('Show')")
     assert page.url.endswith("?state=failed")
-    assert page.locator("[data-live=trials] tbody tr").count() == 1
-    page.goto(f"{dashboard.base}/atelier/studies/{study}/curves")
+    assert page.locator("#trials tbody tr").count() == 1
+    page.goto(f"{site.base}/atelier/studies/{study}/curves")
     page.fill("input[name=trials]", "0, 1")
     page.click("button:has-text('Show')")
     assert drawn(page) == 9
-    assert page.locator("[data-live=chosen] a").count() == 2
+    assert page.locator("#chosen a").count() == 2
     assert "trials=0%2C+1" in page.url
 
 
@@ -182,10 +188,10 @@ def test_a_page_follows_a_worker_without_a_reload(dashboard, page, work_on, demo
     drawn(page)
     page.evaluate("window.sameDocument = true")
     before = points(page, "curve-1")
-    shown = page.inner_text("[data-live=head]")
+    shown = page.inner_text("#head")
     wait_until(lambda: points(page, "curve-1") > before)
     assert page.evaluate("window.sameDocument")
-    assert page.inner_text("[data-live=head]") != shown
+    assert page.inner_text("#head") != shown
     end(worker)
 
 
@@ -229,7 +235,7 @@ def test_a_real_study_with_every_kind_of_trial(dashboard, page, engine, work_on,
 
 def look_at_every_page(page, study, trials):
     page.goto(study)
-    shown = set(page.locator("[data-live=trials] .state").all_inner_texts())
+    shown = set(page.locator("#trials .state").all_inner_texts())
     assert {"running", "complete", "pruned", "failed"} <= shown
     for path, plots in (("", 2), ("/curves", 9), ("/compare?by=batch_size", None)):
         page.goto(study + path)
@@ -248,6 +254,7 @@ def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(dashboard, pa
     page.goto(f"{dashboard.base}/atelier/studies/{study}")
     drawn(page)
     database.optuna_storage(engine).delete_study(study)
+    ask_again(page)
     page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for()
     page.goto(f"{dashboard.base}/atelier/")
     dashboard.stop()

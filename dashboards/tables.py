@@ -1,0 +1,40 @@
+"""Tables as CSV files: all rows and all columns, in UTF-8."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+from urllib.parse import quote
+
+LONGEST_NAME = 60  # characters of a file's name before its ending: at most 240 bytes
+
+
+def columns(kind: type[Any], *without: str) -> list[str]:
+    """The columns of rows that are of one dataclass."""
+    return [field.name for field in fields(kind) if field.name not in without]
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows with these columns, below their names. What a row lacks is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def file_name(words: str) -> str:
+    """A name for a table that every file system takes, as in fashion-trials.csv."""
+    # What is cut is the beginning: a study's name may be long, and the end says which table it is.
+    plain = re.sub(r'[\s\\/:*?"<>|]+', "-", words)[-LONGEST_NAME:].strip("-.")
+    return f"{plain or 'table'}.csv"
+
+
+def attachment(words: str) -> str:
+    """The header Content-Disposition of a table with this name, whatever its letters."""
+    name = file_name(words)
+    ascii_name = name.encode("ascii", "replace").decode().replace("?", "_")
+    exact = "" if ascii_name == name else f"; filename*=UTF-8''{quote(name)}"
+    return f'attachment; filename="{ascii_name}"{exact}'
