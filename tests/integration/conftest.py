@@ -93,19 +93,29 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, demo):
+def train_one_epoch(demo):
+    """Trains a small network for one epoch, into a run folder, which it returns."""
+
+    def go(run, seed=0):
+        config = TrainConfig(
+            data=str(demo),
+            backbone="test_resnet",
+            weights="none",
+            trainable="head",
+            image_size=32,
+            epochs=1,
+            warmup_epochs=0,
+            seed=seed,
+        )
+        workspace = Workspace(config, run.parent / "cache")
+        files = ModelFiles(run, workspace.dataset)
+        assert len(list(train(config, workspace, keep=files.keep))) == 1
+        return run
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, train_one_epoch):
     """The run folder of a network that was trained for one epoch."""
-    folder = tmp_path_factory.mktemp("run")
-    config = TrainConfig(
-        data=str(demo),
-        backbone="test_resnet",
-        weights="none",
-        trainable="head",
-        image_size=32,
-        epochs=1,
-        warmup_epochs=0,
-    )
-    workspace = Workspace(config, folder / "cache")
-    files = ModelFiles(folder / "run", workspace.dataset)
-    assert len(list(train(config, workspace, keep=files.keep))) == 1
-    return folder / "run"
+    return train_one_epoch(tmp_path_factory.mktemp("run") / "run")

@@ -16,10 +16,6 @@ from storage import database, ledger
 from storage.prune import forgotten
 from storage.runs import RunFolder
 from tests.studies import fill
-from trainer.config import TrainConfig
-from trainer.loop import train
-from trainer.model_file import ModelFiles
-from trainer.workspace import Workspace
 
 runner = CliRunner()
 DAY = 86400
@@ -116,23 +112,11 @@ def test_an_export_says_that_it_has_no_interval():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, demo):
+def runs(tmp_path_factory, train_one_epoch):
     """Run folders of two configurations."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
-        config = TrainConfig(
-            data=str(demo),
-            backbone="test_resnet",
-            weights="none",
-            trainable="head",
-            image_size=32,
-            epochs=1,
-            warmup_epochs=0,
-            seed=seed,
-        )
-        workspace = Workspace(config, folder / "cache")
-        files = ModelFiles(folder / f"{seed}.run", workspace.dataset)
-        assert len(list(train(config, workspace, keep=files.keep))) == 1
+        train_one_epoch(folder / f"{seed}.run", seed)
     return folder
 
 
