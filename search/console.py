@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dashboards.terminal import printable
 from search.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -119,11 +120,6 @@ def _may_pass(error: Exception) -> bool:
     from storage.faults import is_transient
 
     return is_transient(error)
-
-
-def printable(text: str) -> str:
-    """The text in one line, with escapes for what a terminal would act on: it may quote any file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def say(text: str) -> None:

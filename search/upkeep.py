@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dashboards.terminal import printable
 from search.console import (
     Verbs,
     errors_in_one_line,
     existing_database,
     find_study,
-    printable,
     say,
 )
 
