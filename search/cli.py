@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, Verbs, errors_in_one_line, find_study, say
+from search.console import StudyName, Verbs, errors_in_one_line, find_study, ready_streams, run, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
 
@@ -57,12 +57,13 @@ Pack = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, or the one with these arguments, with its log on stderr."""
+    ready_streams()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app(arguments)
+    run(app, arguments)
 
 
 def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":

@@ -29,6 +29,7 @@ from urllib.parse import quote
 import psutil
 import psycopg2
 
+from storage import limits
 from storage.faults import is_transient, reason
 from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network, NetworkError
 
@@ -193,6 +194,8 @@ class EmbeddedPostgres:
                         raise
                 yield
         except OSError as error:
+            if said := limits.explain(error):
+                raise EmbeddedPostgresError(said) from error
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
@@ -274,6 +277,8 @@ class EmbeddedPostgres:
             time.sleep(0.1)
 
     def _bring_up(self) -> None:
+        if said := limits.too_low_for_server():
+            raise EmbeddedPostgresError(said)
         if os.geteuid() == 0:
             self._open_to_system_user()
         if not (self.data / "PG_VERSION").exists():
@@ -284,7 +289,7 @@ class EmbeddedPostgres:
     def _refuse_foreign_host(self) -> None:
         if not (self.data / "postmaster.pid").exists() or not self._host.exists():
             return
-        host = self._host.read_text().strip()
+        host = self._host.read_text("utf-8", "replace").strip()
         if host != socket.gethostname():
             raise EmbeddedPostgresError(
                 f"the server in {self.home} runs on host {host}, its socket works only there; run on "
@@ -383,9 +388,9 @@ class EmbeddedPostgres:
         self._own(self._log)
         earlier = self._log.stat().st_size
         # Before the server: on a shared file system other hosts must not find it without its host.
-        self._host.write_text(socket.gethostname() + "\n")
+        self._host.write_text(socket.gethostname() + "\n", "utf-8", "replace")
         rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
-        rules.write_text(self.network.access_rules())
+        rules.write_text(self.network.access_rules(), "utf-8")
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
             "max_connections": "300",
@@ -478,11 +483,11 @@ class EmbeddedPostgres:
                 f"{self.data} was made by the programs in {self._binaries()}; "
                 "--postgres is for a new home: set ATELIER_HOME to another folder"
             )
-        self._programs.write_text(f"{programs.absolute()}\n")
+        self._programs.write_bytes(os.fsencode(programs.absolute()) + b"\n")
 
     def _binaries(self) -> Path:
         if self._programs.exists():
-            return Path(self._programs.read_text().strip())
+            return Path(os.fsdecode(self._programs.read_bytes().strip()))
         version = self.data / "PG_VERSION"
         number = int(version.read_text()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
         if number not in wheel.POSTGRES_VERSIONS:
@@ -509,6 +514,8 @@ class EmbeddedPostgres:
                     start_new_session=True,
                 )
             except OSError as error:  # names a file, or nothing; the program or the user is meant
+                if said := limits.explain(error):
+                    raise EmbeddedPostgresError(said) from error
                 whom = f" as the user {user}" if user else ""
                 raise EmbeddedPostgresError(
                     f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
