@@ -19,11 +19,11 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import TrialState
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
+from dashboards.terminal import Grid
 from storage.database import home, retrying
 from storage.ledger import (
     AUDIT,
@@ -525,6 +525,20 @@ def trials_frame(status: Status) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
+def render_trials(status: Status) -> RenderableType:
+    """The trials for people, all of them: numbers with six digits, blanks for what is not known."""
+    rows = [row.params | vars(row) for row in status.trials]
+    audited = any(row.audit for row in status.trials)
+    fields = [
+        name for name in TrialRow.__dataclass_fields__ if name not in ("params", "reason", "audit")
+    ]
+    names = [*fields, *["audit"] * audited, *parameter_names(status.trials)]
+    table = Grid(names, left=("state", "worker", "audit"), gap=2)
+    for row in rows:
+        table.add(*(_six_digits(row.get(name)) for name in names))
+    return table
+
+
 def progress_line(status: Status) -> str:
     """The study in one line, for logs and for output that is not a terminal."""
     counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
@@ -539,15 +553,11 @@ def progress_line(status: Status) -> str:
 
 def render(status: Status, rows: int = 12) -> RenderableType:
     """The study as a table: those in work first, then the best."""
-    # Fits 80 columns with five parameters: long names fold, numbers do not.
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("trial", "state", "epoch", "accuracy", "score"):
-        table.add_column(column, justify="left" if column == "state" else "right", min_width=len(column))
     names = parameter_names(status.trials)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right", min_width=7)
+    headings = [name.replace("_", " ") for name in names]  # they fold between words
+    table = Grid(["trial", "state", "epoch", "accuracy", "score", *headings], left=["state"])
     for row in status.ranked()[:rows]:
-        table.add_row(
+        table.add(
             str(row.number),
             "resumed" if row.resumed else row.state,
             f"{row.epochs}/{status.max_epochs}",
@@ -578,12 +588,11 @@ def audit_line(status: Status) -> str:
 
 def render_workers(status: Status) -> RenderableType:
     """Who is at work, and on a cluster what SLURM says of the array."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for"):
-        table.add_column(column)
+    headings = ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for")
+    table = Grid(headings, left=headings, gap=2)
     epochs = {row.number: row.epochs for row in status.trials}
     for worker in status.workers:
-        table.add_row(
+        table.add(
             f"{worker.host}:{worker.pid}",
             worker.job or "",
             worker.gpu or "",
@@ -674,11 +683,10 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
 
     That is the last attempt's, unless `newest` is given.
     """
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("trial", "attempt", "worker", "job", "ended", "log"):
-        table.add_column(column, no_wrap=column == "log")
+    headings = ("trial", "attempt", "worker", "job", "ended", "log")
+    table = Grid(headings, left=headings, gap=2)
     for row in attempts:
-        table.add_row(
+        table.add(
             str(row.trial),
             str(row.attempt),
             row.worker,
@@ -695,10 +703,16 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
     log = newest or Path(attempts[-1].log or "")
     if lines and log.is_file():
         parts += [Text(f"\n{log}:", style="bold")]
-        parts += [Text("\n".join(log.read_text(errors="replace").splitlines()[-lines:]))]
+        parts += [Text("\n".join(log.read_text("utf-8", "replace").splitlines()[-lines:]))]
     elif lines and log.name:
         parts += [Text(f"\n{log} is not here (ATELIER_HOME is {home()})", style="bold")]
     return Group(*parts)
+
+
+def _six_digits(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
 
 
 def _number(value: float | int | None) -> str:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.console import StudyName, Verbs, errors_in_one_line, find_study, say
+from search.console import StudyName, Verbs, errors_in_one_line, find_study, ready_streams, run, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
 from storage.ownership import for_people
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import sqlalchemy as sa
+    from rich.console import Console, Group
 
     from dashboards.status import Status
     from search.export import Bundle
@@ -55,6 +58,7 @@ Pack = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, or the one with these arguments, with its log on stderr."""
+    ready_streams()
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app(arguments)
+    run(app, arguments)
 
 
 def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
@@ -131,9 +135,8 @@ def _run_here(
     arguments: list[str], workers: int, engine: "sa.Engine", entry: "StudyEntry"
 ) -> "LocalSearch":
     """Let workers with these arguments work at a study, on this machine, until they end."""
-    from rich.console import Console
-
     from dashboards.status import read_status
+    from dashboards.terminal import console
     from search.launch import LocalSearch
     from storage.runs import RunFolder
 
@@ -143,7 +146,7 @@ def _run_here(
     def status() -> "Status":
         return read_status(engine, entry.study_id, entry.name)
 
-    local = LocalSearch(arguments, workers, runs, status, Console())
+    local = LocalSearch(arguments, workers, runs, status, console())
     local.run()
     return local
 
@@ -284,8 +287,7 @@ def confirm(
     with errors_in_one_line():
         import json
 
-        from rich.console import Console
-
+        from dashboards.terminal import console
         from search.confirmation import plan, read_confirmation, render
         from search.launch import rehearse
         from search.slurm.submit import submit_study
@@ -320,7 +322,7 @@ def confirm(
         if as_json:
             typer.echo(json.dumps(confirmation.as_dict(), indent=2))
             return
-        Console().print(render(confirmation), soft_wrap=True)
+        console().print(render(confirmation), soft_wrap=True)
         if not confirmation.finished:
             say(f"not finished; it goes on with: {_command('confirm', entry.name)}")
             if not show:
@@ -389,9 +391,8 @@ def logs(
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
     with errors_in_one_line():
-        from rich.console import Console
-
         from dashboards.status import read_attempts, render_attempts
+        from dashboards.terminal import console
         from search.slurm.submit import newest_log
         from search.study import InputError
         from storage.ledger import array_jobs
@@ -404,7 +405,7 @@ def logs(
         if not attempts and newest is None:
             what = "any trial" if trial is None else f"trial {trial}"
             raise InputError(f"no attempt at {what} yet, and no log of an array task")
-        Console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
+        console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
 
 
 @app.command()
@@ -417,10 +418,10 @@ def status(
     with errors_in_one_line():
         import json
 
-        from rich.console import Console, Group
-        from rich.live import Live
+        from rich.console import Group
 
         from dashboards.status import read_status, render, render_workers
+        from dashboards.terminal import console
         from search.slurm.queue import Tasks, task_states
         from storage.runs import RunFolder, total_size
 
@@ -446,13 +447,35 @@ def status(
         if as_json:
             typer.echo(json.dumps(now().as_dict(), indent=2))
         elif watch:
-            with suppress(KeyboardInterrupt), Live() as live:
-                while (status := now()).finished < status.max_trials:
-                    live.update(picture(status))
-                    time.sleep(WATCH_SECONDS)
-                live.update(picture(status))
+            with suppress(KeyboardInterrupt):
+                _watch(now, picture, console())
         else:
-            Console().print(picture(now()))
+            console().print(picture(now()))
+
+
+def _watch(
+    now: "Callable[[], Status]", picture: "Callable[[Status], Group]", console: "Console"
+) -> None:
+    """Show a study until all of its trials have ended: drawn anew, or a line for whatever changes."""
+    from rich.live import Live
+
+    from dashboards.status import progress_line
+    from dashboards.terminal import is_drawn_on
+
+    if is_drawn_on(console):
+        with Live(console=console) as live:
+            while (status := now()).finished < status.max_trials:
+                live.update(picture(status))
+                time.sleep(WATCH_SECONDS)
+            live.update(picture(status))
+        return
+    shown = None
+    while (status := now()).finished < status.max_trials:
+        if status.counts != shown:
+            console.print(progress_line(status), soft_wrap=True)
+            shown = status.counts
+        time.sleep(WATCH_SECONDS)
+    console.print(picture(status))
 
 
 @app.command()
@@ -463,21 +486,22 @@ def trials(
     """List a study's trials, one a row."""
     with errors_in_one_line():
         from dashboards.outputs import check_overwritable
-        from dashboards.status import read_status, trials_frame
+        from dashboards.status import read_status, render_trials, trials_frame
+        from dashboards.terminal import console
 
         engine, entry = find_study(study)
-        frame = trials_frame(read_status(engine, entry.study_id, entry.name))
-        if frame.empty:
+        status = read_status(engine, entry.study_id, entry.name)
+        if not status.trials:
             say(f"study {entry.name!r} has no trials yet")
         elif csv is None:
-            apart = {"reason"} | ({"audit"} if frame["audit"].isna().all() else set())
-            typer.echo(frame.drop(columns=apart).to_string(index=False))
+            console().print(render_trials(status))
         else:
+            frame = trials_frame(status)
             text = frame.to_csv(index=False)
             first_columns = ",".join(frame.columns[:3])
             check_overwritable(csv, first_columns, "a table of trials")
             with for_people():
-                csv.write_text(text)
+                csv.write_text(text, "utf-8")
 
 
 @app.command()
@@ -795,9 +819,7 @@ def predict(
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
     """Print the network's stages: what is trained, parameters, multiply-adds."""
     with errors_in_one_line():
-        from rich.console import Console
-        from rich.table import Table
-
+        from dashboards.terminal import Grid, console
         from trainer.dataset import DatasetError, read_dataset
         from trainer.model import stage_table
 
@@ -808,14 +830,12 @@ def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Se
             outputs = 26
             say("note: no dataset at hand, so the head has the challenge's 26 attributes")
         rows = stage_table(file.shared, outputs)
-        table = Table(box=None, pad_edge=False)
-        for column in ("stage", "", "parameters", "multiply-adds"):
-            table.add_column(column, justify="left" if column in ("stage", "") else "right")
+        table = Grid(("stage", "", "parameters", "multiply-adds"), left=("stage", ""), gap=2)
         for row in rows:
             kind = "trained" if row.trained else "frozen"
-            table.add_row(row.name, kind, f"{row.parameters:,}", f"{row.multiply_adds:,}")
+            table.add(row.name, kind, f"{row.parameters:,}", f"{row.multiply_adds:,}")
         for kind, wanted in (("trained", True), ("frozen", False)):
             parameters = sum(row.parameters for row in rows if row.trained is wanted)
             operations = sum(row.multiply_adds for row in rows if row.trained is wanted)
-            table.add_row("total", kind, f"{parameters:,}", f"{operations:,}", style="bold")
-        Console().print(table)
+            table.add("total", kind, f"{parameters:,}", f"{operations:,}", style="bold")
+        console().print(table)

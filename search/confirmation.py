@@ -16,10 +16,10 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from dashboards.status import TrialRow, read_status
+from dashboards.terminal import Grid
 from search.bootstrap import Estimate, churn, compare, flattery, hits, per_class_accuracy
 from search.study import InputError, StudyFile, check_reader, validate
 from storage.ledger import StudyEntry, study_entry
@@ -368,11 +368,9 @@ COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 %
 
 def render(confirmation: Confirmation) -> RenderableType:
     """The confirmation as a table, and its verdict in words."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+    table = Grid(COLUMNS)
     for one in confirmation.candidates:
-        table.add_row(*cells(one))
+        table.add(*cells(one))
     return Group(table, *(Text(line, style="bold") for line in verdict(confirmation)))
 
 

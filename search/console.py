@@ -1,16 +1,20 @@
 """What all verbs share: errors in one line, and the study that a user names."""
 
 import errno
+import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dashboards.terminal import printable
 from search.exit_codes import ExitCode
+from storage import limits
 from storage.ownership import ForeignHomeError, private, require_own
 
 if TYPE_CHECKING:
@@ -25,15 +29,88 @@ StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")
 class Verbs(TyperGroup):
     """The verbs of a command: what is wrong with their options and arguments is one line too."""
 
-    def make_context(self, *args: Any, **extra: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         """Read the options that stand before the verb."""
+        with errors_in_one_line():
+            limits.check_process()
+            _check_text(args)
         with _usage_in_one_line(None):
-            return super().make_context(*args, **extra)
+            return super().make_context(info_name, args, *rest, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Read the verb's options and arguments, and run it."""
         with _usage_in_one_line(ctx), private():
             return super().invoke(ctx)
+
+
+class NotTextError(ValueError):
+    """A word from outside that is no text in this process's encoding; the message is one line."""
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Raises NotTextError for bytes from outside that neither a database nor JSON can hold."""
+    for argument in arguments:
+        _check_encoding(f"the argument {_shown(argument)}", argument, "give it another name")
+    for name, value in os.environ.items():
+        if name.startswith("ATELIER_") or name in ("HOME", "TMPDIR"):
+            _check_encoding(name, value, "set it to another")  # unquoted: it may hold a password
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise NotTextError("the folder that you are in is gone; cd to another") from None
+    _check_encoding(f"the folder that you are in, {_shown(here)},", here, "cd to another, or rename it")
+
+
+def _check_encoding(what: str, text: str, remedy: str) -> None:
+    encoding = sys.getfilesystemencoding()
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        other = "" if encoding == "utf-8" else ", or set LC_ALL=C.UTF-8 and no PYTHONUTF8"
+        raise NotTextError(f"{what} is no text in {encoding.upper()}; {remedy}{other}")
+
+
+def _shown(text: str) -> str:
+    r"""With the bytes that are no text as \xNN."""
+    return repr(os.fsencode(text).decode("utf-8", "backslashreplace")).replace("\\\\x", "\\x")
+
+
+def ready_streams() -> None:
+    """Let any text be written to stdout and stderr, and both be there.
+
+    What an encoding has no letter for is written as Python writes it in a string. What was closed is
+    /dev/null: else the next file that is opened would get the output of other programs.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(opened, "w" if number else "r", encoding="utf-8"))
+        if number:
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def run(app: Callable[[list[str] | None], object], arguments: list[str] | None) -> None:
+    """Run the whole command; what its verbs do not meet, as a full disk at the end, is one line too."""
+    try:
+        with errors_in_one_line():
+            try:
+                app(arguments)
+            finally:
+                sys.stdout.flush()
+    except typer.Exit as end:
+        sys.exit(_leave(end.exit_code))
+    except BrokenPipeError:  # who read it has seen enough
+        sys.exit(_leave(ExitCode.FAILED))
+
+
+def _leave(code: int) -> int:
+    """What could not be written is not tried again when the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 @contextmanager
@@ -84,12 +161,21 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         say(f"error: {line}")
         # An error that is not the input's fault says so itself.
-        code = ExitCode.FAILED if _may_pass(error) else getattr(error, "exit_code", ExitCode.WRONG_INPUT)
+        failed = limits.explain(error) or _may_pass(error)
+        code = ExitCode.FAILED if failed else getattr(error, "exit_code", ExitCode.WRONG_INPUT)
         raise typer.Exit(code) from None
 
 
 def one_line(error: Exception) -> str | None:
     """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
+    if said := limits.explain(error):  # first: with no memory left, or no file, nothing can be imported
+        return printable(said)
+    if isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
+        found = error.object[error.start : error.end]
+        return printable(
+            f"{found!r} is no text in {error.encoding.upper()}; give it in UTF-8, and use a locale that "
+            "has it (LC_ALL=C.UTF-8)"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
         from storage.database import home
 
@@ -97,6 +183,8 @@ def one_line(error: Exception) -> str | None:
             f"{error.strerror}, in ATELIER_HOME ({home()}) or where the output goes; free some, or "
             "choose another place"
         )
+    if isinstance(error, BrokenPipeError):
+        return None  # `run` ends it
     if isinstance(error, OSError) and error.filename is not None:
         from storage.database import home
 
@@ -114,6 +202,10 @@ def one_line(error: Exception) -> str | None:
         from storage.faults import Verdict, explain, judge
 
         return None if judge(error) is Verdict.OURS else printable(f"the database: {explain(error)}")
+    if isinstance(error, OSError) and error.strerror:
+        return printable(
+            f"the system says: {error.strerror}; mend that, then give the same command again"
+        )
     return printable(str(error)) if origin in {"search", "dashboards", "storage", "trainer"} else None
 
 
@@ -126,13 +218,9 @@ def _may_pass(error: Exception) -> bool:
     return is_transient(error)
 
 
-def printable(text: str) -> str:
-    """The text in one line, with escapes for what a terminal would act on: it may quote any file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-
-
 def say(text: str) -> None:
-    typer.echo(text, err=True)
+    with suppress(OSError):  # nobody can be told that nobody can be told
+        typer.echo(text, err=True)
 
 
 def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:

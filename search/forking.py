@@ -7,6 +7,7 @@ shares the memory of it. It runs no thread of Python's and touches no GPU, so a 
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from search.exit_codes import ExitCode
+from storage import limits
 from storage.ownership import PRIVATE
 
 OWN_FOLDER = str(Path(__file__).resolve().parents[1])
@@ -59,8 +61,17 @@ def start(
     """
     start_server()
     call = (target, arguments, dict(environment), os.fspath(output))
-    process = context.Process(target=_run, args=call)
-    process.start()
+    return _started(context.Process(target=_run, args=call))
+
+
+def _started(process: ForkServerProcess) -> ForkServerProcess:
+    """Raises CallFailedError if the server has ended."""
+    try:
+        process.start()
+    except (EOFError, ConnectionError):
+        raise CallFailedError(
+            f"the process that imports torch, for all others, has ended; {limits.why_killed()}"
+        ) from None
     return process
 
 
@@ -75,6 +86,8 @@ def _run(
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
+    for name in ("stdout", "stderr"):  # whatever the terminal's encoding is
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
     _take_environment(environment)
     target(*arguments)
 
@@ -104,17 +117,17 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
     """
     start_server()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, dict(os.environ), function, arguments))
-    process.start()
+    call = (sender, dict(os.environ), function, arguments)
+    process = _started(context.Process(target=_answer, args=call))
     assert process.pid is not None  # it has started
     sender.close()
     try:
         result, error = receiver.recv()
     except EOFError:
         process.join()
-        memory = "; is there enough memory?" if process.exitcode == -signal.SIGKILL else ""
+        end = f"has ended with {process.exitcode}"
         raise CallFailedError(
-            f"the process of {function.__name__} has ended with {process.exitcode}{memory}"
+            f"the process of {function.__name__} {end}; {limits.why_killed()}"
         ) from None
     except KeyboardInterrupt:
         with suppress(ProcessLookupError):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from dashboards.status import Status, progress_line, render
+from dashboards.terminal import is_drawn_on
 from search import forking
 from search.exit_codes import ExitCode
 from search.study import StudyFile
@@ -151,7 +152,7 @@ class LocalSearch:
                 slot.process.terminate() if self._interrupts == 1 else slot.process.kill()
 
     def _watch(self) -> None:
-        if not self._console.is_terminal:
+        if not is_drawn_on(self._console):
             self._watch_plainly()
             return
         with Live(console=self._console, refresh_per_second=4) as live:
@@ -215,5 +216,5 @@ def _why(slot: _Slot) -> str:
     code = slot.process.exitcode or 0
     if code < 0:
         return f"workers are killed by {signal.Signals(-code).name} before they finish an epoch"
-    lines = slot.log.read_text(errors="replace").strip().splitlines()
+    lines = slot.log.read_text("utf-8", "replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else "a worker ended with an error"

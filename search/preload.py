@@ -3,16 +3,19 @@
 Garbage collection is off meanwhile, which saves a tenth of the time. What is there by the end is never
 collected, so that forked processes go on sharing it.
 """
-# ruff: noqa: E402, F401
+# ruff: noqa: F401
 
 import gc
+from contextlib import suppress
 
 gc.disable()
 
-import search.confirmation
-import search.slurm.job
-import search.worker
-import trainer.workspace
+# For want of memory: whoever needs them meets the same error, and somebody hears it.
+with suppress(ImportError, MemoryError, OSError):
+    import search.confirmation
+    import search.slurm.job
+    import search.worker
+    import trainer.workspace
 
 gc.freeze()
 gc.enable()

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dashboards.terminal import printable
 from search.console import (
     Verbs,
     errors_in_one_line,
     find_study,
-    printable,
     say,
 )
 from storage.ownership import for_people

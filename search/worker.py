@@ -19,7 +19,7 @@ import optuna
 
 from dashboards.files import attach_curve
 from dashboards.status import TrialRow
-from search.console import printable
+from dashboards.terminal import printable
 from search.exit_codes import ExitCode
 from search.sampling import Promises
 from search.score import epoch_value, score

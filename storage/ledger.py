@@ -116,7 +116,7 @@ def host() -> str:
 
 def _machine() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return socket.gethostname()
@@ -125,7 +125,7 @@ def _machine() -> str:
 def _start_time(pid: int) -> str:
     try:
         # In ticks since the boot: unlike the time of day, no correction of the clock changes it.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
     except OSError:
         return f"{psutil.Process(pid).create_time():.2f}"
 

@@ -73,7 +73,7 @@ class Network:
         if tls:
             self._make_certificate(address)
         if self._passfile.exists():
-            password = self._passfile.read_text().strip().rpartition(":")[2]
+            password = self._passfile.read_text("utf-8").strip().rpartition(":")[2]
         else:
             password = secrets.token_urlsafe(32)
             _write_private(self._passfile, f"*:*:{DATABASE}:{ROLE}:{password}\n")
@@ -90,7 +90,7 @@ class Network:
         else:
             names = {key: Path(str(url.query[key])).name for key in self._files.keys() & url.query}
             new = self._url.with_name(f".{self._url.name}")  # other machines read it at any moment
-            new.write_text(url.update_query_dict(names).render_as_string() + "\n")
+            new.write_text(url.update_query_dict(names).render_as_string() + "\n", "utf-8")
             new.replace(self._url)
 
     def server_settings(self) -> dict[str, str]:
@@ -149,5 +149,7 @@ class Network:
 
 def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(text)

@@ -65,7 +65,7 @@ def _write(folder: Path, sizes: dict[str, int], seed: int) -> None:
     names = [(name, kind) for kind, group in enumerate(CATEGORIES.values(), 1) for name in group]
     rows = "".join(f"{name:<21}{kind}\n" for name, kind in names)
     header = f"{len(names)} \nattribute_name   attribute_type\n"
-    (folder / "split" / "list_attr_cloth.txt").write_text(header + rows)
+    (folder / "split" / "list_attr_cloth.txt").write_text(header + rows, "utf-8")
     first = 0
     for number, (split, size) in enumerate(sizes.items()):
         if not size:
@@ -75,10 +75,10 @@ def _write(folder: Path, sizes: dict[str, int], seed: int) -> None:
         for path, label in zip(paths, labels, strict=True):
             rng = np.random.default_rng([seed, int(path[4:9]), 1])
             photograph(tuple(label), rng).save(folder / path, quality=QUALITY)
-        (folder / "split" / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths))
+        (folder / "split" / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths), "utf-8")
         if split != "test":
             text = "".join(" ".join(map(str, label)) + "\n" for label in labels)
-            (folder / "split" / f"{split}_attr.txt").write_text(text)
+            (folder / "split" / f"{split}_attr.txt").write_text(text, "utf-8")
         first += size
 
 

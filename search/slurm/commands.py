@@ -5,7 +5,7 @@ import subprocess
 from functools import cache
 from typing import NamedTuple
 
-from search.console import printable
+from dashboards.terminal import printable
 
 PATIENCE = 20  # seconds that a command may take
 # A user's own habits (SQUEUE_PARTITION hides jobs), and what another job has left in its environment.

@@ -40,6 +40,17 @@ def test_imports_point_one_way(package):
         assert not used & FORBIDDEN[package], path
 
 
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_text_file_has_its_encoding_from_us_and_not_from_the_locale(package):
+    before = {"read_text": 0, "write_text": 1}  # arguments
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
+            if name in before:
+                named = any(one.arg == "encoding" for one in node.keywords)
+                assert named or len(node.args) > before[name], f"{path}:{node.lineno}"
+
+
 def test_commands_start_without_torch():
     code = (
         "import sys; from search.cli import app\n"

@@ -1,0 +1,124 @@
+"""What the shell and the machine allow a process, and which errors come of it.
+
+Nothing here imports anything large: it explains why there is no memory for an import.
+"""
+
+import errno
+import os
+import re
+import resource
+
+GB, UNLIMITED = 1e9, resource.RLIM_INFINITY
+FILES, FILE_BYTES = 1024, 1 << 30  # that a search with its server needs
+FEWEST_FILES, LEAST_FILE_BYTES = 128, 64 << 20  # without which the server does not start
+LEAST_BYTES = 256 << 20  # of address space; with less, libraries end the process themselves
+TORCH_BYTES = 8 * 10**9  # of address space that a worker maps
+MOST_THREADS = 4096
+THREADS = ("OMP_NUM_THREADS", "ATELIER_CPUS")
+# What the dynamic linker, glibc, OpenMP and Python say.
+_NO_MEMORY = re.compile(r"failed to map|[Cc]annot allocate memory|cannot create shared object")
+_NO_THREAD = re.compile(r"can't start new thread|pthread_create|Thread creation failed")
+
+
+class LimitError(RuntimeError):
+    """A process may not have what this needs; the message is one line."""
+
+    exit_code = 1  # the place's fault, not the input's
+
+
+class SettingError(ValueError):
+    """A variable of the environment says what cannot be; the message is one line."""
+
+
+def check_process() -> None:
+    """That a process can start at all as it was set up. Raises LimitError, SettingError."""
+    if 0 <= _allowed(resource.RLIMIT_AS) < LEAST_BYTES:
+        raise LimitError(_memory())
+    for name in THREADS:
+        text = os.environ.get(name, "").strip()
+        # OpenMP takes a number for each level of nesting.
+        numbers = text.split(",") if text else []
+        if not all(re.fullmatch("[0-9]{1,9}", one) and 0 < int(one) <= MOST_THREADS for one in numbers):
+            raise SettingError(
+                f"{name}={text!r}: allowed is a number from 1 to {MOST_THREADS}; unset it for all CPUs"
+            )
+
+
+def too_low_for_server() -> str | None:
+    """What keeps a PostgreSQL from being started from here, in one line; None for nothing."""
+    if 0 <= _allowed(resource.RLIMIT_NOFILE) < FEWEST_FILES:
+        return _files()
+    if 0 <= _allowed(resource.RLIMIT_FSIZE) < LEAST_FILE_BYTES:
+        return _file_size()
+    return None
+
+
+def explain(error: BaseException) -> str | None:
+    """What is needed, if an error comes of a limit; None for any other. In one line."""
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or code == errno.ENOMEM:
+        return _memory()
+    if isinstance(error, ImportError) and _NO_MEMORY.search(text):
+        return _memory()
+    if code == errno.EMFILE:
+        return _files()
+    if code == errno.ENFILE:
+        return "the machine has no open file left for anybody; end other programs, or raise fs.file-max"
+    if code == errno.EFBIG:
+        return _file_size()
+    if code == errno.EAGAIN or (isinstance(error, RuntimeError) and _NO_THREAD.search(text)):
+        return _processes()
+    if "No usable temporary directory" in text:
+        return "no folder for temporary files can be written to; set TMPDIR to one"
+    return None
+
+
+def why_killed() -> str:
+    """What may have killed a process that said nothing, as a question."""
+    seconds = _allowed(resource.RLIMIT_CPU)
+    time = "" if seconds < 0 else f", and CPU time (ulimit -t is {seconds} s)"
+    space = _allowed(resource.RLIMIT_AS)
+    memory = "" if space < 0 else f" (ulimit -v is {space >> 10} kB; a worker maps {TORCH_BYTES >> 10})"
+    return f"is there enough memory{memory}{time}?"
+
+
+def _allowed(limit: int) -> int:
+    """The soft limit; -1 for none."""
+    soft, _ = resource.getrlimit(limit)
+    return -1 if soft == UNLIMITED else soft
+
+
+def _memory() -> str:
+    space = _allowed(resource.RLIMIT_AS)
+    if space < 0:
+        return "no memory is left; end other programs, ask for more, or let fewer workers run"
+    return (
+        f"this shell allows a process {space / GB:.1f} GB of addresses (ulimit -v {space >> 10}); "
+        f"training needs about {TORCH_BYTES / GB:.0f}: say ulimit -v unlimited, or ask an administrator"
+    )
+
+
+def _files() -> str:
+    return (
+        f"this shell allows a process {_allowed(resource.RLIMIT_NOFILE)} open files (ulimit -n); "
+        f"a search needs {FILES}: say ulimit -n {FILES}, or ask an administrator"
+    )
+
+
+def _file_size() -> str:
+    size = _allowed(resource.RLIMIT_FSIZE)
+    if size < 0:
+        return "a file would be larger than its file system takes; choose another place"
+    return (
+        f"this shell allows files of {size / 1e6:.1f} MB (ulimit -f); a search needs "
+        f"{FILE_BYTES / GB:.0f} GB: say ulimit -f unlimited, or ask an administrator"
+    )
+
+
+def _processes() -> str:
+    most = _allowed(resource.RLIMIT_NPROC)
+    allowed = "the machine has none left" if most < 0 else f"this shell allows {most} (ulimit -u)"
+    return (
+        f"no further process or thread can be started: {allowed}; end others, or let fewer workers run"
+    )
