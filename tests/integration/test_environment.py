@@ -110,9 +110,10 @@ def test_a_search_in_a_home_goes_nowhere_else(names, home, give_data, other_serv
         os.environ[name] = STEERING[name].format(port=other_server)
     engine = database.connect()  # what each of the verbs begins with
     database.ensure_tables(engine)
-    assert engine.url.query["host"] == str(home / "postgres")
+    server = EmbeddedPostgres(home)
+    assert engine.url.query["host"] == make_url(server.start()).query["host"]
     engine.dispose()
-    EmbeddedPostgres(home).stop()
+    server.stop()
     assert what_is_on(other_server) == before
     assert not any(name in os.environ for name in names)  # nor do children get them
     lines = [one.message for one in caplog.records if "not heeded" in one.message]
@@ -319,8 +320,8 @@ def test_who_would_wait_for_ever_is_told_at_once(query, expected, other_server, 
 @pytest.mark.parametrize("lost", ["gone", "replaced"])
 def test_a_server_that_has_lost_its_socket_is_not_waited_for(lost, home, give_data):
     server = EmbeddedPostgres(give_data(home))
-    server.start()
-    [path] = (home / "postgres").glob(".s.PGSQL.*[0-9]")
+    folder = make_url(server.start()).query["host"]
+    [path] = Path(folder).glob(".s.PGSQL.*[0-9]")
     path.unlink()
     if lost == "replaced":
         path.mkdir()
