@@ -65,30 +65,38 @@ def test_what_earlier_versions_recorded_is_found(recorded, found, home):
     assert from_record(recorded) == path
 
 
-@pytest.mark.parametrize("way", ["moved", "copied"])
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_search_shows_its_logs_in_its_new_place(
-    way, earlier, atelier, engine, home, tmp_path, monkeypatch
+def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
+    atelier, engine, home, tmp_path, monkeypatch
 ):
-    atelier("search", "study.toml", "--workers", "1", "--set", "study.max_trials=1")
-    with engine.begin() as connection:
-        [log] = connection.scalars(sa.select(Worker.log))
-        assert log.startswith("./runs/tiny-")
-        assert log.endswith("/logs/worker-1.log")
-        if earlier:
-            connection.execute(sa.update(Worker).values(log=str(home / log)))
-    new = tmp_path / "new home"
-    home.rename(new) if way == "moved" else shutil.copytree(home, new)
-    monkeypatch.setenv("ATELIER_HOME", str(new))
-    [path] = new.glob("runs/*/logs/worker-1.log")
-    path.write_text("only here\n")
+    for number in (1, 2):
+        atelier("search", "study.toml", "--workers", "1", "--set", f"study.max_trials={number}")
     entry = study_entry(engine, "tiny")
-    [attempt] = read_attempts(engine, entry.study_id)
-    assert attempt.log == str(path)
-    assert _tail(attempt.log) == "only here"  # as the page of a trial has it
-    said = atelier("logs", "tiny").output
-    assert "only here" in said
-    assert f"{home}/" not in said
+    with engine.connect() as connection:
+        recorded = connection.scalars(sa.select(Worker.log).order_by(Worker.log)).all()
+    logs = RunFolder(entry.name, entry.created).logs.relative_to(home)
+    names = [f"./{logs}/worker-{number}.log" for number in (1, 2)]
+    assert recorded == names
+
+    def check(where):
+        monkeypatch.setenv("ATELIER_HOME", str(where))
+        attempts = read_attempts(engine, entry.study_id)
+        assert [one.log for one in attempts] == [str(where / name) for name in names]
+        for one in attempts:
+            log = _tail(one.log)  # as the page of a trial has it
+            assert f"trial {one.trial}: attempt 1" in log
+            assert log.count(": attempt") == 1
+        said = atelier("logs", "tiny", "--trial", "0").output.replace("\n", "")
+        assert f"{where / names[0]}:" in said
+        assert f"{where / names[1]}" not in said
+
+    check(home)
+    shutil.copytree(home, tmp_path / "copied home")
+    check(tmp_path / "copied home")
+    moved = home.rename(tmp_path / "moved home")
+    check(moved)
+    with engine.begin() as connection:  # as earlier versions did
+        connection.execute(sa.update(Worker).values(log=sa.func.replace(Worker.log, "./", f"{home}/")))
+    check(moved)
 
 
 def test_a_log_that_is_not_here_is_said(engine, home):
@@ -159,20 +167,3 @@ def test_each_place_of_each_command_has_a_log_of_its_own(home):
     logs = [runs.new_log() for _ in range(4)]
     assert [path.name for path in logs] == [f"worker-{number}.log" for number in (1, 3, 4, 5)]
     assert (runs.logs / "worker-2.log").read_text() == "of an earlier version\n"
-
-
-def test_two_searches_of_a_study_write_into_two_logs(atelier, engine, home):
-    for number in (1, 2):
-        atelier(
-            *("search", "study.toml", "--workers", "1", "--set", f"study.max_trials={number}"),
-            *("-o", f"best-{number}.toml"),
-        )
-    entry = study_entry(engine, "tiny")
-    attempts = read_attempts(engine, entry.study_id)
-    logs = [Path(one.log) for one in attempts]
-    assert [path.name for path in logs] == ["worker-1.log", "worker-2.log"]
-    for one, path in zip(attempts, logs, strict=True):
-        assert f"trial {one.trial}: attempt 1" in path.read_text()
-        assert path.read_text().count(": attempt") == 1
-    said = atelier("logs", "tiny", "--trial", "0").output
-    assert "worker-1.log:" in said.replace("\n", "")

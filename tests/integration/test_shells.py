@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,21 +42,39 @@ def shell(script, cwd, **changed):
     return result.returncode, result.stdout.decode(errors="backslashreplace")
 
 
-def on_terminal(width, *words, **changed):
-    """What a verb shows on a terminal of that width, without its styles."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    command = [sys.executable, "-m", "search", *words]
-    with subprocess.Popen(command, env=environment(**changed), stdout=theirs, stderr=theirs):
-        os.close(theirs)
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """What a verb shows on a terminal of some width, without its styles."""
+
+    def show(width, *words, **changed):
+        ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
         parts = []
+        reader = threading.Thread(target=lambda: parts.extend(iter(lambda: read(ours), b"")))
+        reader.start()
+        former = os.dup(1)
+        os.dup2(theirs, 1)
+        os.close(theirs)
         try:
-            while part := os.read(ours, 65536):
-                parts.append(part)
-        except OSError:  # the other end is closed
-            pass
-    os.close(ours)
-    return re.sub(r"\x1b\[[0-9;]*m", "", b"".join(parts).decode()).splitlines()
+            with monkeypatch.context() as context, os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
+                context.setattr("os.environ", environment(**changed))
+                context.setattr("sys.stdout", stdout)
+                app([*words], standalone_mode=False)
+        finally:
+            os.dup2(former, 1)
+            os.close(former)
+            reader.join()
+            os.close(ours)
+        return re.sub(r"\x1b\[[0-9;]*m", "", b"".join(parts).decode()).splitlines()
+
+    return show
+
+
+def read(descriptor):
+    """What comes next from a terminal; nothing once its other end is closed."""
+    with suppress(OSError):
+        return os.read(descriptor, 65536)
+    return b""
 
 
 @pytest.fixture
@@ -75,7 +95,9 @@ def demo_study(engine, home):
         ("status", 80, {"COLUMNS": "²"}),
     ],
 )
-def test_on_a_terminal_every_column_is_shown_within_its_width(demo_study, verb, width, changed):
+def test_on_a_terminal_every_column_is_shown_within_its_width(
+    demo_study, on_terminal, verb, width, changed
+):
     lines = on_terminal(width, verb, "demo", **changed)
     if verb == "logs":
         assert lines[-1].startswith(LOG)  # in one line for a terminal to wrap, as a log's own lines are
@@ -100,16 +122,16 @@ def test_on_a_terminal_every_column_is_shown_within_its_width(demo_study, verb, 
         assert "complete" in shown
 
 
-@pytest.mark.parametrize("columns", ["0", "20", "abc", "²", "99999999999999999999", "-1"])
 @pytest.mark.parametrize("verb", ["logs", "trials", "status"])
-def test_in_a_pipe_a_row_is_a_line_whatever_columns_says(demo_study, verb, columns):
-    result = CliRunner().invoke(app, [verb, "demo"], env={"COLUMNS": columns, "FORCE_COLOR": "1"})
-    assert result.exit_code == 0, result.output
-    assert "\x1b" not in result.output
-    rows = [line for line in result.output.splitlines() if re.match(r" *\d+ +\w+ .*\d", line)]
-    assert len(rows) == (4 if verb == "logs" else 3)  # one trial was resumed
-    if verb == "logs":
-        assert all("node-1:77" in row and row.rstrip().endswith(LOG) for row in rows)
+def test_in_a_pipe_a_row_is_a_line_whatever_columns_says(demo_study, verb):
+    for columns in ("0", "20", "abc", "²", "99999999999999999999", "-1"):
+        result = CliRunner().invoke(app, [verb, "demo"], env={"COLUMNS": columns, "FORCE_COLOR": "1"})
+        assert result.exit_code == 0, result.output
+        assert "\x1b" not in result.output
+        rows = [line for line in result.output.splitlines() if re.match(r" *\d+ +\w+ .*\d", line)]
+        assert len(rows) == (4 if verb == "logs" else 3)  # one trial was resumed
+        if verb == "logs":
+            assert all("node-1:77" in row and row.rstrip().endswith(LOG) for row in rows)
 
 
 NOT_TEXT = {
