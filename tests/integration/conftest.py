@@ -16,9 +16,18 @@ from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
 from storage.runs import RunFolder
 from trainer.config import TrainConfig
+from trainer.demo import write_demo
 from trainer.loop import train
 from trainer.model_file import ModelFiles
 from trainer.workspace import Workspace
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Half as many images as elsewhere: here they are trained on a hundred times."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    write_demo(folder, train=150, val=80, test=10)
+    return folder
 
 
 @pytest.fixture

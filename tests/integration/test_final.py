@@ -102,7 +102,7 @@ def test_another_length_keeps_the_warmup_unless_asked_and_that_is_said(
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [f"note: the schedule has 8 epochs instead of 4, {said}"]
     rates = [float(line.split("lr ")[1].split()[0]) for line in result.stdout.splitlines()]
-    ends = np.arange(1, 9) - 1 / 10  # where the last step of 10 begins
+    ends = np.arange(1, 9) - 1 / 5  # where the last step of 5 begins
     cosine = (1 + np.cos(np.pi * (ends - warmup) / (8 - warmup))) / 2
     expected = 0.001 * np.where(ends < warmup, ends / warmup, cosine)
     assert rates == pytest.approx(expected.tolist(), rel=0.005)  # three digits are printed
@@ -163,7 +163,7 @@ def test_a_loss_that_diverges_ends_the_run(config, atelier, tmp_path):
     config.write_text(text.replace("lr = 0.001", "lr = 1e30"))
     error = atelier("train", "c.toml", code=2).stderr
     assert error.strip().splitlines()[-1] == (
-        "error: the loss is not finite in epoch 1: first the logits of every category, in step 3 of 10; "
+        "error: the loss is not finite in epoch 1: first the logits of every category, in step 3 of 5; "
         "training diverged: lower lr or weight_decay; give another --run"
     )
     again = atelier("train", "c.toml", code=2).stderr

@@ -114,7 +114,7 @@ def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker, caplo
     [trial] = worker.study.trials
     assert (trial.state, trial.value) == (TrialState.PRUNED, 0.0)
     [reason] = reasons(engine)
-    steps = math.ceil(300 / trial.params["batch_size"])
+    steps = math.ceil(150 / trial.params["batch_size"])
     assert reason == (
         f"loss not finite in epoch 1: first the logits of every category, in step 3 of {steps}; "
         "training diverged: lower lr or weight_decay"
@@ -203,7 +203,7 @@ def test_what_a_lost_trial_saves_when_its_epoch_is_cut_is_withdrawn(engine, make
         return release(claim, **details)
 
     def cut(seconds_left):
-        if next(steps) < 3:
+        if next(steps) < 1:
             return False
         worker.stop.ask("wall time", ExitCode.WALL_TIME)
         return True

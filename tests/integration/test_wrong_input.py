@@ -115,14 +115,14 @@ STUDY_FILES = {
     "a folder for weights": (put('weights = "none"', 'weights = "/"'), "is a folder; give the file"),
     "missing dataset": (put('data = "', 'data = "/nowhere'), "does not exist"),
     "a search without validation": (add(TRAIN_KEY, 'train_on = "train+val"'), "needs the validation"),
-    "too many training images": (add(TRAIN_KEY, "train_images = 999"), "allowed is 1 to 300"),
+    "too many training images": (add(TRAIN_KEY, "train_images = 999"), "allowed is 1 to 150"),
     "a last batch of one image": (
         add(TRAIN_KEY, "train_images = 65"),
         "batch_size = 32 or 64: the last batch of 65 training images has 1 image",
     ),
     "a last batch of one image, of the second batch size": (
-        put("[32, 64]", "[64, 299]"),
-        "batch_size = 299: the last batch of 300 training images has 1 image",
+        put("[32, 64]", "[64, 149]"),
+        "batch_size = 149: the last batch of 150 training images has 1 image",
     ),
     "batches of one image": (put("[32, 64]", "[64, 1, 32]"), "batch_size = 1: the last batch"),
     "an image size that a backbone does not take": (
@@ -183,7 +183,7 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["search", "no.toml"], "no such file"),
         (["worker", "no.toml"], "no such file"),
         (["worker", "{study}", "--set", "train.train_images=65"], "batch_size = 32 or 64: the last"),
-        (["worker", "{study}", "--set", "space.batch_size=[64,299]"], "batch_size = 299: the last"),
+        (["worker", "{study}", "--set", "space.batch_size=[64,149]"], "batch_size = 149: the last"),
         (["train", "no.toml"], "no such file"),
         (["status", "nobody"], "no database in"),
         (["export", "nobody"], "no database in"),
@@ -539,7 +539,7 @@ def test_a_full_disk(folder, tiny):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         left = [path for path in (folder / "full").rglob("*") if path.suffix not in ("", ".lock")]
     assert result.returncode == 2, result.stderr
-    found = "error: No space left on device for 0.9 MB of prepared images, in ATELIER_HOME"
+    found = "error: No space left on device for 0.5 MB of prepared images, in ATELIER_HOME"
     assert found in result.stderr.splitlines()[-1]
     assert left == []
 
@@ -609,17 +609,17 @@ def change_of(key, value):
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),
         (dict, ["--submit", "--profile", "none"], "the file has final"),
         (dict, ["--submit", "--data", "nowhere"], "does not exist"),
-        (change_of("train.train_images", 999), ["--submit"], "allowed is 1 to 300"),
+        (change_of("train.train_images", 999), ["--submit"], "allowed is 1 to 150"),
         (
             change_of("train.train_images", 381),
             ["--submit", "--train-on", "train+val"],
-            "allowed is 1 to 380",
+            "allowed is 1 to 230",
         ),
         (change_of("train.train_images", 65), [], "or image_size = 64, or trainable = 'head'"),
         (change_of("train.train_images", 1), [], "the last batch of 1 training images has 1 image"),
-        (change_of("train.batch_size", 299), [], "allowed is another batch_size or train_images"),
-        (change_of("train.batch_size", 379), ["--train-on", "train+val"], "of 380 training images"),
-        (change_of("train.batch_size", 1), [], "batch_size = 1: the last batch of 300 training"),
+        (change_of("train.batch_size", 149), [], "allowed is another batch_size or train_images"),
+        (change_of("train.batch_size", 229), ["--train-on", "train+val"], "of 230 training images"),
+        (change_of("train.batch_size", 1), [], "batch_size = 1: the last batch of 150 training"),
     ],
 )
 def test_a_final_run_that_cannot_begin(folder, tiny, demo, tmp_path, change, words, expected):
