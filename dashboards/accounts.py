@@ -119,7 +119,7 @@ def _check_role(role: str) -> None:
 def _private_file(folder: Path, data: bytes) -> Iterator[str]:
     """A whole file of mode 600 that is gone afterwards, unless it was moved to its name."""
     with as_owner(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         number, path = tempfile.mkstemp(dir=folder, prefix="dashboard.")
         try:
             with os.fdopen(number, "wb") as file:

@@ -11,6 +11,7 @@ from dashboards.status import TrialRow
 
 DIGITS = 9  # of the largest number that is read; no study has more trials
 QUOTED, NAMED = 40, 10  # characters of what was given, and ranges of trials, that a message repeats
+AS_IN = "write numbers and ranges of trials, as in 3,5-9"
 
 
 class AskedError(ValueError):
@@ -30,9 +31,6 @@ def read_trials(text: str) -> list[range]:
         else:
             merged.append(one)
     return merged
-
-
-AS_IN = "write numbers and ranges of trials, as in 3,5-9"
 
 
 def _range(word: str) -> range:

@@ -37,7 +37,7 @@ from storage.ledger import (
     standings,
 )
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
-from storage.runs import from_record
+from storage.runs import path_from_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -382,7 +382,7 @@ def _job(worker: Worker) -> str | None:
 
 
 def _log(worker: Worker) -> str | None:
-    return None if worker.log is None else str(from_record(worker.log))
+    return None if worker.log is None else str(path_from_record(worker.log))
 
 
 def _age(moment: Any) -> sa.ColumnElement[Any]:

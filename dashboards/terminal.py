@@ -1,4 +1,4 @@
-"""How tables are printed: to a terminal within its width, to all else plainly.
+"""How text and tables are printed: to a terminal within its width, to all else plainly.
 
 What is not a terminal, a pipe or a file, gets every row in one line, as wide as it is, and no colours;
 no width in the environment counts there. A terminal that is too narrow gets its table in parts, one
@@ -51,7 +51,8 @@ def is_drawn_on(console: "Console") -> bool:
 class Grid:
     """A table that loses nothing, for a console of any width; rich renders it.
 
-    The headings of `left` are above text, all others above numbers. Words and numbers stay whole.
+    The headings of `left` are above text, all others above numbers. Words of up to
+    LONGEST_WORD letters stay whole.
     """
 
     def __init__(self, headings: Sequence[str], left: Sequence[str] = (), gap: int = 1) -> None:
@@ -68,7 +69,8 @@ class Grid:
         from rich.table import Table
 
         columns = [
-            [heading, *cells] for heading, cells in zip(self._headings, self._columns(), strict=True)
+            [heading, *(cells[index] for cells, _ in self._rows)]
+            for index, heading in enumerate(self._headings)
         ]
         natural = [max(map(cell_len, cells)) for cells in columns]
         words = [
@@ -91,9 +93,6 @@ class Grid:
             for cells, style in self._rows:
                 table.add_row(*(cells[index] for index in part), style=style)
             yield table
-
-    def _columns(self) -> list[tuple[str, ...]]:
-        return [tuple(cells[index] for cells, _ in self._rows) for index in range(len(self._headings))]
 
     def _width(self, part: Sequence[int], widths: Sequence[int]) -> int:
         return sum(widths[index] for index in part) + self._gap * (len(part) - 1)

@@ -14,7 +14,7 @@ import typer
 from search.console import StudyName, Verbs, errors_in_one_line, find_study, ready_streams, run, say
 from search.exit_codes import ExitCode
 from search.upkeep import data_app, db_app, user_app
-from storage.ownership import for_people
+from storage.ownership import with_users_umask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -500,7 +500,7 @@ def trials(
             text = frame.to_csv(index=False)
             first_columns = ",".join(frame.columns[:3])
             check_overwritable(csv, first_columns, "a table of trials")
-            with for_people():
+            with with_users_umask():
                 csv.write_text(text, "utf-8")
 
 
@@ -521,7 +521,7 @@ def plot(
         from dashboards.files import plot_study
 
         engine, entry = find_study(study)
-        with for_people():
+        with with_users_umask():
             plot_study(engine, entry, kind, output, trials, top, by, smooth)
         say(f"drawn: {output}")
 
@@ -538,7 +538,7 @@ def report(
         from search.report import write_report
 
         engine, entry = _search_study(study)
-        with for_people():
+        with with_users_umask():
             page = write_report(engine, entry, output)
         say(f"the report is {page}, and report.md beside it")
 
@@ -595,7 +595,7 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
     row = choice.row
     accuracy = known_accuracy(entry, row, confirmation)
-    with for_people():
+    with with_users_umask():
         export_trial(engine, entry, choice, accuracy, output)
     value = f"score {row.value:.4f}" if row.state == "complete" else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
@@ -732,7 +732,8 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     check_origin(bundle, settings, workspace.dataset.fingerprint)
     _say_each(notes)
     _say_each([f"note: {one}" for one in absent_attributes(workspace.dataset.attribute_table(settings))])
-    return run_to_end(settings, workspace, folder, show)
+    with with_users_umask():
+        return run_to_end(settings, workspace, folder, show)
 
 
 def _command(*words: str) -> str:
@@ -806,7 +807,7 @@ def predict(
         _say_each(predictor.notes)
         final.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
-        with for_people():
+        with with_users_umask():
             final.write_submission(classes, output, predictor.source)
         say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:

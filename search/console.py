@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from storage.ledger import StudyEntry
 
+MOST_THREADS = 4096
 DATABASE_MODULES = {"sqlalchemy", "optuna", "psycopg2"}  # whose errors storage.faults judges
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
 
@@ -39,12 +41,34 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Read the verb's options and arguments, and run it."""
+        with errors_in_one_line():
+            _check_threads()
         with _usage_in_one_line(ctx), private():
             return super().invoke(ctx)
 
 
 class NotTextError(ValueError):
     """A word from outside that is no text in this process's encoding; the message is one line."""
+
+
+class SettingError(ValueError):
+    """A variable of the environment says what cannot be; the message is one line."""
+
+
+def _check_threads() -> None:
+    """Raises SettingError."""
+    for name in ("OMP_NUM_THREADS", "ATELIER_CPUS"):
+        text = os.environ.get(name, "")
+        # OpenMP takes a number for each level of nesting.
+        numbers = text.split(",") if name == "OMP_NUM_THREADS" else [text]
+        if text.strip() and not all(map(_is_number_of_threads, numbers)):
+            raise SettingError(
+                f"{name}={text!r}: allowed is a number from 1 to {MOST_THREADS}; unset it for all CPUs"
+            )
+
+
+def _is_number_of_threads(text: str) -> bool:
+    return re.fullmatch(" *[0-9]{1,9} *", text) is not None and 0 < int(text) <= MOST_THREADS
 
 
 def _check_text(arguments: list[str]) -> None:
@@ -168,45 +192,52 @@ def errors_in_one_line() -> Iterator[None]:
 
 def one_line(error: Exception) -> str | None:
     """What the user is told of an error, printable and in one line; None if it is a fault of ours."""
+    words = _words(error)
+    return None if words is None else printable(words)
+
+
+def _words(error: Exception) -> str | None:
     if said := limits.explain(error):  # first: with no memory left, or no file, nothing can be imported
-        return printable(said)
+        return said
     if isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
         found = error.object[error.start : error.end]
-        return printable(
+        return (
             f"{found!r} is no text in {error.encoding.upper()}; give it in UTF-8, and use a locale that "
             "has it (LC_ALL=C.UTF-8)"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
-        from storage.database import home
-
-        return printable(
-            f"{error.strerror}, in ATELIER_HOME ({home()}) or where the output goes; free some, or "
-            "choose another place"
-        )
     if isinstance(error, BrokenPipeError):
         return None  # `run` ends it
-    if isinstance(error, OSError) and error.filename is not None:
-        from storage.database import home
-
-        own = Path(str(error.filename)).absolute().is_relative_to(home())
-        if own and isinstance(error, PermissionError):
-            try:
-                require_own(home())
-            except ForeignHomeError as foreign:
-                return printable(str(foreign))
-        other = "set ATELIER_HOME to another folder" if own else "choose another path"
-        return printable(f"cannot use {error.filename}: {error.strerror}; {other}")
+    if isinstance(error, OSError) and (said := _of_the_system(error)):
+        return said
     # By the module, not by the class, which would have to be imported, and torch with it.
     origin = type(error).__module__.partition(".")[0]
     if origin in DATABASE_MODULES:
         from storage.faults import Verdict, explain, judge
 
-        return None if judge(error) is Verdict.OURS else printable(f"the database: {explain(error)}")
-    if isinstance(error, OSError) and error.strerror:
-        return printable(
-            f"the system says: {error.strerror}; mend that, then give the same command again"
+        return None if judge(error) is Verdict.OURS else f"the database: {explain(error)}"
+    return str(error) if origin in {"search", "dashboards", "storage", "trainer"} else None
+
+
+def _of_the_system(error: OSError) -> str | None:
+    from storage.database import home
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
+        return (
+            f"{error.strerror}, in ATELIER_HOME ({home()}) or where the output goes; free some, or "
+            "choose another place"
         )
-    return printable(str(error)) if origin in {"search", "dashboards", "storage", "trainer"} else None
+    if error.filename is not None:
+        own = Path(str(error.filename)).absolute().is_relative_to(home())
+        if own and isinstance(error, PermissionError):
+            try:
+                require_own(home())
+            except ForeignHomeError as foreign:
+                return str(foreign)
+        other = "set ATELIER_HOME to another folder" if own else "choose another path"
+        return f"cannot use {error.filename}: {error.strerror}; {other}"
+    if error.errno in (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOLCK, errno.ENODEV, errno.ENXIO):
+        return f"the system says: {error.strerror}; mend that, then give the same command again"
+    return None
 
 
 def _may_pass(error: Exception) -> bool:

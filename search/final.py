@@ -20,13 +20,12 @@ from search.exit_codes import ExitCode
 from search.slurm.job import own_job
 from search.stopping import Stop, on_signals
 from search.study import InputError, reader_note
-from storage.ownership import for_people
 from trainer.checkpoint import Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import read_dataset, read_labels
 from trainer.files import write_atomically
 from trainer.images import READER
-from trainer.loop import Run, train
+from trainer.loop import train
 from trainer.model_file import ModelFiles, SavedModel
 from trainer.workspace import Workspace
 
@@ -47,8 +46,7 @@ def run_to_end(
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
         raise InputError(f"--run {folder}: is not empty, and no run; give another folder")
-    with for_people():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
             return _run(config, workspace, folder, show)
@@ -71,14 +69,10 @@ def _run(
             stop.ask("wall time", ExitCode.WALL_TIME)
         return stop.requested  # at once: a checkpoint inside an epoch loses nothing
 
-    def keep(run: Run, result: EpochResult) -> None:
-        with for_people():
-            files.keep(run, result)
-
     results = []
     files = ModelFiles(folder, workspace.dataset)
     with on_signals(stop):
-        for result in train(config, workspace, Checkpoints(folder), interrupt, keep):
+        for result in train(config, workspace, Checkpoints(folder), interrupt, files.keep):
             results.append(result)
             show(result)
             if not result.finite:
@@ -93,8 +87,7 @@ def _run(
             if stop.end == ExitCode.WALL_TIME and steps and job and job.requeue():
                 log.info("requeued: the job goes on where it stopped")
             return ExitCode.INTERRUPTED if stop.reason == "SIGINT" else stop.end
-    with for_people():
-        _write_curve(folder, results)
+    _write_curve(folder, results)
     return ExitCode.DONE
 
 

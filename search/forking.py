@@ -60,8 +60,8 @@ def start(
     asks `multiprocessing.parent_process()` whether this process is still there.
     """
     start_server()
-    call = (target, arguments, dict(environment), os.fspath(output))
-    return _started(context.Process(target=_run, args=call))
+    given = (target, arguments, dict(environment), os.fspath(output))
+    return _started(context.Process(target=_run, args=given))
 
 
 def _started(process: ForkServerProcess) -> ForkServerProcess:
@@ -99,7 +99,7 @@ def _take_environment(environment: dict[str, str]) -> None:
 
 def _leave_group() -> None:
     """Signals to the terminal's or the job's processes do not come here; those to this one do."""
-    os.umask(PRIVATE)  # the server's is as old as that; what these processes write is in the home
+    os.umask(PRIVATE)  # the server may have been started under another; these write into the home
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_SERVER)
 
@@ -117,8 +117,8 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
     """
     start_server()
     receiver, sender = context.Pipe(duplex=False)
-    call = (sender, dict(os.environ), function, arguments)
-    process = _started(context.Process(target=_answer, args=call))
+    given = (sender, dict(os.environ), function, arguments)
+    process = _started(context.Process(target=_answer, args=given))
     assert process.pid is not None  # it has started
     sender.close()
     try:

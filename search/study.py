@@ -31,7 +31,7 @@ from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, in_our_words, near
 from storage import ledger
 from storage.database import retrying
-from storage.runs import to_record
+from storage.runs import path_to_record
 from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.dataset import Dataset, absent_attributes
 from trainer.images import READER
@@ -328,8 +328,8 @@ class StudyFile(Table):
         """Where the files are, for whoever starts from another folder."""
         data, weights = self.shared.data, self.shared.weights
         return {
-            "data": to_record(Path(data).absolute()),
-            "weights": weights if weights in NO_FILE else to_record(Path(weights).absolute()),
+            "data": path_to_record(Path(data).absolute()),
+            "weights": weights if weights in NO_FILE else path_to_record(Path(weights).absolute()),
         }
 
 

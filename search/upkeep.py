@@ -13,7 +13,7 @@ from search.console import (
     find_study,
     say,
 )
-from storage.ownership import for_people
+from storage.ownership import with_users_umask
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedPostgres
@@ -57,7 +57,7 @@ def data_demo(
     with errors_in_one_line():
         from trainer.demo import write_demo
 
-        with for_people():
+        with with_users_umask():
             write_demo(folder, train_images, val_images, test_images, seed)
         typer.echo(f"wrote {folder}; check it with: atelier data check {folder}")
 
@@ -166,7 +166,8 @@ def db_status() -> None:
         from storage.prune import forgotten
 
         if database.configured_url() is None and not (
-            _embedded().exists() and _embedded().is_running()  # the first says what may not be seen
+            _embedded().exists()
+            and _embedded().is_running()  # the first raises where the home may not be read
         ):
             typer.echo(f"embedded, in {database.home()}: not running")
             return

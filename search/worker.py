@@ -40,7 +40,7 @@ from storage.ledger import (
     host,
 )
 from storage.prune import remove, superfluous
-from storage.runs import RunFolder, to_record
+from storage.runs import RunFolder, path_to_record
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
 from trainer.device import is_device_fault, is_out_of_memory
@@ -500,4 +500,4 @@ def _own_log() -> str | None:
         path = os.readlink("/proc/self/fd/2")
     except OSError:
         return None
-    return to_record(Path(path)) if os.path.isfile(path) else None
+    return path_to_record(Path(path)) if os.path.isfile(path) else None

@@ -132,7 +132,8 @@ def configured_url() -> str | None:
 def database_url(make: bool = True) -> URL:
     """The configured URL, else that of the embedded server, which is started, and made if need be.
 
-    Raises DatabaseError, also where there is nothing and it is not to `make` any, ForeignHomeError.
+    Raises DatabaseError (also if there is no database and `make` is false), ForeignHomeError,
+    LimitError.
     """
     text = configured_url()
     if text is None:
@@ -200,9 +201,9 @@ def shown(url: URL) -> str:
     return url.difference_update_query(["password"]).render_as_string()
 
 
-def look(sessions: Sessions | None = None) -> sa.Engine:
+def look(sessions: Sessions = WORK) -> sa.Engine:
     """An engine on a database that has been used before: looking makes nothing. Raises DatabaseError."""
-    return connect(database_url(make=False), sessions=sessions or WORK)
+    return connect(database_url(make=False), sessions=sessions)
 
 
 def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WORK) -> sa.Engine:

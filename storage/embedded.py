@@ -192,7 +192,7 @@ class EmbeddedPostgres:
             if os.geteuid() == 0 and not self.is_running():
                 self._open_programs()
             with self._threads, as_owner(self._owned()), ExitStack() as lock:
-                self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.home.mkdir(parents=True, exist_ok=True)
                 try:
                     file = lock.enter_context(self._lock("postgres.lock", fcntl.LOCK_EX))
                     # Not by closing it: a child that was forked just now has it open, too.
@@ -203,7 +203,7 @@ class EmbeddedPostgres:
                 yield
         except OSError as error:
             if said := limits.explain(error):
-                raise EmbeddedPostgresError(said) from error
+                raise limits.LimitError(said) from error
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
@@ -313,8 +313,7 @@ class EmbeddedPostgres:
         )
 
     def _bring_up(self) -> None:
-        if said := limits.too_low_for_server():
-            raise EmbeddedPostgresError(said)
+        limits.check_server()
         if os.geteuid() == 0:
             self._open_to_system_user()
         if not self.exists():
@@ -568,7 +567,7 @@ class EmbeddedPostgres:
                 )
             except OSError as error:  # names a file, or nothing; the program or the user is meant
                 if said := limits.explain(error):
-                    raise EmbeddedPostgresError(said) from error
+                    raise limits.LimitError(said) from error
                 whom = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
                     f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "

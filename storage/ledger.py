@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session, aliased
 
 from storage.database import retrying
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
-from storage.runs import from_record
+from storage.runs import path_from_record
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
@@ -882,7 +882,7 @@ class StudyEntry:
     def places(self) -> dict[str, str]:
         """Where the dataset and the weights are, for the present home."""
         places = self.settings.get("places", {})
-        return {name: str(from_record(path)) for name, path in places.items()}
+        return {name: str(path_from_record(path)) for name, path in places.items()}
 
 
 @retrying

@@ -4,7 +4,6 @@ Nothing here imports anything large: it explains why there is no memory for an i
 """
 
 import errno
-import os
 import re
 import resource
 
@@ -13,8 +12,6 @@ FILES, FILE_BYTES = 1024, 1 << 30  # that a search with its server needs
 FEWEST_FILES, LEAST_FILE_BYTES = 128, 64 << 20  # without which the server does not start
 LEAST_BYTES = 256 << 20  # of address space; with less, libraries end the process themselves
 TORCH_BYTES = 8 * 10**9  # of address space that a worker maps
-MOST_THREADS = 4096
-THREADS = ("OMP_NUM_THREADS", "ATELIER_CPUS")
 # What the dynamic linker, glibc, OpenMP and Python say.
 _NO_MEMORY = re.compile(r"failed to map|[Cc]annot allocate memory|cannot create shared object")
 _NO_THREAD = re.compile(r"can't start new thread|pthread_create|Thread creation failed")
@@ -26,31 +23,18 @@ class LimitError(RuntimeError):
     exit_code = 1  # the place's fault, not the input's
 
 
-class SettingError(ValueError):
-    """A variable of the environment says what cannot be; the message is one line."""
-
-
 def check_process() -> None:
-    """That a process can start at all as it was set up. Raises LimitError, SettingError."""
+    """That any command can run. Raises LimitError."""
     if 0 <= _allowed(resource.RLIMIT_AS) < LEAST_BYTES:
         raise LimitError(_memory())
-    for name in THREADS:
-        text = os.environ.get(name, "").strip()
-        # OpenMP takes a number for each level of nesting.
-        numbers = text.split(",") if text else []
-        if not all(re.fullmatch("[0-9]{1,9}", one) and 0 < int(one) <= MOST_THREADS for one in numbers):
-            raise SettingError(
-                f"{name}={text!r}: allowed is a number from 1 to {MOST_THREADS}; unset it for all CPUs"
-            )
 
 
-def too_low_for_server() -> str | None:
-    """What keeps a PostgreSQL from being started from here, in one line; None for nothing."""
+def check_server() -> None:
+    """That a PostgreSQL can be started from here. Raises LimitError."""
     if 0 <= _allowed(resource.RLIMIT_NOFILE) < FEWEST_FILES:
-        return _files()
+        raise LimitError(_files())
     if 0 <= _allowed(resource.RLIMIT_FSIZE) < LEAST_FILE_BYTES:
-        return _file_size()
-    return None
+        raise LimitError(_file_size())
 
 
 def explain(error: BaseException) -> str | None:
@@ -67,7 +51,10 @@ def explain(error: BaseException) -> str | None:
         return "the machine has no open file left for anybody; end other programs, or raise fs.file-max"
     if code == errno.EFBIG:
         return _file_size()
-    if code == errno.EAGAIN or (isinstance(error, RuntimeError) and _NO_THREAD.search(text)):
+    would_block = hasattr(error, "characters_written")  # a write to a pipe that is full
+    if (code == errno.EAGAIN and not would_block) or (
+        isinstance(error, RuntimeError) and _NO_THREAD.search(text)
+    ):
         return _processes()
     if "No usable temporary directory" in text:
         return "no folder for temporary files can be written to; set TMPDIR to one"

@@ -1,14 +1,19 @@
-"""Whose a home is: what is made in it is that user's alone, whoever makes it and whatever the umask."""
+"""Whose a home is: what is made in it is that user's alone, whoever makes it and whatever the umask.
+
+Umask and user are the process's, not a thread's: `private` begins in the main thread, around a whole
+command.
+"""
 
 import os
 import pwd
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PRIVATE = 0o077  # the umask: nothing for others
-_given: int | None = None  # the umask that the user has given this process, while `private` has another
+_users_umask: int | None = None  # while `private` has set another
 _turn = threading.RLock()  # of who acts as another user, which is the whole process's
 
 
@@ -19,11 +24,11 @@ class ForeignHomeError(RuntimeError):
 def _owner(home: Path) -> tuple[int, int] | None:
     """The user and group of a home that is another user's; None for one of our own, or for none.
 
-    A home of root's is whoever's may write to it, as the folder that a container mounts.
+    A home that root owns counts as everybody's: containers mount such folders.
     """
     try:
         found = home.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # a folder above is closed: nothing can be made there
         return None
     return None if found.st_uid in (os.geteuid(), 0) else (found.st_uid, found.st_gid)
 
@@ -37,7 +42,7 @@ def require_own(home: Path) -> None:
             name = f"#{owner[0]}"  # as sudo takes it
         raise ForeignHomeError(
             f"{home} is the home of the user {name}, who could not use what another makes in it; work "
-            f"as that user (sudo -u {name}), or set ATELIER_HOME to another folder"
+            f"as that user (sudo -u {shlex.quote(name)}), or set ATELIER_HOME to another folder"
         )
 
 
@@ -58,7 +63,7 @@ def as_owner(home: Path) -> Iterator[None]:
         groups, group = os.getgroups(), os.getegid()
         try:
             try:
-                # All of them: what the owner's files name may be run.
+                # The groups too: programs that the owner's files name may be run.
                 os.setgroups([owner[1]])
                 os.setegid(owner[1])
                 os.seteuid(owner[0])
@@ -74,26 +79,26 @@ def as_owner(home: Path) -> Iterator[None]:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """What is made in the `with` block is open to nobody else, but for what `for_people` makes."""
-    global _given
-    before, outermost = os.umask(PRIVATE), _given is None
+    """What is made in the `with` block is open to nobody else, but for `with_users_umask`."""
+    global _users_umask
+    before, outermost = os.umask(PRIVATE), _users_umask is None
     if outermost:
-        _given = before
+        _users_umask = before
     try:
         yield
     finally:
         os.umask(before)
         if outermost:
-            _given = None
+            _users_umask = None
 
 
 @contextmanager
-def for_people() -> Iterator[None]:
-    """What is made in the `with` block is as open as the user's umask says: it is for elsewhere."""
-    if _given is None:
+def with_users_umask() -> Iterator[None]:
+    """Files that are made in the `with` block get the user's own umask: they lie outside the home."""
+    if _users_umask is None:
         yield
         return
-    before = os.umask(_given)
+    before = os.umask(_users_umask)
     try:
         yield
     finally:
@@ -106,3 +111,12 @@ def let_pass(path: Path) -> None:
         mode = folder.stat().st_mode
         if mode & 0o011 != 0o011:
             folder.chmod(mode & 0o7777 | 0o011)
+
+
+def _forget_turn() -> None:
+    """In a forked child: another thread may have been acting as another user."""
+    global _turn
+    _turn = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_turn)

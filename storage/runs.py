@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from urllib.parse import quote
 
@@ -38,16 +37,18 @@ def make_private(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def to_record(path: Path) -> str:
+def path_to_record(path: Path) -> str:
     """A path for the database: one below the home is kept relative to it, so that it moves along."""
     own = home()
+    if ".." in path.parts:
+        path = path.resolve()
     for base in (own, own.resolve()):
         if path.is_relative_to(base):
             return f"./{path.relative_to(base)}"
     return str(path)
 
 
-def from_record(text: str) -> Path:
+def path_from_record(text: str) -> Path:
     """The path that was put on record. Earlier versions wrote where it was, in a home of that time."""
     if former := _FORMER.fullmatch(text):
         own = home() / former[1]
@@ -91,12 +92,13 @@ class RunFolder:
     def new_log(self) -> Path:
         """An empty log that no other worker has, of this command or another's, on any machine."""
         make_private(self.logs)
-        for number in count(1):
+        number = 0
+        while True:
+            number += 1
             path = self.logs / f"worker-{number}.log"
             with suppress(FileExistsError):
                 path.touch(mode=0o600, exist_ok=False)
                 return path
-        raise AssertionError("the numbers have no end")
 
 
 def artifacts() -> Path:

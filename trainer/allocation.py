@@ -39,6 +39,6 @@ def sign_of_gpu() -> str | None:
 
 
 def number(variable: str) -> int | None:
-    """A positive number from the environment; None if it is absent or something else."""
-    text = os.environ.get(variable, "")
+    """A positive number from the environment, or the first of several; None for anything else."""
+    text = os.environ.get(variable, "").split(",")[0].strip()
     return int(text) or None if text.isdecimal() else None

@@ -27,7 +27,7 @@ from search.slurm.script import array_script, log_folder, means, option_words, r
 from search.study import NO_FILE, InputError, StudyFile, open_study
 from storage.database import connect, prepare
 from storage.ledger import enter_array_job, split_job
-from storage.ownership import for_people
+from storage.ownership import with_users_umask
 from storage.runs import make_private
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
@@ -85,7 +85,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
     check_origin(bundle, config, _dataset(config).fingerprint)
     _make_log_folder()
     check_script(script)
-    with for_people():  # SLURM gives the job this umask
+    with with_users_umask():  # SLURM gives the job this umask
         return submit_script(script)
 
 

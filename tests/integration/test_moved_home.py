@@ -18,7 +18,7 @@ from storage.embedded import EmbeddedPostgres
 from storage.ledger import study_entry
 from storage.models import Worker
 from storage.network import Network
-from storage.runs import RunFolder, from_record, to_record
+from storage.runs import RunFolder, path_from_record, path_to_record
 from tests.conftest import free_port
 from tests.studies import fill
 
@@ -29,22 +29,22 @@ RUN = "runs/tiny-20260101-120000/logs/worker-1.log"
     "path", [RUN, "slurm/12_3.log", "slurm/a/b.log", "cache/x", "artifacts/y", "data", "runs/ü & %/z"]
 )
 def test_what_is_below_the_home_moves_along(path, home, tmp_path, monkeypatch):
-    text = to_record(home / path)
+    text = path_to_record(home / path)
     assert text == f"./{path}"
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "elsewhere"))
-    assert from_record(text) == tmp_path / "elsewhere" / path
+    assert path_from_record(text) == tmp_path / "elsewhere" / path
 
 
 def test_a_home_of_two_names_is_one(home, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(home)
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "link"))
-    assert to_record(home / RUN) == to_record(tmp_path / "link" / RUN) == f"./{RUN}"
+    assert path_to_record(home / RUN) == path_to_record(tmp_path / "link" / RUN) == f"./{RUN}"
 
 
 @pytest.mark.parametrize("path", ["/data/Fashion", "/home/me/x.log", "timm", "none", "nowhere/a"])
 def test_what_is_elsewhere_stays_as_it_is(path, home):
-    assert from_record(path) == Path(path)
-    assert str(from_record(to_record(Path(path)))) == path
+    assert path_from_record(path) == Path(path)
+    assert str(path_from_record(path_to_record(Path(path)))) == path
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_what_is_elsewhere_stays_as_it_is(path, home):
 )
 def test_what_earlier_versions_recorded_is_found(recorded, found, home):
     path = home / (found or Path(*Path(recorded).parts[3:]))
-    assert from_record(recorded) == Path(recorded)  # it is not here
+    assert path_from_record(recorded) == Path(recorded)  # it is not here
     path.parent.mkdir(parents=True)
     path.touch()
-    assert from_record(recorded) == path
+    assert path_from_record(recorded) == path
 
 
 def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
