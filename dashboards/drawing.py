@@ -1,13 +1,18 @@
 """Draws figures: as data for Plotly's script on our pages, and into .png, .svg and .html files."""
 
+import html
+import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from dashboards.figures import GREY, Figure, Panel, Series
+
+log = logging.getLogger(__name__)
 
 FORMATS = (".png", ".svg", ".html")
 
@@ -53,19 +58,20 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
             "type": "bar",
             "orientation": "h",
             "x": y,
-            "y": series.x,
+            "y": [html.escape(name, quote=False) for name in series.x],  # Plotly reads tags
             "error_x": bounds | {"thickness": 1.2, "width": 3, "color": GREY},
             "marker": {"color": series.colors},
             "hovertemplate": "%{y}: %{x:.1%}<extra></extra>",
         }
-    number = "%{y:.1%}" if panel.percent else "%{y:.4g}"
+    label = html.escape(series.label, quote=False)
+    number = "%{y:.1%}" if panel.percent else "%{y:.4~g}"
     trace: dict[str, Any] = {
         "type": "scatter",
         "name": series.label,
         "x": series.x,
         "y": y,
         "opacity": 0.3 if series.faint else 1,
-        "hovertemplate": f"{series.label}<br>{panel.x} %{{x:.4g}}<br>{number}<extra></extra>",
+        "hovertemplate": f"{label}<br>{panel.x} %{{x:.4~g}}<br>{number}<extra></extra>",
     }
     if series.style in ("points", "rings"):
         hollow = "-open" if series.style == "rings" else ""
@@ -96,7 +102,7 @@ def save(figure: Figure, title: str, path: Path, source: str = "") -> None:
         if path.suffix == ".html":
             new.write_text(_page(figure, title, source), encoding="utf-8")
         else:
-            _draw_file(figure, title, new, source)
+            _draw_plainly(figure, title, new, source)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -114,6 +120,17 @@ def _page(figure: Figure, title: str, source: str) -> str:
         drawings=[plotly(panel) for panel in figure.panels],
         script=get_plotlyjs(),
     )
+
+
+def _draw_plainly(figure: Figure, title: str, path: Path, source: str) -> None:
+    """With names as they are: none is mathematics, and the font need not have all letters."""
+    from matplotlib import rc_context
+
+    with warnings.catch_warnings(record=True) as caught, rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("always", "Glyph")
+        _draw_file(figure, title, path, source)
+    if caught:
+        log.warning("the font of .png and .svg lacks letters of these names; an .html file shows them")
 
 
 def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:

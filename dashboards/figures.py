@@ -220,24 +220,45 @@ def _groups(curves: list[Curve], by: str, groups: int) -> list[tuple[str, list[C
     ]
 
 
-def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
-    """The accuracy of each attribute with its 95 % interval, which for few images is wide.
+@dataclass
+class AttributeRow:
+    """A trial's accuracy in one attribute."""
+
+    attribute: str
+    category: str
+    images: int  # of the validation that have it
+    hits: int
+    accuracy: float
+    low: float  # of the 95 % interval, which for few images is wide
+    high: float
+
+
+def attribute_rows(hits: Sequence[int], table: list[dict[str, Any]]) -> list[AttributeRow]:
+    """Of each attribute that has images: without, it has no accuracy and is not in the score.
 
     `table` has name, category and number of validation images of each (storage.models.Study).
     """
-    kinds = list(dict.fromkeys(row["category"] for row in table))
-    names, values, below, above, colors = [], [], [], [], []
+    rows = []
     for hit, row in zip(hits, table, strict=True):
-        if not row["images"]:
-            continue  # its accuracy is not defined, and not in the score
-        value = hit / row["images"]
-        low, high = wilson(value, row["images"])
-        names.append(f"{row['name'].replace('_', ' ')} ({row['images']})")
-        values.append(value)
-        below.append(value - low)
-        above.append(high - value)
-        colors.append(_color(kinds.index(row["category"])))
-    bars = Series("accuracy", names, values, GREY, "bars", errors=(below, above), colors=colors)
+        if count := row["images"]:
+            interval = wilson(hit / count, count)
+            rows.append(AttributeRow(row["name"], row["category"], count, hit, hit / count, *interval))
+    return rows
+
+
+def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
+    """The accuracy of each attribute with its 95 % interval: see `attribute_rows`."""
+    kinds = list(dict.fromkeys(row["category"] for row in table))
+    rows = attribute_rows(hits, table)
+    bars = Series(
+        "accuracy",
+        [f"{row.attribute.replace('_', ' ')} ({row.images})" for row in rows],
+        [row.accuracy for row in rows],
+        GREY,
+        "bars",
+        errors=([row.accuracy - row.low for row in rows], [row.high - row.accuracy for row in rows]),
+        colors=[_color(kinds.index(row.category)) for row in rows],
+    )
     panel = Panel("Accuracy of each attribute (validation images)", "", "accuracy", [bars], tall=True)
     panel.range, panel.percent = (0.0, 1.0), True
     return Figure([panel], [(kind, _color(number)) for number, kind in enumerate(kinds)])

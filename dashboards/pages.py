@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -38,6 +38,7 @@ from dashboards.status import (
     read_attempts,
     read_status,
     read_studies,
+    trial_table,
 )
 from storage.database import home, retrying
 from storage.ledger import StudyEntry, study_entry
@@ -222,9 +223,15 @@ def trials_table(study_id: int) -> Response:
     asked = Asked("state")
     states = asked.states()
     _, status = _open(study_id)
-    rows = _in_states(status.trials, states)
-    columns = [*tables.columns(TrialRow, "params"), *parameter_names(rows)]
-    return asked.table(f"{status.study} trials", columns, [asdict(row) | row.params for row in rows])
+    return asked.table(f"{status.study} trials", *trial_table(_in_states(status.trials, states)))
+
+
+@blueprint.get("/studies/<int:study_id>/ends.csv")
+def ends_table(study_id: int) -> Response:
+    """What the scores over time are drawn of."""
+    entry, _ = _open(study_id)
+    rows = [asdict(end) for end in curves.read_ends(g.engine, study_id)]
+    return Asked().table(f"{entry.name} ends", tables.columns(curves.EndPoint), rows)
 
 
 @blueprint.get("/studies/<int:study_id>/workers.csv")
@@ -308,10 +315,11 @@ def compare(study_id: int) -> Any:
 
 @blueprint.get("/studies/<int:study_id>/epochs.csv")
 def epochs_table(study_id: int) -> Response:
-    """What Curves and Compare draw, in numbers."""
+    """What Curves and Compare draw, in numbers; and of as many trials as the address names."""
     asked = Asked("trials", "top", "state")
     entry, status = _open(study_id)
-    choice = _choose(asked, status, curves.DRAWN, curves.COMPARED)
+    choice = _choose(asked, status, curves.DRAWN, MOST_ROWS)
+    asked.problems += choice.left_out
     some = curves.read_curves(g.engine, study_id, choice.trials)
     names = [f"{name} accuracy" for name in curves.category_names(entry.attributes, some)]
     rows = [
@@ -335,6 +343,13 @@ def _open_trial(study_id: int, trial: int) -> tuple[StudyEntry, Status, TrialRow
     return entry, status, row
 
 
+def _curve(entry: StudyEntry, row: TrialRow) -> tuple[curves.Curve, Sequence[int]]:
+    """A trial's curve, and the hits in each attribute; empty if not on record for these attributes."""
+    [curve] = curves.read_curves(g.engine, entry.study_id, [row])
+    hits = curve.hits or []
+    return curve, hits if len(hits) == len(entry.attributes) else []
+
+
 def _settings(entry: StudyEntry) -> dict[str, Any]:
     return {**entry.settings.get("train", {}), **entry.places}
 
@@ -342,10 +357,9 @@ def _settings(entry: StudyEntry) -> dict[str, Any]:
 @blueprint.get("/studies/<int:study_id>/trials/<int:trial>")
 def trial(study_id: int, trial: int) -> Any:
     entry, status, row = _open_trial(study_id, trial)
-    [curve] = curves.read_curves(g.engine, study_id, [row])
+    curve, hits = _curve(entry, row)
     attempts = read_attempts(g.engine, study_id, trial)
     log = attempts[-1].log if attempts else None
-    able = curve.hits is not None and len(curve.hits) == len(entry.attributes)
     return Asked().page(
         "trial.html",
         study_id=study_id,
@@ -354,7 +368,7 @@ def trial(study_id: int, trial: int) -> Any:
         curve=curve,
         settings=_settings(entry),
         drawn=figures.curves([curve], curves.category_names(entry.attributes, [curve])),
-        bars=figures.attributes(curve.hits or [], entry.attributes) if able else None,
+        bars=figures.attributes(hits, entry.attributes) if hits else None,
         attempts=attempts,
         log=log,
         tail=_tail(log),
@@ -373,6 +387,16 @@ def settings_table(study_id: int, trial: int) -> Response:
         for name, value in sorted(values.items())
     ]
     return Asked().table(f"{entry.name} trial {trial} settings", ["part", "name", "value"], rows)
+
+
+@blueprint.get("/studies/<int:study_id>/trials/<int:trial>/attributes.csv")
+def attributes_table(study_id: int, trial: int) -> Response:
+    entry, _, row = _open_trial(study_id, trial)
+    _, hits = _curve(entry, row)
+    rows = [asdict(one) for one in figures.attribute_rows(hits, entry.attributes)] if hits else []
+    return Asked().table(
+        f"{entry.name} trial {trial} attributes", tables.columns(figures.AttributeRow), rows
+    )
 
 
 @blueprint.get("/studies/<int:study_id>/trials/<int:trial>/attempts.csv")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import sqlalchemy as sa
@@ -23,6 +23,7 @@ from rich.text import Text
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
+from dashboards.tables import columns
 from dashboards.terminal import Grid
 from storage.database import home, retrying
 from storage.ledger import (
@@ -38,9 +39,6 @@ from storage.ledger import (
 )
 from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 from storage.runs import path_from_record
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
@@ -514,25 +512,17 @@ def parameter_names(trials: list[TrialRow]) -> list[str]:
     return sorted({name for row in trials for name in row.params})
 
 
-def trials_frame(status: Status) -> "pd.DataFrame":
-    """The trials as a table, a column per parameter."""
-    import pandas as pd  # here: a third of the time that `atelier status` takes to start
-
-    rows = [
-        {key: value for key, value in asdict(row).items() if key != "params"} | row.params
-        for row in status.trials
-    ]
-    return pd.DataFrame(rows)
+def trial_table(rows: list[TrialRow]) -> tuple[list[str], list[dict[str, Any]]]:
+    """All that is known of trials: names of columns, one for each hyperparameter too, and rows."""
+    names = [*columns(TrialRow, "params"), *parameter_names(rows)]
+    return names, [row.params | vars(row) for row in rows]
 
 
 def render_trials(status: Status) -> RenderableType:
     """The trials for people, all of them: numbers with six digits, blanks for what is not known."""
-    rows = [row.params | vars(row) for row in status.trials]
-    audited = any(row.audit for row in status.trials)
-    fields = [
-        name for name in TrialRow.__dataclass_fields__ if name not in ("params", "reason", "audit")
-    ]
-    names = [*fields, *["audit"] * audited, *parameter_names(status.trials)]
+    names, rows = trial_table(status.trials)
+    hidden = {"reason"} if any(row.audit for row in status.trials) else {"reason", "audit"}
+    names = [name for name in names if name not in hidden]
     table = Grid(names, left=("state", "worker", "audit"), gap=2)
     for row in rows:
         table.add(*(_six_digits(row.get(name)) for name in names))

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 from urllib.parse import quote
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how it begins
 LONGEST_NAME = 60  # characters of a file's name before its ending: at most 240 bytes
 
 
@@ -17,12 +18,19 @@ def columns(kind: type[Any], *without: str) -> list[str]:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows with these columns, below their names. What a row lacks is empty."""
+    """The rows with these columns, below their names. What a row lacks is empty.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text)
+    writer.writerow(map(_no_formula, columns))
+    writer.writerows([_no_formula(row.get(name)) for name in columns] for row in rows)
     return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def file_name(words: str) -> str:

@@ -47,7 +47,7 @@ from storage.ownership import as_owner
 from storage.runs import artifacts, make_private
 
 SESSION = timedelta(hours=12)
-OPEN = {"login", "log_in", "static", "health"}  # endpoints that need no login
+OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
 log = logging.getLogger(__name__)
 
 PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
@@ -146,14 +146,14 @@ def _gate(doors: dict[str, Door], accounts: Accounts, link: OneTimeLink | None) 
         return None
     g.role, g.user = _who(accounts, link)
     if g.role is None:
-        if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+        if _is_navigation():
             return redirect(url_for("login", next=request.full_path.rstrip("?")))
         return _refuse(401, "log in first")
     if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
         abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
     door = doors[g.role]
     g.engine, g.optuna_app = door.engine, door.optuna_app
-    if request.method in ("GET", "HEAD") or request.endpoint == "logout":
+    if request.method in ("GET", "HEAD"):
         return None
     if g.role != "editor":
         return _refuse(403, "a viewer may look, not change; ask for an account with the role editor")
@@ -169,6 +169,11 @@ def _is_cross_site() -> bool:
         return not (reads and request.headers.get("Sec-Fetch-Mode") == "navigate")
     origin = request.headers.get("Origin")
     return not reads and origin is not None and urlsplit(origin).netloc != request.host
+
+
+def _is_navigation() -> bool:
+    """Whether a browser will show the answer: to all others an error is JSON."""
+    return request.method == "GET" and "text/html" in request.headers.get("Accept", "")
 
 
 def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str | None]:
@@ -237,7 +242,7 @@ def _explain(error: Exception) -> Any:
         status, words = 503, _of_the_database(error)
     else:
         raise error
-    if g.get("role") is None or request.path.startswith(("/api/", "/csv/", "/artifacts/")):
+    if g.get("role") is None or not _is_navigation():
         return _refuse(status, words)
     return render_template("message.html", status_code=status, words=words), status
 
@@ -300,10 +305,10 @@ def _enter(stamp: str, user: str = "") -> Any:
 def _cookieless() -> str:
     """What the login page says to who was let in, but comes without the session's cookie."""
     if current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
-        return "That was right, but the session's cookie is for https only: open this page by https."
+        return "If you have just logged in: sessions here are for https only; open this page by https."
     return (
-        f"That was right, but this browser keeps no cookies of {request.host}, and so nobody stays "
-        "logged in. Allow them, then log in again."
+        f"If you have just logged in: this browser keeps no cookies of {request.host}, and so nobody "
+        "stays logged in. Allow them, then log in again."
     )
 
 
@@ -317,7 +322,9 @@ def _wanted() -> str:
     target = request.values.get("next", "")
     # A path of ours, not another host; a browser leaves out control characters.
     safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
-    return request.script_root + target if safe else url_for("pages.index")
+    # After a file, or the end of a session, there would be no page.
+    is_page = not re.match(r"/logout|/csv/|[^?]*\.csv", target)
+    return request.script_root + target if safe and is_page else url_for("pages.index")
 
 
 def _throttled(name: str, address: str) -> list[str]:
@@ -346,6 +353,8 @@ def _mount_optuna(app: Flask, prefix: str) -> None:
             answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
         except KeyError:  # Optuna's word for a study or trial that there is not
             abort(404, "There is no such study or trial, or not any more.")
+        if answer.status_code == 404 and _is_navigation():
+            abort(404, "There is no such page.")
         if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
             _raise_the_reason(request.path)
         if answer.mimetype == "text/csv":

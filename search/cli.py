@@ -1,6 +1,7 @@
 """The `atelier` command. Each verb imports what it needs, so that login nodes load no torch."""
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -58,6 +59,9 @@ Pack = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, or the one with these arguments, with its log on stderr."""
+    # OpenBLAS makes a thread for each core as numpy is imported, and where it may not, it ends the
+    # process. Nothing here is faster for them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     ready_streams()
     logging.basicConfig(
         level=logging.INFO,
@@ -486,7 +490,8 @@ def trials(
     """List a study's trials, one a row."""
     with errors_in_one_line():
         from dashboards.outputs import check_overwritable
-        from dashboards.status import read_status, render_trials, trials_frame
+        from dashboards.status import read_status, render_trials, trial_table
+        from dashboards.tables import csv_text
         from dashboards.terminal import console
 
         engine, entry = find_study(study)
@@ -496,12 +501,10 @@ def trials(
         elif csv is None:
             console().print(render_trials(status))
         else:
-            frame = trials_frame(status)
-            text = frame.to_csv(index=False)
-            first_columns = ",".join(frame.columns[:3])
-            check_overwritable(csv, first_columns, "a table of trials")
+            names, rows = trial_table(status.trials)
+            check_overwritable(csv, ",".join(names[:3]), "a table of trials")
             with with_users_umask():
-                csv.write_text(text, "utf-8")
+                csv.write_text(csv_text(names, rows), "utf-8", newline="")
 
 
 @app.command()

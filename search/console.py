@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -115,6 +116,7 @@ def ready_streams() -> None:
 
 def run(app: Callable[[list[str] | None], object], arguments: list[str] | None) -> None:
     """Run the whole command; what its verbs do not meet, as a full disk at the end, is one line too."""
+    signal.signal(signal.SIGXCPU, _say_out_of_time)
     try:
         with errors_in_one_line():
             try:
@@ -125,6 +127,11 @@ def run(app: Callable[[list[str] | None], object], arguments: list[str] | None) 
         sys.exit(_leave(end.exit_code))
     except BrokenPipeError:  # who read it has seen enough
         sys.exit(_leave(ExitCode.FAILED))
+
+
+def _say_out_of_time(*_: object) -> None:
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second
+    raise limits.LimitError(limits.cpu_time())
 
 
 def _leave(code: int) -> int:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import optuna
 import sqlalchemy as sa
@@ -150,9 +151,11 @@ def database_url(make: bool = True) -> URL:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
+        url = None
+    if url is None or "\0" in unquote(text):
         raise DatabaseError(
             "ATELIER_DATABASE_URL is not a URL; write postgresql://USER@HOST:5432/DATABASE"
-        ) from None
+        )
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise DatabaseError(
             f"ATELIER_DATABASE_URL names {url.get_backend_name()}; only PostgreSQL is served: "
@@ -165,9 +168,11 @@ def database_url(make: bool = True) -> URL:
 def server_host(url: URL) -> str:
     """The host that libpq will connect to, or several with commas; empty for the default socket."""
     host = url.query.get("hostaddr") or url.query.get("host", url.host)
+    if isinstance(host, tuple):  # `host=` was given several times
+        host = ",".join(host)
     if "service" in url.query and not host:
         return f"service {url.query['service']}"
-    return str(host or "")
+    return host or ""
 
 
 def is_local(hosts: str) -> bool:

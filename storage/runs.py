@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -90,15 +91,14 @@ class RunFolder:
         return self.path / "logs"
 
     def new_log(self) -> Path:
-        """An empty log that no other worker has, of this command or another's, on any machine."""
+        """An empty log, of a name that no other worker's has, in this home or another of the study.
+
+        A log on record is looked for in whatever home is at hand: it must not be somebody else's.
+        """
         make_private(self.logs)
-        number = 0
-        while True:
-            number += 1
-            path = self.logs / f"worker-{number}.log"
-            with suppress(FileExistsError):
-                path.touch(mode=0o600, exist_ok=False)
-                return path
+        path = self.logs / f"worker-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.log"
+        path.touch(mode=0o600, exist_ok=False)
+        return path
 
 
 def artifacts() -> Path:

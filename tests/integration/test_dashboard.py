@@ -409,16 +409,10 @@ def test_pages_of_a_study_with_every_kind_of_trial(shown, page):
 # (address, what the page says of it)
 NOT_UNDERSTOOD = [
     ("/curves?trials=x", "trials: 'x': write numbers and ranges of trials, as in 3,5-9"),
-    ("/curves?trials=1-2-3", "trials: '1-2-3': write numbers and ranges"),
-    ("/curves?trials=5-1", "trials: '5-1': the smaller number comes first"),
-    ("/curves?trials=,", "trials: ',': write numbers and ranges"),
     ("/curves?trials=1&trials=2", "trials: given 2 times; give it once"),
     ("/curves?top=0", "top: '0': write a whole number from 1 to 40"),
-    ("/curves?top=-1", "top: '-1': write a whole number from 1 to 40"),
     ("/curves?top=41", "top: '41': write a whole number from 1 to 40"),
-    ("/curves?top=8.0", "top: '8.0': write a whole number from 1 to 40"),
     ("/curves?smooth=z", "smooth: 'z': write a whole number from 0 to 95"),
-    ("/curves?smooth=0.5", "smooth: '0.5': write a whole number from 0 to 95"),
     ("/curves?smooth=96", "smooth: '96': write a whole number from 0 to 95"),
     ("/curves?state=failled", "state: 'failled': allowed are running, waiting, complete"),
     ("/curves?state=failed,complete", "state: 'failed,complete': allowed are"),
@@ -437,6 +431,9 @@ NOT_UNDERSTOOD = [
     ("/trials.csv?state=done", "state: 'done': allowed are"),
     ("/trials.csv?rows=5", "'rows': no such filter; allowed are state"),
     ("/epochs.csv?trials=x", "trials: 'x': write numbers"),
+    ("/epochs.csv?trials=0,999", "No epoch on record of trial 999."),
+    ("/ends.csv?x=", "'x': no such filter; this page has none"),
+    ("/trials/0/attributes.csv?x=1", "'x': no such filter; this page has none"),
     ("/workers.csv?x=", "'x': no such filter; this page has none"),
     ("/trials/0/attempts.csv?x=1", "'x': no such filter; this page has none"),
     ("/trials/0/settings.csv?x=1", "'x': no such filter; this page has none"),
@@ -501,6 +498,12 @@ def test_the_command_line_takes_the_same_words(shown, tmp_path):
     ]
 
 
+def test_a_file_has_more_trials_than_a_figure_holds(shown, small_and_large):
+    page = f"/atelier/studies/{small_and_large[1]}"
+    epochs = read_csv(shown.by("vera").get(f"{page}/epochs.csv?trials=0-99"))
+    assert {int(row["trial"]) for row in epochs} == {*range(100)}
+
+
 def test_more_trials_than_a_figure_holds_are_counted(shown, small_and_large):
     page = f"/atelier/studies/{small_and_large[1]}"
     text = shown.by("vera").get(f"{page}/curves?trials=0-99").text
@@ -541,6 +544,10 @@ def test_every_table_can_be_had_whole_as_csv(shown, small_and_large):
     settings = read_csv(client.get(f"{page}/trials/0/settings.csv"))
     assert {"part": "setting", "name": "backbone", "value": "resnet10t"} in settings
     assert sum(row["part"] == "configuration" for row in settings) == 5
+    attributes = read_csv(client.get(f"{page}/trials/0/attributes.csv"))
+    assert [row for row in attributes if float(row["low"]) < float(row["accuracy"]) < float(row["high"])]
+    ends = read_csv(client.get(f"{page}/ends.csv"))
+    assert {row["outcome"] for row in ends} == {"complete", "pruned", "failed"}
     epochs = read_csv(client.get(f"{page}/epochs.csv?trials=0-1"))
     assert [row["epoch"] for row in epochs if row["trial"] == "1"] == ["1", "2", "3", "4", "5", "6"]
     assert len(epochs) == 36
@@ -562,7 +569,7 @@ def test_every_page_with_a_table_links_to_the_whole(shown, page):
     client = shown.by("vera")
     text = client.get(f"/atelier/studies/{shown.study}{page}").text
     links = re.findall(r'href="([^"]*\.csv[^"]*)"', text)
-    assert len(links) == {"": 2, "/trials/0": 3}.get(page, 1)
+    assert len(links) == {"": 3, "/trials/0": 4}.get(page, 1)
     for link in links:
         assert read_csv(client.get(unescape(link)))
 
@@ -588,6 +595,38 @@ def test_nobody_gets_a_table_without_a_login(shown):
     for page in ("/trials.csv", "/workers.csv", "/epochs.csv", "/trials/0/attempts.csv"):
         assert shown.app.test_client().get(f"/atelier/studies/{shown.study}{page}").status_code == 401
     assert shown.app.test_client().get("/atelier/studies.csv").status_code == 401
+
+
+def test_who_logs_out_twice_is_asked_to_log_in(shown):
+    client = shown.app.test_client()
+    client.post("/login", data={"name": "vera", "password": PASSWORD})
+    for _ in range(2):
+        response = client.post("/logout", follow_redirects=True)
+        assert response.status_code == 200
+        assert "<h1>Atelier</h1>" in response.text
+
+
+@pytest.mark.parametrize(
+    "target", ["/logout", "/csv/1", "/atelier/studies.csv", "/atelier/studies/1/trials.csv?state=failed"]
+)
+def test_a_login_ends_at_a_page(shown, target):
+    data = {"name": "vera", "password": PASSWORD, "next": target}
+    response = shown.app.test_client().post("/login", data=data, follow_redirects=True)
+    assert response.request.path == "/atelier/"
+
+
+@pytest.mark.parametrize("path", ["/nope", "/csv/abc", "/csv/99", "/artifacts/1/2/3", "/logout"])
+def test_who_goes_to_what_there_is_not_gets_a_page_of_ours(shown, path):
+    response = shown.by("vera").get(path, headers={"Accept": "text/html"})
+    assert response.status_code == 404
+    assert "<h1>" in response.text
+    assert 'href="/atelier/"' in response.text
+
+
+def test_what_is_asked_for_stays_in_the_form(shown):
+    page = f"/atelier/studies/{shown.study}"
+    assert '<option value="nope" selected>nope' in shown.by("vera").get(f"{page}/compare?by=nope").text
+    assert 'name="rows" value="5"' in shown.by("vera").get(f"{page}?rows=5").text
 
 
 def test_the_right_password_without_cookies_is_explained(shown):

@@ -274,7 +274,7 @@ def test_looking_into_a_home_whose_making_was_cut_short_makes_nothing(words, hom
     server.stop()
     assert "has no database yet" in end(words).output
     assert not server.is_running()
-    url = server.start()  # it is made by who may make one
+    database.connect(make_url(server.start())).dispose()  # it is made by who may make one
     server.stop()
 
 

@@ -73,8 +73,9 @@ def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
     entry = study_entry(engine, "tiny")
     with engine.connect() as connection:
         recorded = connection.scalars(sa.select(Worker.log).order_by(Worker.log)).all()
-    logs = RunFolder(entry.name, entry.created).logs.relative_to(home)
-    names = [f"./{logs}/worker-{number}.log" for number in (1, 2)]
+    logs = RunFolder(entry.name, entry.created).logs
+    names = [f"./{path.relative_to(home)}" for path in sorted(logs.iterdir())]
+    assert len(names) == 2
     assert recorded == names
 
     def check(where):
@@ -160,10 +161,10 @@ def test_the_certificate_of_a_home_that_has_moved(tmp_path):
 # Two commands at once.
 
 
-def test_each_place_of_each_command_has_a_log_of_its_own(home):
+def test_no_log_has_the_name_of_another_in_any_home(home, tmp_path, monkeypatch):
     runs = RunFolder("s", datetime(2026, 1, 1, tzinfo=UTC))
-    (runs.logs).mkdir(parents=True)
-    (runs.logs / "worker-2.log").write_text("of an earlier version\n")
     logs = [runs.new_log() for _ in range(4)]
-    assert [path.name for path in logs] == [f"worker-{number}.log" for number in (1, 3, 4, 5)]
-    assert (runs.logs / "worker-2.log").read_text() == "of an earlier version\n"
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "restored"))
+    logs += [RunFolder("s", datetime(2026, 1, 1, tzinfo=UTC)).new_log() for _ in range(4)]
+    assert len({path.name for path in logs}) == 8
+    assert all(path_from_record(path_to_record(path)) == path for path in logs[4:])

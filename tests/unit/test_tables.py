@@ -20,6 +20,15 @@ def test_every_value_comes_back():
     ]
 
 
+def test_no_text_is_a_formula_for_a_spreadsheet():
+    names = ["=1+1", "plain"]
+    rows = [{"=1+1": text, "plain": -0.5} for text in ("=A1", "+1", "-1", "@SUM(1)", "\tx", "a=b", "")]
+    head, *cells = csv.reader(io.StringIO(csv_text(names, rows), newline=""))
+    assert head == ["'=1+1", "plain"]
+    assert [cell for cell, _ in cells] == ["'=A1", "'+1", "'-1", "'@SUM(1)", "'\tx", "a=b", ""]
+    assert {number for _, number in cells} == {"-0.5"}
+
+
 @pytest.mark.parametrize(
     ("words", "name"),
     [
