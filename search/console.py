@@ -6,7 +6,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,19 +114,22 @@ def ready_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def run(app: Callable[[list[str] | None], object], arguments: list[str] | None) -> None:
+def run(app: typer.Typer, arguments: list[str] | None) -> None:
     """Run the whole command; what its verbs do not meet, as a full disk at the end, is one line too."""
     signal.signal(signal.SIGXCPU, _say_out_of_time)
     try:
         with errors_in_one_line():
-            try:
-                app(arguments)
-            finally:
+            code = app(arguments, standalone_mode=False) or ExitCode.DONE
+            if code == ExitCode.DONE:  # else there is an error already
                 sys.stdout.flush()
     except typer.Exit as end:
-        sys.exit(_leave(end.exit_code))
-    except BrokenPipeError:  # who read it has seen enough
-        sys.exit(_leave(ExitCode.FAILED))
+        code = end.exit_code
+    except typer.TyperException as error:  # no verb at all, which is answered with the help
+        error.show()
+        code = error.exit_code
+    except (BrokenPipeError, typer.Abort):  # who read it has seen enough; who was asked says no more
+        code = ExitCode.FAILED
+    sys.exit(_leave(code))
 
 
 def _say_out_of_time(*_: object) -> None:

@@ -592,6 +592,7 @@ def test_what_torch_says_is_without_advice(tmp_path):
 @pytest.mark.parametrize("verb", ["search", "train"])
 def test_the_command_line_says_it_in_one_line(verb, study_text, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # elsewhere may be the best.toml of a search
     path, weights = tmp_path / "file.toml", tmp_path / "w.pth"
     torch.save({"a": weights_of(RESNET), "b": weights_of(RESNET, 1)}, weights)
     train = tiny.model_copy(update={"backbone": RESNET}).model_dump(exclude_none=True)
