@@ -125,7 +125,7 @@ def run(app: typer.Typer, arguments: list[str] | None) -> None:
     except typer.Exit as end:
         code = end.exit_code
     except typer.TyperException as error:  # no verb at all, which is answered with the help
-        error.show()
+        say(error.format_message())
         code = error.exit_code
     except (BrokenPipeError, typer.Abort):  # who read it has seen enough; who was asked says no more
         code = ExitCode.FAILED

@@ -179,4 +179,5 @@ def write_submission(classes: np.ndarray, output: Path, source: str) -> None:
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.comment = source.encode()
         archive.writestr("prediction.txt", text)
-    write_atomically(output, data.getbuffer())
+    with data.getbuffer() as view:
+        write_atomically(output, view)

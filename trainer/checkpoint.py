@@ -52,15 +52,15 @@ class Checkpoints:
         """Keep the state after so many epochs and steps, and the one before it."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        data = buffer.getbuffer()
         name = f"attempt-{self._attempt:04d}-epoch-{epochs:04d}-step-{step:08d}.pt"
         path = self._last = self.folder / name
-        digest = hashlib.sha256(data).hexdigest()
-        self._before_save()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        _digest_path(path).unlink(missing_ok=True)  # it would be that of other data for a moment
-        write_atomically(path, data)
+        with buffer.getbuffer() as data:
+            digest = hashlib.sha256(data).hexdigest()
+            self._before_save()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            _digest_path(path).unlink(missing_ok=True)  # it would be that of other data for a moment
+            write_atomically(path, data)
         write_atomically(_digest_path(path), f"{digest}  {path.name}\n".encode())
         older = [other for other in self._files() if other < path]
         for other in older[: 1 - KEPT]:

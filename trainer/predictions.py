@@ -36,7 +36,8 @@ class Predictions:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, labels=self.labels, classes=self.classes, log_probs=self.log_probs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getbuffer())
+        with buffer.getbuffer() as view:
+            write_atomically(path, view)
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -173,7 +174,8 @@ def test_an_absence_that_is_too_long_is_one_line_and_no_wrong_input(
     token = database.thread_patience.set(0)
     blocker = engine.connect()
     blocker.execute(sa.text("LOCK TABLE atelier.study"))
-    monkeypatch.setattr(database, "WORK", database.WORK.having(statement_timeout="200ms"))
+    impatient = database.WORK.having(statement_timeout="200ms")
+    monkeypatch.setattr(database, "look", partial(database.look, impatient))
     result = atelier("status", "s", code=1)
     assert "canceling statement due to statement timeout" in error_line(result)
     blocker.close()

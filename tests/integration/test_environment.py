@@ -292,7 +292,8 @@ def test_a_folder_for_data_that_is_empty_is_no_database(home, folder):
     [
         ("atelier@no-such-host.invalid/a?sslmode=disable", "could not translate host name"),
         (f"atelier@/a?host={NOWHERE}", "No such file or directory"),
-        (f"atelier@/a?host=/{'x' * 120}", "is too long"),
+        (f"atelier@/a?host={NOWHERE}&host=/{'x' * 120}", "is too long"),
+        ("a%00b@127.0.0.1:{port}/a", "is not a URL"),
         ("atelier@127.0.0.1:99999/a", "invalid port number"),
         ("atelier@127.0.0.1/a?sslmode=maybe", "invalid sslmode value"),
         ("atelier@/a?service=none&sslmode=disable", "none"),
