@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(
+        logging.WARNING
+    )  # its import says so too, if it is not cut short
     run(app, arguments)
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def compiler() -> None:
     """What torch.compile needs on a CPU."""
     if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])):
         pytest.skip("needs a C++ compiler; on Debian and Ubuntu: apt install g++")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("needs Python.h; on Debian and Ubuntu: apt install python3-dev")
 
 
 @pytest.fixture(scope="session")
