@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from search.bootstrap import Interval, churn, compare, flattery, per_class_accuracy
+from search.confirm.intervals import Interval, churn, compare, flattery, per_class_accuracy
 from search.confirmation import DROPPED, LEAST_SEEDS, WINS
 
 SIZES = (7, 3, 3, 4, 6, 3)

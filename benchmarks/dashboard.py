@@ -18,7 +18,7 @@ import time
 from urllib.parse import urlencode
 
 from benchmarks.server import temporary_home
-from dashboards.accounts import Accounts
+from dashboards.web.accounts import Accounts
 from storage import database
 from tests.studies import fill
 

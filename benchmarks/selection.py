@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from scipy.stats import spearmanr
 
 from dashboards.status import read_status
-from search.bootstrap import attribute_index, class_means, compare, hits, per_class_accuracy
+from search.confirm.intervals import attribute_index, class_means, compare, hits, per_class_accuracy
 from search.confirmation import SUFFIX, TOP, attribute_sizes, predictions_of
 from search.score import KINDS, epoch_value, score
 from storage import database

@@ -25,7 +25,7 @@ from sqlalchemy.orm import aliased
 from benchmarks.server import temporary_home
 from storage import database
 from storage.ledger import LEASE_SECONDS, RENEW_SECONDS, LeaseKeeper, Ledger
-from storage.models import Attempt, Worker
+from storage.tables import Attempt, Worker
 from tests.studies import fill
 
 SPREAD = 300.0  # seconds in which the processes are killed

@@ -37,8 +37,8 @@ from storage.ledger import (
     job_in_words,
     standings,
 )
-from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 from storage.runs import path_from_record
+from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
 
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()

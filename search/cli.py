@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from search.admin import data_app, db_app, user_app
 from search.console import StudyName, Verbs, errors_in_one_line, find_study, ready_streams, run, say
 from search.exit_codes import ExitCode
-from search.upkeep import data_app, db_app, user_app
 from storage.ownership import with_users_umask
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dashboards.status import Status
     from search.export import Bundle
-    from search.launch import LocalSearch
+    from search.local import LocalSearch
     from search.study import StudyFile
     from storage.ledger import StudyEntry
     from trainer.config import TrainConfig
@@ -105,7 +105,7 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
-        from search.launch import rehearse
+        from search.local import rehearse
         from search.study import open_study
         from storage import database
 
@@ -144,7 +144,7 @@ def _run_here(
     """Let workers with these arguments work at a study, on this machine, until they end."""
     from dashboards.status import read_status
     from dashboards.terminal import console
-    from search.launch import LocalSearch
+    from search.local import LocalSearch
     from storage.runs import RunFolder
 
     runs = RunFolder(entry.name, entry.created).make()
@@ -296,7 +296,7 @@ def confirm(
 
         from dashboards.terminal import console
         from search.confirmation import plan, read_confirmation, render
-        from search.launch import rehearse
+        from search.local import rehearse
         from search.slurm.submit import submit_study
         from search.study import InputError, open_study
         from storage import database
@@ -524,7 +524,7 @@ def plot(
 ) -> None:
     """Draw what the dashboard's pages show into a file."""
     with errors_in_one_line():
-        from dashboards.files import plot_study
+        from dashboards.plot import plot_study
 
         engine, entry = find_study(study)
         with with_users_umask():
@@ -568,7 +568,7 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard and our own pages, behind a login."""
     with errors_in_one_line():
-        from dashboards.server import Address, serve
+        from dashboards.web.server import Address, serve
 
         serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix))
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from dashboards.status import TrialRow, read_status
 from dashboards.terminal import Grid
-from search.bootstrap import Estimate, churn, compare, flattery, hits, per_class_accuracy
+from search.confirm.intervals import Estimate, churn, compare, flattery, hits, per_class_accuracy
 from search.study import InputError, StudyFile, check_reader, validate
 from storage.ledger import StudyEntry, study_entry
 from storage.runs import RunFolder
@@ -177,7 +177,7 @@ class Confirmation:
 
     `optimism` is by how much the accuracy of the trial that the search puts first is expected to be too
     high: what fresh seeds do not repeat, and the luck with the images that they do
-    (search.bootstrap.flattery). Below 0 it is too low. None if the search is ranked by something else.
+    (search.confirm.intervals.flattery). Below 0 it is too low. None if the search is ranked by something else.
     """
 
     study: str  # the search
@@ -339,7 +339,7 @@ class _Evidence:
 
     @property
     def churn(self) -> float:
-        """See search.bootstrap.churn."""
+        """See search.confirm.intervals.churn."""
         return churn([*self._judged.values()], self._labels, self._sizes)
 
     @cached_property

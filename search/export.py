@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict
 
 from dashboards.status import Status, TrialRow
-from search.bootstrap import hits, of_hits
+from search.confirm.intervals import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
 from search.profile import Profiles, SlurmProfile
 from search.study import InputError, read_toml, reader_note, reader_of, validate, weights_identity

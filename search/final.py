@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dashboards import drawing, figures
-from dashboards.curves import Curve
+from dashboards import charts, render
 from dashboards.outputs import check_overwritable, mark
 from dashboards.status import TrialRow
-from search.bootstrap import Interval, of_hits, of_mean
+from search.confirm.intervals import Interval, of_hits, of_mean
 from search.exit_codes import ExitCode
 from search.slurm.job import own_job
 from search.stopping import Stop, on_signals
 from search.study import InputError, reader_note
+from storage.curves import Curve
 from trainer.checkpoint import Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import read_dataset, read_labels
@@ -101,9 +101,9 @@ def _write_curve(folder: Path, results: list[EpochResult]) -> None:
     curve = Curve(TrialRow(0, "complete"))
     for result in results:
         curve.add(result.columns())
-    drawn = figures.curves([curve], [])
+    drawn = charts.curves([curve], [])
     drawn.legend = []  # there is one line
-    drawing.save(drawn, folder.name, folder / "curve.png")
+    render.save(drawn, folder.name, folder / "curve.png")
 
 
 def model_path(run: Path) -> Path:

@@ -7,8 +7,8 @@ import jinja2
 import sqlalchemy as sa
 from markdown_it import MarkdownIt
 
-from dashboards.files import check_figure, plot_study
 from dashboards.outputs import check_overwritable, mark
+from dashboards.plot import check_figure, plot_study
 from dashboards.status import audit_line, parameter_names, read_machines, read_status
 from search.confirmation import COLUMNS, cells, read_confirmation, verdict
 from search.export import Choice, choose, in_words, known_accuracy

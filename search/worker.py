@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import optuna
 
-from dashboards.files import attach_curve
+from dashboards.plot import attach_curve
 from dashboards.status import TrialRow
 from dashboards.terminal import printable
 from search.exit_codes import ExitCode

@@ -41,9 +41,9 @@ from optuna.trial import TrialState
 
 from storage import database
 from storage.ledger import RESTORED
-from storage.models import Attempt, Base, Study, Worker
 from storage.ownership import as_owner, private, require_own
 from storage.runs import RunFolder, artifacts, files_in, make_private
+from storage.tables import Attempt, Base, Study, Worker
 
 log = logging.getLogger(__name__)
 

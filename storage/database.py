@@ -41,9 +41,9 @@ from storage.faults import (
     reason,
     sqlstate,
 )
-from storage.models import SCHEMA
 from storage.network import VIEWER, WORKER
 from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
+from storage.tables import SCHEMA
 
 log = logging.getLogger(__name__)
 

@@ -41,8 +41,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from storage.database import retrying
-from storage.models import ArrayJob, Attempt, Epoch, Study, Worker
 from storage.runs import path_from_record
+from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 30.0
@@ -874,7 +874,7 @@ class StudyEntry:
     max_trials: int
     settings: dict[str, Any]
     dataset: str
-    attributes: list[dict[str, Any]]  # see storage.models.Study
+    attributes: list[dict[str, Any]]  # see storage.tables.Study
     optuna_version: str
     created: datetime
 

@@ -8,8 +8,8 @@ from optuna.storages._rdb.models import BaseModel as OptunasBase
 from sqlalchemy.exc import DBAPIError
 
 from storage.faults import is_transient
-from storage.models import SCHEMA, Base
 from storage.network import VIEWER, WORKER
+from storage.tables import SCHEMA, Base
 
 MINIMUM_SERVER = 14
 _EVERYWHERE = f"SCHEMA public, {SCHEMA}"

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from argon2 import PasswordHasher
 from sqlalchemy.engine import make_url
 
-from dashboards.accounts import Accounts
+from dashboards.web.accounts import Accounts
 from storage import database
 from storage.embedded import EmbeddedPostgres
 from trainer.config import TrainConfig
@@ -63,7 +63,7 @@ def accounts(home: Path, monkeypatch: pytest.MonkeyPatch) -> Accounts:
 def give_accounts(home: Path, monkeypatch: pytest.MonkeyPatch) -> Accounts:
     """One account for each role. Their passwords' hashes are argon2 as always, but quick ones."""
     quick = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    monkeypatch.setattr("dashboards.accounts._HASHER", quick)
+    monkeypatch.setattr("dashboards.web.accounts._HASHER", quick)
     accounts = Accounts(home)
     accounts.put("vera", "viewer", PASSWORD)
     accounts.put("ed", "editor", PASSWORD)

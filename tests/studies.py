@@ -16,7 +16,7 @@ from optuna.storages._rdb.models import (
 from optuna.trial import TrialState
 
 from storage import database, ledger
-from storage.models import Attempt, Epoch, Worker
+from storage.tables import Attempt, Epoch, Worker
 from trainer.images import READER
 
 SPACE = {

@@ -20,9 +20,9 @@ import pytest
 import sqlalchemy as sa
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from dashboards.accounts import session_key
-from dashboards.server import open_doors
-from dashboards.web import make_app
+from dashboards.web.accounts import session_key
+from dashboards.web.app import make_app
+from dashboards.web.server import open_doors
 from storage import database
 from tests.conftest import PASSWORD, copied_database, free_port, give_accounts
 

@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 from dashboards.note import leave_note
 from dashboards.status import read_status
-from search import forking, launch
+from search import forking, local
 from search.exit_codes import ExitCode
 from search.study import load_study_file, open_study
 from storage import database, ledger
@@ -157,7 +157,7 @@ def work_on(engine, home, demo, tmp_path):
 
         def start():
             worker = forking.start(
-                launch.work, [str(path)], environment=os.environ | {"OMP_NUM_THREADS": "1"}, output=log
+                local.work, [str(path)], environment=os.environ | {"OMP_NUM_THREADS": "1"}, output=log
             )
             workers.append(worker)
             return worker

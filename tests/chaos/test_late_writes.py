@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from storage import database
 from storage.ledger import LeaseLost, Ledger
-from storage.models import Epoch
+from storage.tables import Epoch
 from tests.integration.test_ledger import RESULT, make_study
 from trainer.checkpoint import Checkpoints
 

@@ -31,7 +31,7 @@ from search.cli import app
 from search.export import load_bundle
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
-from storage.models import Attempt, Epoch
+from storage.tables import Attempt, Epoch
 from tests.conftest import STUDY
 from trainer.demo import write_demo
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from storage.models import Attempt, Worker
+from storage.tables import Attempt, Worker
 from tests.cluster.conftest import BEFORE_OTHERS
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 
 from storage.ledger import LEASE_SECONDS
-from storage.models import Attempt, Worker
+from storage.tables import Attempt, Worker
 from tests.cluster.conftest import BEFORE_OTHERS, SLURM, task_states, wait_for
 
 

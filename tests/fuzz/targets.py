@@ -226,7 +226,7 @@ def _read_model(path: Path) -> None:
 
 
 def _read_predictions(path: Path) -> None:
-    from search.bootstrap import hits, of_hits
+    from search.confirm.intervals import hits, of_hits
     from search.confirmation import predictions_of
 
     home = {"ATELIER_HOME": str(path.parents[3])}
@@ -246,7 +246,7 @@ def _entry() -> "StudyEntry":
 def _read_accounts(path: Path) -> None:
     from argon2 import extract_parameters
 
-    from dashboards.accounts import Accounts
+    from dashboards.web.accounts import Accounts
 
     for account in Accounts(path.parent).all().values():
         assert f"{account.name}: {account.role}".isprintable(), account
@@ -267,8 +267,8 @@ def _read_database_url(path: Path) -> None:
 
 
 def _read_certificate(path: Path) -> None:
-    from dashboards.accounts import Accounts
-    from dashboards.server import Address
+    from dashboards.web.accounts import Accounts
+    from dashboards.web.server import Address
 
     Address("127.0.0.1", 8080, path, path).check(Accounts(path.parent))
 

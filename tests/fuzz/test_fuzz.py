@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dashboards.accounts import ROLES
+from dashboards.web.accounts import ROLES
 from search.profile import SlurmProfile
 from search.study import StudySettings
 from tests.fuzz.targets import ATTRIBUTES, CASES, CONFIG, STUDY, TARGETS

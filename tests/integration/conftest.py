@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import search.launch
+import search.local
 import search.worker
-from dashboards.files import attach_curve
+from dashboards.plot import attach_curve
 from search.cli import app
 from search.study import load_study_file, open_study
 from search.worker import Worker
@@ -35,7 +35,7 @@ def atelier(tmp_path, study_text, prepared_url, home, monkeypatch):
     """Runs `atelier WORDS` beside a study.toml, in this process, and checks the exit code."""
     (tmp_path / "study.toml").write_text(study_text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search.launch, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(search.local, "POLL_SECONDS", 0.1)
     threads = torch.get_num_threads()
 
     def run(*words, code=0):

@@ -20,7 +20,7 @@ from search.exit_codes import ExitCode
 from storage import backup, database, ledger
 from storage.backup import BackupError
 from storage.ledger import LeaseLost
-from storage.models import Attempt
+from storage.tables import Attempt
 from tests.conftest import empty_database
 from tests.integration import test_ledger
 from tests.integration.test_wrong_input import downgrade

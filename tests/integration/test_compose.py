@@ -20,7 +20,7 @@ import yaml
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
-from dashboards.accounts import Accounts
+from dashboards.web.accounts import Accounts
 from search.cli import app
 from storage import backup, database
 from tests.conftest import PASSWORD, empty_database, free_port

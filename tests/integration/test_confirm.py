@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-import search.launch
+import search.local
 from search.cli import app
 from storage.ledger import study_entry
 from storage.runs import RunFolder
@@ -42,7 +42,7 @@ def after(server, template, tmp_path_factory):
             original = before.database if before else template
             patch.setenv("ATELIER_DATABASE_URL", copied_database(server, name, original))
             patch.setenv("ATELIER_HOME", str(folder / "home"))
-            patch.setattr(search.launch, "POLL_SECONDS", 0.1)
+            patch.setattr(search.local, "POLL_SECONDS", 0.1)
             patch.chdir(folder)
             result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 0, result.output

@@ -23,10 +23,10 @@ from optuna.trial import TrialState
 from werkzeug.test import Client as WerkzeugClient
 from werkzeug.test import EnvironBuilder
 
-from dashboards.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
-from dashboards.files import attach_curve, plot_study
-from dashboards.server import Door, open_doors
-from dashboards.web import make_app
+from dashboards.plot import attach_curve, plot_study
+from dashboards.web.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
+from dashboards.web.app import make_app
+from dashboards.web.server import Door, open_doors
 from storage import database, ledger
 from storage.embedded import EmbeddedPostgres
 from tests.conftest import PASSWORD, copied_database, give_accounts

@@ -15,14 +15,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from dashboards.server import open_doors
+from dashboards.web.server import open_doors
 from search.exit_codes import ExitCode
 from storage import database
 from storage.embedded import SYSTEM_USER
 from storage.ledger import Ledger
-from storage.models import Epoch
 from storage.network import VIEWER, WORKER
 from storage.properties import why_without
+from storage.tables import Epoch
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill
 

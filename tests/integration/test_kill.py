@@ -11,8 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from search import forking
-from search.launch import work
-from storage.models import Attempt, Epoch
+from search.local import work
+from storage.tables import Attempt, Epoch
 
 COLUMNS = [
     column

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from search import forking
 from storage import database, ledger
 from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_identity
-from storage.models import Attempt, Epoch
+from storage.tables import Attempt, Epoch
 
 RESULT = {
     "stream_epoch": 0,

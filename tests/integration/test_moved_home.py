@@ -10,15 +10,15 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
-from dashboards.pages import _tail
 from dashboards.status import read_attempts, read_status
+from dashboards.web.pages import _tail
 from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres
 from storage.ledger import study_entry
-from storage.models import Worker
 from storage.network import Network
 from storage.runs import RunFolder, path_from_record, path_to_record
+from storage.tables import Worker
 from tests.conftest import free_port
 from tests.studies import fill
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dashboards.accounts import session_key
+from dashboards.web.accounts import session_key
 from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres

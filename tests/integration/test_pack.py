@@ -13,7 +13,7 @@ import torch
 from dashboards.status import read_status
 from search.exit_codes import ExitCode
 from storage import ledger
-from storage.models import Attempt
+from storage.tables import Attempt
 from tests.integration.test_ledger import RESULT
 from tests.integration.test_worker import attempts, reasons
 from trainer.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ from dashboards.status import audit_line, read_status
 from search.exit_codes import ExitCode
 from search.study import StudyFile
 from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing, study_entry, update_study
-from storage.models import Attempt, Epoch
+from storage.tables import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
 

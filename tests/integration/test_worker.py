@@ -17,7 +17,7 @@ import search.worker
 from search.exit_codes import ExitCode
 from search.stopping import KILL_SECONDS, SAVE_SECONDS, Stop
 from storage import ledger
-from storage.models import Attempt, Epoch
+from storage.tables import Attempt, Epoch
 from trainer.device import is_out_of_memory
 
 KEEPER = ledger.LeaseKeeper.__init__

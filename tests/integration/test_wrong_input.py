@@ -21,7 +21,7 @@ from search.cli import app
 from search.confirmation import plan
 from search.study import InputError, load_study_file, open_study
 from storage import database, ledger
-from storage.models import Attempt
+from storage.tables import Attempt
 from tests.chaos.harness import small_disk
 from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill

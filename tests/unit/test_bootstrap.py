@@ -6,8 +6,8 @@ from scipy.stats import binomtest
 from sklearn.metrics import recall_score
 
 from dashboards.wilson import Z, wilson
-from search import bootstrap
-from search.bootstrap import churn, compare, flattery, hits, of_hits, of_mean, per_class_accuracy
+from search.confirm import intervals
+from search.confirm.intervals import churn, compare, flattery, hits, of_hits, of_mean, per_class_accuracy
 from trainer.predictions import Predictions
 
 SIZES = (3, 2)
@@ -53,7 +53,7 @@ def test_hits_are_of_the_last_five_epochs():
 
 def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
     """Images drawn with replacement within each attribute, the same for both candidates."""
-    monkeypatch.setattr(bootstrap, "PRIOR_IMAGES", 0)
+    monkeypatch.setattr(intervals, "PRIOR_IMAGES", 0)
     pair = np.stack([runs_of(labels, 0.7, 1)[0], runs_of(labels, 0.5, 1, 9)[0]])
     pair[1] = np.where(np.random.default_rng(3).random(labels.shape) < 0.6, pair[0], pair[1])
     random = np.random.default_rng(0)
@@ -63,8 +63,8 @@ def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
             members = np.flatnonzero(labels[:, k] == value)
             drawn = random.choice(members, (4000, len(members)))
             replicates += pair[:, drawn, k].mean(2).T / sum(SIZES)
-    attributes = bootstrap.attribute_index(labels, SIZES)
-    ours = bootstrap._image_covariance(pair, attributes, SIZES)
+    attributes = intervals.attribute_index(labels, SIZES)
+    ours = intervals._image_covariance(pair, attributes, SIZES)
     assert ours == pytest.approx(np.cov(replicates.T), rel=0.12)
     assert abs(np.cov(replicates.T)[0, 1]) > 1e-5  # so the pairing is part of it
 
@@ -111,7 +111,7 @@ def test_what_seeds_do_to_all_and_to_one_is_told_apart_though_some_are_missing()
         spreads = []
         for _ in range(300):
             scores = 0.6 + random.normal(0, shared, 5) + random.normal(0, own, (5, 5))
-            moves = bootstrap._seeds(np.where(has, scores, np.nan), 0.0, random)
+            moves = intervals._seeds(np.where(has, scores, np.nan), 0.0, random)
             # Of the first two, which have all seeds: of one, and of their difference.
             spreads.append([np.quantile(m, 0.84) for m in (moves[:, 0], moves[:, 0] - moves[:, 1])])
         found.append(np.mean(spreads, 0) * np.sqrt(5))
@@ -253,7 +253,7 @@ def test_intervals_of_candidates_can_be_true(labels, right):
                 check(one.score)
                 if index != leader:
                     check(one.behind, -1.0)
-            assert known[leader].behind == bootstrap.Interval(0, 0, 0, 0)
+            assert known[leader].behind == intervals.Interval(0, 0, 0, 0)
             assert sum(one.best for one in known) == pytest.approx(1)
             if len(runs) > 1 and runs[0] is pair[0]:
                 assert known[0].best == known[1].best

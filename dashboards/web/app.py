@@ -39,8 +39,9 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
-from dashboards import pages, tables
-from dashboards.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from dashboards import tables
+from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from dashboards.web import pages
 from storage import database, faults, ledger
 from storage.database import home
 from storage.ownership import as_owner
@@ -96,7 +97,7 @@ def make_app(
     behind_proxy: bool = False,
 ) -> Flask:
     """The application; `doors` are by role. `prefix` is the path that a proxy serves it under."""
-    app = Flask(__name__, static_url_path="/atelier/static")
+    app = Flask("dashboards", static_url_path="/atelier/static")
     # Cookies do not know ports: another dashboard on the same host needs another name.
     app.config.update(
         SECRET_KEY=key,

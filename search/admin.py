@@ -74,7 +74,7 @@ def user_add(
 ) -> None:
     """Add somebody, or give a new role and password; older sessions end."""
     with errors_in_one_line():
-        from dashboards.accounts import Accounts
+        from dashboards.web.accounts import Accounts
         from trainer.text import read_text
 
         if password_file is None:
@@ -89,7 +89,7 @@ def user_add(
 def user_remove(name: str) -> None:
     """Let somebody in no longer; their sessions end."""
     with errors_in_one_line():
-        from dashboards.accounts import Accounts
+        from dashboards.web.accounts import Accounts
 
         Accounts().remove(name)
         typer.echo(f"{name} may not log in any more")
@@ -99,7 +99,7 @@ def user_remove(name: str) -> None:
 def user_list() -> None:
     """Show who may log in."""
     with errors_in_one_line():
-        from dashboards.accounts import Accounts
+        from dashboards.web.accounts import Accounts
 
         accounts = Accounts().all()
         for account in accounts.values():

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from optuna.storages._rdb.models import TrialModel, TrialSystemAttributeModel
 from sqlalchemy.orm import Session
 
-from dashboards import curves, drawing, figures, tables
+from dashboards import charts, render, tables
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
 from dashboards.status import (
     STATES,
@@ -40,6 +40,7 @@ from dashboards.status import (
     read_studies,
     trial_table,
 )
+from storage import curves
 from storage.database import home, retrying
 from storage.ledger import StudyEntry, study_entry
 
@@ -51,12 +52,12 @@ T = TypeVar("T")
 
 
 @blueprint.app_template_global()
-def figure(name: str, drawn: figures.Figure, level: int = 2) -> Markup:
+def figure(name: str, drawn: charts.Figure, level: int = 2) -> Markup:
     """The HTML of a figure: its legend, and a place and the data for each panel.
 
     `level` is that of the panels' headings on the page.
     """
-    panels = map(drawing.plotly, drawn.panels)
+    panels = map(render.plotly, drawn.panels)
     return Markup(render_template("figure.html", name=name, figure=drawn, panels=panels, level=level))
 
 
@@ -210,7 +211,7 @@ def study(study_id: int) -> Any:
         hidden=max(len(rows) - shown, 0),
         most=MOST_ROWS,
         parameters=parameter_names(rows[:shown]),
-        history=figures.history(ends) if ends else None,
+        history=charts.history(ends) if ends else None,
     )
 
 
@@ -290,7 +291,7 @@ def curves_page(study_id: int) -> Any:
         chosen=some,
         default=curves.DRAWN,
         most=curves.MOST_DRAWN,
-        drawn=figures.curves(some, curves.category_names(entry.attributes, some), smooth / 100),
+        drawn=charts.curves(some, curves.category_names(entry.attributes, some), smooth / 100),
     )
 
 
@@ -309,7 +310,7 @@ def compare(study_id: int) -> Any:
         names=names,
         by=by,
         default=curves.COMPARED,
-        drawn=figures.compare(curves.read_curves(g.engine, study_id, choice.trials), by),
+        drawn=charts.compare(curves.read_curves(g.engine, study_id, choice.trials), by),
     )
 
 
@@ -367,8 +368,8 @@ def trial(study_id: int, trial: int) -> Any:
         row=row,
         curve=curve,
         settings=_settings(entry),
-        drawn=figures.curves([curve], curves.category_names(entry.attributes, [curve])),
-        bars=figures.attributes(hits, entry.attributes) if hits else None,
+        drawn=charts.curves([curve], curves.category_names(entry.attributes, [curve])),
+        bars=charts.attributes(hits, entry.attributes) if hits else None,
         attempts=attempts,
         log=log,
         tail=_tail(log),
@@ -393,9 +394,9 @@ def settings_table(study_id: int, trial: int) -> Response:
 def attributes_table(study_id: int, trial: int) -> Response:
     entry, _, row = _open_trial(study_id, trial)
     _, hits = _curve(entry, row)
-    rows = [asdict(one) for one in figures.attribute_rows(hits, entry.attributes)] if hits else []
+    rows = [asdict(one) for one in charts.attribute_rows(hits, entry.attributes)] if hits else []
     return Asked().table(
-        f"{entry.name} trial {trial} attributes", tables.columns(figures.AttributeRow), rows
+        f"{entry.name} trial {trial} attributes", tables.columns(charts.AttributeRow), rows
     )
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from dashboards.status import FINISHED, TrialRow
 from storage.database import retrying
-from storage.models import Attempt, Epoch
+from storage.tables import Attempt, Epoch
 
 DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: unless somebody chooses; at most
 COMPARED = 60  # trials of a comparison

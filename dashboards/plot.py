@@ -8,10 +8,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dashboards import curves, drawing, figures
+from dashboards import charts, render
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
 from dashboards.status import Status, TrialRow, parameter_names, read_status
+from storage import curves
 from storage.ledger import StudyEntry
 from storage.runs import artifacts, make_private
 
@@ -34,24 +35,24 @@ def plot_study(
 ) -> None:
     """Draw one of the pages' figures of a study into a file. Raises PlotError, OutputError, OSError."""
     _check_options(kind, trials, top, by, smooth)
-    if output.suffix not in drawing.FORMATS:
-        raise PlotError(f"{output}: allowed are files that end in {', '.join(drawing.FORMATS)}")
+    if output.suffix not in render.FORMATS:
+        raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
     check_figure(output, entry.name)
     status = read_status(engine, entry.study_id, entry.name)
     if kind == "history":
         ends = curves.read_ends(engine, entry.study_id)
         if not ends:
             raise PlotError(f"study {entry.name!r} has no finished trial yet")
-        drawing.save(figures.history(ends), entry.name, output, mark(entry.name))
+        render.save(charts.history(ends), entry.name, output, mark(entry.name))
         return
     chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
     some = curves.read_curves(engine, entry.study_id, chosen)
     if kind == "curves":
-        drawn = figures.curves(some, curves.category_names(entry.attributes, some), smooth)
+        drawn = charts.curves(some, curves.category_names(entry.attributes, some), smooth)
     else:
         names = parameter_names(chosen)
-        drawn = figures.compare(some, next(iter(names), "") if by is None else _read("by", by, names))
-    drawing.save(drawn, entry.name, output, mark(entry.name))
+        drawn = charts.compare(some, next(iter(names), "") if by is None else _read("by", by, names))
+    render.save(drawn, entry.name, output, mark(entry.name))
 
 
 def _check_options(
@@ -96,7 +97,7 @@ def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> 
     make_private(artifacts())
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{folder}/{trial.number}"))
     drawn = artifacts() / f"{identity}.png"
-    drawing.save(figures.curves([curve], []), f"trial {trial.number}, {trial.state}", drawn)
+    render.save(charts.curves([curve], []), f"trial {trial.number}, {trial.state}", drawn)
     os.replace(drawn, artifacts() / identity)
     return {"artifact_id": identity, "filename": name, "mimetype": "image/png", "encoding": None}
 

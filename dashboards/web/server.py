@@ -12,8 +12,8 @@ import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 
-from dashboards.accounts import Accounts, OneTimeLink, is_loopback, session_key
-from dashboards.web import Door, make_app
+from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
+from dashboards.web.app import Door, make_app
 from storage import database
 from storage.network import VIEWER
 from storage.properties import why_without

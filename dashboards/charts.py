@@ -1,4 +1,4 @@
-"""What is drawn of a study, said once for our pages and for files: see dashboards/drawing.py.
+"""What is drawn of a study, said once for our pages and for files: see dashboards/render.py.
 
 A figure is a list of panels, a panel a list of series. Nothing here reads the database.
 """
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dashboards.curves import Curve, EndPoint
 from dashboards.wilson import wilson
+from storage.curves import Curve, EndPoint
 
 # Readable on white and on near-black; told apart with the common kinds of colour blindness.
 PALETTE = (
@@ -236,7 +236,7 @@ class AttributeRow:
 def attribute_rows(hits: Sequence[int], table: list[dict[str, Any]]) -> list[AttributeRow]:
     """Of each attribute that has images: without, it has no accuracy and is not in the score.
 
-    `table` has name, category and number of validation images of each (storage.models.Study).
+    `table` has name, category and number of validation images of each (storage.tables.Study).
     """
     rows = []
     for hit, row in zip(hits, table, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from dashboards.figures import GREY, Figure, Panel, Series
+from dashboards.charts import GREY, Figure, Panel, Series
 
 log = logging.getLogger(__name__)
 
