@@ -24,11 +24,11 @@ import optuna
 
 import search.worker
 from benchmarks.server import temporary_home
-from search.study import StudyFile
+from search.study_config import StudyFile
 from search.worker import Worker
-from storage import database, ledger
+from storage import database, optuna_tables, schema, studies
 from storage.ledger import Ledger
-from storage.runs import RunFolder
+from storage.paths import RunFolder
 from tests.studies import fill
 from trainer.config import EpochResult
 from trainer.demo import write_demo
@@ -91,14 +91,14 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
     for number in range(ROUNDS):
         for size, (study_id, name) in workers.items():
             done = size // 3 * 3 + NEW_TRIALS * (number + 1)
-            ledger.update_study(engine, study_id, max_trials=done)
-            entry = ledger.study_entry(engine, name)
+            studies.update_study(engine, study_id, max_trials=done)
+            entry = studies.study_entry(engine, name)
             assert entry is not None
             file = StudyFile.from_record(entry).moved(str(folder / "demo"), "none")
             train = file.train | {"image_size": 32, "warmup_epochs": 5}
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")
-            storage = database.optuna_storage(engine)
+            storage = optuna_tables.optuna_storage(engine)
             study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler([]))
             worker = Worker(
                 file,
@@ -158,7 +158,7 @@ class Simulated(threading.Thread):
 def simulate(
     study_id: int, pause: float, count: int, pipe: "multiprocessing.connection.Connection"
 ) -> None:
-    storage = database.optuna_storage(database.connect())
+    storage = optuna_tables.optuna_storage(database.connect())
     workers = [Simulated(study_id, storage, pause) for _ in range(count)]
     for worker in workers:
         worker.start()
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=float, default=0.4)
     options = parser.parse_args()
     with temporary_home() as folder:
-        database.prepare(database.connect())
+        schema.prepare(database.connect())
         many_workers(WORKERS / RATE, f"{RATE} records a second")
         many_workers(0.0, "as fast as they can")
         beside_training(options.trials or [100, 1000, 5000], options.epoch, folder)

@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from search.score import score
-from search.study import StudyFile, load_study_file
+from search.study_config import StudyFile
+from search.toml_file import load_study_file
 from trainer.config import TUNABLE
 from trainer.loop import train
 from trainer.workspace import Block, Workspace

@@ -39,13 +39,14 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 import search.worker
 from benchmarks.server import temporary_home
-from dashboards.status import read_status
 from search.sampling import whole_sample
 from search.score import score
-from search.study import StudyFile, load_study_file
+from search.study_config import StudyFile
+from search.toml_file import load_study_file
 from search.worker import Worker
-from storage import database, ledger
-from storage.runs import RunFolder
+from storage import database, ledger, optuna_tables, schema, studies
+from storage.paths import RunFolder
+from storage.status import read_status
 from trainer.config import EpochResult, TrainConfig
 from trainer.predictions import Predictions
 
@@ -315,13 +316,13 @@ def atelier(
     file: StudyFile, engine: sa.Engine, replay: Replay, workers: int = WORKERS
 ) -> list[Simulated]:
     """Workers of a study of ours; `file` names it."""
-    storage = database.optuna_storage(engine)
+    storage = optuna_tables.optuna_storage(engine)
     sampler = OnTable(file.make_sampler(first=[]), replay)  # rivals are not told where to begin
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )
     hours = file.study.max_gpu_hours
-    ledger.enter_study(
+    studies.enter_study(
         engine,
         study._study_id,
         max_trials=file.study.max_trials,
@@ -329,7 +330,7 @@ def atelier(
         settings={"train": {"epochs": file.epochs}},
         dataset="",
     )
-    entry = ledger.study_entry(engine, file.study.name)
+    entry = studies.study_entry(engine, file.study.name)
     assert entry is not None  # it was just entered
     runs = RunFolder(entry.name, entry.created)
     return [Atelier(file, study, engine, runs, replay) for _ in range(workers)]
@@ -459,7 +460,7 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
     file = load_study_file(STUDY, [f"study.max_gpu_hours={workers * epochs / 60}"])
     replay = Replay(_table(), np.random.default_rng(0))
     everybody = atelier(file, engine, replay, workers)
-    entry = ledger.study_entry(engine, file.study.name)
+    entry = studies.study_entry(engine, file.study.name)
     assert entry is not None  # it was just entered
     moments: list[tuple[int, bool]] = []
 
@@ -499,7 +500,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     with temporary_home() as home:
-        database.prepare(_engine(home))
+        schema.prepare(_engine(home))
         if options.only != "crowd":
             efficiency(home, options.replays, options.figure)
         if options.only != "efficiency":

@@ -20,12 +20,12 @@ import numpy as np
 import sqlalchemy as sa
 from scipy.stats import spearmanr
 
-from dashboards.status import read_status
 from search.confirm.intervals import attribute_index, class_means, compare, hits, per_class_accuracy
 from search.confirmation import SUFFIX, TOP, attribute_sizes, predictions_of
 from search.score import KINDS, epoch_value, score
 from storage import database
-from storage.ledger import StudyEntry, study_entry
+from storage.status import read_status
+from storage.studies import StudyEntry, study_entry
 from trainer.predictions import Predictions
 
 

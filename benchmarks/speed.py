@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 import trainer.workspace
-from search.study import load_study_file
+from search.toml_file import load_study_file
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.device import prepare_process

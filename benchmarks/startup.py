@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from storage import database
+from storage import database, schema
 from storage.embedded import EmbeddedPostgres
 from trainer.demo import write_demo
 
@@ -132,12 +132,13 @@ def show(base: str, timed: dict[str, float]) -> None:
 
 
 def enter_study(folder: Path) -> None:
-    from search.study import load_study_file, open_study
+    from search.study import open_study
+    from search.toml_file import load_study_file
     from trainer.dataset import read_dataset
 
     engine = database.connect()
     file = load_study_file(folder / "study.toml")
-    open_study(file, engine, database.prepare(engine), read_dataset(folder / "data"))
+    open_study(file, engine, schema.prepare(engine), read_dataset(folder / "data"))
     engine.dispose()
 
 

@@ -23,8 +23,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import aliased
 
 from benchmarks.server import temporary_home
-from storage import database
-from storage.ledger import LEASE_SECONDS, RENEW_SECONDS, LeaseKeeper, Ledger
+from storage import database, schema
+from storage.leases import RENEW_SECONDS, LeaseKeeper
+from storage.ledger import LEASE_SECONDS, Ledger
 from storage.tables import Attempt, Worker
 from tests.studies import fill
 
@@ -60,7 +61,7 @@ def main() -> None:
     count = parser.parse_args().trials
     with temporary_home():
         engine = database.connect()
-        storage = database.prepare(engine)
+        storage = schema.prepare(engine)
         study_id = fill(engine, ["waiting"] * count, name="takeover", max_trials=count)
         engine.dispose()  # before the fork
         storage._backend.engine.dispose()  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
-from dashboards.status import TrialRow
+from storage.status import TrialRow
 
 DIGITS = 9  # of the largest number that is read; no study has more trials
 QUOTED, NAMED = 40, 10  # characters of what was given, and ranges of trials, that a message repeats

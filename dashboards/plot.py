@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from dashboards import charts, render
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
-from dashboards.status import Status, TrialRow, parameter_names, read_status
 from storage import curves
-from storage.ledger import StudyEntry
-from storage.runs import artifacts, make_private
+from storage.paths import artifacts, make_private
+from storage.status import Status, TrialRow, parameter_names, read_status
+from storage.studies import StudyEntry
 
 KINDS = ("curves", "compare", "history")
 

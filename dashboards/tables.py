@@ -8,6 +8,8 @@ from dataclasses import fields
 from typing import Any
 from urllib.parse import quote
 
+from storage.status import TrialRow, parameter_names
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how it begins
 LONGEST_NAME = 60  # characters of a file's name before its ending: at most 240 bytes
 
@@ -46,3 +48,9 @@ def attachment(words: str) -> str:
     ascii_name = name.encode("ascii", "replace").decode().replace("?", "_")
     exact = "" if ascii_name == name else f"; filename*=UTF-8''{quote(name)}"
     return f'attachment; filename="{ascii_name}"{exact}'
+
+
+def trial_table(rows: list[TrialRow]) -> tuple[list[str], list[dict[str, Any]]]:
+    """All that is known of trials: names of columns, one for each hyperparameter too, and rows."""
+    names = [*columns(TrialRow, "params"), *parameter_names(rows)]
+    return names, [row.params | vars(row) for row in rows]

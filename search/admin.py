@@ -123,7 +123,7 @@ def db_start(
 ) -> None:
     """Start the embedded server and leave it running."""
     with errors_in_one_line():
-        from search.study import InputError
+        from search.errors import InputError
 
         server = _embedded()
         if listen is None:
@@ -145,9 +145,9 @@ def db_stop(
 
 
 def _embedded() -> "EmbeddedPostgres":
-    from search.study import InputError
-    from storage.database import home
+    from search.errors import InputError
     from storage.embedded import EmbeddedPostgres
+    from storage.paths import home
 
     if os.environ.get("ATELIER_DATABASE_URL"):
         raise InputError(
@@ -161,22 +161,22 @@ def _embedded() -> "EmbeddedPostgres":
 def db_status() -> None:
     """Say where the database is and what it holds."""
     with errors_in_one_line():
-        from storage import database
-        from storage.ledger import study_names
+        from storage import database, paths, schema, url
         from storage.prune import forgotten
+        from storage.studies import study_names
 
-        if database.configured_url() is None and not (
+        if url.configured_url() is None and not (
             _embedded().exists()
             and _embedded().is_running()  # the first raises where the home may not be read
         ):
-            typer.echo(f"embedded, in {database.home()}: not running")
+            typer.echo(f"embedded, in {paths.home()}: not running")
             return
         engine = database.look()
-        revision = database.schema_revision(engine)
-        typer.echo(f"{database.shown(engine.url)}: running, schema {revision or 'none yet'}")
+        revision = schema.schema_revision(engine)
+        typer.echo(f"{url.shown(engine.url)}: running, schema {revision or 'none yet'}")
         for name in study_names(engine) if revision else []:
             typer.echo(f"  study {name}")
-        if revision == database.head_revision() and (left := forgotten(engine)):
+        if revision == schema.head_revision() and (left := forgotten(engine)):
             typer.echo(f"  run folders of no study here: {len(left)}; see: atelier db prune")
 
 
@@ -201,13 +201,13 @@ def db_restore(
 ) -> None:
     """Fill an empty database and home from an archive; workers of the time before get nothing more."""
     with errors_in_one_line():
-        from storage import backup, database
+        from storage import backup, database, url
 
         backup.read_backup(file)  # before a server is started for it
         engine = database.connect()
         manifest = backup.restore(engine, file)
         typer.echo(
-            f"restored into {database.shown(engine.url)} as of {manifest.created}; new workers go on "
+            f"restored into {url.shown(engine.url)} as of {manifest.created}; new workers go on "
             "(atelier search, submit or worker), those of the time before get nothing"
         )
 
@@ -233,10 +233,10 @@ def db_prune(
             _prune_deleted(deleted and not dry_run)
             return
         from search.confirmation import SUFFIX, recorded
-        from search.study import InputError
+        from search.errors import InputError
         from storage import prune
-        from storage.ledger import study_entry
-        from storage.runs import RunFolder, total_size
+        from storage.paths import RunFolder, total_size
+        from storage.studies import study_entry
 
         if deleted:
             raise InputError("--deleted is for studies that are not on record: leave out STUDY")
@@ -260,14 +260,14 @@ def db_prune(
 def _prune_deleted(remove: bool) -> None:
     import shutil
 
-    from search.study import InputError
-    from storage import database, prune
+    from search.errors import InputError
+    from storage import database, paths, prune, schema, url
     from storage.embedded import EmbeddedPostgres
-    from storage.runs import files_in, total_size
+    from storage.paths import files_in, total_size
 
     engine = database.look()
-    database.require_schema(engine)
-    own = EmbeddedPostgres(database.home()).data
+    schema.require_schema(engine)
+    own = EmbeddedPostgres(paths.home()).data
     if remove and os.environ.get("ATELIER_DATABASE_URL") and own.is_dir():
         raise InputError(
             f"the folders may be those of the database in {own}, which shares this home; unset "
@@ -286,7 +286,7 @@ def _prune_deleted(remove: bool) -> None:
         if folders
         else "nothing to do"
     )
-    where = database.shown(engine.url)
+    where = url.shown(engine.url)
     typer.echo(f"{len(folders)} folders of no study in {where}, {size:.1f} MB: {end}")
 
 
@@ -294,12 +294,12 @@ def _prune_deleted(remove: bool) -> None:
 def db_upgrade() -> None:
     """Bring the tables up to this version of Atelier."""
     with errors_in_one_line():
-        from storage import database
+        from storage import database, schema
 
         engine = database.connect()
-        before = database.schema_revision(engine)
-        database.upgrade(engine)
-        typer.echo(f"schema {before or 'none'} -> {database.head_revision()}")
+        before = schema.schema_revision(engine)
+        schema.upgrade(engine)
+        typer.echo(f"schema {before or 'none'} -> {schema.head_revision()}")
 
 
 @db_app.command("check")
@@ -308,14 +308,12 @@ def db_check() -> None:
     with errors_in_one_line():
         from dataclasses import replace
 
-        from storage import database
+        from storage import database, schema, url
 
         engine = database.look(replace(database.WORK, checked=False))
         problems = []
-        for one in database.examine(engine):
+        for one in schema.examine(engine):
             typer.echo(f"{'BAD' if one.problem else 'OK '} {one.name}: {one.found}")
             problems += [one.problem] if one.problem else []
         if problems:
-            raise database.DatabaseError(
-                f"the database at {database.shown(engine.url)} {'; it '.join(problems)}"
-            )
+            raise url.DatabaseError(f"the database at {url.shown(engine.url)} {'; it '.join(problems)}")

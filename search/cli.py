@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from rich.console import Console, Group
 
-    from dashboards.status import Status
     from search.export import Bundle
     from search.local import LocalSearch
-    from search.study import StudyFile
-    from storage.ledger import StudyEntry
+    from search.study_config import StudyFile
+    from storage.status import Status
+    from storage.studies import StudyEntry
     from trainer.config import TrainConfig
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
-    from search.study import load_study_file
+    from search.toml_file import load_study_file
 
     settings = list(overrides or [])
     for key, value in (("data", data), ("weights", weights)):
@@ -107,7 +107,7 @@ def search(
     with errors_in_one_line():
         from search.local import rehearse
         from search.study import open_study
-        from storage import database
+        from storage import database, schema
 
         file = _load(study, data, weights, set_)
         _check_export(output, file.study.name)
@@ -115,7 +115,7 @@ def search(
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
         dataset = rehearse(file)
         engine = database.connect()
-        opened = database.prepare(engine)
+        opened = schema.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
         local = _run_here(arguments, workers, engine, entry)
         status = local.status()
@@ -142,10 +142,10 @@ def _run_here(
     arguments: list[str], workers: int, engine: "sa.Engine", entry: "StudyEntry"
 ) -> "LocalSearch":
     """Let workers with these arguments work at a study, on this machine, until they end."""
-    from dashboards.status import read_status
     from dashboards.terminal import console
     from search.local import LocalSearch
-    from storage.runs import RunFolder
+    from storage.paths import RunFolder
+    from storage.status import read_status
 
     runs = RunFolder(entry.name, entry.created).make()
     say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
@@ -171,7 +171,7 @@ def _repeat(data: str | None, weights: str | None, overrides: list[str] | None, 
 
 def _pack(text: str) -> int | None:
     """How many trials at once; None for as many as fit. Raises InputError."""
-    from search.study import InputError
+    from search.errors import InputError
 
     if text == "auto":
         return None
@@ -182,7 +182,7 @@ def _pack(text: str) -> int | None:
 
 def _check_pack(text: str, workers: int = 1) -> None:
     """Raises InputError for what workers on one machine could not do."""
-    from search.study import InputError
+    from search.errors import InputError
 
     if _pack(text) is None and workers > 1:
         raise InputError(
@@ -212,9 +212,9 @@ def worker_(
         from search.slurm.queue import judge
         from search.study import open_study
         from search.worker import Worker
-        from storage import database
+        from storage import database, roles, schema
         from storage.ledger import Ledger
-        from storage.runs import RunFolder, image_cache
+        from storage.paths import RunFolder, image_cache
         from trainer.device import prepare_process
         from trainer.loop import pack_that_fits
         from trainer.workspace import Workspace
@@ -225,8 +225,8 @@ def worker_(
         prepare_process()
         workspace = Workspace(file.shared, image_cache(), batch_sizes=file.batch_sizes)
         owner = database.connect(patience=database.PATIENCE)
-        database.ensure_tables(owner)
-        engine, storage, _ = database.for_worker(owner)
+        schema.ensure_tables(owner)
+        engine, storage, _ = roles.for_worker(owner)
         owner.dispose()
         opened, entry = open_study(file, engine, storage, workspace.dataset)
         if file.study.max_trials != entry.max_trials:
@@ -255,7 +255,7 @@ def worker_(
 def _worker_file(
     study: str, data: str | None, weights: str | None, overrides: list[str] | None
 ) -> "StudyFile":
-    from search.study import InputError
+    from search.errors import InputError
 
     if study.endswith(".toml"):
         return _load(Path(study), data, weights, overrides)
@@ -266,7 +266,7 @@ def _worker_file(
 
 def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -> "StudyFile":
     from search.confirmation import recorded
-    from search.study import StudyFile
+    from search.study_config import StudyFile
 
     return (recorded(entry) or StudyFile.from_record(entry)).moved(data, weights)
 
@@ -296,11 +296,12 @@ def confirm(
 
         from dashboards.terminal import console
         from search.confirmation import plan, read_confirmation, render
+        from search.errors import InputError
         from search.local import rehearse
         from search.slurm.submit import submit_study
-        from search.study import InputError, open_study
-        from storage import database
-        from storage.ledger import job_in_words
+        from search.study import open_study
+        from storage import schema
+        from storage.studies import job_in_words
 
         if (show or as_json) and (submit or top or seeds):
             raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
@@ -318,7 +319,7 @@ def confirm(
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
             dataset = rehearse(file)
-            _, linked = open_study(file, engine, database.prepare(engine), dataset, lead=True)
+            _, linked = open_study(file, engine, schema.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)
         if confirmation is None:
@@ -351,7 +352,7 @@ def submit(
     with errors_in_one_line():
         from search.slurm.script import array_script
         from search.slurm.submit import about_environment, submit_study
-        from storage.ledger import job_in_words
+        from storage.studies import job_in_words
 
         file = _load(study, data, weights, set_)
         _check_pack(pack)
@@ -375,8 +376,8 @@ def stop(
 ) -> None:
     """Ask all workers of a study to finish their epoch, release their trial and end."""
     with errors_in_one_line():
-        from storage.database import require_fit
-        from storage.ledger import request_stop
+        from storage.schema import require_fit
+        from storage.studies import request_stop
 
         engine, entry = find_study(study)
         require_fit(engine, only="writes")
@@ -398,11 +399,11 @@ def logs(
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
     with errors_in_one_line():
-        from dashboards.status import read_attempts, render_attempts
-        from dashboards.terminal import console
+        from dashboards.terminal import console, render_attempts
+        from search.errors import InputError
         from search.slurm.submit import newest_log
-        from search.study import InputError
-        from storage.ledger import array_jobs
+        from storage.status import read_attempts
+        from storage.studies import array_jobs
 
         engine, entry = find_study(study)
         attempts = read_attempts(engine, entry.study_id, trial)
@@ -427,10 +428,10 @@ def status(
 
         from rich.console import Group
 
-        from dashboards.status import read_status, render, render_workers
-        from dashboards.terminal import console
+        from dashboards.terminal import console, render, render_workers
         from search.slurm.queue import Tasks, task_states
-        from storage.runs import RunFolder, total_size
+        from storage.paths import RunFolder, total_size
+        from storage.status import read_status
 
         engine, entry = find_study(study)
         runs = RunFolder(entry.name, entry.created)
@@ -466,8 +467,7 @@ def _watch(
     """Show a study until all of its trials have ended: drawn anew, or a line for whatever changes."""
     from rich.live import Live
 
-    from dashboards.status import progress_line
-    from dashboards.terminal import is_drawn_on
+    from dashboards.terminal import is_drawn_on, progress_line
 
     if is_drawn_on(console):
         with Live(console=console) as live:
@@ -493,9 +493,9 @@ def trials(
     """List a study's trials, one a row."""
     with errors_in_one_line():
         from dashboards.outputs import check_overwritable
-        from dashboards.status import read_status, render_trials, trial_table
-        from dashboards.tables import csv_text
-        from dashboards.terminal import console
+        from dashboards.tables import csv_text, trial_table
+        from dashboards.terminal import console, render_trials
+        from storage.status import read_status
 
         engine, entry = find_study(study)
         status = read_status(engine, entry.study_id, entry.name)
@@ -587,10 +587,10 @@ def export(
 
 
 def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output: Path) -> None:
-    from dashboards.status import read_status
     from search.confirmation import read_confirmation
+    from search.errors import InputError
     from search.export import choose, export_trial, in_words, known_accuracy
-    from search.study import InputError
+    from storage.status import read_status
 
     try:
         confirmation = read_confirmation(engine, entry)
@@ -609,7 +609,7 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
     elif row.state == "complete":
-        from storage.database import home
+        from storage.paths import home
 
         say(
             "note: its accuracy has no interval, since its predictions are not in ATELIER_HOME "
@@ -621,7 +621,7 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
 def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     """Find a search that exists; a confirmation is none."""
     from search.confirmation import recorded
-    from search.study import InputError
+    from search.errors import InputError
 
     engine, entry = find_study(name_or_file)
     if (confirmation := recorded(entry)) is not None:
@@ -641,7 +641,7 @@ def _check_export(path: Path, study: str) -> None:
 
 def _check_output(path: Path) -> None:
     """Raises InputError, before any work is done for the file."""
-    from search.study import InputError
+    from search.errors import InputError
 
     if not path.absolute().parent.is_dir():
         raise InputError(f"--output {path}: no such folder; make it first")
@@ -671,11 +671,11 @@ def train(
 ) -> None:
     """Train one configuration to its end; the same command resumes an interrupted run."""
     with errors_in_one_line():
+        from search.errors import InputError
         from search.export import changed, load_bundle
         from search.slurm.script import log_folder, run_script
         from search.slurm.submit import about_environment, submit_run
-        from search.study import InputError
-        from storage.ledger import job_in_words, split_job
+        from storage.studies import job_in_words, split_job
 
         changes = {
             "epochs": epochs,
@@ -716,7 +716,7 @@ def train(
 def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: list[str]) -> ExitCode:
     from search.export import check_origin
     from search.final import run_to_end
-    from storage.runs import image_cache
+    from storage.paths import image_cache
     from trainer.config import EpochResult
     from trainer.dataset import absent_attributes
     from trainer.device import prepare_process
@@ -765,7 +765,7 @@ def replay(
     """
     with errors_in_one_line():
         from search.replay import replay as replayed
-        from storage.runs import image_cache
+        from storage.paths import image_cache
         from trainer.device import prepare_process
 
         engine, entry = find_study(study)
@@ -801,8 +801,8 @@ def predict(
     """Predict a split's attributes in the challenge's form, with the run's best model."""
     with errors_in_one_line():
         from search import final
-        from search.study import InputError
-        from storage.runs import image_cache
+        from search.errors import InputError
+        from storage.paths import image_cache
         from trainer.device import prepare_process
 
         if tta not in ("none", "flip"):

@@ -18,12 +18,15 @@ from optuna.samplers import BaseSampler
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dashboards.status import TrialRow, read_status
 from dashboards.terminal import Grid
 from search.confirm.intervals import Estimate, churn, compare, flattery, hits, per_class_accuracy
-from search.study import InputError, StudyFile, check_reader, validate
-from storage.ledger import StudyEntry, study_entry
-from storage.runs import RunFolder
+from search.errors import InputError
+from search.study import check_reader
+from search.study_config import StudyFile
+from search.toml_file import validate
+from storage.paths import RunFolder
+from storage.status import TrialRow, read_status
+from storage.studies import StudyEntry, study_entry
 from trainer.config import TrainConfig
 from trainer.predictions import Predictions
 

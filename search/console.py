@@ -22,7 +22,7 @@ from storage.ownership import ForeignHomeError, private, require_own
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from storage.ledger import StudyEntry
+    from storage.studies import StudyEntry
 
 MOST_THREADS = 4096
 DATABASE_MODULES = {"sqlalchemy", "optuna", "psycopg2"}  # whose errors storage.faults judges
@@ -229,7 +229,7 @@ def _words(error: Exception) -> str | None:
 
 
 def _of_the_system(error: OSError) -> str | None:
-    from storage.database import home
+    from storage.paths import home
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):  # names no file
         return (
@@ -266,18 +266,19 @@ def say(text: str) -> None:
 
 def find_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     """Find a study that exists, by its name or its file."""
-    from search.study import InputError, load_study_file
-    from storage import database
-    from storage.ledger import study_entry, study_names
+    from search.errors import InputError
+    from search.toml_file import load_study_file
+    from storage import database, schema
+    from storage.studies import study_entry, study_names
     from trainer.text import same_letters
 
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
     engine = database.look()
-    if database.schema_revision(engine) is None:
+    if schema.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    database.require_schema(engine)
+    schema.require_schema(engine)
     entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
     if entry is None:
         known = ", ".join(study_names(engine)) or "none"

@@ -13,12 +13,15 @@ import sqlalchemy as sa
 import tomli_w
 from pydantic import BaseModel, ConfigDict
 
-from dashboards.status import Status, TrialRow
 from search.confirm.intervals import hits, of_hits
 from search.confirmation import Confirmation, attribute_sizes, predictions_of
+from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
-from search.study import InputError, read_toml, reader_note, reader_of, validate, weights_identity
-from storage.ledger import StudyEntry, curve
+from search.study import reader_note, reader_of
+from search.study_config import weights_identity
+from search.toml_file import read_toml, validate
+from storage.status import Status, TrialRow
+from storage.studies import StudyEntry, curve
 from trainer.config import TrainConfig, Whole
 from trainer.files import write_atomically
 from trainer.images import READER

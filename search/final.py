@@ -13,13 +13,14 @@ from filelock import FileLock, Timeout
 
 from dashboards import charts, render
 from dashboards.outputs import check_overwritable, mark
-from dashboards.status import TrialRow
 from search.confirm.intervals import Interval, of_hits, of_mean
+from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.slurm.job import own_job
 from search.stopping import Stop, on_signals
-from search.study import InputError, reader_note
+from search.study import reader_note
 from storage.curves import Curve
+from storage.status import TrialRow
 from trainer.checkpoint import Checkpoints
 from trainer.config import EpochResult, TrainConfig
 from trainer.dataset import read_dataset, read_labels

@@ -13,15 +13,14 @@ from types import FrameType
 from rich.console import Console
 from rich.live import Live
 
-from dashboards.status import Status, progress_line, render
-from dashboards.terminal import is_drawn_on
+from dashboards.terminal import is_drawn_on, progress_line, render
 from search import forking
 from search.exit_codes import ExitCode
-from search.study import StudyFile
-from storage.database import home
+from search.study_config import StudyFile
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from storage.ledger import RENEW_SECONDS
-from storage.runs import RunFolder, image_cache
+from storage.leases import RENEW_SECONDS
+from storage.paths import RunFolder, home, image_cache
+from storage.status import Status
 from trainer.allocation import cpu_count
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset

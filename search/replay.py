@@ -12,9 +12,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dashboards.status import read_status
-from search.study import InputError, StudyFile, check_reader, other_dataset
-from storage.ledger import StudyEntry, epochs_of
+from search.errors import InputError
+from search.study import check_reader, other_dataset
+from search.study_config import StudyFile
+from storage.status import read_status
+from storage.studies import StudyEntry, epochs_of
 from trainer.config import EpochResult
 from trainer.loop import train
 from trainer.workspace import Workspace

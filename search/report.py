@@ -9,11 +9,13 @@ from markdown_it import MarkdownIt
 
 from dashboards.outputs import check_overwritable, mark
 from dashboards.plot import check_figure, plot_study
-from dashboards.status import audit_line, parameter_names, read_machines, read_status
+from dashboards.terminal import audit_line
 from search.confirmation import COLUMNS, cells, read_confirmation, verdict
+from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
-from search.study import InputError, StudyFile
-from storage.ledger import StudyEntry
+from search.study_config import StudyFile
+from storage.status import parameter_names, read_machines, read_status
+from storage.studies import StudyEntry
 from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table

@@ -18,29 +18,20 @@ from typing import Any, NamedTuple
 import optuna
 
 from dashboards.plot import attach_curve
-from dashboards.status import TrialRow
 from dashboards.terminal import printable
 from search.exit_codes import ExitCode
 from search.sampling import Promises
 from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
 from search.strategy import Verdict
-from search.study import StudyFile
+from search.study_config import StudyFile
 from storage.database import DATABASE_ERRORS, retrying
-from storage.ledger import (
-    PAUSED,
-    RENEW_SECONDS,
-    SICK_HOST,
-    SPENT,
-    STOPPED,
-    Claim,
-    LeaseKeeper,
-    LeaseLost,
-    Ledger,
-    host,
-)
+from storage.leases import RENEW_SECONDS, LeaseKeeper
+from storage.ledger import PAUSED, SICK_HOST, SPENT, STOPPED, Claim, LeaseLost, Ledger
+from storage.liveness import host
+from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
-from storage.runs import RunFolder, path_to_record
+from storage.status import TrialRow
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
 from trainer.device import is_device_fault, is_out_of_memory

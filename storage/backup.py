@@ -39,10 +39,10 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import TrialState
 
-from storage import database
+from storage import paths, schema, url
 from storage.ledger import RESTORED
 from storage.ownership import as_owner, private, require_own
-from storage.runs import RunFolder, artifacts, files_in, make_private
+from storage.paths import RunFolder, artifacts, files_in, make_private
 from storage.tables import Attempt, Base, Study, Worker
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
 
     Raises BackupError, DatabaseError.
     """
-    revision = database.require_schema(engine)
+    revision = schema.require_schema(engine)
     if path.exists():
         raise BackupError(f"{path} exists; a backup overwrites nothing: choose another name")
     if not path.absolute().parent.is_dir():
@@ -99,7 +99,7 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
         with (
             private(),
             new.open("xb") as file,
-            as_owner(database.home()),
+            as_owner(paths.home()),
             _alone(),
             _held() as hold,
         ):
@@ -148,18 +148,18 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
     Raises BackupError, DatabaseError; then there is no study in the database.
     """
     manifest = read_backup(path)
-    require_own(database.home())
+    require_own(paths.home())
     _refuse_unless_it_fits(engine, manifest)
-    database.upgrade(engine, manifest.schema_revision)
+    schema.upgrade(engine, manifest.schema_revision)
     with _alone():
         _fill(engine, path, manifest)
-    database.upgrade(engine)
+    schema.upgrade(engine)
     return manifest
 
 
 def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
     """Raises BackupError."""
-    staging = database.home() / ".restore"
+    staging = paths.home() / ".restore"
     shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
     make_private(staging)
     try:
@@ -211,13 +211,13 @@ class _Hashing:
 
 
 def _hold_folder() -> Path:
-    return database.home() / "backup"
+    return paths.home() / "backup"
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """Let one process at a time save or fill this home. Raises BackupError."""
-    lock = FileLock(database.home() / "backup.lock")
+    lock = FileLock(paths.home() / "backup.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -235,7 +235,7 @@ def _held() -> Iterator[Callable[[], None]]:
     Those are results only: a checkpoint that came after the tables were read may be of a trial that
     they do not know.
     """
-    home, folder = database.home(), _hold_folder()
+    home, folder = paths.home(), _hold_folder()
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
         make_private(folder)
@@ -286,7 +286,7 @@ def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], lis
                 _copy(connection, table, names, "TO STDOUT", file)
                 writer.add(f"tables/{table}", file)
         known = _known_files(connection)
-        return columns, [_hold_folder() / path.relative_to(database.home()) for path in known]
+        return columns, [_hold_folder() / path.relative_to(paths.home()) for path in known]
 
 
 def _files(held: Path) -> list[Path]:
@@ -315,7 +315,7 @@ def _known_files(connection: sa.Connection) -> Iterator[Path]:
         log.warning(
             "without the files of %s: no such folders in %s; is ATELIER_HOME that of the workers?",
             ", ".join(sorted(elsewhere)),
-            database.home() / "runs",
+            paths.home() / "runs",
         )
     key = TrialSystemAttributeModel.key
     for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
@@ -400,12 +400,12 @@ def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
             f"the backup was made with Optuna {manifest.optuna}, this is {optuna.__version__}; install "
             f"that one, restore, and then upgrade (optuna storage upgrade)"
         )
-    if not database.knows(manifest.schema_revision):
+    if not schema.knows(manifest.schema_revision):
         raise BackupError(
             f"the backup has schema {manifest.schema_revision}, which this version of Atelier does not "
             "know; use the newer Atelier that made it"
         )
-    revision = database.schema_revision(engine)
+    revision = schema.schema_revision(engine)
     if revision is None:
         return
     with engine.connect() as connection:
@@ -422,7 +422,7 @@ def _refuse_unless_empty(connection: sa.Connection) -> None:
 
 def _occupied(engine: sa.Engine, what: str) -> BackupError:
     return BackupError(
-        f"the database {database.shown(engine.url)} has {what}; restore into a new one: set "
+        f"the database {url.shown(engine.url)} has {what}; restore into a new one: set "
         "ATELIER_HOME or ATELIER_DATABASE_URL"
     )
 
@@ -465,7 +465,7 @@ def _begin_incarnation(connection: sa.Connection) -> None:
 
 def _put_in_place(files: Path) -> None:
     """Move run folders and pictures to where they belong. Raises BackupError."""
-    home = database.home()
+    home = paths.home()
     for folder in sorted(files.glob("runs/*")):
         target = home / folder.relative_to(files)
         if target.exists():

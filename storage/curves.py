@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from sqlalchemy.orm import Session
 
-from dashboards.status import FINISHED, TrialRow
 from storage.database import retrying
+from storage.status import FINISHED, TrialRow
 from storage.tables import Attempt, Epoch
 
 DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: unless somebody chooses; at most

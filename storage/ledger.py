@@ -12,23 +12,15 @@ nothing.
 import json
 import math
 import os
-import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import optuna
-import psutil
 import sqlalchemy as sa
 from optuna.storages import BaseStorage
 from optuna.storages._rdb.models import (
-    StudyModel,
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
@@ -41,24 +33,36 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from storage.database import retrying
-from storage.runs import path_from_record
-from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
+from storage.liveness import HELD, Holder, Verdicts, gone_here, host, process_identity
+from storage.tables import Attempt, Epoch, Study, Worker
+from storage.usage import TRAINED_HERE, _now, is_spent
 
 LEASE_SECONDS = 120.0
-RENEW_SECONDS = 30.0
+
 
 RESTORED = "the database was restored from a backup"
+
+
 REFUSED = " (refused)"  # how the names of a refused trial's parameters end
+
+
 SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing there
+
+
 STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
+
 
 # The outcome of an attempt whose trial waits until its strategy lets it go on.
 PAUSED = "paused"
 
+
 # The user attribute of an audited trial: {"epoch", "verdict"} of when its strategy would first have
 # stopped it.
 AUDIT = "atelier:audit"
+
+
 REDUCTION_FACTOR = 3
+
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
@@ -98,75 +102,6 @@ class Standing:
 
 def _lost(claim: Claim) -> LeaseLost:
     return LeaseLost(f"trial {claim.trial_number} is no longer held by this worker")
-
-
-def process_identity(pid: int | None = None) -> str:
-    """Names a process so that a later one with the same pid has another name.
-
-    Raises psutil.NoSuchProcess.
-    """
-    pid = pid or os.getpid()
-    return f"{_machine()}:{pid}:{_start_time(pid)}"
-
-
-def host() -> str:
-    """The name of the machine that this process runs on."""
-    return socket.gethostname()
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
-
-
-def _start_time(pid: int) -> str:
-    try:
-        # In ticks since the boot: unlike the time of day, no correction of the clock changes it.
-        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
-    except OSError:
-        return f"{psutil.Process(pid).create_time():.2f}"
-
-
-def is_gone(process: str) -> bool:
-    """True if the process ran on this machine and has ended; False when nobody here can know."""
-    machine, pid, _ = process.rsplit(":", 2)
-    if machine != _machine():
-        return False
-    try:
-        if psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
-            return True  # killed, and its parent has not noticed yet
-        return process_identity(int(pid)) != process
-    except psutil.NoSuchProcess:
-        return True
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The worker that holds a trial, told apart from later processes of the same job."""
-
-    worker_id: str
-    process: str
-    slurm_cluster: str | None
-    slurm_job: str | None
-    slurm_restarts: int
-
-
-# A trial whose holder has given a sign of life lately.
-HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
-
-# A trial that was completed by a worker, and not told or added by somebody else.
-TRAINED_HERE = sa.exists().where(Attempt.trial_id == TrialModel.trial_id, Attempt.outcome == "complete")
-
-# What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
-Verdicts = Mapping[str, bool]
-
-
-def gone_here(holders: Iterable[Holder]) -> dict[str, bool]:
-    """The verdicts that this machine can give: who has ended on it."""
-    return {holder.worker_id: False for holder in holders if is_gone(holder.process)}
 
 
 class Ledger:
@@ -781,244 +716,5 @@ def standings(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Sub
     )
 
 
-def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
-    """Seconds in which workers have held trials of a study, any number at once: what it has spent."""
-    held_until = sa.func.coalesce(Attempt.released, sa.func.least(_now(), Attempt.lease_until))
-    end = sa.func.greatest(held_until, Attempt.claimed)
-    spans = (
-        sa.select(
-            sa.func.unnest(sa.func.range_agg(sa.func.tstzrange(Attempt.claimed, end))).label("span")
-        )
-        .where(Attempt.study_id == study_id)
-        .group_by(Attempt.worker_id)
-        .subquery()
-    )
-    seconds = sa.extract("epoch", sa.func.upper(spans.c.span) - sa.func.lower(spans.c.span))
-    return sa.select(sa.func.coalesce(sa.func.sum(seconds), 0.0)).scalar_subquery()
-
-
-def is_spent(study_id: int) -> sa.ScalarSelect[bool]:
-    """Whether a study that has a budget in GPU-hours has used it up."""
-    budget = Study.max_gpu_seconds
-    # A CASE, so that without a budget nothing is summed.
-    spent = sa.case((budget.is_(None), sa.false()), else_=gpu_seconds(study_id) >= budget)
-    return sa.select(spent).where(Study.study_id == study_id).scalar_subquery()
-
-
-def _now() -> sa.ColumnElement[Any]:
-    # Not now(), which is when the transaction began: it may have waited for a lock since.
-    return sa.func.clock_timestamp()
-
-
 def _utc_now() -> sa.ColumnElement[Any]:
     return sa.func.timezone("UTC", _now())  # Optuna 5 keeps naive UTC
-
-
-class LeaseKeeper:
-    """Renews claims from a thread of its own until the `with` block ends.
-
-    It outlives any database error: `Ledger.renew` retries with back-off, and after that the next
-    turn tries again.
-    """
-
-    def __init__(self, ledger: Ledger, every: float = RENEW_SECONDS) -> None:
-        self._ledger, self._every = ledger, every
-        self._done = threading.Event()
-        self._held: set[Claim] = set()
-        self._lost: set[Claim] = set()
-        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
-
-    def hold(self, claim: Claim) -> None:
-        """Renew this one from now on, until its attempt is closed."""
-        self._lost.discard(claim)  # an equal one, that was withdrawn
-        self._held.add(claim)
-
-    def let_go(self, claim: Claim) -> None:
-        """Renew it no more."""
-        self._held.discard(claim)
-
-    def held(self) -> list[Claim]:
-        """The claims that it renews; some may have ended by now."""
-        return list(self._held)
-
-    def has_lost(self, claim: Claim) -> bool:
-        """Whether another worker holds the trial."""
-        return claim in self._lost
-
-    def __enter__(self) -> "LeaseKeeper":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-
-    def _run(self) -> None:
-        while not self._done.wait(self._every):
-            for claim in list(self._held):
-                try:
-                    self._ledger.renew(claim)
-                except LeaseLost:
-                    if claim in self._held:
-                        self._held.discard(claim)
-                        self._lost.add(claim)
-                except Exception:  # whatever the database does, the leases must go on while we live
-                    time.sleep(1)
-
-
-@dataclass(frozen=True)
-class StudyEntry:
-    """What is on record about a study."""
-
-    study_id: int
-    name: str
-    max_trials: int
-    settings: dict[str, Any]
-    dataset: str
-    attributes: list[dict[str, Any]]  # see storage.tables.Study
-    optuna_version: str
-    created: datetime
-
-    @property
-    def places(self) -> dict[str, str]:
-        """Where the dataset and the weights are, for the present home."""
-        places = self.settings.get("places", {})
-        return {name: str(path_from_record(path)) for name, path in places.items()}
-
-
-@retrying
-def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
-    """Look a study up by its name, or by Optuna's id."""
-    key = StudyModel.study_name if isinstance(name_or_id, str) else StudyModel.study_id
-    with Session(engine) as session:
-        row = session.execute(
-            sa.select(Study, StudyModel.study_name)
-            .join(StudyModel, StudyModel.study_id == Study.study_id)
-            .where(key == name_or_id)
-        ).one_or_none()
-    if row is None:
-        return None
-    study, name = row
-    return StudyEntry(
-        study.study_id,
-        name,
-        study.max_trials,
-        study.settings,
-        study.dataset,
-        study.attributes or [],
-        study.optuna_version,
-        study.created,
-    )
-
-
-@retrying
-def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
-    """Put a study on record, if it is not yet."""
-    row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
-    with engine.begin() as connection:
-        connection.execute(insert(Study).values(row).on_conflict_do_nothing())
-
-
-@retrying
-def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
-    """Change what a study may spend, or where its files are."""
-    with engine.begin() as connection:
-        connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
-
-
-@retrying
-def request_stop(engine: sa.Engine, study_id: int, stop: bool = True) -> None:
-    """Ask all workers of a study to stop, also those to come; or take that back."""
-    update_study(engine, study_id, stop_requested=_now() if stop else None)
-
-
-@retrying
-def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> None:
-    """Note a SLURM array that was submitted for a study."""
-    row = {"study_id": study_id, "job": job, "array": array}
-    with engine.begin() as connection:
-        connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
-
-
-def split_job(job: str) -> tuple[str, str]:
-    """The number of an array on record and its cluster, which is empty for this machine's."""
-    number, _, cluster = job.partition(";")  # as sbatch --parsable prints it
-    return number, cluster
-
-
-def job_in_words(job: str) -> str:
-    """An array on record for people to read."""
-    number, cluster = split_job(job)
-    return f"{number} of cluster {cluster}" if cluster else number
-
-
-@retrying
-def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
-    """SLURM's ids of the arrays that were submitted for a study, oldest first."""
-    with engine.connect() as connection:
-        return list(
-            connection.scalars(
-                sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
-            )
-        )
-
-
-@retrying
-def study_names(engine: sa.Engine) -> list[str]:
-    """The studies on record, oldest first."""
-    with engine.connect() as connection:
-        return list(
-            connection.scalars(
-                sa.select(StudyModel.study_name)
-                .join(Study, Study.study_id == StudyModel.study_id)
-                .order_by(Study.created)
-            )
-        )
-
-
-@retrying
-def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
-    """Whether there is a trial with Optuna's id."""
-    with engine.connect() as connection:
-        query = sa.select(sa.literal(1)).where(TrialModel.trial_id == trial_id)
-        return connection.scalar(query) is not None
-
-
-@retrying
-def is_held(engine: sa.Engine, trial_id: int) -> bool:
-    """Whether a worker holds the trial."""
-    with engine.connect() as connection:
-        query = sa.select(sa.literal(1)).where(Attempt.trial_id == trial_id, HELD)
-        return connection.scalar(query) is not None
-
-
-@retrying
-def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
-    """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
-
-    What is to be deleted must be stopped first: a claim takes this lock before it takes Optuna's.
-    """
-    with Session(engine) as session, session.begin():
-        study = session.get(Study, study_id, with_for_update=True)
-        if session.scalar(sa.select(sa.literal(1)).where(Attempt.study_id == study_id, HELD).limit(1)):
-            return False
-        if study is not None:
-            study.stop_requested = _now()
-    return True
-
-
-@retrying
-def epochs_of(engine: sa.Engine, study_id: int, trial_number: int) -> list[dict[str, Any]]:
-    """The epochs of a trial on record, in order: the columns of the table `epoch`."""
-    query = (
-        sa.select(Epoch.__table__)
-        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.number == trial_number)
-        .order_by(Epoch.epoch)
-    )
-    with engine.connect() as connection:
-        return [dict(row) for row in connection.execute(query).mappings()]
-
-
-def curve(engine: sa.Engine, study_id: int, trial_number: int) -> list[float]:
-    """A trial's validation accuracies by epoch."""
-    return [row["val_accuracy"] for row in epochs_of(engine, study_id, trial_number)]

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from optuna.trial import TrialState
 
-from storage.database import home, retrying
-from storage.ledger import TRAINED_HERE, study_entry, study_names
-from storage.runs import RunFolder
+from storage.database import retrying
+from storage.paths import RunFolder, home
+from storage.studies import study_entry, study_names
+from storage.usage import TRAINED_HERE
 
 ABANDONED_SECONDS = 86400.0  # a file that somebody is writing is younger
 

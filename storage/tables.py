@@ -75,7 +75,7 @@ class Worker(Base):
     slurm_array_task: Mapped[str | None]
     slurm_restarts: Mapped[int] = mapped_column(server_default="0")  # a requeued job keeps its id
     gpu: Mapped[str | None]
-    log: Mapped[str | None]  # path of the file that its output goes to: see storage.runs.path_to_record
+    log: Mapped[str | None]  # path of the file that its output goes to: see storage.paths.path_to_record
     started: Mapped[datetime] = mapped_column(server_default=func.now())
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
     stopped: Mapped[datetime | None]

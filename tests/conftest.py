@@ -15,7 +15,7 @@ from argon2 import PasswordHasher
 from sqlalchemy.engine import make_url
 
 from dashboards.web.accounts import Accounts
-from storage import database
+from storage import database, schema
 from storage.embedded import EmbeddedPostgres
 from trainer.config import TrainConfig
 from trainer.demo import write_demo
@@ -173,7 +173,7 @@ def copied_database(server: str, name: str, original: str) -> str:
 def template(server: str) -> str:
     """The name of a database with all tables. To copy it takes a tenth of the time."""
     engine = database.connect(make_url(empty_database(server, "made_once")))
-    database.ensure_tables(engine)
+    schema.ensure_tables(engine)
     engine.dispose()
     return "made_once"
 

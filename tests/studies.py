@@ -15,7 +15,7 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import TrialState
 
-from storage import database, ledger
+from storage import schema, studies
 from storage.tables import Attempt, Epoch, Worker
 from trainer.images import READER
 
@@ -44,10 +44,10 @@ STATES = {
 
 def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
     """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
-    storage = database.prepare(engine)
+    storage = schema.prepare(engine)
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     study_id = study._study_id
-    ledger.enter_study(
+    studies.enter_study(
         engine,
         study_id,
         max_trials=max_trials or len(states),

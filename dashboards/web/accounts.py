@@ -19,8 +19,8 @@ from typing import Any
 from argon2 import PasswordHasher, extract_parameters
 from argon2.exceptions import Argon2Error, InvalidHashError
 
-from storage.database import home
 from storage.ownership import as_owner
+from storage.paths import home
 
 ROLES = ("viewer", "editor")
 MINIMUM_PASSWORD, LONGEST_PASSWORD = 10, 1000  # characters

@@ -40,12 +40,11 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
 from dashboards import tables
-from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
 from dashboards.web import pages
-from storage import database, faults, ledger
-from storage.database import home
+from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from storage import database, faults, studies, url
 from storage.ownership import as_owner
-from storage.runs import artifacts, make_private
+from storage.paths import artifacts, home, make_private
 
 SESSION = timedelta(hours=12)
 OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
@@ -202,9 +201,9 @@ def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | No
             "optuna-dashboard renames by copying, which loses epochs and checkpoints; start another "
             "study instead, with another [study] name"
         )
-    if (match := _DELETE.fullmatch(call)) and not ledger.stop_unless_held(engine, int(match[1])):
+    if (match := _DELETE.fullmatch(call)) and not studies.stop_unless_held(engine, int(match[1])):
         return "workers hold trials of this study; stop them first: atelier stop STUDY"
-    if (match := _OF_TRIAL.fullmatch(call)) and ledger.is_held(engine, int(match[1])):
+    if (match := _OF_TRIAL.fullmatch(call)) and studies.is_held(engine, int(match[1])):
         return "a worker holds this trial; stop the workers first: atelier stop STUDY"
     return None
 
@@ -255,7 +254,7 @@ def _of_the_database(error: Exception) -> str:
     verdict = faults.judge(error)
     if verdict is faults.Verdict.AGAIN:
         return "The database does not answer. This page asks again by itself."
-    if verdict is faults.Verdict.OURS and not isinstance(error, database.DatabaseError):
+    if verdict is faults.Verdict.OURS and not isinstance(error, url.DatabaseError):
         raise error
     log.error("%s", faults.explain(error))
     return "The database cannot be used. Whoever runs it sees why with: atelier db check"
@@ -378,11 +377,11 @@ def _raise_the_reason(path: str) -> None:
     """Raises what `_explain` knows, if the database is away or the path's study has gone."""
     with g.engine.connect():
         pass
-    if (match := re.match(r"/api/studies/(\d+)", path)) and not ledger.study_entry(
+    if (match := re.match(r"/api/studies/(\d+)", path)) and not studies.study_entry(
         g.engine, int(match[1])
     ):
         abort(404, "There is no such study, or not any more.")
-    if (match := re.match(r"/api/trials/(\d+)", path)) and not ledger.trial_exists(
+    if (match := re.match(r"/api/trials/(\d+)", path)) and not studies.trial_exists(
         g.engine, int(match[1])
     ):
         abort(404, "There is no such trial, or not any more.")

@@ -26,23 +26,24 @@ from sqlalchemy.orm import Session
 
 from dashboards import charts, render, tables
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
-from dashboards.status import (
+from dashboards.tables import trial_table
+from dashboards.terminal import duration
+from storage import curves
+from storage.database import retrying
+from storage.paths import home
+from storage.status import (
     STATES,
     AttemptRow,
     Status,
     StudyRow,
     TrialRow,
     WorkerRow,
-    duration,
     parameter_names,
     read_attempts,
     read_status,
     read_studies,
-    trial_table,
 )
-from storage import curves
-from storage.database import home, retrying
-from storage.ledger import StudyEntry, study_entry
+from storage.studies import StudyEntry, study_entry
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
 

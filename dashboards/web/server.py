@@ -14,7 +14,7 @@ from gunicorn.app.base import BaseApplication
 
 from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
 from dashboards.web.app import Door, make_app
-from storage import database
+from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
 
@@ -103,7 +103,7 @@ def serve(address: Address) -> None:
                 "choose another --port or --host"
             ) from None
     engine = database.look()
-    database.require_schema(engine)  # its errors belong to the terminal
+    schema.require_schema(engine)  # its errors belong to the terminal
     engine.dispose()
     _Server(address, accounts).run()
 
@@ -121,8 +121,8 @@ def _say_where(address: Address, token: str | None) -> None:
 def open_doors() -> dict[str, Door]:
     """Both roles' ways to the database. Raises DatabaseError."""
     engine = database.look(database.PAGES)
-    database.require_schema(engine)
-    looking = database.read_only(engine)
+    schema.require_schema(engine)
+    looking = roles.read_only(engine)
     if not looking.has_role:
         with engine.connect() as connection:
             why = why_without(connection, VIEWER)
@@ -130,7 +130,9 @@ def open_doors() -> dict[str, Door]:
             f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": Door.to(engine, database.optuna_storage(engine, database.PAGES, make_tables=False)),
+        "editor": Door.to(
+            engine, optuna_tables.optuna_storage(engine, database.PAGES, make_tables=False)
+        ),
         "viewer": Door.to(looking.engine, looking.storage),
     }
 

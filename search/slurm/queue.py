@@ -20,7 +20,8 @@ from search.slurm.commands import (
     not_understood,
     one_line,
 )
-from storage.ledger import Holder, gone_here, split_job
+from storage.liveness import Holder, gone_here
+from storage.studies import split_job
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from search.errors import InputError
 from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
-from search.study import InputError, StudyFile
+from search.study_config import StudyFile
 from storage import libpq
-from storage.database import configured_url, database_url, home, is_local, server_host
+from storage.paths import home
+from storage.url import configured_url, database_url, is_local, server_host
 from trainer.config import TrainConfig
 
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")

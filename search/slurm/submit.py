@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from dashboards.status import read_status
+from search.errors import InputError
 from search.export import Bundle, check_origin
 from search.slurm.commands import (
     FOREIGN,
@@ -24,11 +24,14 @@ from search.slurm.commands import (
     one_line,
 )
 from search.slurm.script import array_script, log_folder, means, option_words, run_script
-from search.study import NO_FILE, InputError, StudyFile, open_study
-from storage.database import connect, prepare
-from storage.ledger import enter_array_job, split_job
+from search.study import open_study
+from search.study_config import NO_FILE, StudyFile
+from storage.database import connect
 from storage.ownership import with_users_umask
-from storage.runs import make_private
+from storage.paths import make_private
+from storage.schema import prepare
+from storage.status import read_status
+from storage.studies import enter_array_job, split_job
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
 from trainer.kind import not_weights

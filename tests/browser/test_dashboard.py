@@ -12,11 +12,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from dashboards.note import leave_note
-from dashboards.status import read_status
 from search import forking, local
 from search.exit_codes import ExitCode
-from search.study import load_study_file, open_study
-from storage import database, ledger
+from search.study import open_study
+from search.toml_file import load_study_file
+from storage import optuna_tables, studies
+from storage.status import read_status
 from tests.browser.conftest import PATIENCE, SCREENSHOTS, ask_again, drawn, log_in, wait_until
 from tests.conftest import PASSWORD, STUDY
 from tests.studies import fill
@@ -42,7 +43,7 @@ def test_a_viewer_logs_in_and_cannot_delete(dashboard, page, engine):
         f"fetch('/api/studies/{study}', {{method: 'DELETE', body: '{{}}'}}).then((r) => r.status)"
     )
     assert status == 403
-    assert ledger.study_entry(engine, "filled") is not None
+    assert studies.study_entry(engine, "filled") is not None
     page.click("text=filled")
     drawn(page)
     page.click("text=Log out")
@@ -58,12 +59,12 @@ def test_optuna_dashboards_own_delete_button_is_refused(dashboard, page, engine)
     page.locator("button:has([data-testid=DeleteIcon])").first.click()
     page.get_by_role("button", name="Yes").click()
     page.get_by_text("Failed to delete study").wait_for()
-    assert ledger.study_entry(engine, "precious") is not None
+    assert studies.study_entry(engine, "precious") is not None
 
 
 def test_optuna_dashboards_study_page_opens_through_the_login(dashboard, page, engine):
     study = fill(engine, MIXED, name="linked")
-    storage = database.optuna_storage(engine)
+    storage = optuna_tables.optuna_storage(engine)
     leave_note(optuna.load_study(study_name="linked", storage=storage))
     log_in(page, dashboard, "vera")
     page.goto(f"{dashboard.base}/dashboard/studies/{study}")
@@ -153,7 +154,7 @@ def work_on(engine, home, demo, tmp_path):
         text = text.replace("resnet10t", "test_resnet")  # timm's smallest
         path.write_text(text.replace("[train]", "[train]\ntrain_images = 64"))
         file = load_study_file(path)
-        open_study(file, engine, database.optuna_storage(engine), read_dataset(demo))
+        open_study(file, engine, optuna_tables.optuna_storage(engine), read_dataset(demo))
 
         def start():
             worker = forking.start(
@@ -253,7 +254,7 @@ def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(dashboard, pa
     log_in(page, dashboard, "vera")
     page.goto(f"{dashboard.base}/atelier/studies/{study}")
     drawn(page)
-    database.optuna_storage(engine).delete_study(study)
+    optuna_tables.optuna_storage(engine).delete_study(study)
     ask_again(page)
     page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for()
     page.goto(f"{dashboard.base}/atelier/")

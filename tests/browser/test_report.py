@@ -1,7 +1,7 @@
 """The report as a reader sees it."""
 
 from search.report import write_report
-from storage.ledger import study_entry
+from storage.studies import study_entry
 from tests.browser.conftest import SCREENSHOTS
 from tests.studies import fill
 

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 
 from search.replay import Replayed
 from search.score import score
-from search.study import StudyFile
+from search.study_config import StudyFile
 from storage.ledger import REDUCTION_FACTOR, RESTORED
-from storage.runs import RunFolder, artifacts, image_cache
+from storage.paths import RunFolder, artifacts, image_cache
 from trainer.config import EpochResult, TrainConfig
 from trainer.loop import train
 from trainer.predictions import Predictions

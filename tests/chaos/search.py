@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from search import forking
 from search.exit_codes import ExitCode
-from search.study import load_study_file
+from search.toml_file import load_study_file
 from storage import database
 from tests.chaos.checker import Evidence, References, gather, violations
 from tests.chaos.proxy import Proxy

@@ -11,9 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.study import StudyFile, load_study_file
+from search.study_config import StudyFile
+from search.toml_file import load_study_file
 from storage import database
-from storage.runs import artifacts
+from storage.paths import artifacts
 from tests.chaos.checker import References, gather, violations
 from tests.chaos.search import STUDY
 from tests.conftest import copied_database

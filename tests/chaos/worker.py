@@ -10,7 +10,8 @@ from pathlib import Path
 import time_machine
 
 from search.cli import main
-from storage.ledger import LeaseKeeper, Ledger
+from storage.leases import LeaseKeeper
+from storage.ledger import Ledger
 from tests.chaos import hosts
 
 LEASE_SECONDS, RENEW_SECONDS = 3.0, 0.75

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.export import load_bundle
-from storage import database, ledger
+from storage import database, studies
 from storage.embedded import EmbeddedPostgres
 from storage.tables import Attempt, Epoch
 from tests.conftest import STUDY
@@ -289,8 +289,8 @@ class Campaign:
         torch.set_num_threads(1)  # as on the node
         self.atelier("export", self.name, "--trial", trial, "-o", f"{trial}.toml")
         config = load_bundle(self.folder / f"{trial}.toml").config
-        entry = ledger.study_entry(self.engine, self.name)
-        recorded = ledger.epochs_of(self.engine, entry.study_id, trial)
+        entry = studies.study_entry(self.engine, self.name)
+        recorded = studies.epochs_of(self.engine, entry.study_id, trial)
         self.workspace = self.workspace or Workspace(config, self.home / "cache")
         for row, result in zip(recorded, train(config, self.workspace), strict=False):
             again = result.columns()

@@ -29,8 +29,8 @@ from search.console import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from search.study import StudyFile
-    from storage.ledger import StudyEntry
+    from search.study_config import StudyFile
+    from storage.studies import StudyEntry
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).parent / "cases"  # by target: inputs that were faults once
@@ -105,13 +105,13 @@ class Target:
 
 
 def _read_study(path: Path) -> None:
-    from search.study import load_study_file
+    from search.toml_file import load_study_file
 
     _use(load_study_file(path))
 
 
 def _read_override(path: Path) -> None:
-    from search.study import load_study_file
+    from search.toml_file import load_study_file
 
     # As Python decodes a command line, which may hold any bytes.
     text = path.read_bytes().decode("utf-8", "surrogateescape")
@@ -236,7 +236,7 @@ def _read_predictions(path: Path) -> None:
 
 
 def _entry() -> "StudyEntry":
-    from storage.ledger import StudyEntry
+    from storage.studies import StudyEntry
 
     attributes = [{"category": kind} for kind in (1, 1, 3, 3)]
     created = datetime(2026, 1, 1, tzinfo=UTC)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dashboards.web.accounts import ROLES
 from search.profile import SlurmProfile
-from search.study import StudySettings
+from search.study_config import StudySettings
 from tests.fuzz.targets import ATTRIBUTES, CASES, CONFIG, STUDY, TARGETS
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import TUNABLE, TrainConfig

@@ -10,11 +10,12 @@ import search.local
 import search.worker
 from dashboards.plot import attach_curve
 from search.cli import app
-from search.study import load_study_file, open_study
+from search.study import open_study
+from search.toml_file import load_study_file
 from search.worker import Worker
-from storage import database, ledger
+from storage import ledger, optuna_tables
 from storage.embedded import EmbeddedPostgres
-from storage.runs import RunFolder
+from storage.paths import RunFolder
 from trainer.config import TrainConfig
 from trainer.demo import write_demo
 from trainer.loop import train
@@ -91,7 +92,7 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
         # A picture of each trial's curve takes as long as its training.
         monkeypatch.setattr(search.worker, "attach_curve", attach_curve if pictures else no_picture)
         file = load_study_file(path, list(settings))
-        storage = database.optuna_storage(engine)
+        storage = optuna_tables.optuna_storage(engine)
         workspace = workspaces(file.shared)
         study, entry = open_study(file, engine, storage, workspace.dataset, lead=True)
         runs = RunFolder(entry.name, entry.created)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.exit_codes import ExitCode
-from storage import backup, database, ledger
+from storage import backup, database, ledger, optuna_tables, paths, schema, studies
 from storage.backup import BackupError
 from storage.ledger import LeaseLost
 from storage.tables import Attempt
@@ -70,17 +70,17 @@ def test_a_search_goes_on_elsewhere_where_the_backup_was_taken(
     taken = runner.invoke(app, ["db", "backup", str(tmp_path / "b.tar")])
     assert taken.exit_code == 0, taken.output
     assert make_worker().run() == ExitCode.DONE
-    [study] = ledger.study_names(engine)
+    [study] = studies.study_names(engine)
     wanted = [
-        [row | {"recorded": 0, "seconds": 0} for row in ledger.epochs_of(engine, 1, n)] for n in (0, 1)
+        [row | {"recorded": 0, "seconds": 0} for row in studies.epochs_of(engine, 1, n)] for n in (0, 1)
     ]
 
     other = elsewhere()
     result = runner.invoke(app, ["db", "restore", str(tmp_path / "b.tar")])
     assert result.exit_code == 0, result.output
-    entry = ledger.study_entry(other, study)
-    assert [len(ledger.epochs_of(other, entry.study_id, n)) for n in (0, 1)] == [3, 2]
-    home = database.home()
+    entry = studies.study_entry(other, study)
+    assert [len(studies.epochs_of(other, entry.study_id, n)) for n in (0, 1)] == [3, 2]
+    home = paths.home()
     files = {str(path.relative_to(home / "runs")).split("/", 1)[1] for path in home.rglob("trial-*.npz")}
     assert files == {"predictions/trial-00000.npz"}
     assert len([*home.rglob("trial-00001/*.pt")]) == 2  # it does not begin anew
@@ -90,7 +90,7 @@ def test_a_search_goes_on_elsewhere_where_the_backup_was_taken(
     finished = runner.invoke(app, ["search", str(tmp_path / "study.toml"), "--workers", "1"])
     assert finished.exit_code == 0, finished.output
     for number, epochs in enumerate(wanted):
-        again = ledger.epochs_of(other, entry.study_id, number)
+        again = studies.epochs_of(other, entry.study_id, number)
         for row, known in zip(again, epochs, strict=True):
             differing = {key for key in known if row[key] != known[key]}
             assert differing <= {"recorded", "seconds", "peak_memory", "attempt"}, differing
@@ -106,7 +106,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
 
     other = elsewhere()
     backup.restore(other, tmp_path / "b.tar")
-    storage = database.optuna_storage(other)
+    storage = optuna_tables.optuna_storage(other)
     for worker in (holder, idle, late):
         worker.engine, worker.storage = other, storage  # the same URL, to a worker
         assert worker.claim() is None
@@ -130,7 +130,7 @@ def test_numbers_go_on_after_the_last(engine, elsewhere, tmp_path):
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
     backup.restore(other, tmp_path / "b.tar")
-    storage = database.optuna_storage(other)
+    storage = optuna_tables.optuna_storage(other)
     optuna.load_study(study_name="s", storage=storage).ask({"x": SPACE})
     assert optuna.create_study(storage=storage, study_name="another").trials == []
 
@@ -141,13 +141,13 @@ SPACE = optuna.distributions.FloatDistribution(0, 1)
 def test_a_backup_of_an_older_schema(engine, elsewhere, tmp_path, monkeypatch):
     fill(engine, ["complete", "pruned"], epochs=5, name="s")
     downgrade(engine)
-    monkeypatch.setattr(database, "require_schema", lambda _: "0004")
+    monkeypatch.setattr(schema, "require_schema", lambda _: "0004")
     backup.back_up(engine, tmp_path / "b.tar")
     monkeypatch.undo()
     other = elsewhere()
     backup.restore(other, tmp_path / "b.tar")
-    assert database.require_schema(other) == database.head_revision()
-    assert [len(ledger.epochs_of(other, 1, number)) for number in (0, 1)] == [5, 1]
+    assert schema.require_schema(other) == schema.head_revision()
+    assert [len(studies.epochs_of(other, 1, number)) for number in (0, 1)] == [5, 1]
 
 
 def entries(path):
@@ -208,14 +208,14 @@ def test_nothing_of_a_spoilt_backup_is_restored(engine, home, elsewhere, tmp_pat
         (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:size])
         result = runner.invoke(app, ["db", "restore", str(tmp_path / "cut.tar")])
         assert (result.exit_code, len(result.output.splitlines())) == (2, 1), result.output
-    assert database.schema_revision(other) is None
-    assert not database.home().exists()
+    assert schema.schema_revision(other) is None
+    assert not paths.home().exists()
 
 
 def test_only_an_empty_place_is_filled(engine, home, elsewhere, tmp_path):
     fill(engine, ["complete"], epochs=2, name="s")
     path = tmp_path / "b.tar"
-    entry = ledger.study_entry(engine, "s")
+    entry = studies.study_entry(engine, "s")
     picture = backup.RunFolder("s", entry.created).predictions(0)
     picture.parent.mkdir(parents=True)
     picture.touch()
@@ -230,14 +230,14 @@ def test_only_an_empty_place_is_filled(engine, home, elsewhere, tmp_path):
         assert result.exit_code == 2
         assert expected in result.output
     other = elsewhere()
-    shutil.copytree(home / "runs", database.home() / "runs")
+    shutil.copytree(home / "runs", paths.home() / "runs")
     with pytest.raises(BackupError, match="exists; move it away"):
         backup.restore(other, path)
-    assert ledger.study_names(other) == []
-    shutil.rmtree(database.home() / "runs")
+    assert studies.study_names(other) == []
+    shutil.rmtree(paths.home() / "runs")
     backup.restore(other, path)  # what the attempt before has left is no hindrance
-    assert ledger.study_names(other) == ["s"]
-    [copy] = database.home().rglob("*.npz")
+    assert studies.study_names(other) == ["s"]
+    [copy] = paths.home().rglob("*.npz")
     assert {folder.stat().st_mode & 0o777 for folder in (copy.parent, copy.parents[1])} == {0o700}
 
 
@@ -255,7 +255,7 @@ def test_of_two_restores_at_once_one_is_refused(engine, home, elsewhere, tmp_pat
     with ThreadPoolExecutor(2) as pool:
         [refused] = filter(None, pool.map(one, range(2)))
     assert "has 1 studies" in refused or "another backup or restore" in refused
-    assert ledger.study_names(other) == ["s"]
+    assert studies.study_names(other) == ["s"]
 
 
 def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
@@ -270,9 +270,9 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
 def test_a_deleted_study_is_restored_into_the_database_that_it_was_in(engine, home, tmp_path):
     fill(engine, ["complete"], epochs=2, name="s")  # its worker's row outlives it
     backup.back_up(engine, tmp_path / "b.tar")
-    optuna.delete_study(study_name="s", storage=database.optuna_storage(engine))
+    optuna.delete_study(study_name="s", storage=optuna_tables.optuna_storage(engine))
     backup.restore(engine, tmp_path / "b.tar")
-    assert ledger.study_names(engine) == ["s"]
+    assert studies.study_names(engine) == ["s"]
 
 
 @pytest.mark.parametrize("spoil", [lambda rows: rows + b"9\n", lambda rows: rows + rows, lambda _: b""])
@@ -294,8 +294,8 @@ def test_rows_that_postgresql_refuses_are_no_traceback(engine, home, elsewhere, 
     result = runner.invoke(app, ["db", "restore", str(tmp_path / "spoilt.tar")])
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1), result.output
     assert "nothing was kept" in result.output
-    assert ledger.study_names(other) == []
-    assert not [*database.home().rglob("*.npz")]
+    assert studies.study_names(other) == []
+    assert not [*paths.home().rglob("*.npz")]
 
 
 def test_a_backup_from_another_home_says_so(engine, home, tmp_path, caplog):
@@ -329,7 +329,7 @@ def test_folders_that_come_and_go_do_not_end_a_backup(engine, home, tmp_path):
 
 def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_path, monkeypatch):
     fill(engine, ["complete", "complete"], epochs=2, name="s")
-    runs = backup.RunFolder("s", ledger.study_entry(engine, "s").created)
+    runs = backup.RunFolder("s", studies.study_entry(engine, "s").created)
     runs.predictions(0).parent.mkdir(parents=True)
     runs.predictions(0).write_bytes(b"early")
     dump = backup._dump

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 import search.worker
 from search.exit_codes import ExitCode
 from search.worker import SickHostError
-from storage import ledger
+from storage import liveness
 from tests.integration.test_ledger import make_study
 from tests.integration.test_ledger import make_worker as make_ledger
 from tests.integration.test_worker import attempts, reasons
@@ -20,7 +20,7 @@ from trainer.loop import turn
 @pytest.fixture
 def on_host(monkeypatch):
     """Lets what follows happen on a host of this name."""
-    return lambda name: monkeypatch.setattr(ledger, "host", lambda: name)
+    return lambda name: monkeypatch.setattr(liveness, "host", lambda: name)
 
 
 class Faults:

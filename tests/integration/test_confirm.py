@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import search.local
 from search.cli import app
-from storage.ledger import study_entry
-from storage.runs import RunFolder
+from storage.paths import RunFolder
+from storage.studies import study_entry
 from tests.conftest import STUDY, copied_database
 from trainer.predictions import Predictions
 

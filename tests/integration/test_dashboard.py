@@ -27,7 +27,7 @@ from dashboards.plot import attach_curve, plot_study
 from dashboards.web.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
 from dashboards.web.app import make_app
 from dashboards.web.server import Door, open_doors
-from storage import database, ledger
+from storage import database, ledger, optuna_tables, schema, studies
 from storage.embedded import EmbeddedPostgres
 from tests.conftest import PASSWORD, copied_database, give_accounts
 from tests.studies import fill
@@ -88,7 +88,9 @@ def shown(server, template, tmp_path_factory):
 
 def is_whole(shown):
     """Whether nobody has changed what is shown."""
-    states = [trial.state for trial in database.optuna_storage(shown.engine).get_all_trials(shown.study)]
+    states = [
+        trial.state for trial in optuna_tables.optuna_storage(shown.engine).get_all_trials(shown.study)
+    ]
     return len(states) == len(MIXED) and states.count(TrialState.RUNNING) == 2
 
 
@@ -290,15 +292,15 @@ def test_an_editor_may_delete_but_not_under_the_workers(app, engine):
     assert "atelier stop" in refused.json["reason"]
     assert client.delete(f"/api/studies/{busy}/", json={}).status_code == 409
     assert client.delete(f"/api/studies/{idle}", json={}).status_code == 204
-    assert ledger.study_entry(engine, "idle") is None  # its rows went with it
-    assert ledger.study_entry(engine, "busy") is not None
+    assert studies.study_entry(engine, "idle") is None  # its rows went with it
+    assert studies.study_entry(engine, "busy") is not None
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SELECT count(DISTINCT study_id) FROM atelier.attempt")) == 1
 
 
 def test_an_editor_may_tell_a_trial_only_if_nobody_holds_it(app, engine):
     study = fill(engine, MIXED)
-    storage = database.prepare(engine)
+    storage = schema.prepare(engine)
     trials = {trial.number: trial for trial in storage.get_all_trials(study)}
     client = log_in(app, "ed")
     running, waiting = (trials[MIXED.index(state)]._trial_id for state in ("running", "waiting"))
@@ -321,14 +323,14 @@ def test_the_path_that_is_judged_is_the_path_that_is_served(app, engine, path):
     status = []
     list(app.wsgi_app(environ, lambda line, headers: status.append(line)))
     assert status[0].startswith("404")
-    assert database.prepare(engine).get_all_trials(study)[0].state == TrialState.RUNNING
+    assert schema.prepare(engine).get_all_trials(study)[0].state == TrialState.RUNNING
 
 
 def test_a_deleted_study_was_stopped_first_so_that_no_worker_begins(app, engine):
     study = fill(engine, ["complete"], max_trials=5)
-    worker = ledger.Ledger(engine, database.prepare(engine), study)
+    worker = ledger.Ledger(engine, schema.prepare(engine), study)
     worker.register()
-    assert ledger.stop_unless_held(engine, study)
+    assert studies.stop_unless_held(engine, study)
     assert worker.claim() is None
     assert log_in(app, "ed").delete(f"/api/studies/{study}", json={}).status_code == 204
     assert worker.claim() is None  # it ends like a worker that finds nothing to do
@@ -336,7 +338,7 @@ def test_a_deleted_study_was_stopped_first_so_that_no_worker_begins(app, engine)
 
 def test_a_worker_whose_study_was_deleted_by_force_has_lost_its_lease(app, engine):
     study = fill(engine, ["waiting"])
-    storage = database.prepare(engine)
+    storage = schema.prepare(engine)
     worker = ledger.Ledger(engine, storage, study)
     worker.register()
     claim = worker.claim()
@@ -351,7 +353,7 @@ def test_nobody_renames_by_copying(app, engine):
     response = log_in(app, "ed").post(f"/api/studies/{study}/rename", json={"study_name": "new"})
     assert response.status_code == 409
     assert "loses epochs" in response.json["reason"]
-    assert ledger.study_entry(engine, "filled") is not None
+    assert studies.study_entry(engine, "filled") is not None
 
 
 def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
@@ -363,7 +365,7 @@ def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
         connection.execute(sa.text("DELETE FROM studies"))
     answer = WerkzeugClient(doors["viewer"].optuna_app).delete(f"/api/studies/{study}", json={})
     assert answer.status_code == 500
-    assert ledger.study_entry(engine, "filled") is not None
+    assert studies.study_entry(engine, "filled") is not None
 
 
 def test_headers_that_protect_are_everywhere(shown):
@@ -487,7 +489,7 @@ def test_what_is_asked_for_is_drawn_and_what_is_absent_is_named(shown, query, ex
 
 
 def test_the_command_line_takes_the_same_words(shown, tmp_path):
-    entry = ledger.study_entry(shown.engine, shown.study)
+    entry = studies.study_entry(shown.engine, shown.study)
     one, other = tmp_path / "one.svg", tmp_path / "other.svg"
     for path, words in ((one, "0-2, 5"), (other, "0,1,2,5")):
         plot_study(shown.engine, entry, "curves", path, trials=words)
@@ -859,9 +861,9 @@ def test_the_number_of_statements_does_not_grow_with_the_trials(shown, small_and
 
 
 def test_the_picture_of_a_curve_is_shown_by_optuna_dashboard(app, engine, home):
-    from dashboards.status import TrialRow
+    from storage.status import TrialRow
 
-    storage = database.prepare(engine)
+    storage = schema.prepare(engine)
     study = fill(engine, ["waiting"])
     [trial] = storage.get_all_trials(study)
     worker = ledger.Ledger(engine, storage, study)
@@ -889,7 +891,7 @@ def test_the_picture_of_a_curve_is_shown_by_optuna_dashboard(app, engine, home):
 def test_an_artifact_that_was_deleted_is_not_shown(app, engine):
     study = fill(engine, ["waiting"])
     client = log_in(app, "ed")
-    [trial] = database.prepare(engine).get_all_trials(study)
+    [trial] = schema.prepare(engine).get_all_trials(study)
     file = {"file": "data:text/plain;base64,aGk=", "filename": "note.txt"}
     added = client.post(f"/api/artifacts/{study}/{trial._trial_id}", json=file)
     assert added.status_code == 201

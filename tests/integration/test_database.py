@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dashboards.web.server import open_doors
 from search.exit_codes import ExitCode
-from storage import database
+from storage import database, roles, schema, url
 from storage.embedded import SYSTEM_USER
 from storage.ledger import Ledger
 from storage.network import VIEWER, WORKER
@@ -242,7 +242,7 @@ def test_names_of_any_language_whatever_the_environment_says(engine, monkeypatch
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     other = database.connect()
     fill(other, ["complete"], name="衣服")
-    assert "衣服" in [one.study_name for one in database.read_only(other).storage.get_all_studies()]
+    assert "衣服" in [one.study_name for one in roles.read_only(other).storage.get_all_studies()]
     other.dispose()
 
 
@@ -298,13 +298,13 @@ def test_the_rights_that_are_missing_are_named_and_are_enough(
 
 def test_a_user_who_may_not_look_into_tables_that_are_there(atelier, as_user, database_url):
     owner = database.connect(make_url(database_url))
-    database.ensure_tables(owner)
+    schema.ensure_tables(owner)
     owner.dispose()
     line = error_line(atelier("search", "study.toml", code=2))
     assert line.endswith(f"run: GRANT {WORKER} TO plain")
     as_user(f"GRANT {WORKER} TO plain")
     engine = database.connect()
-    database.ensure_tables(engine)
+    schema.ensure_tables(engine)
     engine.dispose()
 
 
@@ -316,18 +316,18 @@ def test_an_owner_who_can_make_no_roles_is_told_once_and_not_to_ask_itself(
     )
     caplog.set_level(logging.INFO)
     engine = database.connect()
-    database.ensure_tables(engine)
+    schema.ensure_tables(engine)
     [said] = [one for one in caplog.records if one.levelno >= logging.WARNING]
     grants = f"GRANT {VIEWER} TO plain; GRANT {WORKER} TO plain"
     assert said.getMessage().endswith(f"and has no CREATEROLE; let an administrator run: {grants}")
     caplog.clear()
-    database.ensure_tables(engine)
-    assert not database.for_worker(engine).has_role
+    schema.ensure_tables(engine)
+    assert not roles.for_worker(engine).has_role
     assert [one.levelname for one in caplog.records] == ["INFO"]
     assert "owner" not in caplog.text
     as_user(*grants.split("; "))  # what was said is enough
-    assert database.for_worker(engine).has_role
-    assert database.read_only(engine).has_role
+    assert roles.for_worker(engine).has_role
+    assert roles.read_only(engine).has_role
     engine.dispose()
 
 
@@ -441,11 +441,9 @@ def test_a_pooler_that_drops_a_role_is_refused_though_the_server_gives_the_rest(
     fill(engine, ["complete"], name="s")
     pooler(IGNORED, "pool_mode = session")
     owner = database.connect()
-    for restricted, role in ((database.for_worker, WORKER), (database.read_only, VIEWER)):
-        with pytest.raises(
-            database.DatabaseError, match=f"role = 'none' instead of '{role}'.*not through"
-        ):
+    for restricted, role in ((roles.for_worker, WORKER), (roles.read_only, VIEWER)):
+        with pytest.raises(url.DatabaseError, match=f"role = 'none' instead of '{role}'.*not through"):
             restricted(owner).engine.connect()
-        with pytest.raises(database.DatabaseError, match=f"role = 'none' instead of '{role}'"):
+        with pytest.raises(url.DatabaseError, match=f"role = 'none' instead of '{role}'"):
             restricted(owner).storage.get_all_studies()
     owner.dispose()

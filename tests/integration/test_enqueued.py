@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from search.exit_codes import ExitCode
 from search.worker import SpoiltStudyError
-from storage.ledger import update_study
+from storage.studies import update_study
 from tests.integration.test_worker import attempts, reasons
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database, libpq
+from storage import database, libpq, schema, url
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill
@@ -109,7 +109,7 @@ def test_a_search_in_a_home_goes_nowhere_else(names, home, give_data, other_serv
     for name in names:
         os.environ[name] = STEERING[name].format(port=other_server)
     engine = database.connect()  # what each of the verbs begins with
-    database.ensure_tables(engine)
+    schema.ensure_tables(engine)
     server = EmbeddedPostgres(home)
     assert engine.url.query["host"] == make_url(server.start()).query["host"]
     engine.dispose()
@@ -153,7 +153,7 @@ def test_a_password_of_the_environment_counts_unless_a_file_is_named(home, give_
     secret = Path(password).read_text().strip().rpartition(":")[2]
     url = server.network.url.difference_update_query(["passfile"])
     monkeypatch.setenv("ATELIER_DATABASE_URL", url.render_as_string())
-    with pytest.raises(database.DatabaseError, match="password authentication failed"):
+    with pytest.raises(url.DatabaseError, match="password authentication failed"):
         database.connect()
     monkeypatch.setenv("PGPASSWORD", secret)
     database.connect().dispose()
@@ -312,7 +312,7 @@ def test_who_would_wait_for_ever_is_told_at_once(query, expected, other_server, 
     monkeypatch.setenv("ATELIER_DATABASE_URL", f"postgresql://{query.format(port=other_server)}")
     tried = []
     monkeypatch.setattr("storage.database.wait_random_exponential", lambda **_: tried.append)
-    with pytest.raises(database.DatabaseError, match=expected) as caught:
+    with pytest.raises(url.DatabaseError, match=expected) as caught:
         database.connect(patience=database.PATIENCE)  # as a worker does
     assert not tried
     assert len(str(caught.value).splitlines()) == 1

@@ -14,7 +14,7 @@ import torch
 from search import forking
 from search.cli import main
 from search.export import changed, load_bundle
-from search.study import load_study_file
+from search.toml_file import load_study_file
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
 from trainer.loop import learning_rate

@@ -8,8 +8,10 @@ import pytest
 from PIL import ExifTags, Image
 
 import search.study
-from search.study import InputError, load_study_file, open_study
-from storage import database, ledger
+from search.errors import InputError
+from search.study import open_study
+from search.toml_file import load_study_file
+from storage import optuna_tables, studies
 from tests.studies import fill
 from trainer.dataset import read_dataset
 from trainer.images import load_image
@@ -86,7 +88,7 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     engine, demo, atelier, tmp_path, monkeypatch
 ):
     file, dataset = load_study_file(tmp_path / "study.toml"), read_dataset(demo)
-    storage = database.optuna_storage(engine)
+    storage = optuna_tables.optuna_storage(engine)
     _, entry = open_study(file, engine, storage, dataset, lead=True)
     assert entry.settings["images"] == {"reader": search.study.READER}
     monkeypatch.setattr(search.study, "READER", 99)
@@ -97,8 +99,8 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     monkeypatch.undo()
 
     study_id = fill(engine, ["complete"], epochs=1, name="before")
-    settings = ledger.study_entry(engine, "before").settings
+    settings = studies.study_entry(engine, "before").settings
     del settings["images"]  # as of a study from when there was one reader only
-    ledger.update_study(engine, study_id, settings=settings)
+    studies.update_study(engine, study_id, settings=settings)
     with pytest.raises(InputError, match="with version 1 of the reader of images"):
-        search.study.check_reader(ledger.study_entry(engine, "before"))
+        search.study.check_reader(studies.study_entry(engine, "before"))

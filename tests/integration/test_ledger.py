@@ -13,8 +13,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from search import forking
-from storage import database, ledger
-from storage.ledger import LeaseKeeper, LeaseLost, Ledger, is_gone, process_identity
+from storage import database, optuna_tables, schema, studies
+from storage.leases import LeaseKeeper
+from storage.ledger import LeaseLost, Ledger
+from storage.liveness import is_gone, process_identity
 from storage.tables import Attempt, Epoch
 
 RESULT = {
@@ -35,17 +37,17 @@ RESULT = {
 
 
 def make_study(engine, max_trials=3, name="s", **values):
-    storage = database.optuna_storage(engine)
+    storage = optuna_tables.optuna_storage(engine)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
     row = {"max_trials": max_trials, "max_gpu_seconds": None, "settings": {}, "dataset": "d"}
-    ledger.enter_study(engine, study._study_id, **(row | values))
+    studies.enter_study(engine, study._study_id, **(row | values))
     return study
 
 
 def make_worker(engine, study, **options):
-    worker = Ledger(engine, database.optuna_storage(engine), study._study_id, **options)
+    worker = Ledger(engine, optuna_tables.optuna_storage(engine), study._study_id, **options)
     worker.register()
     return worker
 
@@ -77,7 +79,7 @@ def test_an_epoch_reaches_optuna_in_the_same_transaction(engine):
     [trial] = study.trials
     assert (trial.state, trial.value) == (optuna.trial.TrialState.COMPLETE, 0.55)
     assert abs((trial.datetime_complete - trial.datetime_start).total_seconds()) < 60
-    assert ledger.curve(engine, study._study_id, 0) == [0.0, 0.1]
+    assert studies.curve(engine, study._study_id, 0) == [0.0, 0.1]
 
 
 def test_what_the_ledger_writes_is_what_optuna_would_write(engine):
@@ -259,10 +261,10 @@ def test_a_study_that_was_stopped_hands_out_no_trials(engine):
     study = make_study(engine)
     worker = make_worker(engine, study)
     assert worker.stop_reason() is None
-    ledger.request_stop(engine, study._study_id)
+    studies.request_stop(engine, study._study_id)
     assert worker.stop_reason() == "atelier stop"
     assert worker.claim() is None
-    ledger.request_stop(engine, study._study_id, stop=False)
+    studies.request_stop(engine, study._study_id, stop=False)
     assert worker.claim() is not None
 
 
@@ -318,7 +320,7 @@ def test_a_release_may_be_repeated_after_a_lost_reply(engine):
 def test_a_connection_that_is_lost_while_optuna_reads_is_no_error(engine):
     study = make_study(engine, max_trials=1)
     make_worker(engine, study).claim()
-    storage = database.optuna_storage(engine)
+    storage = optuna_tables.optuna_storage(engine)
     cut = []
 
     @sa.event.listens_for(storage._backend.engine, "before_cursor_execute")
@@ -419,8 +421,8 @@ def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
 def prepare_once(barrier) -> None:
     engine = database.connect()
     barrier.wait()
-    database.prepare(engine)
-    assert database.schema_revision(engine) == database.head_revision()
+    schema.prepare(engine)
+    assert schema.schema_revision(engine) == schema.head_revision()
 
 
 def test_processes_that_start_at_once_on_an_empty_database_do_not_race(database_url, start):

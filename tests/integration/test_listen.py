@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database
+from storage import database, schema, url
 from storage.embedded import EmbeddedPostgres
 from tests.conftest import free_port
 
@@ -68,7 +68,7 @@ def test_the_network_needs_the_password_and_serves_no_superuser(home, port):
     assert stat.S_IMODE(passfile.stat().st_mode) == 0o600
     engine = database.connect()  # by the file that the home holds
     assert (engine.url.host, engine.url.port) == ("127.0.0.1", port)
-    database.prepare(engine)
+    schema.prepare(engine)
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SHOW is_superuser")) == "off"
         assert connection.scalar(sa.text("SELECT count(*) FROM atelier.study")) == 0
@@ -140,7 +140,7 @@ def test_a_port_that_is_taken_leaves_the_server_where_it_listened(used_home, por
 
 def test_a_server_in_use_is_not_taken_from_its_users(used_home, port):
     start(port, "--no-tls")
-    user = psycopg2.connect(database.configured_url())
+    user = psycopg2.connect(url.configured_url())
     for refusal in (start(port, "--no-tls"), runner.invoke(app, ["db", "stop"])):
         assert (refusal.exit_code, len(refusal.output.splitlines())) == (2, 1)
         assert "is in use" in refusal.output
@@ -170,7 +170,7 @@ def test_with_tls_nothing_goes_in_the_clear_and_the_server_is_verified(home, por
     result = start(port, "--postgres", str(SYSTEM[-1]))
     assert result.exit_code == 0, result.output
     engine = database.connect()
-    database.prepare(engine)
+    schema.prepare(engine)
     with engine.connect() as connection:
         query = "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
         encrypted, version = connection.execute(sa.text(query)).one()
@@ -191,7 +191,7 @@ def test_with_tls_nothing_goes_in_the_clear_and_the_server_is_verified(home, por
     monkeypatch.setenv(
         "ATELIER_DATABASE_URL", url.update_query_dict({"sslrootcert": str(other)}).render_as_string()
     )
-    with pytest.raises(database.DatabaseError, match="certificate verify failed"):
+    with pytest.raises(url.DatabaseError, match="certificate verify failed"):
         database.connect()
 
 

@@ -10,14 +10,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
-from dashboards.status import read_attempts, read_status
 from dashboards.web.pages import _tail
 from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres
-from storage.ledger import study_entry
 from storage.network import Network
-from storage.runs import RunFolder, path_from_record, path_to_record
+from storage.paths import RunFolder, path_from_record, path_to_record
+from storage.status import read_attempts, read_status
+from storage.studies import study_entry
 from storage.tables import Worker
 from tests.conftest import free_port
 from tests.studies import fill

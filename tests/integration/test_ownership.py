@@ -14,7 +14,7 @@ from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres
 from storage.ownership import as_owner, let_pass
-from storage.runs import artifacts, make_private
+from storage.paths import artifacts, make_private
 from tests.conftest import PASSWORD
 from tests.studies import fill
 

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 import sqlalchemy.orm
 import torch
 
-from dashboards.status import read_status
 from search.exit_codes import ExitCode
-from storage import ledger
+from storage import ledger, studies
+from storage.status import read_status
 from storage.tables import Attempt
 from tests.integration.test_ledger import RESULT
 from tests.integration.test_worker import attempts, reasons
@@ -29,8 +29,8 @@ def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine):
     )
     settings = [f"--set={change}" for change in changes]
     atelier("search", "study.toml", "--workers", 1, "--pack", 3, *settings)
-    entry = ledger.study_entry(engine, "tiny")
-    rows = [ledger.epochs_of(engine, entry.study_id, number) for number in range(6)]
+    entry = studies.study_entry(engine, "tiny")
+    rows = [studies.epochs_of(engine, entry.study_id, number) for number in range(6)]
     assert all(rows)
     assert any(row[0]["stream_epoch"] > 0 for row in rows)  # some have joined late
     spans = sa.select(sa.func.count()).select_from(
@@ -119,7 +119,7 @@ def test_a_pack_that_has_to_stop_gives_all_its_trials_back_and_loses_nothing(
     later = make_worker(*settings, pack=3)
     assert later.run() == ExitCode.DONE
     for number in range(3):
-        rows = ledger.epochs_of(engine, worker.ledger.study_id, number)
+        rows = studies.epochs_of(engine, worker.ledger.study_id, number)
         assert [row["stream_epoch"] for row in rows] == [0, 1, 2]
 
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_lost_is_trained_again_on_the_same_stream(engine, m
         worker.ledger.record(claim, one.columns(), one.val_accuracy)
     worker.ledger.release(claim)
     assert worker.run() == ExitCode.DONE
-    rows = ledger.epochs_of(engine, worker.ledger.study_id, 0)
+    rows = studies.epochs_of(engine, worker.ledger.study_id, 0)
     assert [row["stream_epoch"] for row in rows] == [7, 8, 9]
     assert [row["val_loss"] for row in rows] == expected
 

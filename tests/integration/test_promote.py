@@ -6,10 +6,12 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from dashboards.status import audit_line, read_status
+from dashboards.terminal import audit_line
 from search.exit_codes import ExitCode
-from search.study import StudyFile
-from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing, study_entry, update_study
+from search.study_config import StudyFile
+from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing
+from storage.status import read_status
+from storage.studies import study_entry, update_study
 from storage.tables import Attempt, Epoch
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from storage import database
+from storage import database, roles
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 
 DESTRUCTION = [
@@ -34,7 +34,7 @@ WRITES = [
 def test_everything_can_be_read(engine):
     study = make_study(engine)
     make_worker(engine, study).claim()
-    looking = database.read_only(engine)
+    looking = roles.read_only(engine)
     assert looking.has_role
     assert len(optuna.load_study(study_name="s", storage=looking.storage).trials) == 1
     with looking.engine.connect() as connection:
@@ -46,7 +46,7 @@ def test_everything_can_be_read(engine):
 @pytest.mark.parametrize("statement", WRITES)
 def test_nothing_can_be_written_even_in_a_transaction_that_may(engine, statement):
     make_study(engine)
-    looking = database.read_only(engine)
+    looking = roles.read_only(engine)
     with looking.engine.connect() as connection:
         connection.execute(sa.text("SET TRANSACTION READ WRITE"))
         with pytest.raises(DBAPIError, match="permission denied"):
@@ -59,7 +59,7 @@ def test_nothing_can_be_written_even_in_a_transaction_that_may(engine, statement
 def test_without_the_role_the_transactions_are_read_only(engine, monkeypatch):
     make_study(engine)
     monkeypatch.setattr(database, "VIEWER", "a_role_that_is_not_there")
-    looking = database.read_only(engine)
+    looking = roles.read_only(engine)
     assert not looking.has_role
     with (
         looking.engine.connect() as connection,
@@ -72,7 +72,7 @@ def test_without_the_role_the_transactions_are_read_only(engine, monkeypatch):
 @pytest.mark.parametrize("statement", DESTRUCTION)
 def test_a_worker_can_destroy_nothing(engine, statement):
     make_study(engine)
-    work = database.for_worker(engine)
+    work = roles.for_worker(engine)
     assert work.has_role
     with (
         work.engine.connect() as connection,
@@ -86,7 +86,7 @@ def test_a_worker_can_destroy_nothing(engine, statement):
 
 def test_a_worker_can_do_its_work(engine):
     study = make_study(engine)
-    work = database.for_worker(engine)
+    work = roles.for_worker(engine)
     worker = make_worker(work.engine, study)
     claim = worker.claim()
     worker.withdraw(claim)

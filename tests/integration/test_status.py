@@ -9,9 +9,9 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database, ledger
+from storage import database, studies
+from storage.paths import RunFolder
 from storage.prune import superfluous
-from storage.runs import RunFolder
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 from tests.studies import fill
 
@@ -66,7 +66,7 @@ def test_a_released_trial_waits_and_is_not_failed(engine):
 
 def test_slurm_that_does_not_answer_is_said_and_costs_nothing_else(engine, monkeypatch):
     study = make_study(engine, settings=SETTINGS)
-    ledger.enter_array_job(engine, study._study_id, "17", "0-3")
+    studies.enter_array_job(engine, study._study_id, "17", "0-3")
     monkeypatch.setenv("PATH", "/nowhere")
     assert "SLURM 17: its tasks are not known: no squeue on this machine" in atelier("status", "s")
     status = json.loads(atelier("status", "s", "--json"))
@@ -78,7 +78,7 @@ def test_the_log_of_tasks_that_never_claimed_a_trial_is_found(engine, home):
     missing = runner.invoke(app, ["logs", "s"])
     assert (missing.exit_code, len(missing.output.splitlines())) == (2, 1)
     assert "no log of an array task" in missing.output
-    ledger.enter_array_job(engine, study._study_id, "17", "0-3")
+    studies.enter_array_job(engine, study._study_id, "17", "0-3")
     (home / "slurm").mkdir()
     (home / "slurm" / "17_0.log").write_text("module: command not found\n")
     (home / "slurm" / "18_0.log").write_text("another study's\n")
@@ -93,7 +93,7 @@ def test_a_password_in_the_urls_query_is_shown_nowhere(engine, monkeypatch):
     assert "s3cret" not in atelier("db", "status")
     gone = url.update_query_dict({"host": "/nowhere"})
     monkeypatch.setenv("ATELIER_DATABASE_URL", gone.render_as_string(hide_password=False))
-    with pytest.raises(database.DatabaseError) as caught:
+    with pytest.raises(url.DatabaseError) as caught:
         database.connect()
     assert "s3cret" not in str(caught.value)
 
@@ -107,7 +107,7 @@ def test_disk_use_and_the_oldest_lease_that_nobody_has_taken_over(engine, home):
     with engine.begin() as connection:
         late = "UPDATE atelier.attempt SET lease_until = clock_timestamp() - interval '200 s'"
         connection.execute(sa.text(late))
-    folder = RunFolder("s", ledger.study_entry(engine, "s").created).checkpoints(0)
+    folder = RunFolder("s", studies.study_entry(engine, "s").created).checkpoints(0)
     folder.mkdir(parents=True)
     (folder / "x.pt").write_bytes(bytes(2_000_000))
     status = json.loads(atelier("status", "s", "--json"))
@@ -121,8 +121,8 @@ def test_disk_use_and_the_oldest_lease_that_nobody_has_taken_over(engine, home):
 def test_prune_removes_what_no_longer_matters_and_nothing_else(engine, home):
     states = ["complete", "complete", "pruned", "running", "complete"]
     fill(engine, states, epochs=5, name="s")
-    runs = RunFolder("s", ledger.study_entry(engine, "s").created)
-    best = max((0, 1, 4), key=lambda number: ledger.curve(engine, 1, number)[-1])
+    runs = RunFolder("s", studies.study_entry(engine, "s").created)
+    best = max((0, 1, 4), key=lambda number: studies.curve(engine, 1, number)[-1])
     worse = [number for number in (0, 1, 4) if number != best]
     keep = [
         runs.checkpoints(3) / "attempt-0001-epoch-0001-step-00000001.pt",

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from search.strategy import Verdict
-from search.study import load_study_file
+from search.toml_file import load_study_file
 from storage.ledger import Standing
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 

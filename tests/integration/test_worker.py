@@ -16,11 +16,11 @@ from sqlalchemy.exc import OperationalError
 import search.worker
 from search.exit_codes import ExitCode
 from search.stopping import KILL_SECONDS, SAVE_SECONDS, Stop
-from storage import ledger
+from storage import leases, studies
 from storage.tables import Attempt, Epoch
 from trainer.device import is_out_of_memory
 
-KEEPER = ledger.LeaseKeeper.__init__
+KEEPER = leases.LeaseKeeper.__init__
 
 
 def attempts(engine):
@@ -149,7 +149,7 @@ def test_a_gpu_that_broke_ends_the_worker_and_counts_once(engine, make_worker, m
 
 
 def test_a_worker_that_was_replaced_stops_inside_its_epoch(engine, make_worker, monkeypatch):
-    monkeypatch.setattr("storage.ledger.LeaseKeeper.__init__", quick_keeper)
+    monkeypatch.setattr("storage.leases.LeaseKeeper.__init__", quick_keeper)
     worker = make_worker("study.max_trials=1", "train.epochs=200")
     cuts_epoch = worker.stop.cuts_epoch
 
@@ -236,7 +236,7 @@ def test_atelier_stop_ends_the_worker_after_its_epoch(engine, make_worker):
 
     def asked_in_the_first_epoch(left):
         if next(steps) == 2:
-            ledger.request_stop(engine, worker.ledger.study_id)
+            studies.request_stop(engine, worker.ledger.study_id)
         return cuts_epoch(left)
 
     worker.stop.cuts_epoch = asked_in_the_first_epoch
@@ -253,7 +253,7 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
         "study.max_trials=1", 'study.name="whole"', "space.lr=[1e-3]", "space.batch_size=[32]"
     )
     whole.run()
-    curve = ledger.curve(engine, whole.ledger.study_id, 0)
+    curve = studies.curve(engine, whole.ledger.study_id, 0)
     assert len(curve) == 3
     settings = ("study.max_trials=1", "space.lr=[1e-3]", "space.batch_size=[32]")
     late = make_worker(*settings, wall_end=time.time() + SAVE_SECONDS + 60)
@@ -270,11 +270,11 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
     assert late.made_progress
     assert requeued == [True]
     assert (attempts(engine), reasons(engine)[1:]) == (["complete", "released"], ["wall time"])
-    assert ledger.curve(engine, late.ledger.study_id, 0) == []
+    assert studies.curve(engine, late.ledger.study_id, 0) == []
     [checkpoint] = late.runs.checkpoints(0).glob("*.pt")
     assert checkpoint.name == "attempt-0001-epoch-0000-step-00000005.pt"
     assert make_worker(*settings).run() == ExitCode.DONE
-    assert ledger.curve(engine, late.ledger.study_id, 0) == curve
+    assert studies.curve(engine, late.ledger.study_id, 0) == curve
 
 
 def test_a_worker_claims_nothing_that_its_last_epoch_would_not_let_it_finish(engine, make_worker):

@@ -3,7 +3,7 @@
 import pytest
 
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
-from dashboards.status import TrialRow
+from storage.status import TrialRow
 
 
 @pytest.mark.parametrize(

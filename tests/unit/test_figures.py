@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from dashboards import charts, render
-from dashboards.status import TrialRow
 from dashboards.web.app import pages
 from storage.curves import METRICS, Curve, EndPoint, top
+from storage.status import TrialRow
 
 
 def curve(number, accuracies, params=None, state="complete", gap=0.1):

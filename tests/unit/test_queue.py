@@ -6,13 +6,13 @@ from datetime import datetime
 
 import pytest
 
+from search.errors import InputError
 from search.slurm import job as job_module
 from search.slurm.commands import SlurmError, version
 from search.slurm.job import own_job
 from search.slurm.queue import Tasks, jobs, judge, say, task_states
 from search.slurm.submit import about_environment, check_script, submit_script
-from search.study import InputError
-from storage.ledger import Holder
+from storage.liveness import Holder
 
 # As these versions of squeue printed it: of an array a task that ended with code 3, one that is at work
 # and one that waits, and a job without a time limit that waits.

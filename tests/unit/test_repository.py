@@ -57,7 +57,7 @@ def test_commands_start_without_torch():
         "for verb in ['submit', 'status', 'export', 'search', 'trials', 'db']:\n"
         "    try: app([verb, '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
-        "import search.study, search.slurm.submit, dashboards.status, search.export\n"
+        "import search.study, search.slurm.submit, storage.status, search.export\n"
         "assert not {'torch', 'timm', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.errors import InputError
 from search.profile import SlurmProfile
 from search.slurm.script import render_script
-from search.study import InputError
 
 GOLDEN = """\
 #!/bin/bash

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.errors import InputError
 from search.export import load_bundle
-from search.study import InputError, load_study_file
-from storage.database import home
+from search.toml_file import load_study_file
+from storage.paths import home
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset, read_labels
 from trainer.demo import write_demo

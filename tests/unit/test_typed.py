@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.confirmation import recorded
+from search.errors import InputError
 from search.export import load_bundle
 from search.profile import SlurmProfile
 from search.slurm.script import render_script
-from search.study import InputError, Range, StudyFile, StudySettings, load_study_file
+from search.study_config import Range, StudyFile, StudySettings
+from search.toml_file import load_study_file
 from search.typed import in_our_words
-from storage.ledger import StudyEntry
+from storage.studies import StudyEntry
 from trainer.config import TrainConfig
 
 # pydantic's own words, in any of its texts.

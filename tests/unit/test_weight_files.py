@@ -23,8 +23,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.errors import InputError
 from search.slurm.submit import _check_weights
-from search.study import InputError
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.kind import kind_of

@@ -9,8 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from search.errors import InputError
 from search.slurm.submit import _check_weights
-from search.study import InputError
 
 NAME = "resnet10t.c3_in1k"
 LOAD = """

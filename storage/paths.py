@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from storage.database import home
 from storage.ownership import private, require_own
 
 # What of a path is below a home, wherever that was: of a worker's log, or that of an array's task.
@@ -110,3 +109,9 @@ def image_cache() -> Path:
     """Where prepared images are kept, for all studies. Raises ForeignHomeError."""
     require_own(home())
     return home() / "cache"
+
+
+def home() -> Path:
+    """The folder for everything that Atelier keeps beside the database: `.atelier`, if unset."""
+    # A ~ that no shell has seen, as from a file of settings.
+    return Path(os.path.expanduser(os.environ.get("ATELIER_HOME") or ".atelier")).absolute()

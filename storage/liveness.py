@@ -1,0 +1,79 @@
+"""Which process a worker is, and whether it still lives."""
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import sqlalchemy as sa
+
+from storage.tables import Attempt
+
+
+def process_identity(pid: int | None = None) -> str:
+    """Names a process so that a later one with the same pid has another name.
+
+    Raises psutil.NoSuchProcess.
+    """
+    pid = pid or os.getpid()
+    return f"{_machine()}:{pid}:{_start_time(pid)}"
+
+
+def host() -> str:
+    """The name of the machine that this process runs on."""
+    return socket.gethostname()
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _start_time(pid: int) -> str:
+    try:
+        # In ticks since the boot: unlike the time of day, no correction of the clock changes it.
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return f"{psutil.Process(pid).create_time():.2f}"
+
+
+def is_gone(process: str) -> bool:
+    """True if the process ran on this machine and has ended; False when nobody here can know."""
+    machine, pid, _ = process.rsplit(":", 2)
+    if machine != _machine():
+        return False
+    try:
+        if psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
+            return True  # killed, and its parent has not noticed yet
+        return process_identity(int(pid)) != process
+    except psutil.NoSuchProcess:
+        return True
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The worker that holds a trial, told apart from later processes of the same job."""
+
+    worker_id: str
+    process: str
+    slurm_cluster: str | None
+    slurm_job: str | None
+    slurm_restarts: int
+
+
+# A trial whose holder has given a sign of life lately.
+HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
+
+
+# What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
+Verdicts = Mapping[str, bool]
+
+
+def gone_here(holders: Iterable[Holder]) -> dict[str, bool]:
+    """The verdicts that this machine can give: who has ended on it."""
+    return {holder.worker_id: False for holder in holders if is_gone(holder.process)}

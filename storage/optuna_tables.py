@@ -1,0 +1,37 @@
+"""Optuna's storage on our engine."""
+
+import optuna
+import sqlalchemy as sa
+
+from storage.database import WORK, Sessions, _follow_failovers, _pool
+from storage.tables import SCHEMA
+from storage.url import DatabaseError
+
+
+def _show_optunas_tables(connection: sa.Connection) -> None:
+    """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see WORK."""
+    role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
+    if role == SCHEMA:
+        database = connection.dialect.identifier_preparer.quote_identifier(name)
+        connection.execute(
+            sa.text(f"ALTER ROLE {SCHEMA} IN DATABASE {database} SET search_path = public")
+        )
+
+
+def optuna_storage(
+    engine: sa.Engine, sessions: Sessions = WORK, make_tables: bool = True
+) -> optuna.storages.BaseStorage:
+    """Optuna's storage on the same database, with its cache of finished trials.
+
+    Raises DatabaseError if Optuna's tables were made by another version.
+    """
+    try:
+        storage = optuna.storages.RDBStorage(
+            engine.url.render_as_string(hide_password=False),
+            engine_kwargs=_pool(engine.url, sessions),
+            skip_table_creation=not make_tables,
+        )
+    except RuntimeError as error:
+        raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
+    _follow_failovers(storage.engine, sessions)
+    return optuna.storages.get_storage(storage)

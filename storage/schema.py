@@ -1,0 +1,199 @@
+"""Optuna's tables and ours: made, checked, and brought up to this version."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.exc import SQLAlchemyError
+
+from storage.database import WORK, _other_settings, _settings, log, retrying
+from storage.faults import (
+    INSUFFICIENT_PRIVILEGE,
+    reason,
+    sqlstate,
+)
+from storage.network import VIEWER, WORKER
+from storage.optuna_tables import _show_optunas_tables, optuna_storage
+from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
+from storage.tables import SCHEMA
+from storage.url import DatabaseError, shown
+
+_MIGRATIONS = Path(__file__).with_name("migrations")
+
+
+_CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
+
+
+def examine(engine: sa.Engine) -> Iterator[Property]:
+    """What is to be known about the database, for one who asks whether it can be used.
+
+    `engine` may have sessions that are not checked: they are here.
+    """
+    with engine.connect() as connection:
+        found = _settings(connection.connection.driver_connection, WORK)
+        general = list(properties(connection))
+    yield from general
+    for name, asked in WORK.settings.items():
+        yield Property(name, found[name], _other_settings(found, {name: asked}))
+    if any(one.problem for one in general if one.name == "rights"):
+        return  # the rest may not be seen
+    revision = schema_revision(engine)
+    if revision is None:
+        yield Property("schema", "none yet; the first search, submit or worker makes the tables")
+        return
+    try:
+        yield Property("schema", require_schema(engine))
+    except DatabaseError as error:
+        yield Property("schema", revision, str(error).removeprefix("the database "))
+        return
+    with engine.connect() as connection:
+        yield tables(connection)
+        why = why_without(connection, WORKER, VIEWER)
+    yield Property(
+        "roles", f"workers and viewers have all rights of this user: {why}" if why else "both"
+    )
+
+
+def require_fit(engine: sa.Engine, only: str | None = None) -> None:
+    """Raises DatabaseError for the first thing about the database that forbids us to write to it.
+
+    `only` names the property that matters.
+    """
+    with engine.connect() as connection:
+        for one in properties(connection):
+            if one.problem and only in (None, one.name):
+                raise DatabaseError(f"the database at {shown(engine.url)} {one.problem}")
+
+
+@retrying
+def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
+    """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
+    ensure_tables(engine)
+    return optuna_storage(engine)
+
+
+@retrying
+def ensure_tables(engine: sa.Engine) -> None:
+    """Give an empty database Optuna's tables and ours.
+
+    Raises DatabaseError if there are tables of another version, or if nothing can be written.
+    """
+    require_fit(engine)
+    if schema_revision(engine) is None:
+        upgrade(engine)
+    else:
+        require_schema(engine)
+
+
+@retrying
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+    """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
+
+    Says so if workers will not be able to have fewer rights than this user. Raises DatabaseError if the
+    schema is newer than this program, or older and in use, or not this user's, or if the database is
+    not fit for tables of ours.
+    """
+    require_fit(engine)
+    check_schema(engine)
+    by_owner = "let the owner of the tables run: atelier db upgrade"
+    with engine.connect() as connection:
+        if schema_revision(engine) is not None and not is_owner(connection):
+            raise DatabaseError(f"permission denied: the tables are another user's; {by_owner}")
+    try:
+        _upgrade(engine, revision)
+    except SQLAlchemyError as error:
+        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+            raise
+        raise DatabaseError(f"{reason(error)}; {by_owner}") from error  # of Optuna's tables
+    with engine.connect() as connection:
+        why = why_without(connection, WORKER, VIEWER)
+    if why is not None:
+        log.warning("workers and viewers will have all rights of this user: %s", why)
+
+
+def _upgrade(engine: sa.Engine, wanted: str) -> None:
+    with engine.connect() as lock:
+        lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
+        lock.commit()
+        try:
+            optuna_storage(engine)  # makes Optuna's tables
+            revision = schema_revision(engine)
+            with engine.begin() as connection:
+                if revision not in (None, head_revision()):
+                    _refuse_if_held(connection)
+                if not connection.dialect.has_schema(connection, SCHEMA):  # an administrator's, perhaps
+                    connection.execute(sa.schema.CreateSchema(SCHEMA))
+                _show_optunas_tables(connection)
+                config = _alembic()
+                config.attributes["connection"] = connection
+                command.upgrade(config, wanted)
+                make_roles(connection)
+        finally:
+            lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
+
+
+def _refuse_if_held(connection: sa.Connection) -> None:
+    """Raises DatabaseError while trials are held; until the transaction ends, none can be claimed."""
+    # As text: the tables are of an older version than the models.
+    connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")
+    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
+    if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
+        raise DatabaseError(
+            f"workers of the older Atelier hold {number} trials; let them end first: "
+            "atelier stop STUDY, with the version that they run"
+        )
+
+
+def check_schema(engine: sa.Engine) -> None:
+    """Raises DatabaseError if our tables were made by a newer version of Atelier."""
+    revision = schema_revision(engine)
+    if revision is not None and not knows(revision):
+        raise DatabaseError(
+            f"the database has schema {revision}, which this version of Atelier does not know "
+            f"(it knows up to {head_revision()}); use the newer Atelier that made it"
+        )
+
+
+def knows(revision: str) -> bool:
+    """Whether this program can make tables of that schema."""
+    script = ScriptDirectory.from_config(_alembic())
+    return revision in (one.revision for one in script.walk_revisions())
+
+
+def require_schema(engine: sa.Engine) -> str:
+    """The schema's revision. Raises DatabaseError unless it is the one that this program wants."""
+    check_schema(engine)
+    revision = schema_revision(engine)
+    if revision is None:
+        raise DatabaseError("there are no tables yet; the first search, submit or worker makes them")
+    if revision != head_revision():
+        raise DatabaseError(
+            f"the database has schema {revision}, this version of Atelier wants {head_revision()}; let "
+            "its workers end (atelier stop STUDY), then run: atelier db upgrade"
+        )
+    return revision
+
+
+def schema_revision(engine: sa.Engine) -> str | None:
+    """The revision of our tables in the database; None before they exist."""
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+        return context.get_current_revision()
+
+
+def head_revision() -> str:
+    """The revision that this program wants."""
+    head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    assert head is not None  # there is at least one migration
+    return head
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config

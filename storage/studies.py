@@ -1,0 +1,179 @@
+"""The studies on record, their array jobs, and what may be done to them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialModel,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from storage.database import retrying
+from storage.liveness import HELD
+from storage.paths import path_from_record
+from storage.tables import ArrayJob, Attempt, Epoch, Study
+from storage.usage import _now
+
+
+@dataclass(frozen=True)
+class StudyEntry:
+    """What is on record about a study."""
+
+    study_id: int
+    name: str
+    max_trials: int
+    settings: dict[str, Any]
+    dataset: str
+    attributes: list[dict[str, Any]]  # see storage.tables.Study
+    optuna_version: str
+    created: datetime
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the dataset and the weights are, for the present home."""
+        places = self.settings.get("places", {})
+        return {name: str(path_from_record(path)) for name, path in places.items()}
+
+
+@retrying
+def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
+    """Look a study up by its name, or by Optuna's id."""
+    key = StudyModel.study_name if isinstance(name_or_id, str) else StudyModel.study_id
+    with Session(engine) as session:
+        row = session.execute(
+            sa.select(Study, StudyModel.study_name)
+            .join(StudyModel, StudyModel.study_id == Study.study_id)
+            .where(key == name_or_id)
+        ).one_or_none()
+    if row is None:
+        return None
+    study, name = row
+    return StudyEntry(
+        study.study_id,
+        name,
+        study.max_trials,
+        study.settings,
+        study.dataset,
+        study.attributes or [],
+        study.optuna_version,
+        study.created,
+    )
+
+
+@retrying
+def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
+    """Put a study on record, if it is not yet."""
+    row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
+    with engine.begin() as connection:
+        connection.execute(insert(Study).values(row).on_conflict_do_nothing())
+
+
+@retrying
+def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
+    """Change what a study may spend, or where its files are."""
+    with engine.begin() as connection:
+        connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
+
+
+@retrying
+def request_stop(engine: sa.Engine, study_id: int, stop: bool = True) -> None:
+    """Ask all workers of a study to stop, also those to come; or take that back."""
+    update_study(engine, study_id, stop_requested=_now() if stop else None)
+
+
+@retrying
+def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> None:
+    """Note a SLURM array that was submitted for a study."""
+    row = {"study_id": study_id, "job": job, "array": array}
+    with engine.begin() as connection:
+        connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
+
+
+def split_job(job: str) -> tuple[str, str]:
+    """The number of an array on record and its cluster, which is empty for this machine's."""
+    number, _, cluster = job.partition(";")  # as sbatch --parsable prints it
+    return number, cluster
+
+
+def job_in_words(job: str) -> str:
+    """An array on record for people to read."""
+    number, cluster = split_job(job)
+    return f"{number} of cluster {cluster}" if cluster else number
+
+
+@retrying
+def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
+    """SLURM's ids of the arrays that were submitted for a study, oldest first."""
+    with engine.connect() as connection:
+        return list(
+            connection.scalars(
+                sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
+            )
+        )
+
+
+@retrying
+def study_names(engine: sa.Engine) -> list[str]:
+    """The studies on record, oldest first."""
+    with engine.connect() as connection:
+        return list(
+            connection.scalars(
+                sa.select(StudyModel.study_name)
+                .join(Study, Study.study_id == StudyModel.study_id)
+                .order_by(Study.created)
+            )
+        )
+
+
+@retrying
+def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
+    """Whether there is a trial with Optuna's id."""
+    with engine.connect() as connection:
+        query = sa.select(sa.literal(1)).where(TrialModel.trial_id == trial_id)
+        return connection.scalar(query) is not None
+
+
+@retrying
+def is_held(engine: sa.Engine, trial_id: int) -> bool:
+    """Whether a worker holds the trial."""
+    with engine.connect() as connection:
+        query = sa.select(sa.literal(1)).where(Attempt.trial_id == trial_id, HELD)
+        return connection.scalar(query) is not None
+
+
+@retrying
+def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
+    """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
+
+    What is to be deleted must be stopped first: a claim takes this lock before it takes Optuna's.
+    """
+    with Session(engine) as session, session.begin():
+        study = session.get(Study, study_id, with_for_update=True)
+        if session.scalar(sa.select(sa.literal(1)).where(Attempt.study_id == study_id, HELD).limit(1)):
+            return False
+        if study is not None:
+            study.stop_requested = _now()
+    return True
+
+
+@retrying
+def epochs_of(engine: sa.Engine, study_id: int, trial_number: int) -> list[dict[str, Any]]:
+    """The epochs of a trial on record, in order: the columns of the table `epoch`."""
+    query = (
+        sa.select(Epoch.__table__)
+        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
+        .where(TrialModel.study_id == study_id, TrialModel.number == trial_number)
+        .order_by(Epoch.epoch)
+    )
+    with engine.connect() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def curve(engine: sa.Engine, study_id: int, trial_number: int) -> list[float]:
+    """A trial's validation accuracies by epoch."""
+    return [row["val_accuracy"] for row in epochs_of(engine, study_id, trial_number)]
