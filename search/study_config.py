@@ -23,8 +23,7 @@ from search.profile import Profiles, SlurmProfile
 from search.sampling import STARTUP_TRIALS, Search
 from search.score import Kind
 from search.strategy import OptunasPruner, Rungs, Strategy
-from search.toml_file import _unknown
-from search.typed import Table, Texts, as_typed
+from search.typed import Table, Texts, as_typed, unknown_key
 from storage import ledger, studies
 from storage.paths import path_to_record
 from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
@@ -104,7 +103,7 @@ class StudyFile(Table):
             raise ValueError(f"needs a table with at least one of {', '.join(TUNABLE)}")
         for name, spec in space.items():
             if name not in TUNABLE:
-                raise ValueError(_unknown(name, TUNABLE))
+                raise ValueError(unknown_key(name, TUNABLE))
             if not isinstance(spec, (dict, list)):
                 forms = [] if name == "batch_size" else ["{ low = ..., high = ... }"]
                 is_number = isinstance(spec, (int, float)) and not isinstance(spec, bool)
@@ -157,7 +156,7 @@ class StudyFile(Table):
         distributions = self.distributions()
         for name, value in params.items():
             if name not in distributions:
-                return _unknown(name, distributions)
+                return unknown_key(name, distributions)
             spec = distributions[name]
             try:
                 fits = spec._contains(spec.to_internal_repr(value))

@@ -13,7 +13,7 @@ from pydantic import (
 from search.errors import InputError
 from search.profile import SlurmProfile
 from search.study_config import Range, StudyFile
-from search.typed import in_our_words, near
+from search.typed import in_our_words, unknown_key
 from trainer.config import TrainConfig
 from trainer.text import TextError, read_text
 
@@ -122,15 +122,11 @@ def validate(
         location = ".".join(where + [str(p) for p in _without_branches(problem["loc"])])
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
-            message = _unknown(name, _keys_at(model, problem["loc"][:-1]))
+            message = unknown_key(name, _keys_at(model, problem["loc"][:-1]))
         else:
             message = in_our_words(problem)
         place = f"{path}: {location}" if location else str(path)
         raise InputError(f"{place}: {message}".replace("\n", " ")) from error
-
-
-def _unknown(name: str, allowed: Any) -> str:
-    return f"unknown key {name!r}{near(name, allowed)} (allowed: {', '.join(allowed)})"
 
 
 def _without_branches(location: tuple[int | str, ...]) -> Iterator[int | str]:

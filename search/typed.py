@@ -5,9 +5,14 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
 from pydantic_core import ErrorDetails
 
 LONGEST_SHOWN = 80  # characters of a wrong value that a message repeats
@@ -93,3 +98,7 @@ def near(name: str, allowed: Iterable[str]) -> str:
     """A hint at the allowed name that was probably meant; empty if none is like it."""
     found = difflib.get_close_matches(name, list(allowed), 1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def unknown_key(name: str, allowed: Any) -> str:
+    return f"unknown key {name!r}{near(name, allowed)} (allowed: {', '.join(allowed)})"
