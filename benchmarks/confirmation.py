@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from search.confirm.intervals import Interval, churn, compare, flattery, per_class_accuracy
-from search.confirmation import DROPPED, LEAST_SEEDS, WINS
+from search.confirm.evidence import DROPPED, LEAST_SEEDS, WINS
+from search.confirm.intervals import Interval, compare, per_class_accuracy, seed_flips, selection_bias
 
 SIZES = (7, 3, 3, 4, 6, 3)
 # Validation images of each attribute in FashionDataset.
@@ -100,8 +100,8 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
         np.std([per_class_accuracy(run, study.labels, SIZES) for run in some.values()], ddof=1)
         for some in runs
     ]
-    flips = churn(runs, study.labels, SIZES)
-    luck = flattery(searched, study.labels, SIZES, flips)
+    flips = seed_flips(runs, study.labels, SIZES)
+    luck = selection_bias(searched, study.labels, SIZES, flips)
     return {
         "score covered": [_holds(one.score, t) for one, t in zip(estimates, truth, strict=True)],
         "difference covered": [_holds(estimates[i].behind, truth[leader] - truth[i]) for i in others],

@@ -24,7 +24,7 @@ import optuna
 
 import search.worker
 from benchmarks.server import temporary_home
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from search.worker import Worker
 from storage import database, optuna_tables, schema, studies
 from storage.ledger import Ledger
@@ -94,7 +94,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             studies.update_study(engine, study_id, max_trials=done)
             entry = studies.study_entry(engine, name)
             assert entry is not None
-            file = StudyFile.from_record(entry).moved(str(folder / "demo"), "none")
+            file = StudyConfig.from_record(entry).moved(str(folder / "demo"), "none")
             train = file.train | {"image_size": 32, "warmup_epochs": 5}
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")

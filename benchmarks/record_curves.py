@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from search.score import score
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from trainer.config import TUNABLE
 from trainer.loop import train
@@ -45,7 +45,7 @@ CONFIGURATIONS, REPEATED, SEEDS = 400, 64, 3
 class Views(Workspace):
     """Serves augmented images' trunk output from a file, in place of the trunk's work."""
 
-    def __init__(self, file: StudyFile, work: Path) -> None:
+    def __init__(self, file: StudyConfig, work: Path) -> None:
         super().__init__(file.shared, work / "cache")
         path = work / "views.npy"
         if not path.exists():
@@ -75,7 +75,7 @@ class Views(Workspace):
             yield features, torch.from_numpy(order[part])
 
 
-def configurations(file: StudyFile) -> list[dict[str, Any]]:
+def configurations(file: StudyConfig) -> list[dict[str, Any]]:
     """Parameters by configuration."""
     sampler = optuna.samplers.QMCSampler(seed=0, warn_independent_sampling=False)
     study = optuna.create_study(sampler=sampler)
@@ -90,13 +90,13 @@ def configurations(file: StudyFile) -> list[dict[str, Any]]:
 _workspace: Views  # of a process of the pool
 
 
-def _begin(file: StudyFile, work: Path) -> None:
+def _begin(file: StudyConfig, work: Path) -> None:
     global _workspace  # a process has one
     torch.set_num_threads(1)
     _workspace = Views(file, work)
 
 
-def _record(file: StudyFile, number: int, seed: int, params: dict[str, Any]) -> list[dict[str, Any]]:
+def _record(file: StudyConfig, number: int, seed: int, params: dict[str, Any]) -> list[dict[str, Any]]:
     config = file.config(params).model_copy(update={"seed": seed})
     key = {"configuration": number, "seed": seed}
     return [result.columns() | key for result in train(config, _workspace)]
@@ -105,7 +105,7 @@ def _record(file: StudyFile, number: int, seed: int, params: dict[str, Any]) -> 
 class Recorder:
     """Runs that are done, in a file, and a pool of processes for the others."""
 
-    def __init__(self, file: StudyFile, done: Path, pool: ProcessPoolExecutor) -> None:
+    def __init__(self, file: StudyConfig, done: Path, pool: ProcessPoolExecutor) -> None:
         self._file, self._done, self._pool = file, done, pool
         self._params = configurations(file)
         done.touch()

@@ -41,7 +41,7 @@ import search.worker
 from benchmarks.server import temporary_home
 from search.sampling import whole_sample
 from search.score import score
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from search.worker import Worker
 from storage import database, ledger, optuna_tables, schema, studies
@@ -246,7 +246,7 @@ class Atelier:
     """The project's own worker, on the table."""
 
     def __init__(
-        self, file: StudyFile, study: optuna.Study, engine: sa.Engine, runs: RunFolder, replay: Replay
+        self, file: StudyConfig, study: optuna.Study, engine: sa.Engine, runs: RunFolder, replay: Replay
     ) -> None:
         dataset = SimpleNamespace(attribute_table=lambda _: [])
         workspace = SimpleNamespace(dataset=dataset, replay=replay)
@@ -313,7 +313,7 @@ def script(sampler: BaseSampler, pruner: BasePruner, replay: Replay) -> list[Sim
 
 
 def atelier(
-    file: StudyFile, engine: sa.Engine, replay: Replay, workers: int = WORKERS
+    file: StudyConfig, engine: sa.Engine, replay: Replay, workers: int = WORKERS
 ) -> list[Simulated]:
     """Workers of a study of ours; `file` names it."""
     storage = optuna_tables.optuna_storage(engine)

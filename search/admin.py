@@ -217,7 +217,7 @@ def db_prune(
     study: Annotated[str | None, typer.Argument(help="Study name, or its study file.")] = None,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
-    ] = 100,  # search.confirmation.MOST_RIVALS, whose import takes its time
+    ] = 100,  # search.confirm.evidence.MOST_RIVALS, whose import takes its time
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
     deleted: Annotated[
         bool, typer.Option("--deleted", help="Remove the folders of studies that are not on record.")
@@ -232,7 +232,7 @@ def db_prune(
         if study is None:
             _prune_deleted(deleted and not dry_run)
             return
-        from search.confirmation import SUFFIX, recorded
+        from search.confirm.plan import SUFFIX, recorded
         from search.errors import InputError
         from storage import prune
         from storage.paths import RunFolder, total_size

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from search.export import Bundle
     from search.local import LocalSearch
-    from search.study_config import StudyFile
+    from search.study_config import StudyConfig
     from storage.status import Status
     from storage.studies import StudyEntry
     from trainer.config import TrainConfig
@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     run(app, arguments)
 
 
-def _load(path: Path, data: str | None, weights: str | None, overrides: list[str] | None) -> "StudyFile":
+def _load(
+    path: Path, data: str | None, weights: str | None, overrides: list[str] | None
+) -> "StudyConfig":
     from search.toml_file import load_study_file
 
     settings = list(overrides or [])
@@ -105,7 +107,7 @@ def search(
 ) -> None:
     """Run a whole search on this machine; running it again goes on where it stopped."""
     with errors_in_one_line():
-        from search.local import rehearse
+        from search.local import preflight
         from search.study import open_study
         from storage import database, schema
 
@@ -113,7 +115,7 @@ def search(
         _check_export(output, file.study.name)
         _check_pack(pack, workers)
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
-        dataset = rehearse(file)
+        dataset = preflight(file)
         engine = database.connect()
         opened = schema.prepare(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
@@ -207,7 +209,8 @@ def worker_(
         import multiprocessing
 
         import search.preload  # noqa: F401  # quicker than one by one
-        from search.confirmation import ConfirmationFile, cannot_win
+        from search.confirm.evidence import cannot_win
+        from search.confirm.plan import ConfirmationFile
         from search.slurm.job import own_job
         from search.slurm.queue import judge
         from search.study import open_study
@@ -254,7 +257,7 @@ def worker_(
 
 def _worker_file(
     study: str, data: str | None, weights: str | None, overrides: list[str] | None
-) -> "StudyFile":
+) -> "StudyConfig":
     from search.errors import InputError
 
     if study.endswith(".toml"):
@@ -264,11 +267,11 @@ def _worker_file(
     return _recorded_file(find_study(study)[1], data, weights)
 
 
-def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -> "StudyFile":
-    from search.confirmation import recorded
-    from search.study_config import StudyFile
+def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -> "StudyConfig":
+    from search.confirm.plan import recorded
+    from search.study_config import StudyConfig
 
-    return (recorded(entry) or StudyFile.from_record(entry)).moved(data, weights)
+    return (recorded(entry) or StudyConfig.from_record(entry)).moved(data, weights)
 
 
 @app.command()
@@ -295,9 +298,11 @@ def confirm(
         import json
 
         from dashboards.terminal import console
-        from search.confirmation import plan, read_confirmation, render
+        from search.confirm.evidence import read_confirmation
+        from search.confirm.plan import plan
+        from search.confirm.table import render
         from search.errors import InputError
-        from search.local import rehearse
+        from search.local import preflight
         from search.slurm.submit import submit_study
         from search.study import open_study
         from storage import schema
@@ -318,7 +323,7 @@ def confirm(
                 typer.echo(f"  {_command('status', '--watch', file.study.name)}")
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
-            dataset = rehearse(file)
+            dataset = preflight(file)
             _, linked = open_study(file, engine, schema.prepare(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)
@@ -587,7 +592,7 @@ def export(
 
 
 def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output: Path) -> None:
-    from search.confirmation import read_confirmation
+    from search.confirm.evidence import read_confirmation
     from search.errors import InputError
     from search.export import choose, export_trial, in_words, known_accuracy
     from storage.status import read_status
@@ -620,7 +625,7 @@ def _export(engine: "sa.Engine", entry: "StudyEntry", trial: int | None, output:
 
 def _search_study(name_or_file: str) -> tuple["sa.Engine", "StudyEntry"]:
     """Find a search that exists; a confirmation is none."""
-    from search.confirmation import recorded
+    from search.confirm.plan import recorded
     from search.errors import InputError
 
     engine, entry = find_study(name_or_file)
@@ -715,7 +720,7 @@ def train(
 
 def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: list[str]) -> ExitCode:
     from search.export import check_origin
-    from search.final import run_to_end
+    from search.train import run_to_end
     from storage.paths import image_cache
     from trainer.config import EpochResult
     from trainer.dataset import absent_attributes
@@ -800,7 +805,7 @@ def predict(
 ) -> None:
     """Predict a split's attributes in the challenge's form, with the run's best model."""
     with errors_in_one_line():
-        from search import final
+        from search import predict
         from search.errors import InputError
         from storage.paths import image_cache
         from trainer.device import prepare_process
@@ -809,12 +814,12 @@ def predict(
             raise InputError(f"--tta {tta!r}: allowed are none and flip")
         _check_output(output)
         prepare_process()
-        predictor = final.Predictor(run, split, data, scores)
+        predictor = predict.Predictor(run, split, data, scores)
         _say_each(predictor.notes)
-        final.check_submission(output, predictor.source)
+        predict.check_submission(output, predictor.source)
         classes = predictor.predict(image_cache(), tta == "flip")
         with with_users_umask():
-            final.write_submission(classes, output, predictor.source)
+            predict.write_submission(classes, output, predictor.source)
         say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
         if scores and predictor.learned_from:
             say(f"note: the run learned from, or was chosen by, the images of {split}")

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 import tomli_w
 from pydantic import BaseModel, ConfigDict
 
+from search.confirm.evidence import Confirmation, attribute_sizes, predictions_of
 from search.confirm.intervals import hits, of_hits
-from search.confirmation import Confirmation, attribute_sizes, predictions_of
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
 from search.study import reader_note, reader_of

@@ -16,7 +16,7 @@ from rich.live import Live
 from dashboards.terminal import is_drawn_on, progress_line, render
 from search import forking
 from search.exit_codes import ExitCode
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.leases import RENEW_SECONDS
 from storage.paths import RunFolder, home, image_cache
@@ -29,7 +29,7 @@ POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
 
 
-def rehearse(file: StudyFile) -> Dataset:
+def preflight(file: StudyConfig) -> Dataset:
     """Try the device, prepare the images and build the network once, for the errors that this brings.
 
     Returns the dataset. Raises DatasetError, ModelError, DeviceError, UnknownDeviceError and
@@ -44,7 +44,7 @@ def rehearse(file: StudyFile) -> Dataset:
 
 
 def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
-    """What `rehearse` has done in a process of its own."""
+    """What `preflight` has done in a process of its own."""
     from trainer.workspace import prepare
 
     prepare(config, batch_sizes, cache)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from search.errors import InputError
 from search.study import check_reader, other_dataset
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of
 from trainer.config import EpochResult
@@ -49,7 +49,7 @@ class Replayed:
 
 
 def replay(
-    engine: sa.Engine, entry: StudyEntry, file: StudyFile, number: int, cache: Path
+    engine: sa.Engine, entry: StudyEntry, file: StudyConfig, number: int, cache: Path
 ) -> Iterator[Replayed]:
     """Train a trial's epochs again, those that are on record. Raises InputError."""
     rows = {row.number: row for row in read_status(engine, entry.study_id, entry.name).trials}

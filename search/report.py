@@ -10,10 +10,11 @@ from markdown_it import MarkdownIt
 from dashboards.outputs import check_overwritable, mark
 from dashboards.plot import check_figure, plot_study
 from dashboards.terminal import audit_line
-from search.confirmation import COLUMNS, cells, read_confirmation, verdict
+from search.confirm.evidence import read_confirmation
+from search.confirm.table import COLUMNS, cells, verdict
 from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.status import parameter_names, read_machines, read_status
 from storage.studies import StudyEntry
 from trainer.config import TrainConfig
@@ -41,7 +42,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     for name in ("history.png", "curves.png", *(f"compare-{name}.png" for name in compared)):
         check_figure(folder / name, entry.name)
     folder.mkdir(parents=True, exist_ok=True)
-    file = StudyFile.from_record(entry)
+    file = StudyConfig.from_record(entry)
     train = file.shared
     stages = stage_table(train, len(entry.attributes))
     plot_study(engine, entry, "history", folder / "history.png")

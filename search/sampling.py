@@ -94,7 +94,7 @@ class _Sequence(QMCSampler):
         return self._number
 
 
-class Promises(optuna.Study):
+class ImputedStudy(optuna.Study):
     """A study as its sampler sees it: a trial that has passed a rung counts as complete.
 
     Its score is the one that it promises: its value at the last rung that it has passed, and from there

@@ -7,7 +7,7 @@ import optuna
 import sqlalchemy as sa
 
 from search.errors import InputError
-from search.study_config import WARM_START_TRIALS, StudyFile
+from search.study_config import WARM_START_TRIALS, StudyConfig
 from storage import studies
 from storage.database import retrying
 from storage.status import read_status
@@ -24,7 +24,7 @@ NOT_COMPARED = {"places", "slurm", "search", "images"}
 
 @retrying
 def open_study(
-    file: StudyFile,
+    file: StudyConfig,
     engine: sa.Engine,
     storage: optuna.storages.BaseStorage,
     dataset: Dataset,
@@ -77,7 +77,7 @@ def open_study(
     return study, entry
 
 
-def _first(file: StudyFile, engine: sa.Engine) -> list[dict[str, Any]]:
+def _first(file: StudyConfig, engine: sa.Engine) -> list[dict[str, Any]]:
     """The parameters that a new study begins with. Raises InputError."""
     first = [*file.study.first]
     for name in file.study.warm_start:
@@ -96,7 +96,7 @@ def _first(file: StudyFile, engine: sa.Engine) -> list[dict[str, Any]]:
     return first
 
 
-def _recorded_first(file: StudyFile, entry: studies.StudyEntry) -> list[dict[str, Any]]:
+def _recorded_first(file: StudyConfig, entry: studies.StudyEntry) -> list[dict[str, Any]]:
     """As of the study's beginning; of one that was made by an earlier version, the file's."""
     recorded: list[dict[str, Any]] = entry.settings.get("search", {}).get("first", file.study.first)
     return recorded

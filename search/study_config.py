@@ -70,7 +70,7 @@ class StudySettings(Table):
     strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
         "promote", validation_alias=AliasChoices("strategy", "pruner")
     )
-    rungs: list[Annotated[Whole, Field(ge=0)]] | None = None  # epochs; default: see `rungs_of`
+    rungs: list[Annotated[Whole, Field(ge=0)]] | None = None  # epochs; default: see `rungs`
     first: list[dict[str, Number]] = Field([])  # parameters to begin with, not always all of them
     warm_start: Texts = Field([])  # earlier studies, with whose best parameters it begins
     audit: Real = Field(0.0, ge=0, le=1)  # the share of trials that go on whatever the strategy says
@@ -88,7 +88,7 @@ class StudySettings(Table):
         return name
 
 
-class StudyFile(Table):
+class StudyConfig(Table):
     """A whole study file. `train` holds what all trials share, `space` what they try."""
 
     study: StudySettings
@@ -122,7 +122,7 @@ class StudyFile(Table):
         return space
 
     @model_validator(mode="after")
-    def _each_key_once(self) -> "StudyFile":
+    def _each_key_once(self) -> "StudyConfig":
         both = self.train.keys() & self.space.keys()
         if both:
             raise ValueError(f"{both.pop()} stands in [space] and in [train]; keep one of them")
@@ -217,7 +217,7 @@ class StudyFile(Table):
             for name, spec in self.space.items()
         }
 
-    def rungs_of(self) -> list[int]:
+    def rungs(self) -> list[int]:
         """Epochs at which the strategy decides: the warm-up's last one, then times 3.
 
         A value from within the warm-up says little of the final score; from then on the rank
@@ -252,7 +252,7 @@ class StudyFile(Table):
         return self.model_copy(update={"train": self.train | places})
 
     @classmethod
-    def from_record(cls, entry: studies.StudyEntry) -> "StudyFile":
+    def from_record(cls, entry: studies.StudyEntry) -> "StudyConfig":
         """The file that a study on record was last opened with."""
         settings = entry.settings
         study = settings["study"] | settings.get("search", {})
@@ -282,7 +282,7 @@ class StudyFile(Table):
 
     def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
         """The strategy by name; every one starts at the first rung."""
-        name, rungs = self.study.strategy, self.rungs_of()
+        name, rungs = self.study.strategy, self.rungs()
         makers: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
             "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0]),
             "hyperband": lambda: HyperbandPruner(

@@ -12,7 +12,7 @@ from pydantic import (
 
 from search.errors import InputError
 from search.profile import SlurmProfile
-from search.study_config import Range, StudyFile
+from search.study_config import Range, StudyConfig
 from search.typed import in_our_words, unknown_key
 from trainer.config import TrainConfig
 from trainer.text import TextError, read_text
@@ -25,14 +25,14 @@ Model = TypeVar("Model", bound=BaseModel)
 LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20
 
 
-def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyFile:
+def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyConfig:
     """Read a study file; `overrides` are `table.key=value`. Raises InputError."""
     tables = read_toml(path)
     if "train" in tables and not {"study", "space"} & tables.keys():
         raise InputError(f"{path} is the configuration of one run; train it with: atelier train {path}")
     for override in overrides or []:
         _override(tables, override)
-    file = validate(StudyFile, tables, path)
+    file = validate(StudyConfig, tables, path)
     if file.train.get("train_on", "train") != "train":
         raise InputError(
             f"{path}: train.train_on = {file.train['train_on']!r}: a search needs the validation split; "

@@ -20,11 +20,11 @@ import optuna
 from dashboards.plot import attach_curve
 from dashboards.terminal import printable
 from search.exit_codes import ExitCode
-from search.sampling import Promises
+from search.sampling import ImputedStudy
 from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
 from search.strategy import Verdict
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.database import DATABASE_ERRORS, retrying
 from storage.leases import RENEW_SECONDS, LeaseKeeper
 from storage.ledger import PAUSED, SICK_HOST, SPENT, STOPPED, Claim, LeaseLost, Ledger
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
-LOUD_SAMPLERS = ("gp",)
+THREAD_CHANGING_SAMPLERS = ("gp",)
 
 
 class SickHostError(RuntimeError):
@@ -86,7 +86,7 @@ class Worker:
 
     def __init__(
         self,
-        file: StudyFile,
+        file: StudyConfig,
         study: optuna.Study,
         ledger: Ledger,
         workspace: Workspace,
@@ -214,7 +214,7 @@ class Worker:
     def _look_ahead(self) -> None:
         """While the device works, claim and sample for a place that may become free by that."""
         last = self.file.epochs - 1
-        if self.file.study.sampler in LOUD_SAMPLERS or not self.stop.leaves_time_for(
+        if self.file.study.sampler in THREAD_CHANGING_SAMPLERS or not self.stop.leaves_time_for(
             2 * self._turn_seconds
         ):
             return
@@ -389,8 +389,8 @@ class Worker:
         """
         # A Study keeps the trials that it has seen until ask or tell, which are not used here: with
         # an old one the sampler would never learn.
-        study = Promises(
-            self.study.study_name, self.ledger.storage, self.study.sampler, self.file.rungs_of()
+        study = ImputedStudy(
+            self.study.study_name, self.ledger.storage, self.study.sampler, self.file.rungs()
         )
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.

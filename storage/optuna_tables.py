@@ -8,7 +8,7 @@ from storage.tables import SCHEMA
 from storage.url import DatabaseError
 
 
-def _show_optunas_tables(connection: sa.Connection) -> None:
+def show_optunas_tables(connection: sa.Connection) -> None:
     """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see WORK."""
     role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
     if role == SCHEMA:

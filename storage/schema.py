@@ -18,7 +18,7 @@ from storage.faults import (
     sqlstate,
 )
 from storage.network import VIEWER, WORKER
-from storage.optuna_tables import _show_optunas_tables, optuna_storage
+from storage.optuna_tables import optuna_storage, show_optunas_tables
 from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
 from storage.tables import SCHEMA
 from storage.url import DatabaseError, shown
@@ -128,7 +128,7 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
                     _refuse_if_held(connection)
                 if not connection.dialect.has_schema(connection, SCHEMA):  # an administrator's, perhaps
                     connection.execute(sa.schema.CreateSchema(SCHEMA))
-                _show_optunas_tables(connection)
+                show_optunas_tables(connection)
                 config = _alembic()
                 config.attributes["connection"] = connection
                 command.upgrade(config, wanted)

@@ -13,7 +13,8 @@ from flask import Flask
 from gunicorn.app.base import BaseApplication
 
 from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
-from dashboards.web.app import Door, make_app
+from dashboards.web.app import make_app
+from dashboards.web.auth import RoleConnection
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
@@ -118,7 +119,7 @@ def _say_where(address: Address, token: str | None) -> None:
         )
 
 
-def open_doors() -> dict[str, Door]:
+def open_doors() -> dict[str, RoleConnection]:
     """Both roles' ways to the database. Raises DatabaseError."""
     engine = database.look(database.PAGES)
     schema.require_schema(engine)
@@ -130,10 +131,10 @@ def open_doors() -> dict[str, Door]:
             f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": Door.to(
+        "editor": RoleConnection.to(
             engine, optuna_tables.optuna_storage(engine, database.PAGES, make_tables=False)
         ),
-        "viewer": Door.to(looking.engine, looking.storage),
+        "viewer": RoleConnection.to(looking.engine, looking.storage),
     }
 
 

@@ -93,7 +93,7 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
     attributes = attribute_index(labels, sizes)
     covariance = _image_covariance(average, attributes, sizes)
     moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
-    moves += _seeds(scores, churn(runs, labels, sizes), random)
+    moves += _seeds(scores, seed_flips(runs, labels, sizes), random)
     leader = int(means.argmax())
     own = np.diag(covariance)
     same = own[:, np.newaxis] + own - 2 * covariance < ROUNDING  # their difference does not vary
@@ -114,13 +114,13 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
     return estimates
 
 
-def flattery(
+def selection_bias(
     runs: Sequence[np.ndarray], labels: np.ndarray, sizes: Sequence[int], churned: float
 ) -> float:
     """How much of the highest score of many runs is expected to be the luck of having these images.
 
-    `runs` are hits [images, categories], one run of each configuration; `churned` is what `churn` says
-    of reruns, for what another seed would change is not the images' doing. The bootstrap of a maximum:
+    `runs` are hits [images, categories], one run of each configuration; `churned` is what `seed_flips`
+    says of reruns, for what another seed would change is not the images' doing. The bootstrap of a maximum:
     with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
     runs share has no part in who is first, and counts as none.
     """
@@ -230,7 +230,7 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     return total
 
 
-def churn(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
+def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     """The part of a score's variance over seeds that is images changing sides one by one.
 
     The mean over seeds carries it into the images' part, so it must not be counted again. An attribute

@@ -11,7 +11,7 @@ from pathlib import Path
 from search.errors import InputError
 from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage import libpq
 from storage.paths import home
 from storage.url import configured_url, database_url, is_local, server_host
@@ -108,7 +108,7 @@ def _word(value: object) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def array_script(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+def array_script(file: StudyConfig, profile: str, array: str, options: list[str]) -> str:
     """The batch script of workers for a study file, as this user would submit it from here.
 
     `options` are the worker's arguments, the study's path or name among them. Raises InputError.

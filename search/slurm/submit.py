@@ -25,7 +25,7 @@ from search.slurm.commands import (
 )
 from search.slurm.script import array_script, log_folder, means, option_words, run_script
 from search.study import open_study
-from search.study_config import NO_FILE, StudyFile
+from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
 from storage.ownership import with_users_umask
 from storage.paths import make_private
@@ -54,7 +54,7 @@ LEFT_OPEN = {
 MOST_NAMES = 5
 
 
-def submit_study(file: StudyFile, profile: str, array: str, options: list[str]) -> str:
+def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]) -> str:
     """Check what would fail in the queue, create the study if need be, submit. Returns the job id.
 
     Raises InputError, DatasetError, DatabaseError; then nothing was submitted.

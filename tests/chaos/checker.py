@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from search.replay import Replayed
 from search.score import score
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.ledger import REDUCTION_FACTOR, RESTORED
 from storage.paths import RunFolder, artifacts, image_cache
 from trainer.config import EpochResult, TrainConfig
@@ -44,7 +44,7 @@ class Trial:
 class Evidence:
     """A study that has ended."""
 
-    file: StudyFile
+    file: StudyConfig
     max_trials: int
     trials: list[Trial]
     workers: list[Any]
@@ -82,7 +82,7 @@ class References:
         self._workspaces: dict[str, Workspace] = {}
         self._known: dict[str, list[Reference]] = {}
 
-    def curve(self, file: StudyFile, trial: Trial) -> list[EpochResult]:
+    def curve(self, file: StudyConfig, trial: Trial) -> list[EpochResult]:
         """As many epochs as are on record, if a run has so many."""
         config = file.config(trial.params)
         stream = [row.stream_epoch for row in trial.epochs]
@@ -93,14 +93,14 @@ class References:
             known.append(reference)
         return reference.first(len(stream))
 
-    def _workspace(self, file: StudyFile) -> Workspace:
+    def _workspace(self, file: StudyConfig) -> Workspace:
         key = file.shared.model_dump_json()
         if key not in self._workspaces:
             self._workspaces[key] = Workspace(file.shared, self._cache or image_cache())
         return self._workspaces[key]
 
 
-def gather(connection: sa.Connection, file: StudyFile) -> Evidence:
+def gather(connection: sa.Connection, file: StudyConfig) -> Evidence:
     """Read a study from the database, whatever constraints its tables have or have lost."""
 
     def rows(query: str) -> list[Any]:
@@ -214,7 +214,7 @@ def the_best_at_each_rung_went_on(evidence: Evidence, _: References) -> Iterator
     """Of a search whose trials wait at rungs: none that belongs to the best third waited to the end."""
     if evidence.file.study.strategy != "promote":
         return
-    for rung in evidence.file.rungs_of():
+    for rung in evidence.file.rungs():
         been = [trial for trial in evidence.trials if len(trial.epochs) > rung]
         for trial in been:
             better = sum(one.epochs[rung].value > trial.epochs[rung].value for one in been)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from storage import database
 from storage.paths import artifacts
@@ -28,7 +28,7 @@ FIRST = "(SELECT min(trial_id) FROM public.trials WHERE state = 'COMPLETE')"
 class Ended:
     """A study that has ended undisturbed."""
 
-    file: StudyFile
+    file: StudyConfig
     connection: sa.Connection
     references: References
 

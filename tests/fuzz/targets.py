@@ -29,7 +29,7 @@ from search.console import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from search.study_config import StudyFile
+    from search.study_config import StudyConfig
     from storage.studies import StudyEntry
 
 ROOT = Path(__file__).parents[2]
@@ -118,9 +118,9 @@ def _read_override(path: Path) -> None:
     _use(load_study_file(path.with_name("study.toml"), [text]))
 
 
-def _use(file: "StudyFile") -> None:
+def _use(file: "StudyConfig") -> None:
     """What every command does next with a study file."""
-    file.distributions(), file.rungs_of(), file.largest, file.identity(), file.places()
+    file.distributions(), file.rungs(), file.largest, file.identity(), file.places()
     file.make_sampler(file.study.first)
 
 
@@ -226,8 +226,8 @@ def _read_model(path: Path) -> None:
 
 
 def _read_predictions(path: Path) -> None:
+    from search.confirm.evidence import predictions_of
     from search.confirm.intervals import hits, of_hits
-    from search.confirmation import predictions_of
 
     home = {"ATELIER_HOME": str(path.parents[3])}
     with mock.patch.dict(os.environ, home):

@@ -26,7 +26,7 @@ from werkzeug.test import EnvironBuilder
 from dashboards.plot import attach_curve, plot_study
 from dashboards.web.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
 from dashboards.web.app import make_app
-from dashboards.web.server import Door, open_doors
+from dashboards.web.server import RoleConnection, open_doors
 from storage import database, ledger, optuna_tables, schema, studies
 from storage.embedded import EmbeddedPostgres
 from tests.conftest import PASSWORD, copied_database, give_accounts
@@ -55,7 +55,7 @@ class Shown(NamedTuple):
     """The application before one study with every kind of trial."""
 
     app: Flask
-    doors: dict[str, Door]
+    doors: dict[str, RoleConnection]
     engine: sa.Engine
     accounts: Accounts
     study: int

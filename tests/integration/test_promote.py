@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from dashboards.terminal import audit_line
 from search.exit_codes import ExitCode
-from search.study_config import StudyFile
+from search.study_config import StudyConfig
 from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing
 from storage.status import read_status
 from storage.studies import study_entry, update_study
@@ -261,4 +261,4 @@ def test_a_worker_that_was_replaced_notes_nothing(engine):
 def test_a_worker_by_name_searches_as_the_study_does(engine, make_worker):
     worker = make_worker("study.max_trials=7", "study.audit=0.5", "study.sampler=qmc", *PROMOTE)
     entry = study_entry(engine, "tiny")
-    assert StudyFile.from_record(entry).study == worker.file.study
+    assert StudyConfig.from_record(entry).study == worker.file.study

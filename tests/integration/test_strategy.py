@@ -113,10 +113,10 @@ def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):
 def test_rungs_begin_where_the_warmup_ends(settings, rungs, study_text, tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    assert load_study_file(path, ['study.strategy="asha"', *settings]).rungs_of() == rungs
+    assert load_study_file(path, ['study.strategy="asha"', *settings]).rungs() == rungs
 
 
 def test_without_a_strategy_there_are_no_rungs(study_text, tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    assert load_study_file(path, ["study.rungs=[2]"]).rungs_of() == []
+    assert load_study_file(path, ["study.rungs=[2]"]).rungs() == []

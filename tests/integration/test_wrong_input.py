@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.confirmation import plan
+from search.confirm.plan import plan
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file

@@ -7,7 +7,15 @@ from sklearn.metrics import recall_score
 
 from dashboards.wilson import Z, wilson
 from search.confirm import intervals
-from search.confirm.intervals import churn, compare, flattery, hits, of_hits, of_mean, per_class_accuracy
+from search.confirm.intervals import (
+    compare,
+    hits,
+    of_hits,
+    of_mean,
+    per_class_accuracy,
+    seed_flips,
+    selection_bias,
+)
 from trainer.predictions import Predictions
 
 SIZES = (3, 2)
@@ -131,21 +139,23 @@ def test_seeds_that_shift_all_of_a_candidate_widen_its_interval(labels):
     shaky[1] = dict(zip(range(5), [*shaky[1].values()][::-1], strict=True))
     narrow, wide = (compare(runs, labels, SIZES)[0].score.error for runs in (steady, shaky))
     assert wide > 2 * narrow
-    assert churn(steady, labels, SIZES) > 0
+    assert seed_flips(steady, labels, SIZES) > 0
 
 
 def test_flattery_is_what_the_best_of_many_equals_has_too_much(labels):
     """All configurations are equal, so whatever is above the mean is luck."""
     runs = [*runs_of(labels, 0.7, 60).values()]
     scores = [per_class_accuracy(run, labels, SIZES) for run in runs]
-    luck = flattery(runs, labels, SIZES, 0.0)
+    luck = selection_bias(runs, labels, SIZES, 0.0)
     assert 0.4 < luck / (max(scores) - np.mean(scores)) < 1  # never too much, if anything
-    assert 0 < flattery(runs, labels, SIZES, 0.5 * np.var(scores)) < luck  # some of it is the seeds'
-    assert flattery(runs, labels, SIZES, 2 * np.var(scores)) == 0  # all of it is
-    assert flattery(runs[:1], labels, SIZES, 0.0) == 0
+    assert (
+        0 < selection_bias(runs, labels, SIZES, 0.5 * np.var(scores)) < luck
+    )  # some of it is the seeds'
+    assert selection_bias(runs, labels, SIZES, 2 * np.var(scores)) == 0  # all of it is
+    assert selection_bias(runs[:1], labels, SIZES, 0.0) == 0
     # Of configurations that differ much, the best is not the best by luck.
     spread = [runs_of(labels, level, 1, n)[0] for n, level in enumerate(np.linspace(0, 1, 12))]
-    assert abs(flattery(spread, labels, SIZES, 0.0)) < 0.1 * luck
+    assert abs(selection_bias(spread, labels, SIZES, 0.0)) < 0.1 * luck
 
 
 def test_intervals_of_one_run_cover_the_truth(labels):
@@ -261,7 +271,7 @@ def test_intervals_of_candidates_can_be_true(labels, right):
 
 def test_no_candidates_have_no_estimates(labels):
     assert compare([], labels, SIZES) == []
-    assert flattery([], labels, SIZES, 0.0) == 0
+    assert selection_bias([], labels, SIZES, 0.0) == 0
 
 
 def test_candidates_that_are_equal_share_the_probability(labels):

@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from search.sampling import Promises, Search, promising
+from search.sampling import ImputedStudy, Search, promising
 
 SPACE = {"lr": FloatDistribution(1e-4, 1e-2, log=True), "batch_size": CategoricalDistribution([64, 128])}
 
@@ -78,6 +78,6 @@ def test_a_sampler_sees_the_promises():
     study = optuna.create_study(direction="maximize")
     running = study.ask(SPACE)
     running.report(0.7, 0)
-    seen = Promises(study.study_name, study._storage, study.sampler, rungs=[0])
+    seen = ImputedStudy(study.study_name, study._storage, study.sampler, rungs=[0])
     assert [one.value for one in seen._get_trials(states=[TrialState.COMPLETE])] == [0.7]
     assert study.get_trials(states=[TrialState.COMPLETE]) == []

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.confirmation import recorded
+from search.confirm.plan import recorded
 from search.errors import InputError
 from search.export import load_bundle
 from search.profile import SlurmProfile
 from search.slurm.script import render_script
-from search.study_config import Range, StudyFile, StudySettings
+from search.study_config import Range, StudyConfig, StudySettings
 from search.toml_file import load_study_file
 from search.typed import in_our_words
 from storage.studies import StudyEntry
@@ -239,7 +239,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("model", [StudySettings, SlurmProfile, TrainConfig, Range, StudyFile])
+@pytest.mark.parametrize("model", [StudySettings, SlurmProfile, TrainConfig, Range, StudyConfig])
 def test_whatever_is_typed_pydantic_does_not_speak(model):
     """Every field with every odd value: each type of error that occurs is one that we have words for."""
     refused = 0
@@ -278,7 +278,7 @@ def entry(slurm):
 def test_a_record_is_read_back_as_it_was_written(load):
     written = load('gpus = "a100:2"\ntime = 480\nmemory = 4096\nqos = 5\nsetup = "x"').slurm
     dumped = {name: profile.model_dump() for name, profile in written.items()}
-    assert StudyFile.from_record(entry(dumped)).slurm == written
+    assert StudyConfig.from_record(entry(dumped)).slurm == written
 
 
 def test_a_record_of_an_earlier_version_goes_on_working():
@@ -291,7 +291,7 @@ def test_a_record_of_an_earlier_version_goes_on_working():
         "warning": 300,
         "setup": [],
     }
-    file = StudyFile.from_record(entry({"tuning": old}))
+    file = StudyConfig.from_record(entry({"tuning": old}))
     script = rendered(file.slurm["tuning"])
     assert lines(script, "mem") == ["#SBATCH --mem=12GB"]
     assert file.model_dump()["slurm"]["tuning"]["time"] == "8h"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from search.confirmation import Candidate, Confirmation, verdict
+from search.confirm.evidence import Candidate, Confirmation
+from search.confirm.table import verdict
 
 
 @pytest.mark.parametrize(

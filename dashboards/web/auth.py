@@ -1,0 +1,189 @@
+"""Who may see and change what: login, sessions, and the gate before every page."""
+
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+from flask import (
+    Flask,
+    Response,
+    abort,
+    current_app,
+    g,
+    jsonify,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+
+from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from storage import database, studies
+
+if TYPE_CHECKING:
+    from dashboards.web.optuna import RoleConnection
+
+SESSION = timedelta(hours=12)
+
+
+OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
+
+
+def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneTimeLink | None) -> Any:
+    database.thread_patience.set(PAGE_SECONDS)
+    g.role = None
+    if _is_cross_site():
+        return _refuse(403, "requests from other sites are refused")
+    if request.endpoint in OPEN:
+        return None
+    g.role, g.user = _who(accounts, link)
+    if g.role is None:
+        if is_navigation():
+            return redirect(url_for("login", next=request.full_path.rstrip("?")))
+        return _refuse(401, "log in first")
+    if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
+        abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
+    door = doors[g.role]
+    g.engine, g.optuna_app = door.engine, door.optuna_app
+    if request.method in ("GET", "HEAD"):
+        return None
+    if g.role != "editor":
+        return _refuse(403, "a viewer may look, not change; ask for an account with the role editor")
+    reason = _forbidden_to_editors(g.engine, request.method, request.path)
+    return _refuse(409, reason) if reason else None
+
+
+def _is_cross_site() -> bool:
+    """Whether another site's page makes this request. A link that somebody follows is no such thing."""
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    reads = request.method in ("GET", "HEAD")
+    if site not in ("same-origin", "none"):
+        return not (reads and request.headers.get("Sec-Fetch-Mode") == "navigate")
+    origin = request.headers.get("Origin")
+    return not reads and origin is not None and urlsplit(origin).netloc != request.host
+
+
+def is_navigation() -> bool:
+    """Whether a browser will show the answer: to all others an error is JSON."""
+    return request.method == "GET" and "text/html" in request.headers.get("Accept", "")
+
+
+def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str | None]:
+    """Role and name of the session; it ends when its account changes."""
+    known = accounts.all()
+    account = known.get(session.get("user", ""))
+    if account is not None and session.get("stamp") == account.stamp:
+        return account.role, account.name
+    if link is not None and not known and session.get("stamp") == link.stamp:
+        return "editor", None
+    return None, None
+
+
+def _refuse(status: int, reason: str) -> Response:
+    """In optuna-dashboard's form of an error."""
+    response = jsonify(reason=reason)
+    response.status_code = status
+    return response
+
+
+def add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
+    throttle = Throttle()
+
+    def ask(problem: str = "", status: int = 200) -> Any:
+        target, by_link = request.values.get("next", ""), not accounts.all()
+        return render_template("login.html", problem=problem, by_link=by_link, next=target), status
+
+    @app.get("/login")
+    def login() -> Any:
+        token = request.args.get("token")
+        if token is None and "entered" in request.args:
+            return redirect(_wanted()) if _who(accounts, link)[0] else ask(_cookieless(), 401)
+        if token is None:
+            return ask()
+        if link is not None and not accounts.all() and link.use(token):
+            return _enter(link.stamp)
+        if accounts.all():
+            return ask("Links end with the first account: log in.", 401)
+        return ask("This link is not valid any more; the terminal shows the next one.", 401)
+
+    @app.post("/login")
+    def log_in() -> Any:
+        name, password = request.form.get("name", ""), request.form.get("password", "")
+        keys = _throttled(name, request.remote_addr or "")
+        if wait := throttle.wait(*keys):
+            return ask(f"Too many attempts. Try again in {wait} s.", 429)
+        account = accounts.check(name, password)
+        if account is None:
+            throttle.failed(*keys)
+            return ask("Wrong name or password.", 401)
+        throttle.succeeded(*keys)
+        return _enter(account.stamp, account.name)
+
+
+def _enter(stamp: str, user: str = "") -> Any:
+    session.clear()
+    session.permanent = True
+    session.update(user=user, stamp=stamp)
+    # By way of a question of our own: whether the browser sends back what it was given.
+    return redirect(url_for("login", entered="", next=request.values.get("next", "")))
+
+
+def _cookieless() -> str:
+    """What the login page says to who was let in, but comes without the session's cookie."""
+    if current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
+        return "If you have just logged in: sessions here are for https only; open this page by https."
+    return (
+        f"If you have just logged in: this browser keeps no cookies of {request.host}, and so nobody "
+        "stays logged in. Allow them, then log in again."
+    )
+
+
+def log_out() -> Any:
+    session.clear()
+    return redirect(url_for("login"))
+
+
+def _wanted() -> str:
+    """The page that was asked for before the login."""
+    target = request.values.get("next", "")
+    # A path of ours, not another host; a browser leaves out control characters.
+    safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
+    # After a file, or the end of a session, there would be no page.
+    is_page = not re.match(r"/logout|/csv/|[^?]*\.csv", target)
+    return request.script_root + target if safe and is_page else url_for("pages.index")
+
+
+def _throttled(name: str, address: str) -> list[str]:
+    """What has to wait after failures. Through ssh -L all come from this machine's own address."""
+    return [f"name {name[:200]}", *([] if is_loopback(address) else [f"address {address}"])]
+
+
+PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
+
+
+# What optuna-dashboard can do to a study or trial, as (method, path).
+_RENAME = re.compile(r"POST /api/studies/\d+/rename")
+
+
+_DELETE = re.compile(r"DELETE /api/studies/(\d+)")
+
+
+_OF_TRIAL = re.compile(r"(?:POST|PUT|DELETE) /api/trials/(\d+)/.*")
+
+
+def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | None:
+    """Why not even an editor may do this now: the workers' fence does not know optuna-dashboard."""
+    call = f"{method} {path.rstrip('/')}"
+    if _RENAME.fullmatch(call):
+        return (
+            "optuna-dashboard renames by copying, which loses epochs and checkpoints; start another "
+            "study instead, with another [study] name"
+        )
+    if (match := _DELETE.fullmatch(call)) and not studies.stop_unless_held(engine, int(match[1])):
+        return "workers hold trials of this study; stop them first: atelier stop STUDY"
+    if (match := _OF_TRIAL.fullmatch(call)) and studies.is_held(engine, int(match[1])):
+        return "a worker holds this trial; stop the workers first: atelier stop STUDY"
+    return None

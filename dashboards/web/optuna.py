@@ -1,0 +1,128 @@
+"""optuna-dashboard behind our login, with our prefix and our errors."""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import optuna
+import optuna_dashboard
+import sqlalchemy as sa
+from flask import (
+    Flask,
+    Response,
+    abort,
+    g,
+    request,
+    url_for,
+)
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
+from werkzeug.datastructures import Headers
+
+from dashboards import tables
+from dashboards.web import pages
+from dashboards.web.auth import is_navigation
+from storage import studies
+from storage.ownership import as_owner
+from storage.paths import artifacts, home, make_private
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+class _Artifacts(FileSystemArtifactStore):
+    """Files of the home, in a folder that the first one makes."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        with as_owner(home()):
+            make_private(artifacts())
+            super().write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """Also what has gone already: else a study with a missing picture could not be deleted."""
+        with suppress(ArtifactNotFound):
+            super().remove(artifact_id)
+
+
+def mount_optuna(app: Flask, prefix: str) -> None:
+    page_link = '<a href="{}" style="{}">Atelier’s pages</a></body>'
+    style = (
+        "position:fixed;right:16px;bottom:16px;z-index:2000;padding:8px 14px;border-radius:20px;"
+        "background:#3b82f6;color:#fff;font:500 14px system-ui,sans-serif;text-decoration:none"
+    )
+    bundle = pages.Script(lambda: _prefixed(prefix))
+
+    @app.route("/<path:path>", methods=METHODS)
+    def optuna_pages(path: str) -> Any:
+        if path.startswith("atelier/"):
+            abort(404, "There is no such page.")
+        if prefix and path == "static/bundle.js":
+            return bundle.response()
+        # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
+        environ = {**request.environ, "PATH_INFO": request.path.encode().decode("latin-1")}
+        is_page = path.split("/")[0] == "dashboard"
+        try:
+            answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
+        except KeyError:  # Optuna's word for a study or trial that there is not
+            abort(404, "There is no such study or trial, or not any more.")
+        if answer.status_code == 404 and is_navigation():
+            abort(404, "There is no such page.")
+        if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
+            _raise_the_reason(request.path)
+        if answer.mimetype == "text/csv":
+            _name_table(answer.headers)
+        if is_page and answer.mimetype == "text/html":
+            text = answer.get_data(as_text=True).replace('="/static/', f'="{prefix}/static/')
+            answer.set_data(text.replace("</body>", page_link.format(url_for("pages.index"), style)))
+        return answer
+
+
+def _name_table(headers: Headers) -> None:
+    """optuna-dashboard's table is UTF-8, as is its name; it says neither in a way that browsers know."""
+    _, _, name = headers.get("Content-Disposition", "").partition("filename=")
+    words = name.encode("latin-1").decode().removesuffix(".csv")
+    headers["Content-Type"] = "text/csv; charset=utf-8"
+    headers["Content-Disposition"] = tables.attachment(words)
+
+
+def _raise_the_reason(path: str) -> None:
+    """Raises what `_explain` knows, if the database is away or the path's study has gone."""
+    with g.engine.connect():
+        pass
+    if (match := re.match(r"/api/studies/(\d+)", path)) and not studies.study_entry(
+        g.engine, int(match[1])
+    ):
+        abort(404, "There is no such study, or not any more.")
+    if (match := re.match(r"/api/trials/(\d+)", path)) and not studies.trial_exists(
+        g.engine, int(match[1])
+    ):
+        abort(404, "There is no such trial, or not any more.")
+
+
+def _prefixed(prefix: str) -> bytes:
+    """optuna-dashboard's script with its absolute paths under the prefix."""
+    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
+    for old, new in (
+        ("`${this.baseURL}/api/", f"`{prefix}/api/"),
+        ("`/artifacts/", f"`{prefix}/artifacts/"),
+        ("(/artifacts/", f"({prefix}/artifacts/"),
+        ("`/csv/", f"`{prefix}/csv/"),
+        ('url_prefix:"/dashboard"', f'url_prefix:"{prefix}/dashboard"'),
+    ):
+        text = text.replace(old, new)
+    return text.encode()
+
+
+@dataclass
+class RoleConnection:
+    """One role's way to the data: a connection, and optuna-dashboard on top of one."""
+
+    engine: sa.Engine
+    optuna_app: Any = field(repr=False)
+
+    @classmethod
+    def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "RoleConnection":
+        app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
+        app.catchall = False  # its errors are ours to answer
+        return cls(engine, app)

@@ -1,0 +1,240 @@
+"""What a confirmation shows: who is ahead, by how much, and how sure that is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from search.confirm.intervals import (
+    Estimate,
+    compare,
+    hits,
+    per_class_accuracy,
+    seed_flips,
+    selection_bias,
+)
+from search.confirm.plan import SUFFIX, recorded
+from search.errors import InputError
+from storage.paths import RunFolder
+from storage.status import TrialRow, read_status
+from storage.studies import StudyEntry, study_entry
+from trainer.predictions import Predictions
+
+WINS = 0.95  # the probability of being best from which on a candidate has won
+DROPPED = 0.01  # the one below which it gets no further seeds
+CANNOT_WIN = "cannot win any more"  # then the reason why a rerun is pruned before its first epoch
+LEAST_SEEDS = 2  # before anything is said of a candidate
+
+
+WINNING_SEEDS = 5  # of a winner: with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
+
+
+MOST_RIVALS = 100  # trials of the search that are looked at for the luck of the first
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial of the search, and what its reruns say. Scores are average per-class accuracies."""
+
+    number: int  # in the search
+    params: dict[str, Any]
+    searched: float | None  # in the search; None if its predictions are not at hand
+    seeds: int  # reruns that are complete
+    failed: int  # reruns that failed, diverged, or ran out of memory
+    passed_over: bool  # it could not win any more
+    estimate: Estimate | None  # None while there are too few seeds
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """A confirmation as it stands. `candidates` are ranked, the leader first.
+
+    `optimism` is by how much the accuracy of the trial that the search puts first is expected to be too
+    high: what fresh seeds do not repeat, and the luck with the images that they do
+    (`selection_bias`). Below 0 it is too low. None if the search is ranked by something else.
+    """
+
+    study: str  # the search
+    linked: str  # the name of the study that the reruns are trials of
+    reruns: int  # that have ended
+    max_reruns: int
+    seeds: int  # wanted of each candidate
+    candidates: list[Candidate]
+    optimism: float | None
+    overtaken: list[int]  # trials of the search that were not among the candidates and now would be
+
+    @property
+    def finished(self) -> bool:
+        """Whether every candidate has its seeds, or was given up."""
+        return self.reruns >= self.max_reruns
+
+    @property
+    def leader(self) -> Candidate | None:
+        """The candidate with the highest mean; None before the first estimate."""
+        return self.candidates[0] if self.candidates[0].estimate else None
+
+    @property
+    def winner(self) -> Candidate | None:
+        """The candidate that is the best with a probability of 95 %, if there is one in the end."""
+        # Not before: who looks often enough sees any candidate win for a while. And none of whose reruns
+        # failed: that luck must not count, nor win by having no rivals left.
+        first, rivals = self.leader, self.candidates[1:]
+        if first is None or first.estimate is None or not self.finished or first.failed:
+            return None
+        if first.seeds < WINNING_SEEDS:
+            return None
+        judged = bool(rivals) and all(one.estimate for one in rivals)
+        return first if judged and first.estimate.best >= WINS else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: the form of `--json`, which stays stable."""
+        winner = self.winner
+        return asdict(self) | {
+            "finished": self.finished,
+            "winner": None if winner is None else winner.number,
+        }
+
+
+def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
+    """What is known of a search's leaders by now; None if nobody asked for a confirmation.
+
+    Raises InputError if a complete rerun's predictions are not at hand.
+    """
+    linked = study_entry(engine, search.name + SUFFIX)
+    if linked is None or (plan := recorded(linked)) is None:
+        return None
+    status = read_status(engine, linked.study_id, linked.name)
+    found = read_status(engine, search.study_id, search.name).completed()
+    numbers = [one["number"] for one in plan.candidates]
+    searched = _searched(search, found, numbers)
+    evidence = _Evidence(linked, status.trials)
+    candidates = []
+    for number, one in zip(numbers, plan.candidates, strict=True):
+        ended = [
+            row
+            for row in status.trials
+            if row.params.get("candidate") == number and row.state in ("pruned", "failed")
+        ]
+        given_up = [row for row in ended if row.reason == CANNOT_WIN]
+        candidates.append(
+            Candidate(
+                number=number,
+                params=one["params"],
+                searched=searched.accuracy.get(number),
+                seeds=len(evidence.runs.get(number, {})),
+                failed=len(ended) - len(given_up),
+                passed_over=bool(given_up),
+                estimate=evidence.estimates.get(number),
+            )
+        )
+    candidates.sort(key=lambda one: -one.estimate.score.value if one.estimate else 0.0)
+    return Confirmation(
+        study=search.name,
+        linked=linked.name,
+        reruns=status.finished,
+        max_reruns=status.max_trials,
+        seeds=status.max_trials // len(candidates),
+        candidates=candidates,
+        optimism=_optimism(search, searched, numbers[0], evidence),
+        overtaken=[row.number for row in found[: len(numbers)] if row.number not in numbers],
+    )
+
+
+def attribute_sizes(entry: StudyEntry) -> list[int]:
+    """How many attributes each category of the study's dataset has."""
+    kinds = [row["category"] for row in entry.attributes]
+    return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+
+
+def predictions_of(entry: StudyEntry, number: int) -> Predictions:
+    """What a complete trial predicted. Raises InputError."""
+    path = RunFolder(entry.name, entry.created).predictions(number)
+    sizes = attribute_sizes(entry)
+    try:
+        found = Predictions.load(path)
+        if found.labels.shape[1] == len(sizes) and (found.labels < sizes).all():
+            return found
+    except (OSError, ValueError):
+        pass
+    raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used")
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What the search's best trials predicted: hits and accuracies by number."""
+
+    runs: dict[int, np.ndarray]
+    accuracy: dict[int, float]
+    labels: np.ndarray | None
+
+
+def _searched(search: StudyEntry, found: Sequence[TrialRow], candidates: Sequence[int]) -> _Searched:
+    """Of the best trials and the candidates; empty if they are older than this, or elsewhere."""
+    runs, labels = {}, None
+    numbers = dict.fromkeys([*(row.number for row in found[:MOST_RIVALS]), *candidates])
+    for number in numbers:
+        try:
+            predictions = predictions_of(search, number)
+        except InputError:
+            continue
+        runs[number], labels = hits(predictions), predictions.labels
+    sizes = attribute_sizes(search)
+    if labels is None:
+        return _Searched({}, {}, None)
+    accuracy = {number: per_class_accuracy(run, labels, sizes) for number, run in runs.items()}
+    return _Searched(runs, accuracy, labels)
+
+
+def _optimism(
+    search: StudyEntry, searched: _Searched, first: int, evidence: "_Evidence"
+) -> float | None:
+    estimate = evidence.estimates.get(first)
+    by_accuracy = search.settings["study"]["score"] == "mean-last-5"
+    if not by_accuracy or estimate is None or searched.labels is None or first not in searched.runs:
+        return None
+    sizes = attribute_sizes(search)
+    luck = selection_bias([*searched.runs.values()], searched.labels, sizes, evidence.seed_flips)
+    return searched.accuracy[first] - estimate.score.value + luck
+
+
+class _Evidence:
+    """The hits of a confirmation's complete trials, and what follows from them. Raises InputError."""
+
+    def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
+        self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
+        self._sizes = attribute_sizes(linked)
+        for row in trials:
+            if row.state == "complete":
+                predictions = predictions_of(linked, row.number)
+                self._labels = predictions.labels
+                runs = self.runs.setdefault(row.params["candidate"], {})
+                runs[row.params["seed"]] = hits(predictions)
+        self._judged = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
+
+    @property
+    def seed_flips(self) -> float:
+        """See search.confirm.intervals.seed_flips."""
+        return seed_flips([*self._judged.values()], self._labels, self._sizes)
+
+    @cached_property
+    def estimates(self) -> dict[int, Estimate]:
+        """Of the candidates that have enough seeds."""
+        if not self._judged:
+            return {}
+        known = compare([*self._judged.values()], self._labels, self._sizes)
+        return dict(zip(self._judged, known, strict=True))
+
+
+def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
+    """The reason, if a candidate is worth no further seed."""
+    trials = read_status(engine, linked.study_id, linked.name).trials
+    if any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials):
+        return CANNOT_WIN  # once and for all, else its seeds would not be those of the others
+    try:
+        estimate = _Evidence(linked, trials).estimates.get(candidate)
+    except InputError:
+        return None  # a file is missing, which is not this trial's fault
+    return CANNOT_WIN if estimate is not None and estimate.best < DROPPED else None

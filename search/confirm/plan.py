@@ -1,0 +1,144 @@
+"""What a confirmation runs: which trials, on which seeds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+
+from search.errors import InputError
+from search.study import check_reader
+from search.study_config import StudyConfig
+from search.toml_file import validate
+from storage.status import read_status
+from storage.studies import StudyEntry, study_entry
+from trainer.config import TrainConfig
+
+SUFFIX = "-confirm"  # of the linked study's name
+
+
+TOP, SEEDS = 5, 5  # with three seeds, no paired test can reach significance
+
+
+MOST_TRIALS = 10**6
+
+
+class Plan(BaseSampler):
+    """An Optuna sampler that samples nothing: each trial's parameters follow from its number."""
+
+    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self._candidates, self._seed = candidates, seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        turn, index = divmod(trial.number, len(self._candidates))
+        candidate = self._candidates[index]
+        # The search's own seed has had its luck.
+        own = {"candidate": candidate["number"], "seed": (self._seed + 1 + turn) % 2**32}
+        return (own | candidate["params"])[param_name]
+
+
+class ConfirmationFile(StudyConfig):
+    """What a study file is to a search; made from what is on record of the search."""
+
+    confirms: str  # the search's name
+    candidates: list[dict[str, Any]]  # {"number", "params"} of its trials
+    dataset: str  # the fingerprint of the search's
+
+    @property
+    def made_on(self) -> str:
+        return self.dataset
+
+    def corners(self) -> Iterator[dict[str, Any]]:
+        """The candidates: nothing else is trained."""
+        return (one["params"] for one in self.candidates)
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """The full configuration of a trial with these parameters."""
+        return super().config({key: value for key, value in params.items() if key != "candidate"})
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The search's space, and which of its trials is run again with which seed."""
+        own = {"candidate": IntDistribution(0, MOST_TRIALS), "seed": IntDistribution(0, 2**32 - 1)}
+        return own | super().distributions()
+
+    def identity(self) -> dict[str, Any]:
+        """As of the search, and the candidates, which must not change."""
+        return super().identity() | {"confirms": {"study": self.confirms, "candidates": self.candidates}}
+
+    def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
+        return Plan(self.candidates, self.shared.seed)
+
+
+def recorded(entry: StudyEntry) -> ConfirmationFile | None:
+    """The confirmation that a study on record is; None if it is a search."""
+    if "confirms" not in entry.settings:
+        return None
+    confirms = entry.settings["confirms"]
+    seeds = entry.max_trials // len(confirms["candidates"])
+    return _confirmation_file(entry, confirms["study"], confirms["candidates"], seeds)
+
+
+def _confirmation_file(
+    entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
+) -> ConfirmationFile:
+    """The confirmation of a search's trials, with the settings of a study that is on record."""
+    file = StudyConfig.from_record(entry)
+    tables = file.model_dump() | {"slurm": file.slurm}
+    tables["study"] |= {
+        "name": search + SUFFIX,
+        "score": "mean-last-5",
+        "max_trials": len(candidates) * seeds,
+        "strategy": "none",
+    }
+    own = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
+    return validate(ConfirmationFile, tables | own, f"confirmation of {search!r}")
+
+
+def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None) -> ConfirmationFile:
+    """The confirmation that is on record, with more seeds if asked for; else a new one.
+
+    Raises InputError if there is nothing to confirm, or if it was begun otherwise.
+    """
+    check_reader(search)
+    linked = study_entry(engine, search.name + SUFFIX)
+    if linked is None:
+        status = read_status(engine, search.study_id, search.name)
+        chosen = status.completed()
+        if not chosen or len(chosen) < (top or 1):
+            found = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
+            raise InputError(f"study {search.name!r} has {found} yet; see: atelier status {search.name}")
+        candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
+        return _confirmation_file(search, search.name, candidates, seeds or SEEDS)
+    begun = recorded(linked)
+    if begun is None:
+        raise InputError(f"{linked.name!r} is the name of a search; a confirmation cannot have it too")
+    known, given = len(begun.candidates), begun.study.max_trials // len(begun.candidates)
+    if top not in (None, known):
+        raise InputError(
+            f"--top {top}: the confirmation was begun with {known}; to begin anew, first delete "
+            f"{linked.name!r} in the dashboard"
+        )
+    if seeds is not None and seeds < given:
+        raise InputError(f"--seeds {seeds}: each candidate has {given} already; allowed are more")
+    return _confirmation_file(linked, search.name, begun.candidates, seeds or given)

@@ -1,0 +1,80 @@
+"""A confirmation as a table, and its verdict in words."""
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dashboards.terminal import Grid
+from search.confirm.evidence import WINNING_SEEDS, WINS, Candidate, Confirmation
+
+TIED = 0.05  # the one from which on a candidate is named in a tie
+
+
+COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
+
+
+def render(confirmation: Confirmation) -> RenderableType:
+    """The confirmation as a table, and its verdict in words."""
+    table = Grid(COLUMNS)
+    for one in confirmation.candidates:
+        table.add(*cells(one))
+    return Group(table, *(Text(line, style="bold") for line in verdict(confirmation)))
+
+
+def cells(one: Candidate) -> list[str]:
+    """A row of the table; percent, and points of it."""
+    notes = [f"{one.failed} failed"] * (one.failed > 0) + ["out"] * one.passed_over
+    row = [
+        str(one.number),
+        str(one.seeds) + (f" ({', '.join(notes)})" if notes else ""),
+        "" if one.searched is None else f"{100 * one.searched:.2f}",
+    ]
+    if one.estimate is None:
+        return [*row, *[""] * (len(COLUMNS) - len(row))]
+    score, behind = one.estimate.score, one.estimate.behind
+    return [
+        *row,
+        f"{100 * score.value:.2f} ± {100 * score.error:.2f}",
+        f"{100 * score.low:.2f} to {100 * score.high:.2f}",
+        f"{100 * behind.value:.2f}",
+        f"{100 * behind.low:.2f} to {100 * behind.high:.2f}" if behind.error else "",
+        f"{100 * one.estimate.best:.0f} %",
+    ]
+
+
+def verdict(confirmation: Confirmation) -> list[str]:
+    """What follows, in sentences."""
+    lines = [_who_is_best(confirmation)]
+    if confirmation.optimism is not None:
+        points = 100 * confirmation.optimism
+        lines.append(
+            "the search's figure for the trial that it puts first is expected to be too "
+            f"{'low' if points < 0 else 'high'} by {abs(points):.2f} points"
+        )
+    if confirmation.overtaken:
+        numbers = ", ".join(map(str, confirmation.overtaken))
+        lines.append(
+            f"trials {numbers} of the search have come in front since; to confirm them, first delete "
+            f"{confirmation.linked!r} in the dashboard"
+        )
+    return lines
+
+
+def _who_is_best(confirmation: Confirmation) -> str:
+    leader, winner = confirmation.leader, confirmation.winner
+    if leader is None or leader.estimate is None or not confirmation.finished:
+        return f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
+    if winner is not None:
+        return f"trial {winner.number} is the best of them with {100 * leader.estimate.best:.0f} %"
+    if len(confirmation.candidates) == 1:
+        return "one candidate alone has nobody to win against"
+    best = {one.number: round(one.estimate.best, 2) for one in confirmation.candidates if one.estimate}
+    tied = [str(number) for number, probability in best.items() if probability >= TIED]
+    if len(tied) > 1:
+        return (
+            f"no winner yet: trials {', '.join(tied)} tie; more seeds may tell them apart, or choose by "
+            "other reasons"
+        )
+    return (
+        f"no winner yet: trial {leader.number} leads with {100 * leader.estimate.best:.0f} %; a winner "
+        f"has {100 * WINS:.0f} %, {WINNING_SEEDS} seeds and no failed rerun"
+    )
