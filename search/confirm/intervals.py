@@ -120,8 +120,8 @@ def selection_bias(
     """How much of the highest score of many runs is expected to be the luck of having these images.
 
     `runs` are hits [images, categories], one run of each configuration; `churned` is what `seed_flips`
-    says of reruns, for what another seed would change is not the images' doing. The bootstrap of a maximum:
-    with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
+    says of reruns, for what another seed would change is not the images' doing. The bootstrap of a
+    maximum: with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
     runs share has no part in who is first, and counts as none.
     """
     if len(runs) < 2:
