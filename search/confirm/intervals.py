@@ -121,8 +121,8 @@ def selection_bias(
 
     `runs` are hits [images, categories], one run of each configuration; `churned` is what `seed_flips`
     says of reruns, for what another seed would change is not the images' doing. The bootstrap of a
-    maximum: with images drawn anew another run comes first, and what the draw gave to it is luck. Luck that all
-    runs share has no part in who is first, and counts as none.
+    maximum: with images drawn anew another run comes first, and what the draw gave to it is luck.
+    Luck that all runs share has no part in who is first, and counts as none.
     """
     if len(runs) < 2:
         return 0.0  # it was chosen from nothing
