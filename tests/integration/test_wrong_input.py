@@ -9,6 +9,7 @@ import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import alembic.command
 import pytest
@@ -514,7 +515,7 @@ def test_a_dashboard_that_cannot_be_served(database_url, folder, monkeypatch):
 def test_weights_that_are_no_weights(study_text, tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    (tmp_path / "junk.pth").write_bytes(os.urandom(3000))
+    (tmp_path / "junk.pth").write_bytes(Random(0).randbytes(3000))
     result = runner.invoke(app, ["search", str(path), "--weights", str(tmp_path / "junk.pth")])
     assert_one_line(result, "is of no known kind; allowed is a safetensors file or")
 
