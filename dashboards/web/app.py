@@ -29,14 +29,13 @@ from dashboards.web import pages
 from dashboards.web.accounts import Accounts, OneTimeLink
 from dashboards.web.auth import (
     SESSION,
-    RoleConnection,
     _refuse,
     add_login,
     authorize,
     is_navigation,
     log_out,
 )
-from dashboards.web.optuna import mount_optuna
+from dashboards.web.optuna import RoleConnection, mount_optuna
 from storage import database, faults, url
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from gunicorn.app.base import BaseApplication
 
 from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
 from dashboards.web.app import make_app
-from dashboards.web.auth import RoleConnection
+from dashboards.web.optuna import RoleConnection
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
