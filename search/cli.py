@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(
-        logging.WARNING
-    )  # its import says so too, if it is not cut short
+    # torch's import sets this too, unless it is cut short.
+    logging.getLogger("torch").setLevel(logging.WARNING)
     run(app, arguments)
 
 

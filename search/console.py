@@ -116,7 +116,7 @@ def ready_streams() -> None:
 
 def run(app: typer.Typer, arguments: list[str] | None) -> None:
     """Run the whole command; what its verbs do not meet, as a full disk at the end, is one line too."""
-    signal.signal(signal.SIGXCPU, _say_out_of_time)
+    signal.signal(signal.SIGXCPU, _end_out_of_time)
     try:
         with errors_in_one_line():
             code = app(arguments, standalone_mode=False) or ExitCode.DONE
@@ -132,9 +132,11 @@ def run(app: typer.Typer, arguments: list[str] | None) -> None:
     sys.exit(_leave(code))
 
 
-def _say_out_of_time(*_: object) -> None:
+def _end_out_of_time(*_: object) -> None:
+    """Not by an error: whoever is at work, as torch's import, may take that for one of its own."""
     signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second
-    raise limits.LimitError(limits.cpu_time())
+    say(f"error: {limits.cpu_time()}")
+    raise SystemExit(ExitCode.FAILED)
 
 
 def _leave(code: int) -> int:

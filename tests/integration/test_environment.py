@@ -231,23 +231,25 @@ def test_every_verb_makes_something_or_is_looked_at():
     assert {verb.rstrip("_") for verb in verbs} <= looking | MAKING
 
 
+def look_at_all(what_there_is):
+    """Give every command that looks; each leaves all as it was."""
+    before = what_there_is()
+    for words in LOOKING:
+        end(words)
+        assert what_there_is() == before, words
+
+
 def test_looking_where_nothing_is_makes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "new" / "home"))
     monkeypatch.delenv("ATELIER_DATABASE_URL", raising=False)
-    before = everything_in(tmp_path)
-    for words in LOOKING:
-        end(words)
-        assert everything_in(tmp_path) == before, words
+    look_at_all(lambda: everything_in(tmp_path))
 
 
 def test_looking_into_an_empty_database_makes_nothing(
     folder, tmp_path, monkeypatch, database_url, server
 ):
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "new" / "home"))
-    before = everything_in(tmp_path), on_server(server, database_url)
-    for words in LOOKING:
-        end(words)
-        assert (everything_in(tmp_path), on_server(server, database_url)) == before, words
+    look_at_all(lambda: (everything_in(tmp_path), on_server(server, database_url)))
 
 
 def on_server(server, url):
