@@ -94,7 +94,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             studies.update_study(engine, study_id, max_trials=done)
             entry = studies.study_entry(engine, name)
             assert entry is not None
-            file = StudyConfig.from_record(entry).moved(str(folder / "demo"), "none")
+            file = StudyConfig.from_record(entry).with_paths(str(folder / "demo"), "none")
             train = file.train | {"image_size": 32, "warmup_epochs": 5}
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")
@@ -108,7 +108,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
                 RunFolder(entry.name, entry.created),
             )
             pause = Pause(epoch)
-            search.worker.turn = pause  # type: ignore[assignment]
+            search.worker.train_epoch = pause  # type: ignore[assignment]
             started = time.perf_counter()
             worker.run()
             outside = time.perf_counter() - pause.began - pause.epochs * epoch
@@ -147,7 +147,7 @@ class Simulated(threading.Thread):
                 started = time.perf_counter()
                 self.ledger.record(claim, result(epoch, value).columns(), value)
                 self.records.append(time.perf_counter() - started)
-                if epoch == 5 and self.ledger.standing(epoch, value).better > 3:
+                if epoch == 5 and self.ledger.rank(epoch, value).better > 3:
                     break
                 if time.monotonic() > self.until:
                     break
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=float, default=0.4)
     options = parser.parse_args()
     with temporary_home() as folder:
-        schema.prepare(database.connect())
+        schema.open_storage(database.connect())
         many_workers(WORKERS / RATE, f"{RATE} records a second")
         many_workers(0.0, "as fast as they can")
         beside_training(options.trials or [100, 1000, 5000], options.epoch, folder)

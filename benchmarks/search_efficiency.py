@@ -270,7 +270,7 @@ def _turn(runs: Sequence[TableRun], _: object) -> Iterator[tuple[TableRun, Epoch
 
 
 # What is looked up, or not worth drawing, in this process's workers.
-search.worker.Run, search.worker.turn = TableRun, _turn
+search.worker.Run, search.worker.train_epoch = TableRun, _turn
 search.worker.attach_curve = lambda *_: None
 
 
@@ -500,7 +500,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     with temporary_home() as home:
-        schema.prepare(_engine(home))
+        schema.open_storage(_engine(home))
         if options.only != "crowd":
             efficiency(home, options.replays, options.figure)
         if options.only != "efficiency":

@@ -37,7 +37,7 @@ from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.device import prepare_process
 from trainer.images import load_image
-from trainer.loop import Run, turn
+from trainer.loop import Run, train_epoch
 from trainer.loss import AttributeLoss, class_weights
 from trainer.workspace import Workspace
 
@@ -146,7 +146,7 @@ def throughput(data: str, rounds: int) -> None:
         def tail() -> None:
             lone.train_step(features, targets)
 
-        list(turn(packs[1]))  # compiles
+        list(train_epoch(packs[1]))  # compiles
         tail()
         measured: dict[str, list[float]] = {}
         for number in range(rounds):
@@ -154,7 +154,9 @@ def throughput(data: str, rounds: int) -> None:
             sides = {"baseline": IMAGES / seconds(lambda: [baseline.step() for _ in range(2)])}
             kernels = seconds(trunk), seconds(lambda: [tail() for _ in range(2)])
             for size, runs in packs.items():
-                sides[f"pack {size}"] = size * IMAGES / seconds(lambda runs=runs: list(turn(runs)))
+                sides[f"pack {size}"] = (
+                    size * IMAGES / seconds(lambda runs=runs: list(train_epoch(runs)))
+                )
                 sides[f"bound {size}"] = size * IMAGES / (kernels[0] + size * kernels[1])
             sides |= {"trunk": IMAGES / kernels[0], "tail": IMAGES / kernels[1]}
             for name, value in sides.items():
@@ -202,7 +204,7 @@ def memory(data: str, pack: int) -> None:
         workspace = Workspace(config, Path(cache))
         runs = [Run(config, workspace) for _ in range(pack)]
         for _ in range(3):  # all that is kept from one epoch to the next is there in the second
-            list(turn(runs))
+            list(train_epoch(runs))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(f"a worker's peak at --pack {pack}, batch 256: {peak:.2f} GiB")
 
@@ -216,11 +218,11 @@ def trials(data: str, weights: str, rounds: int, figure: Path | None) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
         first = Run(config, workspace)
-        list(turn([first]))  # compiles, and makes the validation features
+        list(train_epoch([first]))  # compiles, and makes the validation features
         for _ in range(rounds):
             for size in packs:
                 runs = [Run(config, workspace) for _ in range(size)]
-                hours = config.epochs * seconds(lambda runs=runs: list(turn(runs))) / 3600
+                hours = config.epochs * seconds(lambda runs=runs: list(train_epoch(runs))) / 3600
                 rates[size].append(size / hours)
                 print(f"pack {size}: {rates[size][-1]:.1f} trials/h", flush=True)
     print(f"{config.backbone} at {config.image_size}, {config.epochs} epochs, none pruned, trials/h:")

@@ -138,7 +138,7 @@ def enter_study(folder: Path) -> None:
 
     engine = database.connect()
     file = load_study_file(folder / "study.toml")
-    open_study(file, engine, schema.prepare(engine), read_dataset(folder / "data"))
+    open_study(file, engine, schema.open_storage(engine), read_dataset(folder / "data"))
     engine.dispose()
 
 

@@ -34,7 +34,7 @@ SPREAD = 300.0  # seconds in which the processes are killed
 
 def hold(study_id: int, storage: optuna.storages.BaseStorage, ready: Semaphore) -> None:
     """Claim a trial and keep it until the end of this process."""
-    ledger = Ledger(database.connect(), storage, study_id, judge=lambda _: {})
+    ledger = Ledger(database.connect(), storage, study_id, probe_liveness=lambda _: {})
     ledger.register()
     claim = ledger.claim()
     assert claim is not None
@@ -61,7 +61,7 @@ def main() -> None:
     count = parser.parse_args().trials
     with temporary_home():
         engine = database.connect()
-        storage = schema.prepare(engine)
+        storage = schema.open_storage(engine)
         study_id = fill(engine, ["waiting"] * count, name="takeover", max_trials=count)
         engine.dispose()  # before the fork
         storage._backend.engine.dispose()  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def main() -> None:
             ready.acquire()
         died: dict[int, datetime] = {}
         threading.Thread(target=kill, args=(holders, died), daemon=True).start()
-        other = Ledger(engine, storage, study_id, judge=lambda _: {})
+        other = Ledger(engine, storage, study_id, probe_liveness=lambda _: {})
         other.register()
         taken: list[int] = []
         while len(taken) < count:

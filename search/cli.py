@@ -116,7 +116,7 @@ def search(
         arguments = [str(study), *_repeat(data, weights, set_, pack)]
         dataset = preflight(file)
         engine = database.connect()
-        opened = schema.prepare(engine)
+        opened = schema.open_storage(engine)
         _, entry = open_study(file, engine, opened, dataset, lead=True)
         local = _run_here(arguments, workers, engine, entry)
         status = local.status()
@@ -211,7 +211,7 @@ def worker_(
         from search.confirm.evidence import cannot_win
         from search.confirm.plan import ConfirmationFile
         from search.slurm.job import own_job
-        from search.slurm.queue import judge
+        from search.slurm.queue import probe_liveness
         from search.study import open_study
         from search.worker import Worker
         from storage import database, roles, schema
@@ -237,7 +237,13 @@ def worker_(
                 entry.max_trials,
                 file.study.max_trials,
             )
-        ledger = Ledger(engine, storage, entry.study_id, judge=judge, job=job.columns() if job else None)
+        ledger = Ledger(
+            engine,
+            storage,
+            entry.study_id,
+            probe_liveness=probe_liveness,
+            job=job.columns() if job else None,
+        )
         runs = RunFolder(entry.name, entry.created).make()
         together = wanted or pack_that_fits(file.largest, workspace)
         logging.info("trials at once: %d", together)
@@ -270,7 +276,7 @@ def _recorded_file(entry: "StudyEntry", data: str | None, weights: str | None) -
     from search.confirm.plan import recorded
     from search.study_config import StudyConfig
 
-    return (recorded(entry) or StudyConfig.from_record(entry)).moved(data, weights)
+    return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
 
 
 @app.command()
@@ -298,7 +304,7 @@ def confirm(
 
         from dashboards.terminal import console
         from search.confirm.evidence import read_confirmation
-        from search.confirm.plan import plan
+        from search.confirm.plan import plan_confirmation
         from search.confirm.table import render
         from search.errors import InputError
         from search.local import preflight
@@ -313,7 +319,7 @@ def confirm(
             raise InputError("--array and --profile go with --submit")
         engine, entry = _search_study(study)
         if not (show or as_json):
-            file = plan(engine, entry, top, seeds).moved(data, weights)
+            file = plan_confirmation(engine, entry, top, seeds).with_paths(data, weights)
             _check_pack(pack, 1 if submit else workers)
             arguments = [*_repeat(data, weights, None, pack), "--", file.study.name]
             if submit:
@@ -323,7 +329,7 @@ def confirm(
                 typer.echo(f"  {_command('confirm', '--show', entry.name)}")
                 return
             dataset = preflight(file)
-            _, linked = open_study(file, engine, schema.prepare(engine), dataset, lead=True)
+            _, linked = open_study(file, engine, schema.open_storage(engine), dataset, lead=True)
             local = _run_here(arguments, workers, engine, linked)
         confirmation = read_confirmation(engine, entry)
         if confirmation is None:
@@ -403,7 +409,8 @@ def logs(
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the last log."""
     with errors_in_one_line():
-        from dashboards.terminal import console, render_attempts
+        from dashboards.study_tables import render_attempts
+        from dashboards.terminal import console
         from search.errors import InputError
         from search.slurm.submit import newest_log
         from storage.status import read_attempts
@@ -432,7 +439,8 @@ def status(
 
         from rich.console import Group
 
-        from dashboards.terminal import console, render, render_workers
+        from dashboards.study_tables import render, render_workers
+        from dashboards.terminal import console
         from search.slurm.queue import Tasks, task_states
         from storage.paths import RunFolder, total_size
         from storage.status import read_status
@@ -471,7 +479,8 @@ def _watch(
     """Show a study until all of its trials have ended: drawn anew, or a line for whatever changes."""
     from rich.live import Live
 
-    from dashboards.terminal import is_drawn_on, progress_line
+    from dashboards.study_tables import progress_line
+    from dashboards.terminal import is_drawn_on
 
     if is_drawn_on(console):
         with Live(console=console) as live:
@@ -497,8 +506,9 @@ def trials(
     """List a study's trials, one a row."""
     with errors_in_one_line():
         from dashboards.outputs import check_overwritable
+        from dashboards.study_tables import render_trials
         from dashboards.tables import csv_text, trial_table
-        from dashboards.terminal import console, render_trials
+        from dashboards.terminal import console
         from storage.status import read_status
 
         engine, entry = find_study(study)

@@ -224,9 +224,9 @@ def _words(error: Exception) -> str | None:
     # By the module, not by the class, which would have to be imported, and torch with it.
     origin = type(error).__module__.partition(".")[0]
     if origin in DATABASE_MODULES:
-        from storage.faults import Verdict, explain, judge
+        from storage.faults import ErrorKind, classify, explain
 
-        return None if judge(error) is Verdict.OURS else f"the database: {explain(error)}"
+        return None if classify(error) is ErrorKind.OURS else f"the database: {explain(error)}"
     return str(error) if origin in {"search", "dashboards", "storage", "trainer"} else None
 
 

@@ -13,7 +13,8 @@ from types import FrameType
 from rich.console import Console
 from rich.live import Live
 
-from dashboards.terminal import is_drawn_on, progress_line, render
+from dashboards.study_tables import progress_line, render
+from dashboards.terminal import is_drawn_on
 from search import forking
 from search.exit_codes import ExitCode
 from search.study_config import StudyConfig

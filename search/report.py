@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from dashboards.outputs import check_overwritable, mark
 from dashboards.plot import check_figure, plot_study
-from dashboards.terminal import audit_line
+from dashboards.study_tables import audit_line
 from search.confirm.evidence import read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.errors import InputError

@@ -21,7 +21,7 @@ STARTUP_TRIALS = 10
 warnings.filterwarnings("ignore", "QMCSampler is experimental", ExperimentalWarning)
 
 
-class Search(BaseSampler):
+class StartupSampler(BaseSampler):
     """Begins with the given points and a Sobol sequence, then asks another sampler.
 
     Trial n gets the n-th point, whichever worker claims it. The sequence is the study's own: it is

@@ -10,10 +10,10 @@ from typing import Protocol
 import optuna
 
 from storage.database import retrying
-from storage.ledger import REDUCTION_FACTOR, Claim, Ledger, Standing
+from storage.ledger import REDUCTION_FACTOR, Claim, Ledger, Rank
 
 
-class Verdict(Enum):
+class Decision(Enum):
     """What becomes of a trial after an epoch."""
 
     GOES_ON = "goes on"
@@ -27,10 +27,10 @@ class Strategy(Protocol):
     def decides_at(self, epoch: int) -> bool:
         """Whether a trial may be told to end or to wait after this epoch."""
 
-    def decide(self, claim: Claim, epoch: int, value: float) -> Verdict:
+    def decide(self, claim: Claim, epoch: int, value: float) -> Decision:
         """What becomes of the claim's trial after such an epoch, which is on record."""
 
-    def promotes(self, standing: Standing) -> bool:
+    def promotes(self, standing: Rank) -> bool:
         """Whether a paused trial of this standing is to go on before a new one begins."""
 
 
@@ -50,15 +50,15 @@ class Rungs:
         """At the rungs only."""
         return epoch in self._rungs
 
-    def decide(self, claim: Claim, epoch: int, value: float) -> Verdict:
+    def decide(self, claim: Claim, epoch: int, value: float) -> Decision:
         """Whether too many of the trials that have been at this rung were better."""
-        standing = self._ledger.standing(epoch, value)
+        standing = self._ledger.rank(epoch, value)
         if self._pauses:
-            return Verdict.GOES_ON if self.promotes(standing) else Verdict.PAUSED
+            return Decision.GOES_ON if self.promotes(standing) else Decision.PAUSED
         places = max(standing.peers // REDUCTION_FACTOR, 1)
-        return Verdict.GOES_ON if standing.better < places else Verdict.PRUNED
+        return Decision.GOES_ON if standing.better < places else Decision.PRUNED
 
-    def promotes(self, standing: Standing) -> bool:
+    def promotes(self, standing: Rank) -> bool:
         """Whether it is in the top third by now. What another strategy has left waiting goes on."""
         return not self._pauses or standing.is_among_the_best
 
@@ -80,12 +80,12 @@ class OptunasPruner:
         return epoch >= self._first
 
     @retrying
-    def decide(self, claim: Claim, epoch: int, value: float) -> Verdict:
+    def decide(self, claim: Claim, epoch: int, value: float) -> Decision:
         """What Optuna says."""
         # Not Trial.should_prune: a Trial knows only the values that it reported itself.
         prunes = self._pruner.prune(self._study, self._ledger.storage.get_trial(claim.trial_id))
-        return Verdict.PRUNED if prunes else Verdict.GOES_ON
+        return Decision.PRUNED if prunes else Decision.GOES_ON
 
-    def promotes(self, standing: Standing) -> bool:
+    def promotes(self, standing: Rank) -> bool:
         """What another strategy has left waiting goes on."""
         return True

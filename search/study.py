@@ -17,7 +17,6 @@ from trainer.images import READER
 
 log = logging.getLogger(__name__)
 
-
 # Of a study's settings: what does not make its trials incomparable.
 NOT_COMPARED = {"places", "slurm", "search", "images"}
 
@@ -41,8 +40,8 @@ def open_study(
     existing = studies.study_entry(engine, name)
     if existing is not None:
         _same(identity, existing, dataset.fingerprint)
-    if file.made_on not in (None, dataset.fingerprint):
-        raise other_dataset(name, str(file.made_on), dataset.fingerprint)
+    if file.dataset_fingerprint not in (None, dataset.fingerprint):
+        raise other_dataset(name, str(file.dataset_fingerprint), dataset.fingerprint)
     first = _recorded_first(file, existing) if existing else _first(file, engine)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True
@@ -61,14 +60,14 @@ def open_study(
         study._study_id,
         dataset=dataset.fingerprint,
         attributes=dataset.attribute_table(file.shared),
-        settings=identity | file.incidentals(first),
+        settings=identity | file.metadata(first),
         **budget,
     )
     entry = _entered(engine, name)
     _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
     first = _recorded_first(file, entry)
     if lead:
-        settings = identity | file.incidentals(first)
+        settings = identity | file.metadata(first)
         studies.update_study(engine, study._study_id, stop_requested=None, settings=settings, **budget)
         entry = _entered(engine, name)
         for line in absent_attributes(entry.attributes):
@@ -90,7 +89,7 @@ def _first(file: StudyConfig, engine: sa.Engine) -> list[dict[str, Any]]:
                 f"study.warm_start: {name!r} has no complete trial; wait for one, or leave it out"
             )
         # What that study held fixed may be open here.
-        points = [file.within(earlier.settings["train"] | row.params) for row in best]
+        points = [file.clip(earlier.settings["train"] | row.params) for row in best]
         distinct = list({tuple(point.items()): point for point in points}.values())
         first += [point for point in distinct[:WARM_START_TRIALS] if point not in first]
     return first

@@ -20,7 +20,7 @@ from pydantic import (
 
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
-from search.sampling import STARTUP_TRIALS, Search
+from search.sampling import STARTUP_TRIALS, StartupSampler
 from search.score import Kind
 from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, unknown_key
@@ -47,14 +47,8 @@ class Range(Table):
 
 
 Choices = Annotated[list[Number], Field(min_length=1)]
-
-
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
-
-
 WARM_START_TRIALS = 3  # of each earlier study
-
-
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
 
 
@@ -168,7 +162,7 @@ class StudyConfig(Table):
                 return f"{name} = {value!r}; allowed is {allowed}"
         return None
 
-    def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def clip(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as far as the space has them: what is beyond a bound of a range moves to it."""
         known = {name: params[name] for name in self.space if name in params}
         return {
@@ -245,7 +239,7 @@ class StudyConfig(Table):
             "images": {"reader": READER},
         }
 
-    def moved(self, data: str | None, weights: str | None) -> Self:
+    def with_paths(self, data: str | None, weights: str | None) -> Self:
         """The same file with other places of the dataset and the weights; None for no change."""
         given = {"data": data, "weights": weights}
         places = {key: value for key, value in given.items() if value is not None}
@@ -278,7 +272,7 @@ class StudyConfig(Table):
         }
         startup = {"random": 0, "qmc": math.inf}.get(self.study.sampler, STARTUP_TRIALS)
         inner = makers[self.study.sampler]()
-        return Search(self.distributions(), inner, first, startup)
+        return StartupSampler(self.distributions(), inner, first, startup)
 
     def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
         """The strategy by name; every one starts at the first rung."""
@@ -296,11 +290,11 @@ class StudyConfig(Table):
         return Rungs(trials, rungs, pauses=name == "promote")
 
     @property
-    def made_on(self) -> str | None:
+    def dataset_fingerprint(self) -> str | None:
         """The fingerprint of the dataset that it belongs to; None for any."""
         return None
 
-    def incidentals(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What goes on record beside the identity: how to search, and where things are."""
         apart = {"name", "score", "max_trials", "max_gpu_hours", "warm_start"}
         return {

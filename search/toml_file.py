@@ -19,7 +19,6 @@ from trainer.text import TextError, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
-
 # What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
 # Python can neither print an integer of 5,000 digits nor a table inside 1,000 others.
 LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20

@@ -23,8 +23,6 @@ from trainer.model_file import ModelFiles
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-
 LOCK_SECONDS = 10  # a requeued job's predecessor may still be ending
 
 

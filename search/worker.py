@@ -23,7 +23,7 @@ from search.exit_codes import ExitCode
 from search.sampling import ImputedStudy
 from search.score import epoch_value, score
 from search.stopping import Stop, on_signals
-from search.strategy import Verdict
+from search.strategy import Decision
 from search.study_config import StudyConfig
 from storage.database import DATABASE_ERRORS, retrying
 from storage.leases import RENEW_SECONDS, LeaseKeeper
@@ -35,12 +35,11 @@ from storage.status import TrialRow
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import EpochResult
 from trainer.device import is_device_fault, is_out_of_memory
-from trainer.loop import Run, turn
+from trainer.loop import Run, train_epoch
 from trainer.predictions import Predictions
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 THREAD_CHANGING_SAMPLERS = ("gp",)
@@ -263,7 +262,7 @@ class Worker:
         self._look_ahead()
         started = time.monotonic()
         trials = {trial.run: trial for trial in self._trials}
-        for run, outcome in turn(list(trials), self._interrupt):
+        for run, outcome in train_epoch(list(trials), self._interrupt):
             trial = trials.pop(run)
             if isinstance(outcome, Exception):
                 self._charge(trial.claim, trial.checkpoints, outcome)
@@ -342,12 +341,12 @@ class Worker:
     def _decide(self, trial: _Trial, epoch: int, value: float) -> None:
         """Apply the strategy's verdict; of an audited trial it is only noted."""
         verdict = self._strategy.decide(trial.claim, epoch, value)
-        if verdict == Verdict.GOES_ON:
+        if verdict == Decision.GOES_ON:
             return
         reason = f"{verdict.value} after {epoch + 1} epochs"
         if self.file.audits(trial.claim.trial_number):
             self.ledger.note_audit(trial.claim, epoch, verdict.value)
-        elif verdict == Verdict.PRUNED:
+        elif verdict == Decision.PRUNED:
             self._finish(trial, "pruned", value, reason)
         else:
             self._give_back(trial, PAUSED, reason)

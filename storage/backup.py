@@ -30,17 +30,17 @@ import psycopg2
 import pydantic
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
-from optuna.storages._rdb.models import BaseModel as OptunaBase
-from optuna.storages._rdb.models import (
+from optuna.trial import TrialState
+
+from storage import paths, schema, url
+from storage.ledger import RESTORED
+from storage.optuna_tables import BaseModel as OptunaBase
+from storage.optuna_tables import (
     StudyModel,
     TrialModel,
     TrialSystemAttributeModel,
     VersionInfoModel,
 )
-from optuna.trial import TrialState
-
-from storage import paths, schema, url
-from storage.ledger import RESTORED
 from storage.ownership import as_owner, private, require_own
 from storage.paths import RunFolder, artifacts, files_in, make_private
 from storage.tables import Attempt, Base, Study, Worker

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
+from storage.optuna_tables import TrialModel, TrialValueModel
 from storage.status import FINISHED, TrialRow
 from storage.tables import Attempt, Epoch
 

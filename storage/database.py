@@ -25,21 +25,18 @@ from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.faults import (
     NO_POOLER,
     READ_ONLY,
-    Verdict,
+    ErrorKind,
+    classify,
     explain,
     is_transient,
     is_worth_waiting,
-    judge,
     sqlstate,
 )
 from storage.paths import home
 from storage.url import DatabaseError, configured_url, database_url, shown
 
 log = logging.getLogger(__name__)
-
-
 PATIENCE = 600  # seconds that work goes on trying while the database is away
-
 
 # The same for what this thread does: somebody who waits for a page has less of it.
 thread_patience: ContextVar[float] = ContextVar("thread_patience", default=PATIENCE)
@@ -81,10 +78,8 @@ WORK = Sessions(
     }
 )
 
-
 # For pages: nobody waits a minute for one.
 PAGES = replace(WORK.having(statement_timeout="15s"), connect_timeout=3)
-
 
 # They say nothing about the trial that was at work.
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, DatabaseError)
@@ -117,7 +112,7 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
 
     Raises DatabaseError, also for sessions that are not what they were asked to be.
     """
-    engine = _engine(url or database_url(), sessions)
+    engine = make_engine(url or database_url(), sessions)
     try:
         for attempt in Retrying(
             retry=retry_if_exception(is_worth_waiting),
@@ -130,7 +125,7 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
         raise AssertionError("it returns or raises")
     except SQLAlchemyError as error:
         line = f"cannot reach the database at {shown(engine.url)}: {explain(error)}"
-        if judge(error) is not Verdict.FINAL:
+        if classify(error) is not ErrorKind.FINAL:
             line += (
                 "; is it up, and is ATELIER_DATABASE_URL right?"
                 if os.environ.get("ATELIER_DATABASE_URL")
@@ -139,14 +134,14 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
         raise DatabaseError(line) from error
 
 
-def _engine(url: URL, sessions: Sessions) -> sa.Engine:
-    engine = sa.create_engine(url, **_pool(url, sessions, ping=False))
+def make_engine(url: URL, sessions: Sessions) -> sa.Engine:
+    engine = sa.create_engine(url, **pool(url, sessions, ping=False))
     sa.event.listen(engine, "checkout", _refuse_hung_up)
-    _follow_failovers(engine, sessions)
+    follow_failovers(engine, sessions)
     return engine
 
 
-def _follow_failovers(engine: sa.Engine, sessions: Sessions) -> None:
+def follow_failovers(engine: sa.Engine, sessions: Sessions) -> None:
     if "default_transaction_read_only" not in sessions.settings:  # else it was asked for
         sa.event.listen(engine, "handle_error", _leave_read_only)
 
@@ -170,7 +165,7 @@ def _refuse_hung_up(connection: Any, *_: object) -> None:
     raise sa.exc.DisconnectionError
 
 
-def _pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
+def pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
     # Two are kept; a page server's threads may need some more for a moment.
     return {
         "pool_pre_ping": ping,
@@ -192,8 +187,8 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
         connection = libpq.connect(*positional, **named)
         try:
             if sessions.checked:
-                found = _settings(connection, sessions)
-                if wrong := _other_settings(found, sessions.settings):
+                found = settings_of(connection, sessions)
+                if wrong := other_settings(found, sessions.settings):
                     raise DatabaseError(f"the database at {shown(url)} {wrong}")
         except BaseException:
             connection.close()
@@ -203,7 +198,7 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
     return create
 
 
-def _settings(connection: Any, sessions: Sessions) -> dict[str, str]:
+def settings_of(connection: Any, sessions: Sessions) -> dict[str, str]:
     """What a session of the driver's, in no transaction, really has of what was asked for."""
     connection.autocommit = True  # spares two round trips, and some poolers have no transactions
     with connection.cursor() as cursor:
@@ -214,7 +209,7 @@ def _settings(connection: Any, sessions: Sessions) -> dict[str, str]:
     return found
 
 
-def _other_settings(found: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
+def other_settings(found: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
     wrong = [
         f"{name} = {found[name]!r} instead of {value!r}"
         for name, value in asked.items()

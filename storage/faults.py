@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, Pe
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 
-class Verdict(enum.Enum):
+class ErrorKind(enum.Enum):
     """What to do after an error."""
 
     AGAIN = "the database is away for the moment, or busy with others: the same may succeed later"
@@ -95,20 +95,20 @@ _NAME = re.compile(r"could not translate host name .*: (?!Temporary failure)")
 _SOCKET = re.compile(r'on socket "(.*)/[^/]*" failed: No such file or directory')
 
 
-def judge(error: BaseException) -> Verdict:
+def classify(error: BaseException) -> ErrorKind:
     """What to do after an error, of the database or any other."""
     code, _ = _cause(error)
     for key in (code, code[:2]) if code else ():
         if key in FINAL:
-            return Verdict.FINAL
+            return ErrorKind.FINAL
         if key in AGAIN:
-            return Verdict.AGAIN
-    return Verdict.AGAIN if _is_away(_unwrapped(error), code) else Verdict.OURS
+            return ErrorKind.AGAIN
+    return ErrorKind.AGAIN if _is_away(_unwrapped(error), code) else ErrorKind.OURS
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database was away, so that the same may succeed later."""
-    return judge(error) is Verdict.AGAIN
+    return classify(error) is ErrorKind.AGAIN
 
 
 def is_worth_waiting(error: BaseException) -> bool:
@@ -135,7 +135,7 @@ def reason(error: BaseException) -> str:
 def explain(error: BaseException) -> str:
     """The same, with what to do about it if it is final."""
     code, words = _cause(error)
-    if judge(error) is not Verdict.FINAL or code is None:
+    if classify(error) is not ErrorKind.FINAL or code is None:
         return words
     return f"{words}; {FINAL.get(code) or FINAL[code[:2]]}"
 

@@ -20,7 +20,13 @@ from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage
-from optuna.storages._rdb.models import (
+from optuna.trial import TrialState
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session, aliased
+
+from storage.database import retrying
+from storage.liveness import HELD, Holder, Liveness, host, probe_this_host, process_identity
+from storage.optuna_tables import (
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
@@ -28,41 +34,22 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.trial import TrialState
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session, aliased
-
-from storage.database import retrying
-from storage.liveness import HELD, Holder, Verdicts, gone_here, host, process_identity
 from storage.tables import Attempt, Epoch, Study, Worker
-from storage.usage import TRAINED_HERE, _now, is_spent
+from storage.usage import TRAINED_HERE, is_spent, now
 
 LEASE_SECONDS = 120.0
-
-
 RESTORED = "the database was restored from a backup"
-
-
 REFUSED = " (refused)"  # how the names of a refused trial's parameters end
-
-
 SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing there
-
-
 STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
-
 
 # The outcome of an attempt whose trial waits until its strategy lets it go on.
 PAUSED = "paused"
 
-
 # The user attribute of an audited trial: {"epoch", "verdict"} of when its strategy would first have
 # stopped it.
 AUDIT = "atelier:audit"
-
-
 REDUCTION_FACTOR = 3
-
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
@@ -88,7 +75,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Rank:
     """A trial's place at an epoch, among the trials that have been there."""
 
     better: int  # how many were worth more
@@ -107,8 +94,8 @@ def _lost(claim: Claim) -> LeaseLost:
 class Ledger:
     """The trials of one study, as one worker (or an onlooker) sees them.
 
-    `judge` says which holders are alive and which are gone; where it cannot say, the lease decides.
-    `job` are the columns of this worker's SLURM job.
+    `probe_liveness` says which holders are alive and which are gone. Where it cannot say, the lease
+    decides. `job` are the columns of this worker's SLURM job.
     """
 
     def __init__(
@@ -117,13 +104,13 @@ class Ledger:
         storage: BaseStorage,
         study_id: int,
         lease_seconds: float = LEASE_SECONDS,
-        judge: Callable[[list[Holder]], Verdicts] = gone_here,
+        probe_liveness: Callable[[list[Holder]], Liveness] = probe_this_host,
         job: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.storage, self.study_id = engine, storage, study_id
         self._job = job or {}
         self.lease_seconds = lease_seconds
-        self._judge = judge
+        self._probe_liveness = probe_liveness
         self.worker_id: str | None = None
 
     @retrying
@@ -150,14 +137,14 @@ class Ledger:
             connection.execute(
                 sa.update(Worker)
                 .where(Worker.id == self.worker_id)
-                .values(stopped=_now(), last_seen=_now(), reason=reason)
+                .values(stopped=now(), last_seen=now(), reason=reason)
             )
 
     @retrying
     def claim(
         self,
         held: Collection[int] = (),
-        promotes: Callable[[Standing], bool] = lambda _: False,
+        promotes: Callable[[Rank], bool] = lambda _: False,
     ) -> Claim | None:
         """Take a trial that was interrupted, else one that somebody enqueued, a paused one that
         `promotes`, a new one, one that has failed.
@@ -171,7 +158,7 @@ class Ledger:
         neither overshoots the budget nor takes a trial twice. The one that finds nothing more to do, for
         itself or anybody, tells Optuna that the paused trials are pruned.
         """
-        verdicts = self._judge(self._holders())  # before the lock: it may take its time
+        verdicts = self._probe_liveness(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
@@ -193,8 +180,8 @@ class Ledger:
         self,
         session: Session,
         study: Study,
-        verdicts: Verdicts,
-        promotes: Callable[[Standing], bool],
+        verdicts: Liveness,
+        promotes: Callable[[Rank], bool],
         is_over: bool,
     ) -> Iterator[int]:
         """Trials to take, the first first; new ones begin when they are asked for."""
@@ -213,7 +200,7 @@ class Ledger:
         n_trials = session.scalars(trials).one()
         if n_trials - len(waiting) < study.max_trials:
             yield from waiting
-        paused = self._standings_of_paused(session)
+        paused = self._ranks_of_paused(session)
         for trial_id, standing in paused.items():
             if promotes(standing):
                 yield trial_id
@@ -275,7 +262,7 @@ class Ledger:
         with self.engine.connect() as connection:
             return [Holder(*row) for row in connection.execute(query)]
 
-    def _unfinished(self, session: Session, verdicts: Verdicts) -> list[int]:
+    def _unfinished(self, session: Session, verdicts: Liveness) -> list[int]:
         """Trials that may wait for a worker; first our own, from a claim whose reply was lost."""
         holder = Attempt.worker_id
         gone = [worker for worker, alive in verdicts.items() if not alive]
@@ -292,7 +279,7 @@ class Ledger:
                 holder.is_(None)
                 | (holder == self.worker_id)
                 | holder.in_(gone)
-                | (Attempt.lease_until <= _now())
+                | (Attempt.lease_until <= now())
             )
             .order_by(sa.func.coalesce(holder == self.worker_id, False).desc(), TrialModel.number)
         )
@@ -307,7 +294,7 @@ class Ledger:
             ~sa.exists().where(later.trial_id == Attempt.trial_id, later.number > Attempt.number),
         )
 
-    def _standings_of_paused(self, session: Session) -> dict[int, Standing]:
+    def _ranks_of_paused(self, session: Session) -> dict[int, Rank]:
         """By Optuna's id; the furthest first, then the best."""
         rungs = (
             sa.select(Epoch.trial_id, sa.func.max(Epoch.epoch).label("epoch"))
@@ -315,13 +302,13 @@ class Ledger:
             .group_by(Epoch.trial_id)
             .cte()
         )
-        places = standings(self.study_id, sa.select(rungs.c.epoch))
+        places = ranks(self.study_id, sa.select(rungs.c.epoch))
         query = (
             sa.select(places.c.trial_id, places.c.better, places.c.peers)
             .join(rungs, sa.and_(rungs.c.trial_id == places.c.trial_id, rungs.c.epoch == places.c.epoch))
             .order_by(places.c.epoch.desc(), places.c.better, places.c.trial_id)
         )
-        return {trial_id: Standing(*place) for trial_id, *place in session.execute(query)}
+        return {trial_id: Rank(*place) for trial_id, *place in session.execute(query)}
 
     def _somebody_is_at_work(self, session: Session) -> bool:
         """Whether an attempt is open at a trial that nobody has ended otherwise."""
@@ -333,7 +320,7 @@ class Ledger:
         )
         return session.scalar(query.limit(1)) is not None
 
-    def _close_the_dead(self, session: Session, verdicts: Verdicts, held: Collection[int]) -> None:
+    def _close_the_dead(self, session: Session, verdicts: Liveness, held: Collection[int]) -> None:
         """Close the attempts of workers that ended without a word: nobody will take their trials."""
         for trial_id in self._unfinished(session, verdicts):
             row = self._open_attempt(session, trial_id)
@@ -363,13 +350,13 @@ class Ledger:
     def _open_attempt(self, session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
         """Locked, and whether its lease lasts."""
         row = session.execute(
-            sa.select(Attempt, Attempt.lease_until > _now())
+            sa.select(Attempt, Attempt.lease_until > now())
             .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
             .with_for_update()
         ).one_or_none()
         return None if row is None else (row[0], row[1])
 
-    def _take(self, session: Session, trial_id: int, verdicts: Verdicts) -> Claim | None:
+    def _take(self, session: Session, trial_id: int, verdicts: Liveness) -> Claim | None:
         """Hold the trial, unless it is finished or its holder lives.
 
         The rows are locked before they are judged, in the order in which `finish` locks them.
@@ -399,8 +386,8 @@ class Ledger:
                 number=number,
                 study_id=self.study_id,
                 worker_id=self.worker_id,
-                claimed=_now(),
-                renewed=_now(),
+                claimed=now(),
+                renewed=now(),
                 lease_until=self._lease(),
             )
         )
@@ -424,7 +411,7 @@ class Ledger:
         )
 
     def _lease(self) -> sa.ColumnElement[Any]:
-        return _now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, self.lease_seconds)
+        return now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, self.lease_seconds)
 
     def _fence(self, session: Session, claim: Claim) -> Attempt:
         """Lock the claim's attempt, which must still be open. Raises LeaseLost."""
@@ -449,7 +436,7 @@ class Ledger:
         return (
             sa.update(Attempt)
             .where(self._is_open(claim))
-            .values(renewed=_now(), lease_until=self._lease())  # the database's clock
+            .values(renewed=now(), lease_until=self._lease())  # the database's clock
             .returning(Attempt.trial_id)
             .cte("held")
         )
@@ -461,7 +448,7 @@ class Ledger:
         """
         held = self._held(claim)
         entries = [_entry(model, values, held) for model, values in rows.items()]
-        seen = sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=_now()).cte("seen")
+        seen = sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=now()).cte("seen")
         study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
         statement = (
             sa.select(study.scalar_subquery(), is_spent(self.study_id))
@@ -526,13 +513,13 @@ class Ledger:
             return list(connection.scalars(query.order_by(Epoch.epoch)))
 
     @retrying
-    def standing(self, epoch: int, value: float) -> Standing:
+    def rank(self, epoch: int, value: float) -> Rank:
         """The standing of a trial that was worth this much after an epoch."""
         query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
             Epoch.study_id == self.study_id, Epoch.epoch == epoch
         )
         with self._autocommitting() as connection:
-            return Standing(*connection.execute(query).one())
+            return Rank(*connection.execute(query).one())
 
     @retrying
     def finish(
@@ -691,7 +678,7 @@ def _entry(model: Any, values: Mapping[str, Any], held: sa.CTE) -> sa.CTE:
 
 
 def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
-    attempt.released = attempt.renewed = _now()
+    attempt.released = attempt.renewed = now()
     attempt.outcome, attempt.reason = outcome, reason
 
 
@@ -700,7 +687,7 @@ def _lose(attempt: Attempt) -> None:
     attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
 
 
-def standings(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Subquery:
+def ranks(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Subquery:
     """The standing of every trial at these epochs: trial_id, epoch, better, peers."""
     at_epoch: dict[str, Any] = {"partition_by": Epoch.epoch}
     rank = sa.func.rank().over(**at_epoch, order_by=Epoch.value.desc().nulls_last())
@@ -717,4 +704,4 @@ def standings(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Sub
 
 
 def _utc_now() -> sa.ColumnElement[Any]:
-    return sa.func.timezone("UTC", _now())  # Optuna 5 keeps naive UTC
+    return sa.func.timezone("UTC", now())  # Optuna 5 keeps naive UTC

@@ -69,11 +69,10 @@ class Holder:
 # A trial whose holder has given a sign of life lately.
 HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
 
-
 # What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
-Verdicts = Mapping[str, bool]
+Liveness = Mapping[str, bool]
 
 
-def gone_here(holders: Iterable[Holder]) -> dict[str, bool]:
+def probe_this_host(holders: Iterable[Holder]) -> dict[str, bool]:
     """The verdicts that this machine can give: who has ended on it."""
     return {holder.worker_id: False for holder in holders if is_gone(holder.process)}

@@ -1,11 +1,36 @@
-"""Optuna's storage on our engine."""
+"""The one door to Optuna's tables: its models, and its storage on our engine."""
 
 import optuna
 import sqlalchemy as sa
+from optuna.storages._rdb.models import (
+    BaseModel,
+    StudyModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+    VersionInfoModel,
+)
 
-from storage.database import WORK, Sessions, _follow_failovers, _pool
+from storage.database import WORK, Sessions, follow_failovers, pool
 from storage.tables import SCHEMA
 from storage.url import DatabaseError
+
+__all__ = [
+    "BaseModel",
+    "StudyModel",
+    "TrialIntermediateValueModel",
+    "TrialModel",
+    "TrialParamModel",
+    "TrialSystemAttributeModel",
+    "TrialUserAttributeModel",
+    "TrialValueModel",
+    "VersionInfoModel",
+    "optuna_storage",
+    "show_optunas_tables",
+]
 
 
 def show_optunas_tables(connection: sa.Connection) -> None:
@@ -28,10 +53,10 @@ def optuna_storage(
     try:
         storage = optuna.storages.RDBStorage(
             engine.url.render_as_string(hide_password=False),
-            engine_kwargs=_pool(engine.url, sessions),
+            engine_kwargs=pool(engine.url, sessions),
             skip_table_creation=not make_tables,
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
-    _follow_failovers(storage.engine, sessions)
+    follow_failovers(storage.engine, sessions)
     return optuna.storages.get_storage(storage)

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from optuna.storages._rdb.models import BaseModel as OptunasBase
 from sqlalchemy.exc import DBAPIError
 
 from storage.faults import is_transient
 from storage.network import VIEWER, WORKER
+from storage.optuna_tables import BaseModel as OptunasBase
 from storage.tables import SCHEMA, Base
 
 MINIMUM_SERVER = 14

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialModel, TrialValueModel
 from optuna.trial import TrialState
 
 from storage.database import retrying
+from storage.optuna_tables import TrialModel, TrialValueModel
 from storage.paths import RunFolder, home
 from storage.studies import study_entry, study_names
 from storage.usage import TRAINED_HERE

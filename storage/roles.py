@@ -6,7 +6,7 @@ from typing import NamedTuple
 import optuna
 import sqlalchemy as sa
 
-from storage.database import PAGES, WORK, Sessions, _engine, log, retrying
+from storage.database import PAGES, WORK, Sessions, log, make_engine, retrying
 from storage.network import VIEWER, WORKER
 from storage.optuna_tables import optuna_storage
 from storage.properties import is_owner, why_without
@@ -50,5 +50,5 @@ def _restricted(engine: sa.Engine, role: str, sessions: Sessions) -> Restricted:
     with engine.connect() as connection:
         has_role = why_without(connection, role) is None
     sessions = sessions.having(role=role) if has_role else sessions
-    other = _engine(engine.url, sessions)
+    other = make_engine(engine.url, sessions)
     return Restricted(other, optuna_storage(engine, sessions, make_tables=False), has_role)

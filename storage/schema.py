@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import WORK, _other_settings, _settings, log, retrying
+from storage.database import WORK, log, other_settings, retrying, settings_of
 from storage.faults import (
     INSUFFICIENT_PRIVILEGE,
     reason,
@@ -24,8 +24,6 @@ from storage.tables import SCHEMA
 from storage.url import DatabaseError, shown
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
-
-
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
 
@@ -35,11 +33,11 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     `engine` may have sessions that are not checked: they are here.
     """
     with engine.connect() as connection:
-        found = _settings(connection.connection.driver_connection, WORK)
+        found = settings_of(connection.connection.driver_connection, WORK)
         general = list(properties(connection))
     yield from general
     for name, asked in WORK.settings.items():
-        yield Property(name, found[name], _other_settings(found, {name: asked}))
+        yield Property(name, found[name], other_settings(found, {name: asked}))
     if any(one.problem for one in general if one.name == "rights"):
         return  # the rest may not be seen
     revision = schema_revision(engine)
@@ -71,7 +69,7 @@ def require_fit(engine: sa.Engine, only: str | None = None) -> None:
 
 
 @retrying
-def prepare(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def open_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
     """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
     ensure_tables(engine)
     return optuna_storage(engine)

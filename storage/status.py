@@ -9,34 +9,28 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import (
+from optuna.trial import TrialState
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.orm import Session
+
+from storage.database import retrying
+from storage.ledger import AUDIT, PAUSED, SICK_HOST, Rank, ranks
+from storage.liveness import HELD
+from storage.optuna_tables import (
     StudyModel,
     TrialModel,
     TrialParamModel,
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.trial import TrialState
-from sqlalchemy.dialects.postgresql import distinct_on
-from sqlalchemy.orm import Session
-
-from storage.database import retrying
-from storage.ledger import AUDIT, PAUSED, SICK_HOST, Standing, standings
-from storage.liveness import HELD
 from storage.paths import path_from_record
 from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
 from storage.usage import TRAINED_HERE, gpu_seconds
 
 # The moment of the question, on the database's clock.
 _NOW = sa.func.clock_timestamp()
-
-
 STATES = ("running", "waiting", "complete", "paused", "pruned", "failed")  # as they are listed
-
-
 FINISHED = ("complete", "pruned", "failed")
-
-
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -444,9 +438,9 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
         .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
     )
     noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
-    places = standings(study_id, {note["epoch"] for note in noted.values()})
+    places = ranks(study_id, {note["epoch"] for note in noted.values()})
     by_now = {
-        (trial_id, epoch): Standing(better, peers)
+        (trial_id, epoch): Rank(better, peers)
         for trial_id, epoch, better, peers in session.execute(
             sa.select(places).where(places.c.trial_id.in_(noted))
         )

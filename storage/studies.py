@@ -6,18 +6,18 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import (
-    StudyModel,
-    TrialModel,
-)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from storage.database import retrying
 from storage.liveness import HELD
+from storage.optuna_tables import (
+    StudyModel,
+    TrialModel,
+)
 from storage.paths import path_from_record
 from storage.tables import ArrayJob, Attempt, Epoch, Study
-from storage.usage import _now
+from storage.usage import now
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
 @retrying
 def request_stop(engine: sa.Engine, study_id: int, stop: bool = True) -> None:
     """Ask all workers of a study to stop, also those to come; or take that back."""
-    update_study(engine, study_id, stop_requested=_now() if stop else None)
+    update_study(engine, study_id, stop_requested=now() if stop else None)
 
 
 @retrying
@@ -157,7 +157,7 @@ def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
         if session.scalar(sa.select(sa.literal(1)).where(Attempt.study_id == study_id, HELD).limit(1)):
             return False
         if study is not None:
-            study.stop_requested = _now()
+            study.stop_requested = now()
     return True
 
 

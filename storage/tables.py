@@ -110,7 +110,7 @@ class Epoch(Base):
 
     __tablename__ = "epoch"
     __table_args__ = (
-        Index("epoch_standing", "study_id", "epoch", "value"),  # for standings
+        Index("epoch_standing", "study_id", "epoch", "value"),  # for ranks
         {"schema": SCHEMA},
     )
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.storages._rdb.models import (
+
+from storage.optuna_tables import (
     TrialModel,
 )
-
 from storage.tables import Attempt, Study
 
 # A trial that was completed by a worker, and not told or added by somebody else.
@@ -15,7 +15,7 @@ TRAINED_HERE = sa.exists().where(Attempt.trial_id == TrialModel.trial_id, Attemp
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
     """Seconds in which workers have held trials of a study, any number at once: what it has spent."""
-    held_until = sa.func.coalesce(Attempt.released, sa.func.least(_now(), Attempt.lease_until))
+    held_until = sa.func.coalesce(Attempt.released, sa.func.least(now(), Attempt.lease_until))
     end = sa.func.greatest(held_until, Attempt.claimed)
     spans = (
         sa.select(
@@ -37,6 +37,6 @@ def is_spent(study_id: int) -> sa.ScalarSelect[bool]:
     return sa.select(spent).where(Study.study_id == study_id).scalar_subquery()
 
 
-def _now() -> sa.ColumnElement[Any]:
+def now() -> sa.ColumnElement[Any]:
     # Not now(), which is when the transaction began: it may have waited for a lock since.
     return sa.func.clock_timestamp()

@@ -7,15 +7,15 @@ import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
-from optuna.storages._rdb.models import (
+from optuna.trial import TrialState
+
+from storage import schema, studies
+from storage.optuna_tables import (
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
     TrialValueModel,
 )
-from optuna.trial import TrialState
-
-from storage import schema, studies
 from storage.tables import Attempt, Epoch, Worker
 from trainer.images import READER
 
@@ -44,7 +44,7 @@ STATES = {
 
 def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
     """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
-    storage = schema.prepare(engine)
+    storage = schema.open_storage(engine)
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     study_id = study._study_id
     studies.enter_study(

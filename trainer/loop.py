@@ -1,9 +1,9 @@
 """The training loop: `train(config, workspace)` yields one EpochResult per epoch.
 
 Whoever consumes it decides after each epoch whether to go on; a checkpoint of the epoch is already on
-disk by then. Runs can go side by side, through `turn`: they see one stream of images through one pass
-of the trunk, and each gets the numbers that it would get alone with that stream. The loop knows nothing
-of trials, databases or clusters.
+disk by then. Runs can go side by side, through `train_epoch`: they see one stream of images through
+one pass of the trunk, and each gets the numbers that it would get alone with that stream. The loop
+knows nothing of trials, databases or clusters.
 """
 
 import copy
@@ -44,7 +44,7 @@ FORMAT = 3  # of `Run.state`
 MOST_SIDE_BY_SIDE = 8
 FILLED = 0.9  # of the memory; the rest is for fragments and batches to come
 
-Interrupt = Callable[["Run", float], bool]  # see `turn`
+Interrupt = Callable[["Run", float], bool]  # see `train_epoch`
 # What a turn has brought a run: an epoch, nothing yet (interrupted), or an error of its own.
 Outcome = EpochResult | Exception | None
 
@@ -72,15 +72,16 @@ def train(
 
     A resumed run first yields the epochs that its checkpoint remembers, so the consumer sees the whole
     curve either way, and the curve is the same, bit for bit (on one machine, with as many threads).
-    `interrupt` is that of `turn`; once it returns True the iteration ends early, with a checkpoint in
-    the middle of the epoch. `keep` is called with every new result before its checkpoint is written, so
-    what it keeps is never older. `stream_epochs` are those of a run in a pack, to be gone through again.
+    `interrupt` is that of `train_epoch`. Once it returns True the iteration ends, with a checkpoint
+    in the middle of the epoch. `keep` is called with every new result before its checkpoint is written,
+    so what it keeps is never older. `stream_epochs` are those of a run in a pack, to be gone through
+    again.
     Raises CheckpointError if the checkpoint belongs to another configuration.
     """
     run = Run(config, workspace, checkpoints, stream_epochs)
     yield from list(run.history)
     while len(run.history) < config.epochs:
-        [(_, outcome)] = turn([run], interrupt)
+        [(_, outcome)] = train_epoch([run], interrupt)
         if isinstance(outcome, Exception):
             raise outcome
         if outcome is not None:
@@ -91,7 +92,7 @@ def train(
         yield outcome
 
 
-def turn(
+def train_epoch(
     runs: "Sequence[Run]", interrupt: Interrupt = lambda *_: False
 ) -> "Iterator[tuple[Run, Outcome]]":
     """Train every run to the end of its epoch, side by side where they can share the stream.
@@ -188,7 +189,7 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
     if run.owns_trunk:
         log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")
         return 1
-    [(_, outcome)] = turn([run], lambda *_: True)  # one step
+    [(_, outcome)] = train_epoch([run], lambda *_: True)  # one step
     if isinstance(outcome, Exception):
         raise outcome
     if largest.validates:

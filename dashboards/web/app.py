@@ -29,18 +29,16 @@ from dashboards.web import pages
 from dashboards.web.accounts import Accounts, OneTimeLink
 from dashboards.web.auth import (
     SESSION,
-    _refuse,
     add_login,
     authorize,
     is_navigation,
     log_out,
+    refuse,
 )
 from dashboards.web.optuna import RoleConnection, mount_optuna
 from storage import database, faults, url
 
 log = logging.getLogger(__name__)
-
-
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
@@ -126,7 +124,7 @@ def _explain(error: Exception) -> Any:
     else:
         raise error
     if g.get("role") is None or not is_navigation():
-        return _refuse(status, words)
+        return refuse(status, words)
     return render_template("message.html", status_code=status, words=words), status
 
 
@@ -134,10 +132,10 @@ def _of_the_database(error: Exception) -> str:
     """What a page says of it; who has not logged in sees it too. Raises the error if it is our fault."""
     if faults.sqlstate(error) == faults.READ_ONLY:
         return "The database takes no writes now: it is a standby, or gives its work to one."
-    verdict = faults.judge(error)
-    if verdict is faults.Verdict.AGAIN:
+    verdict = faults.classify(error)
+    if verdict is faults.ErrorKind.AGAIN:
         return "The database does not answer. This page asks again by itself."
-    if verdict is faults.Verdict.OURS and not isinstance(error, url.DatabaseError):
+    if verdict is faults.ErrorKind.OURS and not isinstance(error, url.DatabaseError):
         raise error
     log.error("%s", faults.explain(error))
     return "The database cannot be used. Whoever runs it sees why with: atelier db check"

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from dashboards.web.optuna import RoleConnection
 
 SESSION = timedelta(hours=12)
-
-
 OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
 
 
@@ -36,14 +34,14 @@ def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneT
     database.thread_patience.set(PAGE_SECONDS)
     g.role = None
     if _is_cross_site():
-        return _refuse(403, "requests from other sites are refused")
+        return refuse(403, "requests from other sites are refused")
     if request.endpoint in OPEN:
         return None
     g.role, g.user = _who(accounts, link)
     if g.role is None:
         if is_navigation():
             return redirect(url_for("login", next=request.full_path.rstrip("?")))
-        return _refuse(401, "log in first")
+        return refuse(401, "log in first")
     if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
         abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
     door = doors[g.role]
@@ -51,9 +49,9 @@ def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneT
     if request.method in ("GET", "HEAD"):
         return None
     if g.role != "editor":
-        return _refuse(403, "a viewer may look, not change; ask for an account with the role editor")
+        return refuse(403, "a viewer may look, not change; ask for an account with the role editor")
     reason = _forbidden_to_editors(g.engine, request.method, request.path)
-    return _refuse(409, reason) if reason else None
+    return refuse(409, reason) if reason else None
 
 
 def _is_cross_site() -> bool:
@@ -82,7 +80,7 @@ def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str 
     return None, None
 
 
-def _refuse(status: int, reason: str) -> Response:
+def refuse(status: int, reason: str) -> Response:
     """In optuna-dashboard's form of an error."""
     response = jsonify(reason=reason)
     response.status_code = status
@@ -163,14 +161,9 @@ def _throttled(name: str, address: str) -> list[str]:
 
 PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
 
-
 # What optuna-dashboard can do to a study or trial, as (method, path).
 _RENAME = re.compile(r"POST /api/studies/\d+/rename")
-
-
 _DELETE = re.compile(r"DELETE /api/studies/(\d+)")
-
-
 _OF_TRIAL = re.compile(r"(?:POST|PUT|DELETE) /api/trials/(\d+)/.*")
 
 

@@ -21,15 +21,15 @@ import plotly
 import sqlalchemy as sa
 from flask import Blueprint, Response, abort, g, render_template, request
 from markupsafe import Markup
-from optuna.storages._rdb.models import TrialModel, TrialSystemAttributeModel
 from sqlalchemy.orm import Session
 
 from dashboards import charts, render, tables
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
+from dashboards.study_tables import duration
 from dashboards.tables import trial_table
-from dashboards.terminal import duration
 from storage import curves
 from storage.database import retrying
+from storage.optuna_tables import TrialModel, TrialSystemAttributeModel
 from storage.paths import home
 from storage.status import (
     STATES,
@@ -352,7 +352,7 @@ def _curve(entry: StudyEntry, row: TrialRow) -> tuple[curves.Curve, Sequence[int
     return curve, hits if len(hits) == len(entry.attributes) else []
 
 
-def _settings(entry: StudyEntry) -> dict[str, Any]:
+def settings(entry: StudyEntry) -> dict[str, Any]:
     return {**entry.settings.get("train", {}), **entry.places}
 
 
@@ -368,7 +368,7 @@ def trial(study_id: int, trial: int) -> Any:
         status=status,
         row=row,
         curve=curve,
-        settings=_settings(entry),
+        settings=settings(entry),
         drawn=charts.curves([curve], curves.category_names(entry.attributes, [curve])),
         bars=charts.attributes(hits, entry.attributes) if hits else None,
         attempts=attempts,
@@ -382,7 +382,7 @@ def trial(study_id: int, trial: int) -> Any:
 @blueprint.get("/studies/<int:study_id>/trials/<int:trial>/settings.csv")
 def settings_table(study_id: int, trial: int) -> Response:
     entry, _, row = _open_trial(study_id, trial)
-    parts = {"configuration": row.params, "setting": _settings(entry)}
+    parts = {"configuration": row.params, "setting": settings(entry)}
     rows = [
         {"part": part, "name": name, "value": value}
         for part, values in parts.items()

@@ -27,11 +27,7 @@ WINS = 0.95  # the probability of being best from which on a candidate has won
 DROPPED = 0.01  # the one below which it gets no further seeds
 CANNOT_WIN = "cannot win any more"  # then the reason why a rerun is pruned before its first epoch
 LEAST_SEEDS = 2  # before anything is said of a candidate
-
-
 WINNING_SEEDS = 5  # of a winner: with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
-
-
 MOST_RIVALS = 100  # trials of the search that are looked at for the luck of the first
 
 

@@ -115,13 +115,13 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
 
 
 def selection_bias(
-    runs: Sequence[np.ndarray], labels: np.ndarray, sizes: Sequence[int], churned: float
+    runs: Sequence[np.ndarray], labels: np.ndarray, sizes: Sequence[int], seed_variance: float
 ) -> float:
     """How much of the highest score of many runs is expected to be the luck of having these images.
 
-    `runs` are hits [images, categories], one run of each configuration; `churned` is what `seed_flips`
-    says of reruns, for what another seed would change is not the images' doing. The bootstrap of a
-    maximum: with images drawn anew another run comes first, and what the draw gave to it is luck.
+    `runs` are hits [images, categories], one run of each configuration. `seed_variance` is what
+    `seed_flips` says of reruns: what another seed would change is not the images' doing. The bootstrap
+    of a maximum: with images drawn anew another run comes first, and what the draw gave to it is luck.
     Luck that all runs share has no part in who is first, and counts as none.
     """
     if len(runs) < 2:
@@ -131,13 +131,13 @@ def selection_bias(
     centre = np.eye(len(runs)) - 1 / len(runs)
     covariance = centre @ covariance @ centre
     variance = np.trace(covariance) / (len(runs) - 1)
-    if variance <= churned:
+    if variance <= seed_variance:
         return 0.0
     random = np.random.default_rng(0)
     moves = random.multivariate_normal(np.zeros(len(runs)), covariance, REPLICATES)
     first = (scores + moves).argmax(1)
     luck = moves[np.arange(REPLICATES), first].mean()
-    return float(luck * (1 - churned / variance))
+    return float(luck * (1 - seed_variance / variance))
 
 
 def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Interval:
@@ -252,7 +252,7 @@ def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     return total
 
 
-def _seeds(scores: np.ndarray, churned: float, random: np.random.Generator) -> np.ndarray:
+def _seeds(scores: np.ndarray, seed_variance: float, random: np.random.Generator) -> np.ndarray:
     """How the mean scores move with other seeds: [replicates, candidates].
 
     `scores` are [candidates, seeds], NaN where a run is missing. What a seed does to all candidates and
@@ -269,9 +269,9 @@ def _seeds(scores: np.ndarray, churned: float, random: np.random.Generator) -> n
     runs_of_seed = np.bincount(columns)
     shared = float(np.var(effects[candidates:], ddof=1)) - own * float(np.mean(1 / runs_of_seed))
     if freedom:
-        own -= churned
+        own -= seed_variance
     else:  # the two cannot be told apart
-        shared -= churned
+        shared -= seed_variance
 
     def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
         """Student's t, since the variance is estimated: one scale for all draws of a replicate."""

@@ -17,11 +17,7 @@ from storage.studies import StudyEntry, study_entry
 from trainer.config import TrainConfig
 
 SUFFIX = "-confirm"  # of the linked study's name
-
-
 TOP, SEEDS = 5, 5  # with three seeds, no paired test can reach significance
-
-
 MOST_TRIALS = 10**6
 
 
@@ -66,7 +62,7 @@ class ConfirmationFile(StudyConfig):
     dataset: str  # the fingerprint of the search's
 
     @property
-    def made_on(self) -> str:
+    def dataset_fingerprint(self) -> str:
         return self.dataset
 
     def corners(self) -> Iterator[dict[str, Any]]:
@@ -115,7 +111,9 @@ def _confirmation_file(
     return validate(ConfirmationFile, tables | own, f"confirmation of {search!r}")
 
 
-def plan(engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None) -> ConfirmationFile:
+def plan_confirmation(
+    engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None
+) -> ConfirmationFile:
     """The confirmation that is on record, with more seeds if asked for; else a new one.
 
     Raises InputError if there is nothing to confirm, or if it was begun otherwise.

@@ -7,8 +7,6 @@ from dashboards.terminal import Grid
 from search.confirm.evidence import WINNING_SEEDS, WINS, Candidate, Confirmation
 
 TIED = 0.05  # the one from which on a candidate is named in a tie
-
-
 COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
 
 

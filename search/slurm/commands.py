@@ -13,7 +13,6 @@ FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_")
 # Where the cluster is, and who asks.
 NEEDED = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
 
-
 # SLURM's words for a controller that is away or busy, and for a machine that belongs to no cluster.
 SILENCE = (
     "nable to contact",

@@ -20,7 +20,7 @@ from search.slurm.commands import (
     not_understood,
     one_line,
 )
-from storage.liveness import Holder, gone_here
+from storage.liveness import Holder, probe_this_host
 from storage.studies import split_job
 
 log = logging.getLogger(__name__)
@@ -135,12 +135,12 @@ def _time(text: str) -> float | None:
         return None
 
 
-def judge(holders: list[Holder]) -> dict[str, bool]:
+def probe_liveness(holders: list[Holder]) -> dict[str, bool]:
     """Which holders are alive (True) and which are gone (False), by worker id: see `Ledger`.
 
     SLURM is asked once, and only about jobs of the cluster that this process runs on.
     """
-    verdicts = gone_here(holders)
+    verdicts = probe_this_host(holders)
     cluster, own = os.environ.get("SLURM_CLUSTER_NAME"), os.environ.get("SLURM_JOB_ID")
     asked = [
         holder

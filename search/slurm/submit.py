@@ -29,7 +29,7 @@ from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
 from storage.ownership import with_users_umask
 from storage.paths import make_private
-from storage.schema import prepare
+from storage.schema import open_storage
 from storage.status import read_status
 from storage.studies import enter_array_job, split_job
 from trainer.config import TrainConfig
@@ -66,7 +66,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     engine = connect()
     _make_log_folder()
     check_script(script)
-    _, entry = open_study(file, engine, prepare(engine), dataset, lead=True)
+    _, entry = open_study(file, engine, open_storage(engine), dataset, lead=True)
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
         raise InputError(

@@ -63,8 +63,8 @@ def race(engine, study, folder):
     refused = 0
     storage = optuna_tables.optuna_storage(engine)
     dead = {}
-    first = Ledger(engine, storage, study._study_id, judge=lambda _: {})
-    second = Ledger(engine, storage, study._study_id, judge=lambda _: dead)
+    first = Ledger(engine, storage, study._study_id, probe_liveness=lambda _: {})
+    second = Ledger(engine, storage, study._study_id, probe_liveness=lambda _: dead)
     dead[first.register()] = False
     second.register()
     for number in range(TRIALS):

@@ -10,17 +10,17 @@ from optuna.trial import TrialState
 import search.worker
 from search.exit_codes import ExitCode
 from search.worker import SickHostError
-from storage import liveness
+from storage import ledger
 from tests.integration.test_ledger import make_study
 from tests.integration.test_ledger import make_worker as make_ledger
 from tests.integration.test_worker import attempts, reasons
-from trainer.loop import turn
+from trainer.loop import train_epoch
 
 
 @pytest.fixture
 def on_host(monkeypatch):
     """Lets what follows happen on a host of this name."""
-    return lambda name: monkeypatch.setattr(liveness, "host", lambda: name)
+    return lambda name: monkeypatch.setattr(ledger, "host", lambda: name)
 
 
 class Faults:
@@ -38,7 +38,7 @@ class Faults:
             else:
                 sound.append(run)
         if sound:
-            yield from turn(sound, interrupt)
+            yield from train_epoch(sound, interrupt)
 
 
 def states(worker):
@@ -48,14 +48,14 @@ def states(worker):
 @pytest.mark.parametrize("pack", [1, 2])
 def test_a_host_on_which_everything_fails_is_left(engine, make_worker, monkeypatch, atelier, pack):
     worker = make_worker("study.max_trials=5", pack=pack)
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, everything=True))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, everything=True))
     with pytest.raises(SickHostError, match=r"sick host .*: RuntimeError: no compiler here"):
         worker.run()
     assert attempts(engine) == ["released", "released"], "the trials are not charged with it"
     assert all(reason.startswith("sick host: RuntimeError") for reason in reasons(engine))
     assert "sick host" in atelier("status", "tiny").output
     # Elsewhere, or once it is mended, the same trials go on as if nothing had happened.
-    monkeypatch.setattr(search.worker, "turn", turn)
+    monkeypatch.setattr(search.worker, "train_epoch", train_epoch)
     sound = make_worker("study.max_trials=5")
     assert sound.run() == ExitCode.DONE
     assert TrialState.FAIL not in states(sound)
@@ -66,7 +66,7 @@ def test_a_host_on_which_everything_fails_is_left(engine, make_worker, monkeypat
 def test_a_broken_gpu_is_no_trials_fault(engine, make_worker, monkeypatch):
     worker = make_worker("study.max_trials=5")
     fault = RuntimeError("CUDA error: uncorrectable ECC error encountered")
-    monkeypatch.setattr(search.worker, "turn", lambda runs, _: iter([(runs[0], fault)]))
+    monkeypatch.setattr(search.worker, "train_epoch", lambda runs, _: iter([(runs[0], fault)]))
     with pytest.raises(SickHostError, match="uncorrectable ECC"):
         worker.run()
     assert attempts(engine) == ["released"]
@@ -76,11 +76,11 @@ def test_two_bad_trials_do_not_keep_others_from_being_trained(engine, make_worke
     """They look like a sick host at first, and are put off: then others pass, and it is their fault."""
     settings = ("study.max_trials=5", "study.max_failures=1")
     worker = make_worker(*settings)
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={0, 1}))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, trials={0, 1}))
     with pytest.raises(SickHostError):
         worker.run()
     worker = make_worker(*settings)
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={0, 1}))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, trials={0, 1}))
     assert worker.run() == ExitCode.DONE
     assert [state == TrialState.FAIL for state in states(worker)] == [True, True, False, False, False]
     assert attempts(engine).count("error") == 2
@@ -89,14 +89,14 @@ def test_two_bad_trials_do_not_keep_others_from_being_trained(engine, make_worke
 
 def test_what_has_passed_a_step_shows_that_the_host_is_sound(engine, make_worker, monkeypatch):
     worker = make_worker("study.max_trials=5", "study.max_failures=0")
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={1, 2, 3}))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, trials={1, 2, 3}))
     assert worker.run() == ExitCode.DONE
     assert [state == TrialState.FAIL for state in states(worker)] == [False, True, True, True, False]
 
 
 def test_a_trial_that_fails_alone_is_tried_again_last_of_all(engine, make_worker, monkeypatch):
     worker = make_worker("study.max_trials=3", "study.max_failures=2")
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, trials={0}))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, trials={0}))
     assert worker.run() == ExitCode.DONE
     assert attempts(engine) == ["error", "complete", "complete", "error", "failed"]
     assert "no compiler here" in reasons(engine)[-1]
@@ -104,7 +104,7 @@ def test_a_trial_that_fails_alone_is_tried_again_last_of_all(engine, make_worker
 
 def test_a_study_of_which_every_trial_fails_does_not_end_well(make_worker, monkeypatch):
     worker = make_worker("study.max_trials=1")
-    monkeypatch.setattr(search.worker, "turn", Faults(worker, everything=True))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(worker, everything=True))
     assert worker.run() == ExitCode.FAILED
     assert worker.stop.reason == "every trial of the study has failed"
 
@@ -118,7 +118,7 @@ def test_a_trial_is_bad_when_it_fails_on_two_hosts(engine, make_worker, monkeypa
     first.ledger.release(claim, "error", "a fault")
     on_host("two")
     second = make_worker("study.max_trials=1", "study.max_failures=9")
-    monkeypatch.setattr(search.worker, "turn", Faults(second, everything=True))
+    monkeypatch.setattr(search.worker, "train_epoch", Faults(second, everything=True))
     assert second.run() == ExitCode.FAILED
     assert attempts(engine) == ["error", "failed"]
 

@@ -17,12 +17,13 @@ from sqlalchemy.exc import DBAPIError
 
 from dashboards.web.server import open_doors
 from search.exit_codes import ExitCode
-from storage import database, roles, schema, url
+from storage import database, roles, schema
 from storage.embedded import SYSTEM_USER
 from storage.ledger import Ledger
 from storage.network import VIEWER, WORKER
 from storage.properties import why_without
 from storage.tables import Epoch
+from storage.url import DatabaseError
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill
 
@@ -442,8 +443,8 @@ def test_a_pooler_that_drops_a_role_is_refused_though_the_server_gives_the_rest(
     pooler(IGNORED, "pool_mode = session")
     owner = database.connect()
     for restricted, role in ((roles.for_worker, WORKER), (roles.read_only, VIEWER)):
-        with pytest.raises(url.DatabaseError, match=f"role = 'none' instead of '{role}'.*not through"):
+        with pytest.raises(DatabaseError, match=f"role = 'none' instead of '{role}'.*not through"):
             restricted(owner).engine.connect()
-        with pytest.raises(url.DatabaseError, match=f"role = 'none' instead of '{role}'"):
+        with pytest.raises(DatabaseError, match=f"role = 'none' instead of '{role}'"):
             restricted(owner).storage.get_all_studies()
     owner.dispose()

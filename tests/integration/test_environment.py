@@ -10,8 +10,9 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database, libpq, schema, url
+from storage import database, libpq, schema
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.url import DatabaseError
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill
 
@@ -153,7 +154,7 @@ def test_a_password_of_the_environment_counts_unless_a_file_is_named(home, give_
     secret = Path(password).read_text().strip().rpartition(":")[2]
     url = server.network.url.difference_update_query(["passfile"])
     monkeypatch.setenv("ATELIER_DATABASE_URL", url.render_as_string())
-    with pytest.raises(url.DatabaseError, match="password authentication failed"):
+    with pytest.raises(DatabaseError, match="password authentication failed"):
         database.connect()
     monkeypatch.setenv("PGPASSWORD", secret)
     database.connect().dispose()
@@ -314,7 +315,7 @@ def test_who_would_wait_for_ever_is_told_at_once(query, expected, other_server, 
     monkeypatch.setenv("ATELIER_DATABASE_URL", f"postgresql://{query.format(port=other_server)}")
     tried = []
     monkeypatch.setattr("storage.database.wait_random_exponential", lambda **_: tried.append)
-    with pytest.raises(url.DatabaseError, match=expected) as caught:
+    with pytest.raises(DatabaseError, match=expected) as caught:
         database.connect(patience=database.PATIENCE)  # as a worker does
     assert not tried
     assert len(str(caught.value).splitlines()) == 1

@@ -122,8 +122,8 @@ def test_a_released_trial_is_claimed_again_before_a_new_one(engine):
 
 def test_a_worker_that_was_replaced_can_write_nothing(engine):
     study = make_study(engine)
-    zombie = make_worker(engine, study, lease_seconds=0.0, judge=nobody_knows)
-    successor = make_worker(engine, study, judge=nobody_knows)
+    zombie = make_worker(engine, study, lease_seconds=0.0, probe_liveness=nobody_knows)
+    successor = make_worker(engine, study, probe_liveness=nobody_knows)
     claim = zombie.claim()
     time.sleep(0.05)
     assert successor.claim().attempt == 2
@@ -190,7 +190,9 @@ def test_a_trial_that_is_finished_while_it_is_claimed_stays_finished(engine):
     study = make_study(engine, max_trials=1)
     holder = make_worker(engine, study, lease_seconds=0.0)
     claim = holder.claim()
-    late = make_worker(engine, study, judge=lambda _: holder.finish(claim, "complete", 0.5) or {})
+    late = make_worker(
+        engine, study, probe_liveness=lambda _: holder.finish(claim, "complete", 0.5) or {}
+    )
     assert late.claim() is None
     assert study.trials[0].state == optuna.trial.TrialState.COMPLETE
     assert len(study.trials[0].intermediate_values) == 0
@@ -199,9 +201,9 @@ def test_a_trial_that_is_finished_while_it_is_claimed_stays_finished(engine):
 def test_a_claim_waits_for_the_holders_transaction_and_then_judges_anew(engine):
     """The holder's COMMIT is under way while its lease has expired."""
     study = make_study(engine, max_trials=1)
-    holder = make_worker(engine, study, lease_seconds=0.0, judge=nobody_knows)
+    holder = make_worker(engine, study, lease_seconds=0.0, probe_liveness=nobody_knows)
     claim = holder.claim()
-    late = make_worker(engine, study, judge=nobody_knows)
+    late = make_worker(engine, study, probe_liveness=nobody_knows)
     result = []
     thread = threading.Thread(target=lambda: result.append(late.claim()))
     with Session(engine) as session, session.begin():
@@ -248,11 +250,11 @@ def test_a_verdict_on_the_holder_counts_more_than_its_lease(engine, verdict, lea
     make_worker(engine, study, lease_seconds=lease_seconds).claim()
     asked = []
 
-    def judge(holders):
+    def probe_liveness(holders):
         asked.extend(holders)
         return {} if verdict is None else {holder.worker_id: verdict for holder in holders}
 
-    claim = make_worker(engine, study, judge=judge).claim()
+    claim = make_worker(engine, study, probe_liveness=probe_liveness).claim()
     assert [holder.process for holder in asked] == [process_identity()]
     assert (claim is not None) is taken
 
@@ -337,8 +339,8 @@ def test_a_connection_that_is_lost_while_optuna_reads_is_no_error(engine):
 
 def test_the_lease_keeper_renews_until_it_is_left(engine):
     study = make_study(engine)
-    worker = make_worker(engine, study, lease_seconds=0.5, judge=nobody_knows)
-    other = make_worker(engine, study, judge=nobody_knows)
+    worker = make_worker(engine, study, lease_seconds=0.5, probe_liveness=nobody_knows)
+    other = make_worker(engine, study, probe_liveness=nobody_knows)
     claim = worker.claim()
     with LeaseKeeper(worker, every=0.1) as keeper:
         keeper.hold(claim)
@@ -421,7 +423,7 @@ def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
 def prepare_once(barrier) -> None:
     engine = database.connect()
     barrier.wait()
-    schema.prepare(engine)
+    schema.open_storage(engine)
     assert schema.schema_revision(engine) == schema.head_revision()
 
 

@@ -166,7 +166,7 @@ def test_a_rung_is_decided_in_one_round_trip(statements, make_worker):
     for epoch in range(10):
         worker.renew(claim)
         worker.record(claim, RESULT | {"epoch": epoch}, 0.5)
-        assert worker.standing(epoch, 0.5) == ledger.Standing(0, 1)
+        assert worker.rank(epoch, 0.5) == ledger.Rank(0, 1)
     assert statements() - before == 30
 
 

@@ -6,10 +6,10 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from dashboards.terminal import audit_line
+from dashboards.study_tables import audit_line
 from search.exit_codes import ExitCode
 from search.study_config import StudyConfig
-from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Standing
+from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Rank
 from storage.status import read_status
 from storage.studies import study_entry, update_study
 from storage.tables import Attempt, Epoch
@@ -153,7 +153,7 @@ def test_a_worker_that_was_killed_does_not_keep_a_spent_search_open(engine):
 @pytest.mark.parametrize("strategy", ["none", "asha", "median"])
 def test_what_another_strategy_left_waiting_goes_on(make_worker, strategy):
     worker = make_worker(f'study.strategy="{strategy}"', "study.rungs=[1]")
-    assert worker._strategy.promotes(Standing(better=8, peers=9))
+    assert worker._strategy.promotes(Rank(better=8, peers=9))
 
 
 def test_a_search_that_was_stopped_keeps_what_waits(engine):

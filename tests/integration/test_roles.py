@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from storage import database, roles
+from storage import database, network, roles
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 
 DESTRUCTION = [
@@ -39,7 +39,7 @@ def test_everything_can_be_read(engine):
     assert len(optuna.load_study(study_name="s", storage=looking.storage).trials) == 1
     with looking.engine.connect() as connection:
         assert connection.scalar(sa.text("SELECT count(*) FROM atelier.attempt")) == 1
-        assert connection.scalar(sa.text("SELECT current_user")) == database.VIEWER
+        assert connection.scalar(sa.text("SELECT current_user")) == network.VIEWER
     looking.engine.dispose()
 
 
@@ -58,7 +58,7 @@ def test_nothing_can_be_written_even_in_a_transaction_that_may(engine, statement
 
 def test_without_the_role_the_transactions_are_read_only(engine, monkeypatch):
     make_study(engine)
-    monkeypatch.setattr(database, "VIEWER", "a_role_that_is_not_there")
+    monkeypatch.setattr(roles, "VIEWER", "a_role_that_is_not_there")
     looking = roles.read_only(engine)
     assert not looking.has_role
     with (
@@ -101,7 +101,7 @@ def test_a_user_who_has_only_a_workers_rights_runs_a_worker(engine, atelier, mon
     atelier("search", "study.toml", "--set", "study.max_trials=1")
     superuser = database.connect(engine.url.set(username="postgres"))
     with superuser.begin() as connection:
-        connection.execute(sa.text(f"CREATE ROLE hand LOGIN IN ROLE {database.WORKER}"))
+        connection.execute(sa.text(f"CREATE ROLE hand LOGIN IN ROLE {network.WORKER}"))
         connection.execute(sa.text("UPDATE atelier.study SET max_trials = 2"))
     superuser.dispose()
     url = engine.url.set(username="hand").render_as_string(hide_password=False)

@@ -12,6 +12,7 @@ from search.cli import app
 from storage import database, studies
 from storage.paths import RunFolder
 from storage.prune import superfluous
+from storage.url import DatabaseError
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 from tests.studies import fill
 
@@ -93,7 +94,7 @@ def test_a_password_in_the_urls_query_is_shown_nowhere(engine, monkeypatch):
     assert "s3cret" not in atelier("db", "status")
     gone = url.update_query_dict({"host": "/nowhere"})
     monkeypatch.setenv("ATELIER_DATABASE_URL", gone.render_as_string(hide_password=False))
-    with pytest.raises(url.DatabaseError) as caught:
+    with pytest.raises(DatabaseError) as caught:
         database.connect()
     assert "s3cret" not in str(caught.value)
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from search.strategy import Verdict
+from search.strategy import Decision
 from search.toml_file import load_study_file
-from storage.ledger import Standing
+from storage.ledger import Rank
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 
 
@@ -28,7 +28,7 @@ def decide(engine, study_text, tmp_path):
                 holder.record(claim, RESULT | {"epoch": epoch}, value)
             held.append((claim, len(curve) - 1, curve[-1]))
         return [
-            strategy.decides_at(epoch) and strategy.decide(claim, epoch, value) != Verdict.GOES_ON
+            strategy.decides_at(epoch) and strategy.decide(claim, epoch, value) != Decision.GOES_ON
             for claim, epoch, value in held
         ]
 
@@ -82,7 +82,7 @@ def test_another_studys_trials_do_not_count(engine, decide):
     worker = make_worker(engine, other)
     claim = worker.claim()
     worker.record(claim, RESULT | {"epoch": 0}, 0.1)
-    assert worker.standing(0, 0.1) == Standing(0, 1)
+    assert worker.rank(0, 0.1) == Rank(0, 1)
 
 
 def test_optunas_median_reads_what_the_ledger_wrote(engine, decide):

@@ -87,7 +87,7 @@ def test_a_trial_whose_first_worker_died_before_it_sampled(engine, make_worker, 
 
 
 def test_a_trial_that_keeps_raising_fails_with_its_traceback(engine, make_worker, monkeypatch):
-    monkeypatch.setattr(search.worker, "turn", always(KeyError("a user's mistake")))
+    monkeypatch.setattr(search.worker, "train_epoch", always(KeyError("a user's mistake")))
     worker = make_worker("study.max_trials=1", "study.max_failures=2")
     assert worker.run() == ExitCode.FAILED
     assert attempts(engine) == ["error", "error", "failed"]
@@ -99,7 +99,7 @@ def test_out_of_memory_is_told_to_the_sampler(engine, make_worker, monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)
-    monkeypatch.setattr(search.worker, "turn", always(caught.value))
+    monkeypatch.setattr(search.worker, "train_epoch", always(caught.value))
     worker = make_worker("study.max_trials=1")
     worker.run()
     [trial] = worker.study.trials
@@ -124,7 +124,7 @@ def test_a_loss_that_overflows_is_told_to_the_sampler(engine, make_worker, caplo
 
 def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worker, monkeypatch):
     error = OperationalError("SELECT 1", {}, Exception("gone"))
-    monkeypatch.setattr(search.worker, "turn", always(error))
+    monkeypatch.setattr(search.worker, "train_epoch", always(error))
     with pytest.raises(OperationalError):
         make_worker("study.max_trials=1").run()
     assert attempts(engine) == [None]  # the lease will expire
@@ -132,7 +132,7 @@ def test_an_error_of_the_database_is_not_charged_to_the_trial(engine, make_worke
 
 def test_an_error_of_the_machine_is_not_charged_to_the_trial(engine, make_worker, monkeypatch):
     error = OSError(28, "No space left on device")
-    monkeypatch.setattr(search.worker, "turn", always(error))
+    monkeypatch.setattr(search.worker, "train_epoch", always(error))
     with pytest.raises(OSError, match="No space left"):
         make_worker("study.max_trials=1", "study.max_failures=0").run()
     assert attempts(engine) == ["released"]  # for another worker, on another machine
@@ -140,7 +140,7 @@ def test_an_error_of_the_machine_is_not_charged_to_the_trial(engine, make_worker
 
 def test_a_gpu_that_broke_ends_the_worker_and_counts_once(engine, make_worker, monkeypatch):
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    monkeypatch.setattr(search.worker, "turn", always(error))
+    monkeypatch.setattr(search.worker, "train_epoch", always(error))
     worker = make_worker("study.max_trials=1")
     worker.made_progress = True  # before that it is the host's fault: see test_blame.py
     with pytest.raises(RuntimeError, match="CUDA error"):
@@ -186,7 +186,7 @@ def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(
         worker.stop.ask("enough", ExitCode.STOPPED)
         yield runs[0], error
 
-    monkeypatch.setattr(search.worker, "turn", lose_then_raise)
+    monkeypatch.setattr(search.worker, "train_epoch", lose_then_raise)
     assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["lost"]
     assert [trial.state for trial in worker.study.trials] == [TrialState.RUNNING]
@@ -224,7 +224,7 @@ def test_what_fails_while_the_job_is_being_ended_is_not_the_trials_fault(
         os.kill(os.getpid(), signal.SIGTERM)
         yield runs[0], RuntimeError("the driver shut down")
 
-    monkeypatch.setattr(search.worker, "turn", killed)
+    monkeypatch.setattr(search.worker, "train_epoch", killed)
     assert worker.run() == ExitCode.STOPPED
     assert attempts(engine) == ["released"]
     assert reasons(engine)[0].startswith("SIGTERM\n")

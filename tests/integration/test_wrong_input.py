@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.confirm.plan import plan
+from search.confirm.plan import plan_confirmation
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file
@@ -408,7 +408,7 @@ def test_a_worker_that_joins_a_study_whose_batches_cannot_be_trained(
 
 def test_a_confirmation_needs_the_batches_of_its_candidates_only(engine):
     fill(engine, ["complete"] * 9)
-    file = plan(engine, studies.study_entry(engine, "filled"), 2, None)
+    file = plan_confirmation(engine, studies.study_entry(engine, "filled"), 2, None)
     sizes = {one["params"]["batch_size"] for one in file.candidates}
     assert file.batch_sizes == sizes < {64, 128, 256}
     assert file.largest.batch_size == max(sizes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.loop import Run, train, turn
+from trainer.loop import Run, train, train_epoch
 from trainer.model import ModelError, check_size, load_backbone, stage_table
 from trainer.workspace import Workspace
 
@@ -64,7 +64,7 @@ def test_a_last_batch_of_one_image_is_refused_where_it_would_fail(made, settings
         f"1 image, of which a BatchNorm of {config.backbone} gets 1 value per channel, at image_size = "
         f"{config.image_size}; allowed is another batch_size or train_images{others}"
     )
-    [(_, outcome)] = turn([Run(config, workspace)])
+    [(_, outcome)] = train_epoch([Run(config, workspace)])
     assert "Expected more than 1 value per channel" in str(outcome)
 
 

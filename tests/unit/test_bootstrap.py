@@ -142,7 +142,7 @@ def test_seeds_that_shift_all_of_a_candidate_widen_its_interval(labels):
     assert seed_flips(steady, labels, SIZES) > 0
 
 
-def test_flattery_is_what_the_best_of_many_equals_has_too_much(labels):
+def test_selection_bias_is_what_the_best_of_many_equals_has_too_much(labels):
     """All configurations are equal, so whatever is above the mean is luck."""
     runs = [*runs_of(labels, 0.7, 60).values()]
     scores = [per_class_accuracy(run, labels, SIZES) for run in runs]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, train, turn
+from trainer.loop import Run, train, train_epoch
 from trainer.stream import Stream
 from trainer.workspace import Workspace
 
@@ -44,7 +44,7 @@ def cause(run, spoil=None, after=0):
                 spoil(run)
         return False
 
-    [(_, result)] = turn([run], interrupt)
+    [(_, result)] = train_epoch([run], interrupt)
     assert not result.finite
     return result.cause
 
@@ -167,7 +167,7 @@ def test_features_that_a_weights_file_makes_too_large(prepared, tmp_path):
 def test_the_runs_own_trunk_stays_as_it_was(prepared):
     spoilt, sound = (prepared(lr=lr, frozen_batchnorm="train", epochs=1) for lr in (1e30, 1e-9))
     cause(spoilt)
-    list(turn([sound]))
+    list(train_epoch([sound]))
     expected = sound.trunk.state_dict()
     assert all(torch.equal(one, expected[name]) for name, one in spoilt.trunk.state_dict().items())
 
@@ -194,7 +194,7 @@ def test_the_others_of_a_pack_get_what_they_get_alone(tiny, cache):
     workspace = Workspace(tiny, cache)
     alone = next(train(tiny, workspace))
     spoilt = Run(tiny.model_copy(update={"lr": 1e30}), workspace)
-    results = dict(turn([spoilt, Run(tiny, workspace)]))
+    results = dict(train_epoch([spoilt, Run(tiny, workspace)]))
     assert "in step 3 of 5" in results.pop(spoilt).cause
     [other] = results.values()
     assert replace(other, seconds=0, peak_memory=0) == replace(alone, seconds=0, peak_memory=0)
@@ -209,7 +209,7 @@ def test_a_finite_epoch_makes_no_features_again(prepared, monkeypatch):
         return epoch(*arguments)
 
     monkeypatch.setattr(Stream, "epoch", counted)
-    list(turn([prepared()]))
+    list(train_epoch([prepared()]))
     assert len(made) == 1
     cause(prepared(lr=1e30))
     assert len(made) == 3  # an epoch, and the block of its third step

@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.faults import Verdict, explain, is_transient, is_worth_waiting, judge
+from storage.faults import ErrorKind, classify, explain, is_transient, is_worth_waiting
 
-AGAIN, FINAL, OURS = Verdict.AGAIN, Verdict.FINAL, Verdict.OURS
+AGAIN, FINAL, OURS = ErrorKind.AGAIN, ErrorKind.FINAL, ErrorKind.OURS
 
 
 class Coded(psycopg2.DatabaseError):
@@ -40,7 +40,7 @@ def wrapped(error):
 def test_an_error_with_a_code(verdict, codes):
     for code in codes.split():
         for error in (Coded(code), wrapped(Coded(code))):
-            assert judge(error) is verdict, code
+            assert classify(error) is verdict, code
             assert is_transient(error) == (verdict is AGAIN)
             assert explain(error).startswith(f"what the server says of {code}")
             assert (";" in explain(error)) == (verdict is FINAL), code  # what to do
@@ -111,7 +111,7 @@ REFUSED = (
 )
 def test_a_connection_that_does_not_come_about(verdict, text):
     for error in (psycopg2.OperationalError(text), wrapped(psycopg2.OperationalError(text))):
-        assert judge(error) is verdict
+        assert classify(error) is verdict
         assert len(explain(error).splitlines()) == 1
         assert "refused\n" not in explain(error)
 
@@ -137,7 +137,7 @@ NO_SOCKET = 'connection to server on socket "{}/.s.PGSQL.5432" failed: No such f
 def test_who_was_never_there_waits_only_for_what_may_come(waits, text):
     error = psycopg2.OperationalError(text)
     assert is_worth_waiting(error) is waits
-    assert is_transient(error) is (judge(error) is not FINAL)  # who was there goes on trying
+    assert is_transient(error) is (classify(error) is not FINAL)  # who was there goes on trying
 
 
 def test_every_address_that_was_tried_is_said():
@@ -163,4 +163,4 @@ def test_every_address_that_was_tried_is_said():
     ],
 )
 def test_an_error_that_is_not_the_servers(verdict, error):
-    assert judge(error) is verdict
+    assert classify(error) is verdict

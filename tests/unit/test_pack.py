@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, pack_that_fits, train, turn
+from trainer.loop import Run, pack_that_fits, train, train_epoch
 from trainer.workspace import Workspace
 
 SETTINGS = [
@@ -59,7 +59,7 @@ def alone(config, workspace, stream_epochs):
 
 
 def go_round(runs):
-    assert all(outcome is run.history[-1] for run, outcome in turn(runs))
+    assert all(outcome is run.history[-1] for run, outcome in train_epoch(runs))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -105,7 +105,7 @@ def test_a_pack_that_was_interrupted_anywhere_goes_on_as_if_it_had_not(steps, co
     runs = [Run(*one) for one in zip(chosen, [shared] * 3, places, strict=True)]
     go_round(runs)
     counter = itertools.count(1)
-    outcomes = dict(turn(runs, lambda *_: next(counter) == steps))
+    outcomes = dict(train_epoch(runs, lambda *_: next(counter) == steps))
     assert set(outcomes.values()) == {None}
     for run in runs:
         run.save()
@@ -134,7 +134,7 @@ def test_seeds_and_own_trunks_have_passes_of_their_own(configs, tiny, tmp_path):
 def test_one_runs_error_is_not_the_others(configs, shared):
     runs = [Run(config, shared) for config in configs[:3]]
     runs[1].train_step = broken
-    outcomes = dict(turn(runs))
+    outcomes = dict(train_epoch(runs))
     assert isinstance(outcomes[runs[1]], ZeroDivisionError)
     for run in (runs[0], runs[2]):
         assert curve([outcomes[run]]) == alone(run.config, shared, [0])
@@ -153,7 +153,7 @@ def test_when_memory_runs_out_in_the_trunk_only_the_newest_leaves(configs, share
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(shared, "train_blocks", full)
-    [(run, error)] = turn(runs)
+    [(run, error)] = train_epoch(runs)
     assert run is runs[2]
     assert isinstance(error, torch.cuda.OutOfMemoryError)
     monkeypatch.setattr(shared, "train_blocks", blocks)
@@ -167,7 +167,7 @@ def test_the_time_of_a_pass_is_shared_out(configs, shared, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr("trainer.loop.time.monotonic", lambda: float(next(ticks)))
     asked = []
-    list(turn(runs, lambda run, left: bool(asked.append(run))))
+    list(train_epoch(runs, lambda run, left: bool(asked.append(run))))
     assert len(asked) == sum(run.steps_per_epoch for run in runs) == 5 + 3 + 2 + 10
     seconds = [run.history[0].seconds for run in runs]
     assert len(set(seconds)) == 1  # equal parts, and an evaluation each

@@ -10,7 +10,7 @@ from search.errors import InputError
 from search.slurm import job as job_module
 from search.slurm.commands import SlurmError, version
 from search.slurm.job import own_job
-from search.slurm.queue import Tasks, jobs, judge, say, task_states
+from search.slurm.queue import Tasks, jobs, probe_liveness, say, task_states
 from search.slurm.submit import about_environment, check_script, submit_script
 from storage.liveness import Holder
 
@@ -133,7 +133,7 @@ def holder(job="5", restarts=0, cluster="here"):
 )
 def test_what_slurm_says_of_a_holder(command, answer, verdict):
     command("squeue", answer + "\n")
-    assert judge([holder()]).get("w") is verdict
+    assert probe_liveness([holder()]).get("w") is verdict
 
 
 @pytest.mark.parametrize(
@@ -142,32 +142,32 @@ def test_what_slurm_says_of_a_holder(command, answer, verdict):
 )
 def test_what_is_not_understood_is_said(command, answer, caplog):
     command("squeue", answer + "\n")
-    assert judge([holder()]) == {}
+    assert probe_liveness([holder()]) == {}
     assert "not understood" in caplog.text
 
 
 def test_one_bad_row_spoils_no_other(command):
     command("squeue", f"{OWN}\n5|SOMETHING_NEW|0:0|0|1|\n6|RUNNING|0:0|0|1|\n")
     other = Holder("v", "another-machine:ns:2:2", "here", "6", 0)
-    assert judge([holder(), other]) == {"v": True}
+    assert probe_liveness([holder(), other]) == {"v": True}
 
 
 def test_a_requeued_task_does_not_vouch_for_its_predecessor(command):
     command("squeue", f"{OWN}\n5|RUNNING|0:0|1|1|\n")
     before, now = holder(restarts=0), Holder("v", "another-machine:ns:2:2", "here", "5", 1)
-    assert judge([before, now]) == {"w": False, "v": True}
+    assert probe_liveness([before, now]) == {"w": False, "v": True}
 
 
 def test_without_an_answer_the_lease_decides(command, monkeypatch):
     command("squeue", "", 1, "slurm_load_jobs error: Unable to contact slurm controller")
-    assert judge([holder()]) == {}
+    assert probe_liveness([holder()]) == {}
     command("squeue", f"{OWN}\n5|CANCELLED|0:0|0|1|\n")
-    assert judge([holder(cluster="there")]) == {}  # another cluster's job 5
-    assert judge([holder(cluster=None)]) == {}  # a process that is not the job
+    assert probe_liveness([holder(cluster="there")]) == {}  # another cluster's job 5
+    assert probe_liveness([holder(cluster=None)]) == {}  # a process that is not the job
     monkeypatch.setenv("PATH", "/nowhere")
-    assert judge([holder()]) == {}
+    assert probe_liveness([holder()]) == {}
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert judge([holder()]) == {}
+    assert probe_liveness([holder()]) == {}
 
 
 @pytest.mark.parametrize(

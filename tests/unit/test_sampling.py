@@ -8,13 +8,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from search.sampling import ImputedStudy, Search, promising
+from search.sampling import ImputedStudy, StartupSampler, promising
 
 SPACE = {"lr": FloatDistribution(1e-4, 1e-2, log=True), "batch_size": CategoricalDistribution([64, 128])}
 
 
 def sampled(name, trials=16, **options):
-    study = optuna.create_study(study_name=name, sampler=Search(SPACE, RandomSampler(), **options))
+    study = optuna.create_study(
+        study_name=name, sampler=StartupSampler(SPACE, RandomSampler(), **options)
+    )
     return [study.ask(SPACE).params for _ in range(trials)]
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import recall_score
 
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.dataset import read_dataset
-from trainer.loop import Run, train, turn
+from trainer.loop import Run, train, train_epoch
 from trainer.model import ModelError, fold_batchnorm, load_backbone, stage_table
 from trainer.model_file import ModelFiles, SavedModel
 from trainer.predictions import Predictions
@@ -112,7 +112,7 @@ def test_only_the_tail_changes(tiny, workspace):
     before = {k: v.clone() for k, v in workspace.trunk.state_dict().items()}
     run = Run(tiny, workspace)
     tail = {k: v.clone() for k, v in run.tail.state_dict().items()}
-    [(_, result)] = turn([run])
+    [(_, result)] = train_epoch([run])
     assert result is run.history[0]
     assert all(torch.equal(v, before[k]) for k, v in workspace.trunk.state_dict().items())
     assert all(not p.requires_grad and p.grad is None for p in workspace.trunk.parameters())
@@ -124,7 +124,7 @@ def test_training_batchnorm_updates_the_runs_own_trunk(tiny, cache):
     config = tiny.model_copy(update={"frozen_batchnorm": "train"})
     workspace = Workspace(config, cache)
     run = Run(config, workspace)
-    list(turn([run]))
+    list(train_epoch([run]))
     mine, shared = run.trunk.state_dict(), workspace.trunk.state_dict()
     differing = [name for name in mine if not torch.equal(mine[name], shared[name])]
     assert differing
@@ -192,7 +192,7 @@ def test_an_interrupt_is_told_how_long_the_epoch_still_takes(tiny, workspace):
     run = Run(tiny, workspace)
     run.evaluate()  # the features of the validation images
     started = time.monotonic()
-    list(turn([run], lambda _, left: bool(asked.append((time.monotonic(), left)))))
+    list(train_epoch([run], lambda _, left: bool(asked.append((time.monotonic(), left)))))
     ended = time.monotonic()
     assert len(asked) == run.steps_per_epoch == 5
     # The guess at half time is of the right order; the last one is the evaluation alone.

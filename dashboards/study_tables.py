@@ -1,0 +1,173 @@
+"""A study, its trials, workers and attempts as tables for a terminal."""
+
+import math
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dashboards.tables import trial_table
+from dashboards.terminal import Grid
+from storage.paths import home
+from storage.status import AttemptRow, Status, parameter_names
+from storage.studies import job_in_words
+
+
+def render_trials(status: Status) -> RenderableType:
+    """The trials for people, all of them: numbers with six digits, blanks for what is not known."""
+    names, rows = trial_table(status.trials)
+    hidden = {"reason"} if any(row.audit for row in status.trials) else {"reason", "audit"}
+    names = [name for name in names if name not in hidden]
+    table = Grid(names, left=("state", "worker", "audit"), gap=2)
+    for row in rows:
+        table.add(*(_six_digits(row.get(name)) for name in names))
+    return table
+
+
+def progress_line(status: Status) -> str:
+    """The study in one line, for logs and for output that is not a terminal."""
+    counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
+    best = status.best
+    leader = f"; best {best.value:.4f} (trial {best.number})" if best else ""
+    # Before a trial is complete nobody knows how long one takes.
+    left = status.seconds_left if best else None
+    ahead = f"; about {duration(math.ceil(left / 10) * 10)} left" if left else ""
+    done = f"{status.finished}/{status.max_trials} trials"
+    return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{ahead}"
+
+
+def render(status: Status, rows: int = 12) -> RenderableType:
+    """The study as a table: those in work first, then the best."""
+    names = parameter_names(status.trials)
+    headings = [name.replace("_", " ") for name in names]  # they fold between words
+    table = Grid(["trial", "state", "epoch", "accuracy", "score", *headings], left=["state"])
+    for row in status.ranked()[:rows]:
+        table.add(
+            str(row.number),
+            "resumed" if row.resumed else row.state,
+            f"{row.epochs}/{status.max_epochs}",
+            "" if row.accuracy is None else f"{row.accuracy:.4f}",
+            "" if row.value is None else f"{row.value:.4f}",
+            *(_number(row.params.get(name)) for name in names),
+            style="dim" if row.state in ("paused", "pruned") else None,
+        )
+    head = Text(f"{status.study}: {progress_line(status)}", style="bold")
+    lines = filter(None, [_spent(status), audit_line(status)])
+    return Group(head, table, *(Text(line, style="dim") for line in lines))
+
+
+def audit_line(status: Status) -> str:
+    """How often the strategy would have been wrong; empty if no audited trial tells yet."""
+    complete = status.completed()
+    stopped = [(place, row) for place, row in enumerate(complete, 1) if row.audit]
+    if not stopped or len(complete) < 3:
+        return ""
+    place, best = stopped[0]
+    good = sum(place <= len(complete) / 3 for place, _ in stopped)
+    return (
+        f"Audit: {_count(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
+        f"the best third of all {len(complete)} (by chance {len(stopped) / 3:.0f}); the best, trial "
+        f"{best.number}, would have been {best.audit} and has place {place}"
+    )
+
+
+def render_workers(status: Status) -> RenderableType:
+    """Who is at work, and on a cluster what SLURM says of the array."""
+    headings = ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for")
+    table = Grid(headings, left=headings, gap=2)
+    epochs = {row.number: row.epochs for row in status.trials}
+    for worker in status.workers:
+        table.add(
+            f"{worker.host}:{worker.pid}",
+            worker.job or "",
+            worker.gpu or "",
+            str(worker.trial),
+            f"{epochs[worker.trial]}/{status.max_epochs}",
+            f"{worker.renewed:.0f} s ago",
+            duration(worker.running_for),
+        )
+    lines: list[RenderableType] = [Text(), table] if status.workers else []
+    if status.array_jobs:
+        if status.tasks is None:
+            tasks = f"its tasks are not known: {status.tasks_problem}"
+        else:
+            states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
+            tasks = ", ".join(states) or "no task known any more"
+            if status.tasks_problem:
+                tasks += f"; these may not be all: {status.tasks_problem}"
+        lines.append(Text(f"SLURM {', '.join(map(job_in_words, status.array_jobs))}: {tasks}"))
+    if status.overdue_seconds is not None:
+        ago = duration(status.overdue_seconds)
+        lines.append(
+            Text(f"a lease ended {ago} ago; the next free worker takes its trial over", style="yellow")
+        )
+    lines += [Text(reason, style="red") for reason in status.sick_hosts]
+    if status.surplus:
+        waiting = f"{_count(status.surplus, 'enqueued trial')} beyond study.max_trials"
+        lines.append(Text(f"{waiting}: with a larger one, they begin", style="yellow"))
+    if status.stopping:
+        lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
+    return Group(*lines)
+
+
+def _spent(status: Status) -> str:
+    budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
+    disk = "" if status.disk_bytes is None else f", {status.disk_bytes / 1e6:,.0f} MB on disk"
+    return (
+        f"{_count(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{status.gpu_hours_saved:.2f} saved by pruning{disk}"
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:
+    """Attempts with their logs; why the last trial failed; the last lines of the newest log.
+
+    That is the last attempt's, unless `newest` is given.
+    """
+    headings = ("trial", "attempt", "worker", "job", "ended", "log")
+    table = Grid(headings, left=headings, gap=2)
+    for row in attempts:
+        table.add(
+            str(row.trial),
+            str(row.attempt),
+            row.worker,
+            row.job or "",
+            row.outcome or "not yet",
+            row.log or "(terminal)",
+        )
+    parts: list[RenderableType] = [table]
+    failed = [one for one in attempts if "Traceback" in (one.reason or "") or one.outcome == "failed"]
+    if failed:
+        last = failed[-1]
+        parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]
+        parts += [Text((last.reason or "").rstrip())]
+    log = newest or Path(attempts[-1].log or "")
+    if lines and log.is_file():
+        parts += [Text(f"\n{log}:", style="bold")]
+        parts += [Text("\n".join(log.read_text("utf-8", "replace").splitlines()[-lines:]))]
+    elif lines and log.name:
+        parts += [Text(f"\n{log} is not here (ATELIER_HOME is {home()})", style="bold")]
+    return Group(*parts)
+
+
+def _six_digits(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def _number(value: float | int | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return "" if value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
