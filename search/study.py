@@ -1,6 +1,7 @@
-"""Study files: what they may say, and the Optuna study that follows from one. Imports no torch."""
+"""Create the study that a study file describes, or join it and compare. Imports no torch."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -17,69 +18,89 @@ from trainer.images import READER
 
 log = logging.getLogger(__name__)
 
-# Of a study's settings: what does not make its trials incomparable.
+# These settings may change: trials stay comparable.
 NOT_COMPARED = {"places", "slurm", "search", "images"}
 
 
 @retrying
 def open_study(
-    file: StudyConfig,
+    config: StudyConfig,
     engine: sa.Engine,
     storage: optuna.storages.BaseStorage,
     dataset: Dataset,
     lead: bool = False,
 ) -> tuple[optuna.Study, studies.StudyEntry]:
-    """Create the study, or go on with it. Raises InputError if it was made with other settings.
+    """Create the study, or go on with it.
 
-    A worker joins what is on record; the command that a person types to start a search (`lead`) also
-    sets the budget and takes back an earlier `atelier stop`.
+    A worker joins what is on record. The command that a person types to start a search (`lead`) also
+    sets the budget, and takes back an earlier `atelier stop`. Raises InputError if the study was made
+    with other settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the commands say what there is to say
-    name = file.study.name
-    identity = file.identity()
-    existing = studies.study_entry(engine, name)
-    if existing is not None:
-        _same(identity, existing, dataset.fingerprint)
-    if file.dataset_fingerprint not in (None, dataset.fingerprint):
-        raise other_dataset(name, str(file.dataset_fingerprint), dataset.fingerprint)
-    first = _recorded_first(file, existing) if existing else _first(file, engine)
-    study = optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True
-    )
-    if existing is None:  # first, so that what is on record has its note
-        from dashboards.note import leave_note  # here: most commands find the study made
-
-        leave_note(study)
-    hours = file.study.max_gpu_hours
-    budget = {
-        "max_trials": file.study.max_trials,
-        "max_gpu_seconds": None if hours is None else hours * 3600,
-    }
-    studies.enter_study(
-        engine,
-        study._study_id,
-        dataset=dataset.fingerprint,
-        attributes=dataset.attribute_table(file.shared),
-        settings=identity | file.metadata(first),
-        **budget,
-    )
-    entry = _entered(engine, name)
-    _same(identity, entry, dataset.fingerprint)  # two processes may have created it at once
-    first = _recorded_first(file, entry)
+    name, identity = config.study.name, config.identity()
+    if config.dataset_fingerprint not in (None, dataset.fingerprint):
+        raise other_dataset(name, str(config.dataset_fingerprint), dataset.fingerprint)
+    entry = studies.study_entry(engine, name) or _create(config, identity, engine, storage, dataset)
+    _check_same(identity, entry, dataset.fingerprint)
+    first = _recorded_first(config, entry)
     if lead:
-        settings = identity | file.metadata(first)
-        studies.update_study(engine, study._study_id, stop_requested=None, settings=settings, **budget)
-        entry = _entered(engine, name)
-        for line in absent_attributes(entry.attributes):
-            log.warning("study %r: %s", name, line)
-    study.sampler = file.make_sampler(first)
+        entry = _take_the_lead(config, identity | config.metadata(first), engine, entry)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage, sampler=config.make_sampler(first))
+    except KeyError:
+        raise InputError(
+            f"study {name!r} was deleted meanwhile; give the same command again to begin anew"
+        ) from None
     return study, entry
 
 
-def _first(file: StudyConfig, engine: sa.Engine) -> list[dict[str, Any]]:
+def _create(
+    config: StudyConfig,
+    identity: dict[str, Any],
+    engine: sa.Engine,
+    storage: optuna.storages.BaseStorage,
+    dataset: Dataset,
+) -> studies.StudyEntry:
+    """Make the study, unless another process is quicker. Returns what is on record then."""
+    from dashboards.note import leave_note  # late: it takes a second, and most studies are made before
+
+    study = optuna.create_study(
+        storage=storage, study_name=config.study.name, direction="maximize", load_if_exists=True
+    )
+    leave_note(study)  # before the entry: what is on record has its note
+    return studies.enter_study(
+        engine,
+        study._study_id,
+        dataset=dataset.fingerprint,
+        attributes=dataset.attribute_table(config.shared),
+        settings=identity | config.metadata(_first(config, engine)),
+        **_budget(config),
+    )
+
+
+def _take_the_lead(
+    config: StudyConfig, settings: dict[str, Any], engine: sa.Engine, entry: studies.StudyEntry
+) -> studies.StudyEntry:
+    """Set the budget and how to search, let workers start, and say what is odd about the labels."""
+    budget = _budget(config)
+    studies.update_study(engine, entry.study_id, stop_requested=None, settings=settings, **budget)
+    for line in absent_attributes(entry.attributes):
+        log.warning("study %r: %s", entry.name, line)
+    return replace(entry, max_trials=config.study.max_trials, settings=settings)
+
+
+def _budget(config: StudyConfig) -> dict[str, Any]:
+    hours = config.study.max_gpu_hours
+    return {
+        "max_trials": config.study.max_trials,
+        "max_gpu_seconds": None if hours is None else hours * 3600,
+    }
+
+
+def _first(config: StudyConfig, engine: sa.Engine) -> list[dict[str, Any]]:
     """The parameters that a new study begins with. Raises InputError."""
-    first = [*file.study.first]
-    for name in file.study.warm_start:
+    first = [*config.study.first]
+    for name in config.study.warm_start:
         earlier = studies.study_entry(engine, name)
         if earlier is None:
             raise InputError(f"study.warm_start: no study {name!r}; see: atelier status")
@@ -89,22 +110,16 @@ def _first(file: StudyConfig, engine: sa.Engine) -> list[dict[str, Any]]:
                 f"study.warm_start: {name!r} has no complete trial; wait for one, or leave it out"
             )
         # What that study held fixed may be open here.
-        points = [file.clip(earlier.settings["train"] | row.params) for row in best]
+        points = [config.clip(earlier.settings["train"] | row.params) for row in best]
         distinct = list({tuple(point.items()): point for point in points}.values())
         first += [point for point in distinct[:WARM_START_TRIALS] if point not in first]
     return first
 
 
-def _recorded_first(file: StudyConfig, entry: studies.StudyEntry) -> list[dict[str, Any]]:
-    """As of the study's beginning; of one that was made by an earlier version, the file's."""
-    recorded: list[dict[str, Any]] = entry.settings.get("search", {}).get("first", file.study.first)
+def _recorded_first(config: StudyConfig, entry: studies.StudyEntry) -> list[dict[str, Any]]:
+    """The parameters that the study began with. Earlier versions did not record them."""
+    recorded: list[dict[str, Any]] = entry.settings.get("search", {}).get("first", config.study.first)
     return recorded
-
-
-def _entered(engine: sa.Engine, name: str) -> studies.StudyEntry:
-    entry = studies.study_entry(engine, name)
-    assert entry is not None  # it was just entered
-    return entry
 
 
 def reader_of(entry: studies.StudyEntry) -> int:
@@ -114,7 +129,7 @@ def reader_of(entry: studies.StudyEntry) -> int:
 
 
 def reader_note(what: str, version: int) -> str:
-    """What to say where a search or a run is used that had another version of the reader."""
+    """The note for a search or a run that had another version of the reader."""
     return (
         f"note: the {what} had version {version} of the reader of images, this is {READER}: the same "
         "files may look different (CHANGELOG.md)"
@@ -122,7 +137,7 @@ def reader_note(what: str, version: int) -> str:
 
 
 def check_reader(entry: studies.StudyEntry) -> None:
-    """That its images would be read as they were. Raises InputError."""
+    """Raises InputError if this version would read the study's images otherwise than it did."""
     made_by = reader_of(entry)
     if made_by != READER:
         raise InputError(
@@ -132,31 +147,32 @@ def check_reader(entry: studies.StudyEntry) -> None:
         )
 
 
-def _same(identity: dict[str, Any], existing: studies.StudyEntry, fingerprint: str) -> None:
-    check_reader(existing)
-    name = existing.name
+def _check_same(identity: dict[str, Any], entry: studies.StudyEntry, fingerprint: str) -> None:
+    """Raises InputError unless the study was made with these settings, on this dataset."""
+    check_reader(entry)
+    name = entry.name
     other = f"give [study] another name than {name!r}, or restore the setting"
-    if existing.optuna_version != optuna.__version__:
+    if entry.optuna_version != optuna.__version__:
         raise InputError(
-            f"study {name!r} was made with Optuna {existing.optuna_version}, here is "
+            f"study {name!r} was made with Optuna {entry.optuna_version}, here is "
             f"{optuna.__version__}; install the same version on every machine"
         )
-    for table in identity.keys() | (existing.settings.keys() - NOT_COMPARED):
-        settings, saved = identity.get(table, {}), existing.settings.get(table, {})
+    for table in identity.keys() | (entry.settings.keys() - NOT_COMPARED):
+        settings, saved = identity.get(table, {}), entry.settings.get(table, {})
         for key in settings.keys() | saved.keys():
-            # Settings that a study of an earlier version does not mention had the default.
+            # A setting that an earlier version did not know had today's default.
             default = TrainConfig.model_fields[key].default if table == "train" else None
             if settings.get(key, default) != saved.get(key, default):
                 raise InputError(
                     f"study {name!r} was made with {table}.{key} = {saved.get(key, default)}, the file "
                     f"says {settings.get(key, default)}; {other}"
                 )
-    if existing.dataset != fingerprint:
-        raise other_dataset(name, existing.dataset, fingerprint)
+    if entry.dataset != fingerprint:
+        raise other_dataset(name, entry.dataset, fingerprint)
 
 
 def other_dataset(name: str, expected: str, found: str) -> InputError:
-    """What to raise where a study meets another dataset than its own; both by fingerprint."""
+    """The error of a study that meets another dataset than its own. Both are fingerprints."""
     return InputError(
         f"study {name!r} was made on another dataset ({expected[:12]}, here is {found[:12]}); give the "
         "right one with --data, or another name in [study]"

@@ -66,11 +66,14 @@ def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
 
 
 @retrying
-def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
-    """Put a study on record, if it is not yet."""
+def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
+    """Put a study on record, unless it is there. Returns what is on record."""
     row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
     with engine.begin() as connection:
         connection.execute(insert(Study).values(row).on_conflict_do_nothing())
+    entry = study_entry(engine, study_id)
+    assert entry is not None  # it was just entered
+    return entry
 
 
 @retrying

@@ -60,7 +60,6 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     Raises InputError, DatasetError, DatabaseError; then nothing was submitted.
     """
     script = array_script(file, profile, array, options)
-    file.identity()  # reads the weights file
     _check_weights(file.shared)
     dataset = _dataset(file.shared)
     engine = connect()
