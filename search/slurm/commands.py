@@ -1,19 +1,14 @@
 """Call SLURM's commands, and tell an answer from a refusal and from silence."""
 
-import os
 import subprocess
 from functools import cache
 from typing import NamedTuple
 
 from dashboards.terminal import printable
+from search.slurm.environment import clean_environment
 
 PATIENCE = 20  # seconds that a command may take
-# A user's own habits (SQUEUE_PARTITION hides jobs), and what another job has left in its environment.
-FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_")
-# Where the cluster is, and who asks.
-NEEDED = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
-
-# SLURM's words for a controller that is away or busy, and for a machine that belongs to no cluster.
+# What SLURM's commands say when the controller is away or busy, or the machine is in no cluster.
 SILENCE = (
     "nable to contact",
     "Socket timed out",
@@ -46,7 +41,7 @@ def call(*command: str, text: str = "", environment: dict[str, str] | None = Non
             input=text,
             capture_output=True,
             encoding="utf-8",
-            errors="replace",  # what cannot be decoded is not understood, which the caller notices
+            errors="replace",  # the caller then notices that it does not understand
             timeout=PATIENCE,
             env=clean_environment() if environment is None else environment,
         )
@@ -62,17 +57,8 @@ def call(*command: str, text: str = "", environment: dict[str, str] | None = Non
     return Answer(result.stdout, complaint)
 
 
-def clean_environment(*left_open: str) -> dict[str, str]:
-    """This process's environment without what SLURM's commands would read in it.
-
-    `left_open` are names of variables that stay.
-    """
-    stays = NEEDED.union(left_open)
-    return {k: v for k, v in os.environ.items() if k in stays or not k.startswith(FOREIGN)}
-
-
 def not_understood(command: str, text: str) -> SlurmError:
-    """What to raise about an answer that says nothing to us."""
+    """The error for an answer that Atelier does not understand."""
     return SlurmError(f"{command} of {version()} answered what is not understood: {one_line(text)!r}")
 
 

@@ -1,16 +1,12 @@
-"""The SLURM job that this process runs in: what it is, when it ends, and how it comes back.
-
-SLURM itself is asked. Of the environment only what slurmd sets anew for each job is believed: the rest
-may be of another job, from which this one was submitted.
-"""
+"""The SLURM job that this process runs in: what it is, when it ends, how it is requeued."""
 
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from search.slurm import environment
 from search.slurm.commands import SilenceError, SlurmError, call
 from search.slurm.queue import Job, jobs, say
 
@@ -31,33 +27,35 @@ class OwnJob:
         """When its time is over, in seconds since 1970; None without a limit."""
         end = self.known.end if self.known else None
         if end is None:
-            text = os.environ.get("SLURM_JOB_END_TIME", "")  # slurmd sets it from SLURM 23.11 on
-            if not text.isdecimal():
-                say("when this job ends, SLURM does not say: the work goes on until its signal comes")
-                return None
-            end = float(text)
+            end = environment.job_end()
+        if end is None:
+            say("SLURM does not say when this job ends: the work goes on until its signal comes")
+            return None
         return end if math.isfinite(end) else None
 
     def columns(self) -> dict[str, Any]:
-        """What goes on record of a worker. The cluster only if SLURM's word on the job is one on it."""
+        """The columns of a worker's row.
+
+        The cluster is among them only if the job's state says whether this process is alive.
+        """
         values: dict[str, Any] = {"slurm_job": self.number}
         if self.known is not None and self.known.restarts is not None:
             values["slurm_restarts"] = self.known.restarts
-            if is_this_process():
-                values["slurm_cluster"] = os.environ.get("SLURM_CLUSTER_NAME")
+            if environment.is_job_itself():
+                values["slurm_cluster"] = environment.cluster_name()
         if self.known is not None and self.known.task:
             values["slurm_array_job"], values["slurm_array_task"] = self.known.array, self.known.task
         return values
 
     def requeue(self) -> bool:
-        """Put it back into the queue. Returns whether SLURM accepted; it then ends us."""
-        if not is_this_process():
+        """Put the job back into the queue. Returns whether SLURM accepted; it then ends this process."""
+        if not environment.is_job_itself():
             return False
         try:
             job = self.known or _ask(self.number)
             if job is None or job.array is None or job.task is None:
                 raise SlurmError(f"squeue does not say which task of which array {self.number} is")
-            # One task of an array has the array's own id, which means all of them.
+            # One of an array's tasks has the id of the whole array. Requeueing that would requeue all.
             name = f"{job.array}_{job.task}" if job.task else job.number
             complaint = call("scontrol", "requeue", name).complaint
             if complaint:
@@ -70,19 +68,13 @@ class OwnJob:
 
 def own_job() -> OwnJob | None:
     """The job that this process runs in; None outside SLURM."""
-    number = os.environ.get("SLURM_JOB_ID")
+    number = environment.job_id()
     return OwnJob(number, _ask(number)) if number else None
 
 
-def is_this_process() -> bool:
-    """Whether this process is its SLURM job: not a step of it, and not one of several processes."""
-    own = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
-    return own and not os.environ.get("SLURM_STEP_ID")
-
-
 def _ask(number: str) -> Job | None:
-    for turn in range(TRIES):
-        if turn:
+    for attempt in range(TRIES):
+        if attempt:
             time.sleep(PAUSE_SECONDS)
         try:
             return jobs([number]).find(number)
@@ -91,5 +83,5 @@ def _ask(number: str) -> Job | None:
         except SlurmError as error:
             reason = str(error)
             break
-    log.warning("what this job is, SLURM does not say: %s", reason)
+    log.warning("SLURM does not say what this job is: %s", reason)
     return None

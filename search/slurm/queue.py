@@ -1,8 +1,7 @@
-"""What the queue knows of jobs: their state, how often they began, when they end."""
+"""What squeue says of jobs: their state, how often they began, when they end."""
 
 import logging
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,10 @@ from search.slurm.commands import (
     SilenceError,
     SlurmError,
     call,
-    clean_environment,
     not_understood,
     one_line,
 )
+from search.slurm.environment import UNIX_TIMES, clean_environment, cluster_name, job_id
 from storage.liveness import Holder, probe_this_host
 from storage.studies import split_job
 
@@ -27,18 +26,17 @@ log = logging.getLogger(__name__)
 
 # A job in one of these states has its processes.
 ALIVE = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
-# In one of these it may have some: it saves its work, while the count of a requeued job has gone up
-# already, or it begins.
+# In one of these it may have some: it begins, or it still saves its work after it was requeued.
 UNDECIDED = {"COMPLETING", "CONFIGURING", "POWER_UP_NODE", "STAGE_OUT"}
 # In one of these it has none.
 GONE = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 GONE |= {"DEADLINE", "OUT_OF_MEMORY", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 GONE |= {"REVOKED", "RESV_DEL_HOLD", "LAUNCH_FAILED", "RECONFIG_FAIL"}
-# For SLURM a job has failed if its exit code is not 0. These workers have given back their trial.
+# SLURM says FAILED for each exit code but 0. With these a worker has given back its trial.
 RELEASED = {ExitCode.STOPPED, ExitCode.WALL_TIME}
 
-# Plain fields, each ended by a bar. JSON is a plug-in that a site may lack, and its shape has changed
-# more often.
+# Plain fields, each ended by a bar. A site may lack the plug-in for JSON, and its shape changes more
+# often.
 FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "EndTime", "ArrayJobID", "ArrayTaskID")
 _ID = re.compile(r"[0-9]+")
 _NO_LIMIT = {"N/A", "NONE", "UNLIMITED"}
@@ -46,33 +44,33 @@ _NO_LIMIT = {"N/A", "NONE", "UNLIMITED"}
 
 @dataclass(frozen=True)
 class Job:
-    """One job, or one task of an array, as squeue shows it. What is None was not understood."""
+    """One job, or one task of an array, as squeue shows it. None stands for what was not understood."""
 
     number: str  # tasks that never started share their array's
     state: str
     exit_code: int | None
     restarts: int | None
     end: float | None  # seconds since 1970; infinite without a time limit
-    array: str | None = None  # the id of the whole array; a job that is none has its own
-    task: str | None = None  # empty for a job that is no array
+    array: str | None = None  # the id of the whole array; of a single job its own
+    task: str | None = None  # empty for a single job
 
 
 class Listing(NamedTuple):
     """An answer of squeue."""
 
     jobs: list[Job]
-    strange: str | None = None  # lines that are not understood; any job may stand there
+    strange: str | None = None  # lines that were not understood; any job may stand there
 
     def find(self, number: str) -> Job | None:
         return next((job for job in self.jobs if job.number == number), None)
 
 
 def jobs(ids: Iterable[str], cluster: str = "") -> Listing:
-    """Look jobs up by id, all tasks of an array each; those that SLURM has forgotten are absent.
+    """Look jobs up by id, each array with all of its tasks. Those that SLURM has forgotten are absent.
 
-    `cluster` is needed for another than that of this machine. Raises SlurmError, SilenceError.
+    `cluster` names another cluster than this machine's. Raises SlurmError, SilenceError.
     """
-    wanted = sorted({one for one in ids if _ID.fullmatch(one)})
+    wanted = sorted({job for job in ids if _ID.fullmatch(job)})
     if not wanted:
         return Listing([])
     where = [f"--clusters={cluster}"] if cluster else []
@@ -80,24 +78,24 @@ def jobs(ids: Iterable[str], cluster: str = "") -> Listing:
         output, complaint = call(
             *("squeue", *where, "--noheader", "--array", "--states=all", f"--jobs={','.join(wanted)}"),
             f"--Format={','.join(f'{field}:|' for field in FIELDS)}",
-            environment=clean_environment() | {"SLURM_TIME_FORMAT": "%s"},
+            environment=clean_environment() | UNIX_TIMES,
         )
     except SilenceError:
         raise
     except SlurmError as error:
         if "Invalid job id specified" in str(error):
-            return Listing([])  # it answers: none of them is known any more
+            return Listing([])  # an answer: SLURM has forgotten all of them
         raise
     # `CLUSTER: NAME` stands above each cluster's jobs.
     lines = [line for line in map(str.strip, output.splitlines()) if line and line[:8] != "CLUSTER:"]
     rows = [(line, _job(line)) for line in lines]
-    found = [job for _, job in rows if job is not None]
+    understood = [job for _, job in rows if job is not None]
     strange = "\n".join(line for line, job in rows if job is None)
-    if not found and (strange or complaint):
+    if not understood and (strange or complaint):
         raise not_understood("squeue", strange or complaint)
     if complaint:
         say(f"squeue said: {one_line(complaint)}")
-    return Listing(found, one_line(strange) or None)
+    return Listing(understood, one_line(strange) or None)
 
 
 def _job(line: str) -> Job | None:
@@ -105,7 +103,7 @@ def _job(line: str) -> Job | None:
     if not _ID.fullmatch(number) or not values:
         return None
     named = dict.fromkeys(FIELDS, "") | dict(zip(FIELDS[1:], values, strict=False))
-    # A flag may follow the state: RUNNING+SIGNALING. One that is COMPLETING has ended for most purposes.
+    # A flag may follow the state: RUNNING+SIGNALING. COMPLETING as a flag counts as the state.
     state, *flags = re.split(r"[+, ]", named["State"].upper())
     array, task = named["ArrayJobID"], named["ArrayTaskID"]
     return Job(
@@ -120,7 +118,7 @@ def _job(line: str) -> Job | None:
 
 
 def _exit_code(text: str) -> int | None:
-    """From `code:signal`, or until SLURM 22.05 from what wait(2) gives: the code times 256."""
+    """Read `code:signal`. Until SLURM 22.05 it is what wait(2) gives: the code times 256."""
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return int(match[1])
     return int(text) >> 8 if text.isdecimal() else None
@@ -136,36 +134,36 @@ def _time(text: str) -> float | None:
 
 
 def probe_liveness(holders: list[Holder]) -> dict[str, bool]:
-    """Which holders are alive (True) and which are gone (False), by worker id: see `Ledger`.
+    """Which holders are alive (True) and which are gone (False), by worker id. See `Ledger`.
 
-    SLURM is asked once, and only about jobs of the cluster that this process runs on.
+    SLURM is asked once, and only about jobs of this process's own cluster.
     """
-    verdicts = probe_this_host(holders)
-    cluster, own = os.environ.get("SLURM_CLUSTER_NAME"), os.environ.get("SLURM_JOB_ID")
+    liveness = probe_this_host(holders)
+    cluster, own_job = cluster_name(), job_id()
     asked = [
         holder
         for holder in holders
-        if cluster and holder.slurm_cluster == cluster and holder.worker_id not in verdicts
+        if cluster and holder.slurm_cluster == cluster and holder.worker_id not in liveness
     ]
-    if not own or not asked:
-        return verdicts
+    if not own_job or not asked:
+        return liveness
     try:
-        listing = jobs({own, *(str(h.slurm_job) for h in asked)})
+        listing = jobs({own_job, *(str(holder.slurm_job) for holder in asked)})
     except SlurmError as error:
-        say(f"SLURM is not asked who is at work, the leases decide: {error}")
-        return verdicts
+        say(f"SLURM cannot be asked who is at work, so the leases decide: {error}")
+        return liveness
     if listing.strange:
         say(f"squeue printed what is not understood, and is left out: {listing.strange!r}")
-    if listing.find(own) is None:
-        return verdicts  # an answer that hides jobs
+    if listing.find(own_job) is None:
+        return liveness  # an answer that hides jobs
     for holder in asked:
         job = listing.find(str(holder.slurm_job))
         if job is None and listing.strange:
-            continue  # it may stand there
-        verdict = False if job is None else _is_at_work(job, holder)  # False: forgotten
-        if verdict is not None:
-            verdicts[holder.worker_id] = verdict
-    return verdicts
+            continue  # it may stand in a strange line
+        is_alive = False if job is None else _is_at_work(job, holder)  # False: forgotten
+        if is_alive is not None:
+            liveness[holder.worker_id] = is_alive
+    return liveness
 
 
 def _is_at_work(job: Job, holder: Holder) -> bool | None:
@@ -182,21 +180,21 @@ def _is_at_work(job: Job, holder: Holder) -> bool | None:
     if job.restarts is None:
         say(f"how often job {job.number} began is not understood; its lease decides")
         return None
-    return job.restarts == holder.slurm_restarts  # else its id has begun anew
+    return job.restarts == holder.slurm_restarts  # else the job began again, without this holder
 
 
 @dataclass(frozen=True)
 class Tasks:
     """The tasks of some arrays."""
 
-    states: dict[str, int] | None  # how many are in which state; None if SLURM says nothing of any array
-    problem: str | None = None  # why what is counted may not be all
+    states: dict[str, int] | None  # how many are in which state; None if SLURM does not answer
+    problem: str | None = None  # why these may not be all
 
 
 def task_states(array_jobs: Sequence[str]) -> Tasks:
     """How many tasks of these arrays are in which state.
 
-    The states are SLURM's, and RELEASED of workers that were stopped and have given back their trial.
+    The states are SLURM's. RELEASED is ours: a worker that was stopped and has given back its trial.
     """
     clusters: dict[str, list[str]] = {}
     problems = []
@@ -225,5 +223,5 @@ def task_states(array_jobs: Sequence[str]) -> Tasks:
 
 @cache
 def say(text: str) -> None:
-    """Log what was not understood, once."""
+    """Log a warning, each one once."""
     log.warning("%s", text)

@@ -13,16 +13,14 @@ import huggingface_hub
 from search.errors import InputError
 from search.export import Bundle, check_origin
 from search.slurm.commands import (
-    FOREIGN,
-    NEEDED,
     Answer,
     SilenceError,
     SlurmError,
     call,
-    clean_environment,
     not_understood,
     one_line,
 )
+from search.slurm.environment import LEFT_OPEN, clean_environment, kept_from_commands
 from search.slurm.script import array_script, log_folder, means, option_words, run_script
 from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
@@ -38,19 +36,6 @@ from trainer.kind import not_weights
 
 log = logging.getLogger(__name__)
 
-# What a site or a lab sets for all of its jobs, and the options that say the same. sbatch takes it from
-# the environment where the script leaves it open. All else of SBATCH_* and SLURM_* would beat the
-# profile unseen, or pass for what the new job is.
-LEFT_OPEN = {
-    "SBATCH_ACCOUNT": ("--account", "-A"),
-    "SBATCH_PARTITION": ("--partition", "-p"),
-    "SBATCH_QOS": ("--qos", "-q"),
-    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
-    "SBATCH_RESERVATION": ("--reservation",),
-    "SBATCH_WCKEY": ("--wckey",),
-    "SBATCH_CLUSTERS": ("--clusters", "--cluster", "-M"),
-    "SLURM_CLUSTERS": ("--clusters", "--cluster", "-M"),
-}
 MOST_NAMES = 5
 
 
@@ -161,7 +146,7 @@ def _sbatch(script: str, option: str) -> Answer:
 
 
 def _taken(script: str) -> list[str]:
-    """The variables that sbatch gets of this environment, for what the script leaves open."""
+    """The variables of this environment that sbatch gets, since the script leaves them open."""
     words = option_words(re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE))
     return [
         name
@@ -171,10 +156,9 @@ def _taken(script: str) -> list[str]:
 
 
 def about_environment(script: str) -> list[str]:
-    """What sbatch gets of this environment's SBATCH_* and SLURM_*, and what not, in words."""
+    """What sbatch gets of this environment's variables for SLURM, and what not, in words."""
     taken = _taken(script)
-    foreign = (name for name in os.environ if name.startswith(FOREIGN) and name not in NEEDED)
-    dropped = sorted(set(foreign) - set(taken), key=lambda name: (name.startswith("SLURM_"), name))
+    dropped = kept_from_commands(*taken)
     lines = [f"sbatch gets {name}={os.environ[name]}, which the profile leaves open" for name in taken]
     if dropped:
         more = len(dropped) - MOST_NAMES
