@@ -1,4 +1,4 @@
-"""[slurm.*] of a study file: what to ask SLURM for, accepted as SLURM would."""
+"""The [slurm.*] tables of a study file: what to ask SLURM for, in the forms that SLURM accepts."""
 
 import datetime
 import re
@@ -23,13 +23,13 @@ NO_LIMIT = ("UNLIMITED", "INFINITE")
 
 
 class SlurmProfile(Table):
-    """One [slurm.NAME] table: what to ask SLURM for, in its words. A number needs no quotes."""
+    """One [slurm.NAME] table. A number needs no quotes."""
 
     qos: Word | None = None
     partition: Word | None = None
     account: Word | None = None
     cpus: Whole = Field(1, ge=1)
-    gpus: int | str = 1  # a text has a type: "a100:1"
+    gpus: int | str = 1  # a text names a type: "a100:1"
     memory: str = "12G"  # a bare number is MiB
     time: str = "08:00:00"  # a bare number is minutes
     warning: Whole = Field(300, ge=0)  # seconds before the end at which SLURM warns the workers
@@ -107,7 +107,7 @@ class SlurmProfile(Table):
     @model_validator(mode="after")
     def _warned_in_time(self) -> "SlurmProfile":
         seconds = slurm_seconds(self.time)
-        if seconds and self.warning >= seconds:  # a time of 0 is no limit
+        if seconds and self.warning >= seconds:  # a time of 0 means no limit
             raise ValueError(
                 f"warning = {self.warning} s leaves nothing of time = {self.time!r}; give a shorter one"
             )
@@ -115,7 +115,7 @@ class SlurmProfile(Table):
 
 
 def slurm_seconds(time: str) -> int | None:
-    """A time limit of SLURM's in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for other words."""
+    """A time limit in seconds, from M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for other texts."""
     match = TIME.fullmatch(time)
     if match is None:
         return None
@@ -128,7 +128,7 @@ def slurm_seconds(time: str) -> int | None:
 
 
 def _seconds_in_words(value: object) -> int | None:
-    """A time as people write it and SLURM does not, as in "8h" or "1 day 30 min", in seconds."""
+    """A time as people write it, as in "8h" or "1 day 30 min", in seconds. SLURM reads none of these."""
     match = TIME_IN_WORDS.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or not match[0]:
         return None

@@ -1,4 +1,4 @@
-"""What a study file may say, and what follows from it. Imports no torch."""
+"""What a study file may say, and what follows: space, sampler, strategy, rungs. Imports no torch."""
 
 import hashlib
 import math
@@ -59,15 +59,15 @@ class StudySettings(Table):
     score: Kind = "mean-last-5"
     max_trials: Whole = Field(ge=1, le=1_000_000)
     max_gpu_hours: Real | None = Field(None, gt=0)
-    max_failures: Whole = Field(2, ge=0)  # how often a trial may raise on the only host there is
+    max_failures: Whole = Field(2, ge=0)  # how often a trial may fail where there is only one host
     sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
     strategy: Literal["promote", "asha", "hyperband", "median", "none"] = Field(
         "promote", validation_alias=AliasChoices("strategy", "pruner")
     )
-    rungs: list[Annotated[Whole, Field(ge=0)]] | None = None  # epochs; default: see `rungs`
-    first: list[dict[str, Number]] = Field([])  # parameters to begin with, not always all of them
-    warm_start: Texts = Field([])  # earlier studies, with whose best parameters it begins
-    audit: Real = Field(0.0, ge=0, le=1)  # the share of trials that go on whatever the strategy says
+    rungs: list[Annotated[Whole, Field(ge=0)]] | None = None  # epochs; default: see `StudyConfig.rungs`
+    first: list[dict[str, Number]] = Field([])  # parameters to begin with; some may be left open
+    warm_start: Texts = Field([])  # earlier studies whose best parameters come first
+    audit: Real = Field(0.0, ge=0, le=1)  # the share of trials that no strategy stops
 
     @field_validator("name")
     @classmethod
@@ -123,7 +123,7 @@ class StudyConfig(Table):
         return self
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Parameters at the ends of the space, which every trial lies between."""
+        """Parameters at the ends of the space. Every trial lies between them."""
         for which in ("low", "high"):
             yield {name: _corner(spec, which) for name, spec in self.space.items()}
         lows = self._lows()
@@ -146,7 +146,7 @@ class StudyConfig(Table):
                 raise InputError(f"study.first has {problem}, see [space]")
 
     def foreign(self, params: Mapping[str, Any]) -> str | None:
-        """Which of these are no parameters of the study, in words; None if all are."""
+        """What is wrong with parameters, in words. None if the study could have sampled them."""
         distributions = self.distributions()
         for name, value in params.items():
             if name not in distributions:
@@ -163,27 +163,27 @@ class StudyConfig(Table):
         return None
 
     def clip(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters as far as the space has them: what is beyond a bound of a range moves to it."""
-        known = {name: params[name] for name in self.space if name in params}
+        """The parameters that the space has. A value beyond a bound of its range moves to the bound."""
+        in_space = {name: params[name] for name in self.space if name in params}
         return {
             name: value if isinstance(spec, list) else min(max(value, spec.low), spec.high)
-            for name, value in known.items()
+            for name, value in in_space.items()
             if isinstance(spec := self.space[name], Range) or value in spec
         }
 
     def audits(self, number: int) -> bool:
-        """Whether this trial goes on whatever the strategy says: the share of them, evenly spread."""
+        """Whether no strategy stops this trial. Such trials are evenly spread."""
         audited_before, audited_then = (int(n * self.study.audit + 0.5) for n in (number, number + 1))
         return audited_then > audited_before
 
     @property
     def largest(self) -> TrainConfig:
-        """A configuration of the study with its largest batches, which need the most memory."""
+        """A configuration with the study's largest batches: it needs the most memory."""
         return max(map(self.config, self.corners()), key=lambda config: config.batch_size)
 
     @property
     def batch_sizes(self) -> set[int]:
-        """All that the study's trials may have."""
+        """All batch sizes that the study's trials may have."""
         return {self.config(params).batch_size for params in self.corners()}
 
     def _lows(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class StudyConfig(Table):
 
     @property
     def shared(self) -> TrainConfig:
-        """A configuration of the study, for what does not depend on the parameters."""
+        """A configuration of the study, for all that its parameters do not change."""
         return self.config(self._lows())
 
     @property
@@ -203,7 +203,7 @@ class StudyConfig(Table):
         return self.shared.epochs
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The space in Optuna's words."""
+        """The space as Optuna's distributions."""
         return {
             name: CategoricalDistribution(spec)
             if isinstance(spec, list)
@@ -212,10 +212,10 @@ class StudyConfig(Table):
         }
 
     def rungs(self) -> list[int]:
-        """Epochs at which the strategy decides: the warm-up's last one, then times 3.
+        """The epochs after which the strategy decides: the warm-up's last one, then times 3.
 
-        A value from within the warm-up says little of the final score; from then on the rank
-        correlation is 0.8 and more (docs/search.md).
+        A value during the warm-up says little about the final score. From its end on their rank
+        correlation is at least 0.8 (docs/search.md).
         """
         if self.study.strategy == "none":
             return []
@@ -227,7 +227,7 @@ class StudyConfig(Table):
         return [rung for rung in rungs if rung < self.epochs - 1]
 
     def identity(self) -> dict[str, Any]:
-        """What makes trials comparable: score, space and settings; of files what is in them.
+        """What makes trials comparable: score, space, settings, and the contents of files.
 
         Raises InputError if the weights file cannot be read.
         """
@@ -240,21 +240,21 @@ class StudyConfig(Table):
         }
 
     def with_paths(self, data: str | None, weights: str | None) -> Self:
-        """The same file with other places of the dataset and the weights; None for no change."""
+        """The same configuration with other paths of dataset and weights; None for no change."""
         given = {"data": data, "weights": weights}
         places = {key: value for key, value in given.items() if value is not None}
         return self.model_copy(update={"train": self.train | places})
 
     @classmethod
     def from_record(cls, entry: studies.StudyEntry) -> "StudyConfig":
-        """The file that a study on record was last opened with."""
+        """The configuration that a study on record was last opened with."""
         settings = entry.settings
         study = settings["study"] | settings.get("search", {})
         return cls(
             study=StudySettings(name=entry.name, max_trials=entry.max_trials, **study),
             space=settings["space"],
             train=settings["train"] | entry.places,
-            # As the version that recorded it understood it: SLURM has the last word.
+            # Not checked again: an earlier version accepted it, and SLURM has the last word.
             slurm={
                 name: SlurmProfile.model_construct(**profile)
                 for name, profile in settings.get("slurm", {}).items()
@@ -262,8 +262,8 @@ class StudyConfig(Table):
         )
 
     def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> optuna.samplers.BaseSampler:
-        """The sampler by name, which begins with the parameters `first`."""
-        # Unseeded: workers that share a seed would try the same trials.
+        """The study's sampler. It begins with the parameters `first`."""
+        # Without seeds: workers with the same seed would try the same trials.
         makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
             "tpe": lambda: TPESampler(n_startup_trials=1),
             "gp": lambda: GPSampler(n_startup_trials=1),
@@ -275,7 +275,7 @@ class StudyConfig(Table):
         return StartupSampler(self.distributions(), inner, first, startup)
 
     def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
-        """The strategy by name; every one starts at the first rung."""
+        """The study's strategy. Each one starts at the first rung."""
         name, rungs = self.study.strategy, self.rungs()
         makers: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
             "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0]),
@@ -291,20 +291,20 @@ class StudyConfig(Table):
 
     @property
     def dataset_fingerprint(self) -> str | None:
-        """The fingerprint of the dataset that it belongs to; None for any."""
+        """The fingerprint of the only dataset that it may run on; None for any."""
         return None
 
     def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What goes on record beside the identity: how to search, and where things are."""
-        apart = {"name", "score", "max_trials", "max_gpu_hours", "warm_start"}
+        """What goes on record beside the identity: how to search, and where the files are."""
+        elsewhere = {"name", "score", "max_trials", "max_gpu_hours", "warm_start"}
         return {
-            "search": self.study.model_dump(exclude=apart) | {"first": first},
+            "search": self.study.model_dump(exclude=elsewhere) | {"first": first},
             "slurm": self.model_dump()["slurm"],
             "places": self.places(),
         }
 
     def places(self) -> dict[str, str]:
-        """Where the files are, for whoever starts from another folder."""
+        """Where the files are, so that a worker may start in another folder."""
         data, weights = self.shared.data, self.shared.weights
         return {
             "data": path_to_record(Path(data).absolute()),
@@ -313,7 +313,7 @@ class StudyConfig(Table):
 
 
 def weights_identity(weights: str) -> str:
-    """What is in a weights file, whatever its name. Raises InputError if it cannot be read."""
+    """The digest of a weights file, whatever its name. Raises InputError if it cannot be read."""
     if weights in NO_FILE:
         return weights
     try:

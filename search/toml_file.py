@@ -1,4 +1,4 @@
-"""Reading a study file: TOML, overrides, and errors in the user's words."""
+"""Read a study file: its TOML, the overrides of --set, and what is wrong with it in words."""
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +19,8 @@ from trainer.text import TextError, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What a value may be that has to be printed, compared and handed on: TOML itself promises 64 bits, and
-# Python can neither print an integer of 5,000 digits nor a table inside 1,000 others.
+# Values are printed, compared and handed on. TOML promises integers of 64 bits. Python cannot print one
+# of 5,000 digits, nor a table inside 1,000 others.
 LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20
 
 
@@ -57,7 +57,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, place: str) -> dict[str, Any]:
-    """Raises TOMLDecodeError, and InputError for TOML that goes beyond the limits above."""
+    """Raises TOMLDecodeError, and InputError for TOML beyond the limits above."""
     large = InputError(f"{place}: an integer is too large; allowed are 64 bits")
     deep = InputError(f"{place}: tables or lists are nested too deeply; allowed are {DEEPEST} levels")
     try:
@@ -108,14 +108,15 @@ def validate(
     table: str = "",
     tables: Mapping[str, str] | None = None,
 ) -> Model:
-    """Build a model from a file's values, which stand in `table`, or where `tables` says for a key.
+    """Build a model from a file's values.
 
-    Raises InputError with the first problem, in one line; a key that does not exist comes first.
+    They stand in `table`. For some keys `tables` names another. Raises InputError with one problem, in
+    one line. A key that does not exist comes before all others.
     """
     try:
         return model(**values)
     except ValidationError as error:
-        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        problem = min(error.errors(), key=lambda error: error["type"] != "extra_forbidden")
         key = str(problem["loc"][0]) if problem["loc"] else ""
         where = [name for name in [(tables or {}).get(key, table)] if name]
         location = ".".join(where + [str(p) for p in _without_branches(problem["loc"])])
@@ -129,7 +130,7 @@ def validate(
 
 
 def _without_branches(location: tuple[int | str, ...]) -> Iterator[int | str]:
-    """Without what pydantic adds to say which type of several it tried."""
+    """A location without what pydantic adds: which type of several it tried."""
     for depth, part in enumerate(location):
         tried = isinstance(part, str) and (part.startswith(("list[", "function-")) or part == "Range")
         if not tried and not (part in ("float", "int") and depth == len(location) - 1):

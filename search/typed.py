@@ -1,4 +1,4 @@
-"""What a user types into a file: tables that are checked, and what is wrong with a value, in words."""
+"""Check what a user types into a file, and say in words what is wrong with a value."""
 
 import datetime
 import difflib
@@ -25,12 +25,12 @@ class Table(BaseModel):
 
 
 def word(value: object) -> object:
-    """A name that looks like a number, as SLURM's may."""
+    """Take a whole number as a name: some of SLURM's names look like numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _listed(value: object) -> object:
-    """One text, of one line or more, where a list of them is wanted."""
+    """Take a text as the list of its lines."""
     return [line for line in value.splitlines() if line.strip()] if isinstance(value, str) else value
 
 
@@ -39,7 +39,7 @@ Texts = Annotated[list[str], BeforeValidator(_listed)]
 
 
 def as_typed(value: object) -> str:
-    """A value as somebody may have typed it in a study file, shortened."""
+    """A value as it may stand in a study file, shortened."""
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, (datetime.date, datetime.time)):
@@ -50,7 +50,7 @@ def as_typed(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
-# What is allowed, by pydantic's types of errors; in braces what it says of the limit.
+# What is allowed, by pydantic's type of the error. Pydantic fills in the braces.
 ALLOWED = {
     "string_type": "a text in quotes",
     "string_too_short": "a text of {min_length} or more characters",
@@ -76,29 +76,30 @@ ALLOWED = {
 
 
 def in_our_words(problem: ErrorDetails) -> str:
-    """What pydantic has found, and what is allowed."""
-    kind, found, limits = problem["type"], problem["input"], problem.get("ctx", {})
+    """What the file says, and what is allowed instead."""
+    kind, value, limits = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "missing":
         return "missing, and needed"
     if kind == "value_error":
-        return str(limits["error"])  # a validator's of ours
-    known = kind in ALLOWED
-    allowed = (
-        ALLOWED[kind].format(**limits) if known else problem["msg"].removeprefix("Input should be ")
-    )
-    message = f"found {as_typed(found)}; allowed is {allowed}"
+        return str(limits["error"])  # from a validator of ours
+    if kind in ALLOWED:
+        allowed = ALLOWED[kind].format(**limits)
+    else:
+        allowed = problem["msg"].removeprefix("Input should be ")
+    message = f"found {as_typed(value)}; allowed is {allowed}"
     if kind == "literal_error":
-        return message + near(str(found), re.findall(r"'(.*?)'", limits["expected"]))
-    if kind == "string_type" and not isinstance(found, (bool, dict, list)):
-        return f'{message}: write "{as_typed(found)}"'
+        return message + near(str(value), re.findall(r"'(.*?)'", limits["expected"]))
+    if kind == "string_type" and not isinstance(value, (bool, dict, list)):
+        return f'{message}: write "{as_typed(value)}"'
     return message
 
 
 def near(name: str, allowed: Iterable[str]) -> str:
-    """A hint at the allowed name that was probably meant; empty if none is like it."""
-    found = difflib.get_close_matches(name, list(allowed), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """A hint at the allowed name that was probably meant. Empty if none is similar."""
+    matches = difflib.get_close_matches(name, list(allowed), 1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def unknown_key(name: str, allowed: Any) -> str:
+    """The message about a key that does not exist."""
     return f"unknown key {name!r}{near(name, allowed)} (allowed: {', '.join(allowed)})"

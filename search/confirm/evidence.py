@@ -23,12 +23,12 @@ from storage.status import TrialRow, read_status
 from storage.studies import StudyEntry, study_entry
 from trainer.predictions import Predictions
 
-WINS = 0.95  # the probability of being best from which on a candidate has won
-DROPPED = 0.01  # the one below which it gets no further seeds
-CANNOT_WIN = "cannot win any more"  # then the reason why a rerun is pruned before its first epoch
+WINS = 0.95  # a candidate that is the best with this probability has won
+DROPPED = 0.01  # below this probability it gets no further seeds
+CANNOT_WIN = "cannot win any more"  # why a rerun is pruned before its first epoch
 LEAST_SEEDS = 2  # before anything is said of a candidate
-WINNING_SEEDS = 5  # of a winner: with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
-MOST_RIVALS = 100  # trials of the search that are looked at for the luck of the first
+WINNING_SEEDS = 5  # of a winner; with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
+MOST_RIVALS = 100  # trials of the search that show how lucky the first one is
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Candidate:
 
     number: int  # in the search
     params: dict[str, Any]
-    searched: float | None  # in the search; None if its predictions are not at hand
-    seeds: int  # reruns that are complete
+    searched: float | None  # in the search; None if its predictions are not here
+    seeds: int  # complete reruns
     failed: int  # reruns that failed, diverged, or ran out of memory
-    passed_over: bool  # it could not win any more
+    passed_over: bool  # it could not win any more, so it got no further seeds
     estimate: Estimate | None  # None while there are too few seeds
 
 
@@ -48,9 +48,9 @@ class Candidate:
 class Confirmation:
     """A confirmation as it stands. `candidates` are ranked, the leader first.
 
-    `optimism` is by how much the accuracy of the trial that the search puts first is expected to be too
-    high: what fresh seeds do not repeat, and the luck with the images that they do
-    (`selection_bias`). Below 0 it is too low. None if the search is ranked by something else.
+    `optimism` says how much too high the search's accuracy of its first trial probably is. One part is
+    what fresh seeds do not repeat. The other is luck with the images, which they do repeat: see
+    `selection_bias`. Below 0 the accuracy is too low. None if the search is ranked by another score.
     """
 
     study: str  # the search
@@ -60,7 +60,7 @@ class Confirmation:
     seeds: int  # wanted of each candidate
     candidates: list[Candidate]
     optimism: float | None
-    overtaken: list[int]  # trials of the search that were not among the candidates and now would be
+    overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
 
     @property
     def finished(self) -> bool:
@@ -74,19 +74,19 @@ class Confirmation:
 
     @property
     def winner(self) -> Candidate | None:
-        """The candidate that is the best with a probability of 95 %, if there is one in the end."""
-        # Not before: who looks often enough sees any candidate win for a while. And none of whose reruns
-        # failed: that luck must not count, nor win by having no rivals left.
+        """The candidate that is the best with a probability of 95 %. None before the end."""
+        # Not before the end: whoever looks often enough sees any candidate win for a while. And none of
+        # whose reruns failed: it may have lost its bad seeds, or its rivals.
         first, rivals = self.leader, self.candidates[1:]
         if first is None or first.estimate is None or not self.finished or first.failed:
             return None
         if first.seeds < WINNING_SEEDS:
             return None
-        judged = bool(rivals) and all(one.estimate for one in rivals)
-        return first if judged and first.estimate.best >= WINS else None
+        all_known = bool(rivals) and all(rival.estimate for rival in rivals)
+        return first if all_known and first.estimate.best >= WINS else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: the form of `--json`, which stays stable."""
+        """For programs: what `--json` prints. This form stays stable."""
         winner = self.winner
         return asdict(self) | {
             "finished": self.finished,
@@ -95,20 +95,20 @@ class Confirmation:
 
 
 def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
-    """What is known of a search's leaders by now; None if nobody asked for a confirmation.
+    """What is known of a search's leaders by now. None if nobody asked for a confirmation.
 
-    Raises InputError if a complete rerun's predictions are not at hand.
+    Raises InputError if the predictions of a complete rerun cannot be read.
     """
     linked = study_entry(engine, search.name + SUFFIX)
     if linked is None or (plan := recorded(linked)) is None:
         return None
     status = read_status(engine, linked.study_id, linked.name)
-    found = read_status(engine, search.study_id, search.name).completed()
-    numbers = [one["number"] for one in plan.candidates]
-    searched = _searched(search, found, numbers)
+    ranking = read_status(engine, search.study_id, search.name).completed()
+    numbers = [candidate["number"] for candidate in plan.candidates]
+    searched = _searched(search, ranking, numbers)
     evidence = _Evidence(linked, status.trials)
     candidates = []
-    for number, one in zip(numbers, plan.candidates, strict=True):
+    for number, planned in zip(numbers, plan.candidates, strict=True):
         ended = [
             row
             for row in status.trials
@@ -118,7 +118,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
         candidates.append(
             Candidate(
                 number=number,
-                params=one["params"],
+                params=planned["params"],
                 searched=searched.accuracy.get(number),
                 seeds=len(evidence.runs.get(number, {})),
                 failed=len(ended) - len(given_up),
@@ -126,7 +126,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
                 estimate=evidence.estimates.get(number),
             )
         )
-    candidates.sort(key=lambda one: -one.estimate.score.value if one.estimate else 0.0)
+    candidates.sort(key=lambda candidate: -candidate.estimate.score.value if candidate.estimate else 0.0)
     return Confirmation(
         study=search.name,
         linked=linked.name,
@@ -135,7 +135,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
         seeds=status.max_trials // len(candidates),
         candidates=candidates,
         optimism=_optimism(search, searched, numbers[0], evidence),
-        overtaken=[row.number for row in found[: len(numbers)] if row.number not in numbers],
+        overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
     )
 
 
@@ -150,9 +150,9 @@ def predictions_of(entry: StudyEntry, number: int) -> Predictions:
     path = RunFolder(entry.name, entry.created).predictions(number)
     sizes = attribute_sizes(entry)
     try:
-        found = Predictions.load(path)
-        if found.labels.shape[1] == len(sizes) and (found.labels < sizes).all():
-            return found
+        predictions = Predictions.load(path)
+        if predictions.labels.shape[1] == len(sizes) and (predictions.labels < sizes).all():
+            return predictions
     except (OSError, ValueError):
         pass
     raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used")
@@ -167,10 +167,10 @@ class _Searched:
     labels: np.ndarray | None
 
 
-def _searched(search: StudyEntry, found: Sequence[TrialRow], candidates: Sequence[int]) -> _Searched:
-    """Of the best trials and the candidates; empty if they are older than this, or elsewhere."""
+def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Sequence[int]) -> _Searched:
+    """What the best trials and the candidates predicted. Empty if there are no files of that here."""
     runs, labels = {}, None
-    numbers = dict.fromkeys([*(row.number for row in found[:MOST_RIVALS]), *candidates])
+    numbers = dict.fromkeys([*(row.number for row in ranking[:MOST_RIVALS]), *candidates])
     for number in numbers:
         try:
             predictions = predictions_of(search, number)
@@ -197,7 +197,7 @@ def _optimism(
 
 
 class _Evidence:
-    """The hits of a confirmation's complete trials, and what follows from them. Raises InputError."""
+    """The hits of a confirmation's complete trials, and the estimates from them. Raises InputError."""
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
         self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
@@ -208,29 +208,29 @@ class _Evidence:
                 self._labels = predictions.labels
                 runs = self.runs.setdefault(row.params["candidate"], {})
                 runs[row.params["seed"]] = hits(predictions)
-        self._judged = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
+        self._enough = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
 
     @property
     def seed_flips(self) -> float:
         """See search.confirm.intervals.seed_flips."""
-        return seed_flips([*self._judged.values()], self._labels, self._sizes)
+        return seed_flips([*self._enough.values()], self._labels, self._sizes)
 
     @cached_property
     def estimates(self) -> dict[int, Estimate]:
-        """Of the candidates that have enough seeds."""
-        if not self._judged:
+        """The estimates of the candidates that have enough seeds, by number."""
+        if not self._enough:
             return {}
-        known = compare([*self._judged.values()], self._labels, self._sizes)
-        return dict(zip(self._judged, known, strict=True))
+        estimates = compare([*self._enough.values()], self._labels, self._sizes)
+        return dict(zip(self._enough, estimates, strict=True))
 
 
 def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
-    """The reason, if a candidate is worth no further seed."""
+    """Why a candidate is worth no further seed. None if it is worth one."""
     trials = read_status(engine, linked.study_id, linked.name).trials
     if any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials):
-        return CANNOT_WIN  # once and for all, else its seeds would not be those of the others
+        return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
     try:
         estimate = _Evidence(linked, trials).estimates.get(candidate)
     except InputError:
-        return None  # a file is missing, which is not this trial's fault
+        return None  # a missing file is not this trial's fault
     return CANNOT_WIN if estimate is not None and estimate.best < DROPPED else None

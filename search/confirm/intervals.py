@@ -1,12 +1,12 @@
 """How sure one can be of scores: a bootstrap over images, crossed with seeds.
 
-A score has two kinds of noise. Another validation set would have other images; it is the same for all
-seeds and partly for all candidates, so images are resampled in pairs: each replicate draws the same ones
-for everybody. And another seed would have trained another network. docs/confirm.md has the simulation
-with known truth that these intervals were measured on.
+A score has two kinds of noise. Another validation set would have other images. That noise is the same
+for all seeds, and partly for all candidates. So each replicate draws the same images for everybody. And
+another seed would have trained another network. docs/confirm.md tells of the simulation with a known
+truth on which these intervals were measured.
 
-What no image contradicts, images alone do not prove: where nothing varies, an interval is as wide as so
-many images allow (dashboards.wilson).
+Where the images do not vary, the bootstrap sees no noise. There an interval is as wide as Wilson's for
+so many images (dashboards.wilson).
 """
 
 import statistics
@@ -21,14 +21,14 @@ from trainer.predictions import Predictions
 
 REPLICATES = 10_000
 ONE_SIGMA = statistics.NormalDist().cdf(-1)
-ROUNDING = 1e-15  # a variance below it is that of the arithmetic
+ROUNDING = 1e-15  # a smaller variance comes from the arithmetic
 
 
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its 95 % interval; `error` is half the width of the 68 % one.
 
-    The interval is within what can be (a score's in [0, 1], a difference's in [-1, 1]) and has a width.
+    The interval stays within what is possible: [0, 1] for a score, [-1, 1] for a difference.
     """
 
     value: float
@@ -42,12 +42,12 @@ class Estimate:
     """What is known of one candidate's true score."""
 
     score: Interval
-    behind: Interval  # how far it is behind the highest score; of that itself 0, without a width
-    best: float  # the probability of being the best candidate; those that are equal share it
+    behind: Interval  # how far it is behind the highest score; 0 without a width for that one itself
+    best: float  # the probability of being the best candidate; equal candidates share it
 
 
 def hits(predictions: Predictions) -> np.ndarray:
-    """The share of the last five epochs that is right: float [images, categories]."""
+    """How often the last five epochs were right: a share for each image and category, float."""
     right = predictions.classes[-LAST:] == predictions.labels
     return np.asarray(right.mean(0))
 
@@ -66,45 +66,46 @@ def class_means(values: np.ndarray, attributes: np.ndarray, n_attributes: int) -
 
 
 def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> float:
-    """The challenge's metric of hits [images, categories]; attributes without images do not count."""
+    """The challenge's metric of hits [images, categories]. Attributes without images do not count."""
     means = class_means(values, attribute_index(labels, sizes), sum(sizes))
     return float(np.nanmean(means))
 
 
-Runs = Sequence[Mapping[int, np.ndarray]]  # of each candidate by seed: hits [images, categories]
+Runs = Sequence[Mapping[int, np.ndarray]]  # for each candidate, by seed: hits [images, categories]
 
 
 def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estimate]:
-    """Estimate the true scores of candidates from their runs; of no candidates, nothing.
+    """Estimate the true scores of candidates from their runs.
 
-    The seeds are the same for all, but a candidate may lack some; it has two at least. `labels`
-    [images, categories] are the truth.
+    All candidates have the same seeds, but one may lack some. Each has at least two. `labels` [images,
+    categories] are the truth.
     """
     if not runs:
         return []
     random = np.random.default_rng(0)  # the same evidence gives the same answer
-    seeds = sorted({seed for some in runs for seed in some})
+    seeds = sorted({seed for by_seed in runs for seed in by_seed})
     scores = np.full((len(runs), len(seeds)), np.nan)
-    for index, some in enumerate(runs):
-        for seed, run in some.items():
+    for index, by_seed in enumerate(runs):
+        for seed, run in by_seed.items():
             scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
     means = np.nanmean(scores, 1)
-    average = np.stack([np.mean([*some.values()], 0) for some in runs])  # over seeds
+    average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
     attributes = attribute_index(labels, sizes)
     covariance = _image_covariance(average, attributes, sizes)
     moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
     moves += _seeds(scores, seed_flips(runs, labels, sizes), random)
     leader = int(means.argmax())
-    own = np.diag(covariance)
-    same = own[:, np.newaxis] + own - 2 * covariance < ROUNDING  # their difference does not vary
+    variances = np.diag(covariance)
+    # Whether the difference of two candidates does not vary with the images.
+    same = variances[:, np.newaxis] + variances - 2 * covariance < ROUNDING
     equal = same & np.isclose(means[:, np.newaxis], means, rtol=0, atol=1e-9)
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
-    best = equal @ best / equal.sum(1)  # the first of equals is not better than the others
+    best = equal @ best / equal.sum(1)  # equal candidates share the probability
     images = _worth(attributes)
     estimates = []
     for index, mean in enumerate(means.tolist()):
         score = _interval(mean, moves[:, index], 0.0)
-        if own[index] < ROUNDING:
+        if variances[index] < ROUNDING:
             score = _wider(score, _share(mean, 0.0, images))
         distance = float(means[leader]) - mean
         behind = _interval(distance, moves[:, leader] - moves[:, index], -1.0)
@@ -117,15 +118,15 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
 def selection_bias(
     runs: Sequence[np.ndarray], labels: np.ndarray, sizes: Sequence[int], seed_variance: float
 ) -> float:
-    """How much of the highest score of many runs is expected to be the luck of having these images.
+    """How much of the highest score of many runs is probably luck with these images.
 
-    `runs` are hits [images, categories], one run of each configuration. `seed_variance` is what
-    `seed_flips` says of reruns: what another seed would change is not the images' doing. The bootstrap
-    of a maximum: with images drawn anew another run comes first, and what the draw gave to it is luck.
-    Luck that all runs share has no part in who is first, and counts as none.
+    `runs` are hits [images, categories], one run of each configuration. `seed_variance` comes from
+    `seed_flips` of reruns: that part of the variance is not the images'. This is the bootstrap of a
+    maximum. With images drawn anew another run may come first, and what the draw gave to it is luck.
+    Luck that all runs share does not change who is first, and does not count.
     """
     if len(runs) < 2:
-        return 0.0  # it was chosen from nothing
+        return 0.0  # there was no choice
     scores = np.array([per_class_accuracy(run, labels, sizes) for run in runs])
     covariance = _image_covariance(np.stack(runs).astype(float), attribute_index(labels, sizes), sizes)
     centre = np.eye(len(runs)) - 1 / len(runs)
@@ -141,7 +142,7 @@ def selection_bias(
 
 
 def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Interval:
-    """The average per-class accuracy of one run's hits, with the noise of its images only."""
+    """The average per-class accuracy of one run's hits, with the noise of the images alone."""
     value = per_class_accuracy(right, labels, sizes)
     every = np.asarray(right, dtype=float)[np.newaxis]
     attributes = attribute_index(labels, sizes)
@@ -155,9 +156,9 @@ def of_mean(values: np.ndarray) -> Interval:
 
 
 def _share(value: float, variance: float, most: float) -> Interval:
-    """Wilson's interval, with as many images as a share of this variance is worth.
+    """Wilson's interval for as many images as give a share this variance.
 
-    Where they do not vary, that is unknown; it is then taken as `most`.
+    Where nothing varies, that number is unknown. Then it is taken as `most`.
     """
     images = most if variance < ROUNDING else value * (1 - value) / variance
     low, high = wilson(value, images)
@@ -166,9 +167,10 @@ def _share(value: float, variance: float, most: float) -> Interval:
 
 
 def _unseen(distance: float, images: float) -> Interval:
-    """The distance of two whose difference is the same on all images of an attribute.
+    """The interval of a distance that is the same on all images of an attribute.
 
-    Of what was not seen there may be a share up to Wilson's limit of 0, and all of it speak for either.
+    Images that were not seen may differ: up to Wilson's limit of a share of 0. All of them may speak for
+    the one candidate, or for the other.
     """
     error, share = (wilson(0.0, images, z)[1] for z in (1.0, Z))
     return Interval(
@@ -176,17 +178,17 @@ def _unseen(distance: float, images: float) -> Interval:
     )
 
 
-def _wider(one: Interval, other: Interval) -> Interval:
-    """What is in either, of the same value."""
-    low, high = min(one.low, other.low), max(one.high, other.high)
-    return Interval(one.value, max(one.error, other.error), low, high)
+def _wider(first: Interval, second: Interval) -> Interval:
+    """The interval that holds both. They have the same value."""
+    low, high = min(first.low, second.low), max(first.high, second.high)
+    return Interval(first.value, max(first.error, second.error), low, high)
 
 
 def _worth(attributes: np.ndarray) -> float:
-    """How many images tell as much of a share as these, [images, categories], of the average one.
+    """How many images of a single share would tell as much as these of the average of all shares.
 
-    The average over C attributes that have n_c images, all of one accuracy p, has the variance
-    p (1 - p) sum(1 / n_c) / C^2.
+    `attributes` are [images, categories]. The average over C attributes that have n_c images,
+    all of one accuracy p, has the variance p (1 - p) sum(1 / n_c) / C^2.
     """
     counts = np.bincount(attributes.ravel())
     counts = counts[counts > 0]
@@ -194,7 +196,7 @@ def _worth(attributes: np.ndarray) -> float:
 
 
 def _interval(value: float, deviations: np.ndarray, least: float) -> Interval:
-    """The basic bootstrap interval: where the truth lies, if the estimate errs as the replicates do.
+    """The basic bootstrap interval: the truth, if the estimate errs as the replicates do.
 
     The truth is between `least` and 1.
     """
@@ -206,12 +208,12 @@ def _interval(value: float, deviations: np.ndarray, least: float) -> Interval:
 
 
 def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """How the scores move together with other images: covariance [candidates, candidates].
+    """How the scores would move with other images: their covariance [candidates, candidates].
 
-    It is what a bootstrap has that draws images class by class, the same for all candidates, each
-    attribute as often as it occurs; the score is linear in the images, so no draw is needed. Two images
-    say nothing about how their attribute varies, so its variance is mixed with its category's, as if
-    that had been seen on k = PRIOR_IMAGES images before.
+    It equals that of a bootstrap that draws images class by class, the same ones for all candidates. The
+    score is linear in the images, so nothing has to be drawn. Few images say little about how much their
+    attribute varies. So its variance is mixed with its category's, as if k = PRIOR_IMAGES images had
+    shown that before.
     """
     total = np.zeros((len(average), len(average)))
     present = len(np.unique(attributes))
@@ -223,41 +225,43 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
             values = average[:, column == attribute, category]
             deviations = values - values.mean(1, keepdims=True)
             squares.append((values.shape[1], deviations @ deviations.T))
-        pooled = sum(own for _, own in squares) / max(len(column) - len(squares), 1)
-        for n, own in squares:
-            variance = (own + PRIOR_IMAGES * pooled) / (n - 1 + PRIOR_IMAGES)
+        pooled = sum(squared for _, squared in squares) / max(len(column) - len(squares), 1)
+        for n, squared in squares:
+            variance = (squared + PRIOR_IMAGES * pooled) / (n - 1 + PRIOR_IMAGES)
             total += variance / (n * present**2)
     return total
 
 
 def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
-    """The part of a score's variance over seeds that is images changing sides one by one.
+    """The part of a score's variance over seeds that comes from single images changing sides.
 
-    The mean over seeds carries it into the images' part, so it must not be counted again. An attribute
-    that does better or worse as a whole is the seed's doing, and not in it.
+    The mean over seeds carries this part into the images' variance, so it must not count twice. Where a
+    whole attribute gets better or worse, the seed did that: it is not in this part.
     """
     present = len(np.unique(attribute_index(labels, sizes)))
     total = 0.0
     for category in range(len(sizes)):
         for value in np.unique(labels[:, category]):
-            mine = labels[:, category] == value
-            n = int(mine.sum())
+            has_value = labels[:, category] == value
+            n = int(has_value.sum())
             if n < 2:
                 continue  # one image cannot be told from its attribute
-            for some in runs:
-                right = np.stack([run[mine, category] for run in some.values()])  # [seeds, images]
-                own = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
+            for by_seed in runs:
+                right = np.stack(
+                    [run[has_value, category] for run in by_seed.values()]
+                )  # [seeds, images]
+                flips = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
                 freedom = (len(right) - 1) * (n - 1)
-                total += float((own**2).sum()) / freedom / (n * present**2) / len(runs)
+                total += float((flips**2).sum()) / freedom / (n * present**2) / len(runs)
     return total
 
 
 def _seeds(scores: np.ndarray, seed_variance: float, random: np.random.Generator) -> np.ndarray:
-    """How the mean scores move with other seeds: [replicates, candidates].
+    """How the mean scores would move with other seeds: [replicates, candidates].
 
-    `scores` are [candidates, seeds], NaN where a run is missing. What a seed does to all candidates and
-    what it does to one are kept apart (least squares); the variance of the latter is taken as the same
-    for all candidates, since a few seeds of one say little.
+    `scores` are [candidates, seeds], NaN where a run is missing. Least squares tell what a seed does to
+    all candidates from what it does to one. The latter's variance is taken as the same for all
+    candidates, since the few seeds of one say little.
     """
     candidates, seeds = scores.shape
     rows, columns = np.nonzero(~np.isnan(scores))
@@ -265,19 +269,19 @@ def _seeds(scores: np.ndarray, seed_variance: float, random: np.random.Generator
     design = np.hstack([np.eye(candidates)[rows], np.eye(seeds)[columns]])
     effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(values) - int(rank)
-    own = float(((values - design @ effects) ** 2).sum()) / freedom if freedom else 0.0
+    single = float(((values - design @ effects) ** 2).sum()) / freedom if freedom else 0.0
     runs_of_seed = np.bincount(columns)
-    shared = float(np.var(effects[candidates:], ddof=1)) - own * float(np.mean(1 / runs_of_seed))
+    shared = float(np.var(effects[candidates:], ddof=1)) - single * float(np.mean(1 / runs_of_seed))
     if freedom:
-        own -= seed_variance
+        single -= seed_variance
     else:  # the two cannot be told apart
         shared -= seed_variance
 
     def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
-        """Student's t, since the variance is estimated: one scale for all draws of a replicate."""
+        """Draw Student's t: the variance is an estimate. A replicate has one scale for all draws."""
         scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, REPLICATES))
         return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
 
     has = ~np.isnan(scores)
-    moves = draw((1, seeds), shared, seeds - 1) + draw(has.shape, own, max(freedom, 1))
+    moves = draw((1, seeds), shared, seeds - 1) + draw(has.shape, single, max(freedom, 1))
     return np.asarray((moves * has).sum(2) / has.sum(1))

@@ -1,4 +1,4 @@
-"""What a confirmation runs: which trials, on which seeds."""
+"""Plan a confirmation: which trials of a search run again, on which seeds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from storage.studies import StudyEntry, study_entry
 from trainer.config import TrainConfig
 
 SUFFIX = "-confirm"  # of the linked study's name
-TOP, SEEDS = 5, 5  # with three seeds, no paired test can reach significance
+TOP, SEEDS = 5, 5  # with three seeds no paired test can reach significance
 MOST_TRIALS = 10**6
 
 
@@ -47,15 +47,15 @@ class Plan(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        turn, index = divmod(trial.number, len(self._candidates))
+        round_number, index = divmod(trial.number, len(self._candidates))
         candidate = self._candidates[index]
-        # The search's own seed has had its luck.
-        own = {"candidate": candidate["number"], "seed": (self._seed + 1 + turn) % 2**32}
-        return (own | candidate["params"])[param_name]
+        # A fresh seed: the search's own one may have been lucky.
+        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + round_number) % 2**32}
+        return (rerun | candidate["params"])[param_name]
 
 
 class ConfirmationFile(StudyConfig):
-    """What a study file is to a search; made from what is on record of the search."""
+    """For a confirmation what a study file is for a search. It is made from the search's record."""
 
     confirms: str  # the search's name
     candidates: list[dict[str, Any]]  # {"number", "params"} of its trials
@@ -67,19 +67,19 @@ class ConfirmationFile(StudyConfig):
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The candidates: nothing else is trained."""
-        return (one["params"] for one in self.candidates)
+        return (candidate["params"] for candidate in self.candidates)
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The full configuration of a trial with these parameters."""
         return super().config({key: value for key, value in params.items() if key != "candidate"})
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The search's space, and which of its trials is run again with which seed."""
-        own = {"candidate": IntDistribution(0, MOST_TRIALS), "seed": IntDistribution(0, 2**32 - 1)}
-        return own | super().distributions()
+        """The search's space, and two parameters: the trial to run again, and its seed."""
+        rerun = {"candidate": IntDistribution(0, MOST_TRIALS), "seed": IntDistribution(0, 2**32 - 1)}
+        return rerun | super().distributions()
 
     def identity(self) -> dict[str, Any]:
-        """As of the search, and the candidates, which must not change."""
+        """The search's identity and the candidates, which must not change."""
         return super().identity() | {"confirms": {"study": self.confirms, "candidates": self.candidates}}
 
     def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
@@ -87,7 +87,7 @@ class ConfirmationFile(StudyConfig):
 
 
 def recorded(entry: StudyEntry) -> ConfirmationFile | None:
-    """The confirmation that a study on record is; None if it is a search."""
+    """The confirmation that is on record as this study; None if the study is a search."""
     if "confirms" not in entry.settings:
         return None
     confirms = entry.settings["confirms"]
@@ -98,7 +98,7 @@ def recorded(entry: StudyEntry) -> ConfirmationFile | None:
 def _confirmation_file(
     entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
 ) -> ConfirmationFile:
-    """The confirmation of a search's trials, with the settings of a study that is on record."""
+    """A confirmation of a search's trials. The other settings are those of a study on record."""
     file = StudyConfig.from_record(entry)
     tables = file.model_dump() | {"slurm": file.slurm}
     tables["study"] |= {
@@ -107,16 +107,16 @@ def _confirmation_file(
         "max_trials": len(candidates) * seeds,
         "strategy": "none",
     }
-    own = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
-    return validate(ConfirmationFile, tables | own, f"confirmation of {search!r}")
+    confirmation = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
+    return validate(ConfirmationFile, tables | confirmation, f"confirmation of {search!r}")
 
 
 def plan_confirmation(
     engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None
 ) -> ConfirmationFile:
-    """The confirmation that is on record, with more seeds if asked for; else a new one.
+    """The confirmation on record, with more seeds if asked for. Else a new one.
 
-    Raises InputError if there is nothing to confirm, or if it was begun otherwise.
+    Raises InputError if there is nothing to confirm, or if the one on record was begun otherwise.
     """
     check_reader(search)
     linked = study_entry(engine, search.name + SUFFIX)
@@ -124,19 +124,21 @@ def plan_confirmation(
         status = read_status(engine, search.study_id, search.name)
         chosen = status.completed()
         if not chosen or len(chosen) < (top or 1):
-            found = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
-            raise InputError(f"study {search.name!r} has {found} yet; see: atelier status {search.name}")
+            shortage = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
+            raise InputError(
+                f"study {search.name!r} has {shortage} yet; see: atelier status {search.name}"
+            )
         candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
         return _confirmation_file(search, search.name, candidates, seeds or SEEDS)
     begun = recorded(linked)
     if begun is None:
         raise InputError(f"{linked.name!r} is the name of a search; a confirmation cannot have it too")
-    known, given = len(begun.candidates), begun.study.max_trials // len(begun.candidates)
-    if top not in (None, known):
+    n_candidates, n_seeds = len(begun.candidates), begun.study.max_trials // len(begun.candidates)
+    if top not in (None, n_candidates):
         raise InputError(
-            f"--top {top}: the confirmation was begun with {known}; to begin anew, first delete "
+            f"--top {top}: the confirmation was begun with {n_candidates}; to begin anew, first delete "
             f"{linked.name!r} in the dashboard"
         )
-    if seeds is not None and seeds < given:
-        raise InputError(f"--seeds {seeds}: each candidate has {given} already; allowed are more")
-    return _confirmation_file(linked, search.name, begun.candidates, seeds or given)
+    if seeds is not None and seeds < n_seeds:
+        raise InputError(f"--seeds {seeds}: each candidate has {n_seeds} already; allowed are more")
+    return _confirmation_file(linked, search.name, begun.candidates, seeds or n_seeds)

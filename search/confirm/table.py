@@ -1,4 +1,4 @@
-"""A confirmation as a table, and its verdict in words."""
+"""Show a confirmation: a table, and the verdict in words."""
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -6,36 +6,36 @@ from rich.text import Text
 from dashboards.terminal import Grid
 from search.confirm.evidence import WINNING_SEEDS, WINS, Candidate, Confirmation
 
-TIED = 0.05  # the one from which on a candidate is named in a tie
+TIED = 0.05  # a candidate that is the best with this probability is named in a tie
 COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
 
 
 def render(confirmation: Confirmation) -> RenderableType:
     """The confirmation as a table, and its verdict in words."""
     table = Grid(COLUMNS)
-    for one in confirmation.candidates:
-        table.add(*cells(one))
+    for candidate in confirmation.candidates:
+        table.add(*cells(candidate))
     return Group(table, *(Text(line, style="bold") for line in verdict(confirmation)))
 
 
-def cells(one: Candidate) -> list[str]:
-    """A row of the table; percent, and points of it."""
-    notes = [f"{one.failed} failed"] * (one.failed > 0) + ["out"] * one.passed_over
+def cells(candidate: Candidate) -> list[str]:
+    """A row of the table, in percent and percentage points."""
+    notes = [f"{candidate.failed} failed"] * (candidate.failed > 0) + ["out"] * candidate.passed_over
     row = [
-        str(one.number),
-        str(one.seeds) + (f" ({', '.join(notes)})" if notes else ""),
-        "" if one.searched is None else f"{100 * one.searched:.2f}",
+        str(candidate.number),
+        str(candidate.seeds) + (f" ({', '.join(notes)})" if notes else ""),
+        "" if candidate.searched is None else f"{100 * candidate.searched:.2f}",
     ]
-    if one.estimate is None:
+    if candidate.estimate is None:
         return [*row, *[""] * (len(COLUMNS) - len(row))]
-    score, behind = one.estimate.score, one.estimate.behind
+    score, behind = candidate.estimate.score, candidate.estimate.behind
     return [
         *row,
         f"{100 * score.value:.2f} ± {100 * score.error:.2f}",
         f"{100 * score.low:.2f} to {100 * score.high:.2f}",
         f"{100 * behind.value:.2f}",
         f"{100 * behind.low:.2f} to {100 * behind.high:.2f}" if behind.error else "",
-        f"{100 * one.estimate.best:.0f} %",
+        f"{100 * candidate.estimate.best:.0f} %",
     ]
 
 
@@ -65,7 +65,11 @@ def _who_is_best(confirmation: Confirmation) -> str:
         return f"trial {winner.number} is the best of them with {100 * leader.estimate.best:.0f} %"
     if len(confirmation.candidates) == 1:
         return "one candidate alone has nobody to win against"
-    best = {one.number: round(one.estimate.best, 2) for one in confirmation.candidates if one.estimate}
+    best = {
+        candidate.number: round(candidate.estimate.best, 2)
+        for candidate in confirmation.candidates
+        if candidate.estimate
+    }
     tied = [str(number) for number, probability in best.items() if probability >= TIED]
     if len(tied) > 1:
         return (

@@ -1,5 +1,6 @@
-"""SLURM: the job that starts workers, what a job is, and what the queue knows of it.
+"""SLURM: render and submit jobs, ask the queue, and know the job that this process runs in.
 
-The only package that calls SLURM's commands. Where SLURM does not answer, it is as if there were none.
-An answer that is not understood is said in the log, and never taken for silence.
+Only this package calls SLURM's commands and reads its variables. Where SLURM does not answer, Atelier
+goes on as if there were none. An answer that is not understood goes into the log. It is never taken for
+silence.
 """

@@ -20,12 +20,12 @@ class OwnJob:
     """What is known of the job that this process runs in."""
 
     number: str
-    known: Job | None  # None if SLURM did not say
+    job: Job | None  # None if SLURM did not say
 
     @property
     def end(self) -> float | None:
         """When its time is over, in seconds since 1970; None without a limit."""
-        end = self.known.end if self.known else None
+        end = self.job.end if self.job else None
         if end is None:
             end = environment.job_end()
         if end is None:
@@ -39,12 +39,12 @@ class OwnJob:
         The cluster is among them only if the job's state says whether this process is alive.
         """
         values: dict[str, Any] = {"slurm_job": self.number}
-        if self.known is not None and self.known.restarts is not None:
-            values["slurm_restarts"] = self.known.restarts
+        if self.job is not None and self.job.restarts is not None:
+            values["slurm_restarts"] = self.job.restarts
             if environment.is_job_itself():
                 values["slurm_cluster"] = environment.cluster_name()
-        if self.known is not None and self.known.task:
-            values["slurm_array_job"], values["slurm_array_task"] = self.known.array, self.known.task
+        if self.job is not None and self.job.task:
+            values["slurm_array_job"], values["slurm_array_task"] = self.job.array, self.job.task
         return values
 
     def requeue(self) -> bool:
@@ -52,7 +52,7 @@ class OwnJob:
         if not environment.is_job_itself():
             return False
         try:
-            job = self.known or _ask(self.number)
+            job = self.job or _ask(self.number)
             if job is None or job.array is None or job.task is None:
                 raise SlurmError(f"squeue does not say which task of which array {self.number} is")
             # One of an array's tasks has the id of the whole array. Requeueing that would requeue all.

@@ -1,4 +1,4 @@
-"""The batch script of workers, or of a long run: what it asks for, and what it runs."""
+"""Render the batch script of workers or of a long run. Nothing is run or written here."""
 
 import os
 import re
@@ -21,7 +21,7 @@ ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
 TASK_LOG = "%A_%a.log"  # array and task
 SHORT = {"array": "-a", "output": "-o", "qos": "-q", "partition": "-p", "account": "-A", "time": "-t"}
 SHORT |= {"cpus-per-task": "-c"}
-# With these sbatch would do something else than to submit the script and print the job's id.
+# With one of these sbatch would not just submit the script and print the job's id.
 OTHER_USES = ("--wrap", "--wait", "-W", "--test-only", "--parsable", "--help", "--version")
 
 
@@ -33,10 +33,10 @@ def render_script(
     environment: dict[str, str],
     log: str,
 ) -> str:
-    """The batch script as text; nothing is run or written. Raises InputError for a bad `array`.
+    """The batch script as text. Raises InputError for a bad `array`, or options that clash.
 
-    `command` is what one array task, or the one job, runs in `folder`. It replaces the shell, so that it
-    is the process that SLURM signals. `log` is the path of the log, with SLURM's %A and %a, or %j.
+    One array task, or the one job, runs `command` in `folder`. The command replaces the shell, so that
+    SLURM signals it. `log` is the path of the log, with SLURM's %A and %a, or %j.
     """
     if array is not None and not ARRAY.fullmatch(array):
         raise InputError(f"--array {array!r}: allowed is SLURM's form, as in 0-7%4")
@@ -74,7 +74,7 @@ def render_script(
 
 
 def _refuse_clashes(options: list[str], keys: list[str]) -> None:
-    """Raises InputError for an option that says again, or otherwise, what the script says."""
+    """Raises InputError for an option that repeats or contradicts what the script says."""
     for word in option_words(options):
         if any(means(word, other) for other in OTHER_USES):
             raise InputError(f"options has {word}, which does not just submit; leave it out")
@@ -87,19 +87,19 @@ def _refuse_clashes(options: list[str], keys: list[str]) -> None:
 
 
 def option_words(lines: list[str]) -> list[str]:
-    """The words of options of sbatch, without what follows `=`."""
+    """The words of lines of options, without what follows `=`."""
     return [word.partition("=")[0] for line in lines for word in line.replace('"', " ").split()]
 
 
 def means(word: str, option: str) -> bool:
-    """Whether a word may be this option of sbatch, also abbreviated, or with its value: -Alab."""
+    """Whether a word may be this option of sbatch: also abbreviated, or with its value as in -Alab."""
     if word.startswith("--"):
         return len(word) > 2 and option.startswith(word)
     return word.startswith(option)
 
 
 def _word(value: object) -> str:
-    """A value for an #SBATCH line, which sbatch splits as a shell would: by blanks and quotes."""
+    """A value for an #SBATCH line. sbatch splits the line by blanks and quotes, as a shell does."""
     text = str(value)
     if "\n" in text:
         raise InputError(f"{text!r} has a line break, which no #SBATCH line can hold; rename it")
@@ -109,9 +109,9 @@ def _word(value: object) -> str:
 
 
 def array_script(file: StudyConfig, profile: str, array: str, options: list[str]) -> str:
-    """The batch script of workers for a study file, as this user would submit it from here.
+    """The batch script of a study's workers, as this user would submit it from here.
 
-    `options` are the worker's arguments, the study's path or name among them. Raises InputError.
+    `options` are the worker's arguments, with the study's path or name. Raises InputError.
     """
     chosen = _profile(file.slurm, profile)
     environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared, chosen)
@@ -128,8 +128,8 @@ def run_script(
 
 def _profile(slurm: Mapping[str, SlurmProfile], name: str) -> SlurmProfile:
     if name not in slurm:
-        known = ", ".join(slurm) or "none"
-        raise InputError(f"--profile {name!r}: the file has {known}; add [slurm.{name}]")
+        names = ", ".join(slurm) or "none"
+        raise InputError(f"--profile {name!r}: the file has {names}; add [slurm.{name}]")
     return slurm[name]
 
 
@@ -140,14 +140,14 @@ def _script(
     environment: dict[str, str],
     log: str,
 ) -> str:
-    # -P: a file of such a name, where the user stands, is not this one.
+    # -P: a file of this name in the user's folder must not run instead.
     command = [sys.executable, "-P", "-m", "atelier_command", *arguments]
     path = log_pattern(log_folder(), log)
     return render_script(profile, array, command, Path.cwd(), environment, path)
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """The path of a log in this folder, its name with SLURM's %A and the like. Raises InputError."""
+    """The path of a log in this folder. `name` may have SLURM's %A and the like. Raises InputError."""
     if "\\" in str(folder):
         raise InputError(f"{folder}: SLURM writes no log to a path with a backslash; set ATELIER_HOME")
     return f"{str(folder).replace('%', '%%')}/{name}"
@@ -159,16 +159,16 @@ def log_folder() -> Path:
 
 
 def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:
-    """What a job needs to find the same files: with no secret, for anybody may read the script."""
+    """What a job needs to find the same files. No secret: anybody may read the script."""
     given = {"ATELIER_HOME": str(home())}
     if profile.gpus or not any("gpu" in option for option in profile.options):
-        # What was asked of SLURM is used, and no worker falls back to a CPU unasked.
+        # A worker uses what was asked of SLURM. It does not fall back to a CPU unasked.
         given["ATELIER_DEVICE"] = "cuda" if profile.gpus else "cpu"
     for name in (*libpq.FILES, "HF_HOME", "HF_HUB_CACHE"):
         if value := os.environ.get(name):
             given[name] = value
     if config.weights == "timm":
-        given["HF_HUB_OFFLINE"] = "1"  # they are in the cache: see search.slurm.submit
+        given["HF_HUB_OFFLINE"] = "1"  # the weights are in the cache: see search.slurm.submit
     return given
 
 

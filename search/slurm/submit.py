@@ -1,4 +1,4 @@
-"""Submit: check what would fail in the queue, then give SLURM the script."""
+"""Submit a job: check what would fail in the queue, then give SLURM the script."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ MOST_NAMES = 5
 def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]) -> str:
     """Check what would fail in the queue, create the study if need be, submit. Returns the job id.
 
-    Raises InputError, DatasetError, DatabaseError; then nothing was submitted.
+    Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
     script = array_script(file, profile, array, options)
     _check_weights(file.shared)
@@ -65,7 +65,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
 def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[str]) -> str:
     """Check what would fail in the queue and submit `atelier train`. Returns the job id.
 
-    Raises InputError, DatasetError; then nothing was submitted.
+    Raises InputError, DatasetError. Then nothing was submitted.
     """
     script = run_script(config, bundle.slurm, profile, options)
     _check_weights(config)
@@ -77,7 +77,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
 
 
 def _dataset(config: TrainConfig) -> Dataset:
-    """Raises DatasetError, also if it has too few images for the configuration."""
+    """Read the dataset. Raises DatasetError, also for too few images for the configuration."""
     dataset = read_dataset(config.data)
     dataset.training_rows(config)
     return dataset
@@ -94,7 +94,7 @@ def _make_log_folder() -> None:
 
 
 def _check_weights(config: TrainConfig) -> None:
-    """Raises InputError unless the nodes will find weights, and without the internet."""
+    """Raises InputError unless the nodes will find the weights without the internet."""
     if config.weights not in NO_FILE and (wrong := not_weights(Path(config.weights))):
         raise InputError(f"weights = {config.weights!r}: {wrong}")
     if config.weights != "timm":
@@ -128,7 +128,7 @@ def submit_script(script: str) -> str:
     """
     try:
         output, complaint = _sbatch(script, "--parsable")
-        # Plug-ins may print lines of their own, too.
+        # Plug-ins may print lines too.
         ids = set(re.findall(r"^\s*([0-9]{1,10}(?:;[^;\s]+)?)\s*$", output, re.MULTILINE))
         if len(ids) != 1:
             raise not_understood("sbatch", f"{output}\n{complaint}")
@@ -168,6 +168,6 @@ def about_environment(script: str) -> list[str]:
 
 
 def newest_log(array_jobs: Iterable[str]) -> Path | None:
-    """The log that a task of these arrays wrote to last."""
-    found = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    """The log that was written to last by a task of these arrays."""
+    logs = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
