@@ -1,6 +1,7 @@
-"""The rules of docs/design.md that a program can check."""
+"""The rules for files and imports that CONTRIBUTING.md states and a program can check."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,29 +23,94 @@ FORBIDDEN = {
 }
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+MOST_LINES = 450  # of a file
+MOST_LATE_IMPORTS = 15  # inside functions, in the whole project
+
+
+def sources(*packages):
+    """The files of the packages, with their syntax trees."""
+    for package in packages or MAY_IMPORT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """The modules that a file imports, wherever it does."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+            yield node.module
+
+
+def late_imports(tree):
+    """The lines inside functions that import something."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if isinstance(node, (ast.Import, ast.ImportFrom)) or called.endswith("import_module"):
+                    yield node.lineno
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_point_one_way(package):
-    files = list((ROOT / package).rglob("*.py"))
+    files = list(sources(package))
     assert files
-    for path in files:
-        used = set(imports(path))
+    for path, tree in files:
+        used = {module.split(".")[0] for module in imports(tree)}
         assert used & MAY_IMPORT.keys() <= MAY_IMPORT[package], path
         assert not used & FORBIDDEN[package], path
+
+
+def test_the_rooms_are_those_of_the_layout():
+    rooms = {
+        str(path.relative_to(ROOT).with_suffix(""))
+        for path, _ in sources()
+        if "migrations" not in path.parts and path.stem not in ("__init__", "__main__")
+    }
+    layout = (ROOT / "docs/design/layout.md").read_text()
+    stated = set(re.findall(r"^\| `(\w+(?:/\w+)+)` \|", layout, re.MULTILINE))
+    assert stated == rooms
+
+
+def test_each_file_is_short_and_says_its_one_job_in_its_first_line():
+    for path, tree in sources():
+        if "versions" not in path.parts:  # a migration has its own form
+            lines = path.read_text().splitlines()
+            assert len(lines) <= MOST_LINES, path
+            assert re.fullmatch(r'""".+[.:](""")?', lines[0]), path
+
+
+def test_an_import_inside_a_function_has_its_reason():
+    late = [(path, line) for path, tree in sources() for line in sorted(set(late_imports(tree)))]
+    assert len(late) <= MOST_LATE_IMPORTS, late
+    for path, line in late:
+        assert "  # " in path.read_text().splitlines()[line - 1], f"{path}:{line}"
+
+
+def test_no_module_takes_what_is_private_to_another():
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MAY_IMPORT:
+                private = [alias.name for alias in node.names if re.match("_[a-z]", alias.name)]
+                assert not private, f"{path}:{node.lineno}"
+
+
+def test_optunas_tables_and_slurms_variables_have_one_owner():
+    for path, tree in sources():
+        names = set(imports(tree))
+        assert "optuna.storages._rdb.models" not in names or path.name == "optuna_tables.py", path
+        if path.parent != ROOT / "search/slurm":
+            texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+            assert not [text for text in texts if re.fullmatch("(SLURM|SBATCH)_[A-Z_]+", str(text))], path
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_a_text_file_has_its_encoding_from_us_and_not_from_the_locale(package):
     before = {"read_text": 0, "write_text": 1}  # arguments
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in sources(package):
+        for node in ast.walk(tree):
             name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
             if name in before:
                 named = any(one.arg == "encoding" for one in node.keywords)
