@@ -63,15 +63,14 @@ def test_imports_point_one_way(package):
         assert not used & FORBIDDEN[package], path
 
 
-def test_the_rooms_are_those_of_the_layout():
-    rooms = {
-        str(path.relative_to(ROOT).with_suffix(""))
-        for path, _ in sources()
+def test_the_layout_page_states_each_room_with_its_one_job():
+    jobs = {
+        str(path.relative_to(ROOT).with_suffix("")): ast.get_docstring(tree).splitlines()[0]
+        for path, tree in sources()
         if "migrations" not in path.parts and path.stem not in ("__init__", "__main__")
     }
     layout = (ROOT / "docs/design/layout.md").read_text()
-    stated = set(re.findall(r"^\| `(\w+(?:/\w+)+)` \|", layout, re.MULTILINE))
-    assert stated == rooms
+    assert dict(re.findall(r"^\| `(\w+(?:/\w+)+)` \| (.+) \|$", layout, re.MULTILINE)) == jobs
 
 
 def test_each_file_is_short_and_says_its_one_job_in_its_first_line():
