@@ -46,9 +46,9 @@ def preflight(file: StudyConfig) -> Dataset:
 
 def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
     """What `preflight` has done in a process of its own."""
-    from trainer.workspace import prepare
+    from trainer.workspace import prepare_images
 
-    prepare(config, batch_sizes, cache)
+    prepare_images(config, batch_sizes, cache)
 
 
 def work(arguments: list[str]) -> None:

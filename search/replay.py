@@ -17,8 +17,8 @@ from search.study import check_reader, other_dataset
 from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of
-from trainer.config import EpochResult
 from trainer.loop import train
+from trainer.metrics import EpochResult
 from trainer.workspace import Workspace
 
 # What is compared: everything that is measured on images, and the learning rate.
