@@ -194,7 +194,7 @@ def test_each_image_takes_its_steps_in_its_own_order(one_by_one):
     order = Parameters(50, 32).order
     taken = [[] for _ in order]
     calls = 0
-    for rows, step in trainer.augment._groups(order, one_by_one):
+    for rows, step in trainer.augment.groups(order, one_by_one):
         calls += 1
         for image in np.arange(50)[rows]:
             taken[image].append(step)
