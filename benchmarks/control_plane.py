@@ -30,10 +30,11 @@ from storage import database, optuna_tables, schema, studies
 from storage.ledger import Ledger
 from storage.paths import RunFolder
 from tests.studies import fill
-from trainer.config import EpochResult
 from trainer.demo import write_demo
-from trainer.loop import Outcome, Run
+from trainer.loop import Outcome
+from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 ROUNDS, NEW_TRIALS = 5, 6  # in each size: rounds of so many trials

@@ -54,7 +54,7 @@ class Views(Workspace):
 
     def _write(self, path: Path) -> None:
         partial = path.with_suffix(".partial.npy")
-        shape = (VIEWS, len(self.train_labels), self.backbone.features)
+        shape = (VIEWS, len(self.train_labels), self.runtime.backbone.features)
         views = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
         for view in range(VIEWS):
             for features, indices in super().train_blocks(self.frozen, 0, view, 256):

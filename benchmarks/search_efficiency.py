@@ -47,7 +47,8 @@ from search.worker import Worker
 from storage import database, ledger, optuna_tables, schema, studies
 from storage.paths import RunFolder
 from storage.status import read_status
-from trainer.config import EpochResult, TrainConfig
+from trainer.config import TrainConfig
+from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 
 CURVES = Path(__file__).parent / "data" / "curves.parquet"
@@ -194,7 +195,7 @@ class Script:
 
 
 class TableRun:
-    """In place of trainer.loop.Run: its epochs are looked up."""
+    """In place of trainer.run.Run: its epochs are looked up."""
 
     def __init__(
         self, config: TrainConfig, workspace: Any, checkpoints: object, stream_epochs: Sequence[int]

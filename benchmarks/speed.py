@@ -37,8 +37,9 @@ from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.device import prepare_process
 from trainer.images import load_image
-from trainer.loop import Run, train_epoch
+from trainer.loop import train_epoch
 from trainer.loss import AttributeLoss, class_weights
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 PARTS = ("throughput", "augmentation", "memory", "trials")
@@ -135,7 +136,7 @@ def throughput(data: str, rounds: int) -> None:
         packs = {size: [Run(config, workspace) for _ in range(size)] for size in PACKS}
         lone, baseline = Run(config, workspace), Baseline(config)
         images = torch.randn(IMAGES, 3, 224, 224).to(memory_format=torch.channels_last)
-        features = workspace.features(workspace.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
+        features = workspace.runtime.features(workspace.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
         targets = workspace.train_targets[:BATCH]
 
         def trunk() -> None:
@@ -181,10 +182,10 @@ def augmentation(data: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
         blocks = workspace.stream.epoch(0, 0)
-        workspace.normalise(next(blocks)[0])  # compiles
+        workspace.runtime.normalise(next(blocks)[0])  # compiles
 
         def ours() -> None:
-            workspace.normalise(next(blocks)[0])
+            workspace.runtime.normalise(next(blocks)[0])
 
         rates = [
             (128 / seconds(lambda k=k: [theirs[128 * k + i] for i in range(128)]), 256 / seconds(ours))

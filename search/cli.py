@@ -218,7 +218,7 @@ def worker_(
         from storage.ledger import Ledger
         from storage.paths import RunFolder, image_cache
         from trainer.device import prepare_process
-        from trainer.loop import pack_that_fits
+        from trainer.pack import pack_that_fits
         from trainer.workspace import Workspace
 
         file = _worker_file(study, data, weights, set_)
@@ -731,9 +731,9 @@ def _train_here(bundle: "Bundle", settings: "TrainConfig", folder: Path, notes: 
     from search.export import check_origin
     from search.train import run_to_end
     from storage.paths import image_cache
-    from trainer.config import EpochResult
     from trainer.dataset import absent_attributes
     from trainer.device import prepare_process
+    from trainer.metrics import EpochResult
     from trainer.workspace import Workspace
 
     def show(result: EpochResult) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from dashboards.terminal import printable
 from search.exit_codes import ExitCode
+from search.slurm.granted import take_granted
 from storage import limits
 from storage.ownership import ForeignHomeError, private, require_own
 
@@ -44,6 +45,7 @@ class Verbs(TyperGroup):
         """Read the verb's options and arguments, and run it."""
         with errors_in_one_line():
             _check_threads()
+            take_granted()
         with _usage_in_one_line(ctx), private():
             return super().invoke(ctx)
 

@@ -17,6 +17,7 @@ from dashboards.study_tables import progress_line, render
 from dashboards.terminal import is_drawn_on
 from search import forking
 from search.exit_codes import ExitCode
+from search.slurm.granted import take_granted
 from search.study_config import StudyConfig
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from storage.leases import RENEW_SECONDS
@@ -46,9 +47,10 @@ def preflight(file: StudyConfig) -> Dataset:
 
 def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
     """What `preflight` has done in a process of its own."""
-    from trainer.workspace import prepare
+    from trainer.workspace import prepare_images
 
-    prepare(config, batch_sizes, cache)
+    take_granted()  # the fork server's parent did so for itself only
+    prepare_images(config, batch_sizes, cache)
 
 
 def work(arguments: list[str]) -> None:

@@ -17,22 +17,9 @@ from search.study import check_reader, other_dataset
 from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of
-from trainer.config import EpochResult
 from trainer.loop import train
+from trainer.metrics import REPEATABLE, EpochResult
 from trainer.workspace import Workspace
-
-# What is compared: everything that is measured on images, and the learning rate.
-COMPARED = (
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "val_overall",
-    "val_category",
-    "val_hits",
-    "val_log_loss",
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,9 @@ class Replayed:
     @property
     def differing(self) -> list[str]:
         """The numbers that are not equal, bit for bit."""
-        return [name for name in COMPARED if not _equal(self.recorded[name], getattr(self.again, name))]
+        return [
+            name for name in REPEATABLE if not _equal(self.recorded[name], getattr(self.again, name))
+        ]
 
 
 def replay(

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from trainer.config import EpochResult
+if TYPE_CHECKING:  # it imports torch
+    from trainer.metrics import EpochResult
 
 Kind = Literal["mean-last-5", "best", "last", "shrunken-mean-last-5", "balanced-log-loss"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -16,7 +17,7 @@ PRIOR_IMAGES = 10  # how many images the category's mean counts for, where an at
 Attributes = Sequence[Mapping[str, Any]]  # see trainer.dataset.Dataset.attribute_table
 
 
-def epoch_value(result: EpochResult, kind: Kind, attributes: Attributes) -> float:
+def epoch_value(result: "EpochResult", kind: Kind, attributes: Attributes) -> float:
     """What one epoch is worth, in [0, 1]: what Optuna is told of it and the strategy compares."""
     if kind == "balanced-log-loss":
         # As a probability, so that more is better: the geometric mean, attributes weighing alike.

@@ -16,9 +16,10 @@ from search.stopping import Stop, on_signals
 from storage.curves import Curve
 from storage.status import TrialRow
 from trainer.checkpoint import Checkpoints
-from trainer.config import EpochResult, TrainConfig
+from trainer.config import TrainConfig
 from trainer.files import write_atomically
 from trainer.loop import train
+from trainer.metrics import EpochResult
 from trainer.model_file import ModelFiles
 from trainer.workspace import Workspace
 

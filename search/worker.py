@@ -33,10 +33,11 @@ from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
 from storage.status import TrialRow
 from trainer.checkpoint import CheckpointError, Checkpoints
-from trainer.config import EpochResult
 from trainer.device import is_device_fault, is_out_of_memory
-from trainer.loop import Run, train_epoch
+from trainer.loop import train_epoch
+from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)

@@ -484,7 +484,7 @@ class Ledger:
     def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> str | None:
         """Enter one epoch, tell Optuna what it is worth, prolong the lease. Raises LeaseLost.
 
-        `result` has the columns that trainer.config.EpochResult.columns gives. Returns why all workers
+        `result` has the columns that trainer.metrics.EpochResult.columns gives. Returns why all workers
         of the study are to stop, if they are: STOPPED or SPENT.
         """
         stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)

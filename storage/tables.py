@@ -106,7 +106,7 @@ class Attempt(Base):
 
 
 class Epoch(Base):
-    """One epoch of one trial: what trainer.config.EpochResult.columns gives, and its worth."""
+    """One epoch of one trial: what trainer.metrics.EpochResult.columns gives, and its worth."""
 
     __tablename__ = "epoch"
     __table_args__ = (

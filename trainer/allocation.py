@@ -1,41 +1,59 @@
-"""What this process was granted, of CPUs, memory and GPUs: on a shared node the machine has more."""
+"""The share of a machine's CPUs, memory and GPUs that this process may use."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-# What names GPUs, and the values by which it names none: the second is SLURM's.
+# Variables that name GPUs, and the values by which they name none: the last is SLURM's.
 NAMING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 NO_GPU = ("", "-1", "NoDevFiles")
 GPU_FILES = ("nvidia[0-9]*", "kfd")  # in /dev
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """What a scheduler has granted; None where it said nothing."""
+
+    cpus: int | None = None
+    memory: int | None = None  # bytes
+    memory_per_cpu: int | None = None  # bytes
+    gpus: str | None = None  # what says that there are GPUs, for a message
+
+
+_granted = Allocation()  # without a scheduler
+
+
+def set_granted(allocation: Allocation) -> None:
+    """Say once, at the start of a process, what a scheduler has granted to it."""
+    global _granted
+    _granted = allocation
+
+
 def cpu_count() -> int:
-    """This process's share, where ATELIER_CPUS says so; CPUs of the SLURM task; else all it may use."""
-    granted = number("ATELIER_CPUS") or number("SLURM_CPUS_PER_TASK")
-    return granted or len(os.sched_getaffinity(0))
+    """The CPUs that ATELIER_CPUS gives, else those that were granted, else all that it may use."""
+    return number("ATELIER_CPUS") or _granted.cpus or len(os.sched_getaffinity(0))
 
 
 def memory_limit() -> int | None:
-    """Bytes of main memory that SLURM granted on this node; None where nobody set a limit."""
-    per_node, per_cpu = number("SLURM_MEM_PER_NODE"), number("SLURM_MEM_PER_CPU")  # MiB
-    granted = per_node or (per_cpu and per_cpu * cpu_count())
-    return granted << 20 if granted else None
+    """Bytes of main memory that were granted; None without a limit."""
+    per_cpu = _granted.memory_per_cpu
+    return _granted.memory or (per_cpu and per_cpu * cpu_count())
 
 
 def sign_of_gpu() -> str | None:
-    """What says that there is a GPU for this process, whether or not torch can use it; None for nothing.
+    """What says that this process has a GPU, whether or not torch can use it; None without a sign.
 
-    Asks no driver.
+    No driver is asked.
     """
-    if number("SLURM_GPUS_ON_NODE"):
-        return f"SLURM_GPUS_ON_NODE={os.environ['SLURM_GPUS_ON_NODE']}"
-    for name in (*NAMING_GPUS, "SLURM_JOB_GPUS"):
+    if _granted.gpus:
+        return _granted.gpus
+    for name in NAMING_GPUS:
         if os.environ.get(name, "") not in NO_GPU:
             return f"{name}={os.environ[name]}"
     if any(name in os.environ for name in NAMING_GPUS):
         return None  # the machine's are hidden from this process
-    found = [path for pattern in GPU_FILES for path in sorted(Path("/dev").glob(pattern))]
-    return f"{found[0]} is there" if found else None
+    files = [path for pattern in GPU_FILES for path in sorted(Path("/dev").glob(pattern))]
+    return f"{files[0]} is there" if files else None
 
 
 def number(variable: str) -> int | None:

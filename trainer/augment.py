@@ -181,7 +181,7 @@ def sources(matrices: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tens
 STEPS = (brightness, contrast, saturation, hue)
 
 
-def _groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.ndarray, int]]:
+def groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.ndarray, int]]:
     """The images that take a step together, and the step's number, in an order that is each image's."""
     if one_by_one:  # in place
         for image, steps in enumerate(order.tolist()):
@@ -218,7 +218,7 @@ class Augmentation:
 
         jittered = images.float()
         factors = there(draws.factors).view(-1, 4, 1, 1, 1)
-        for chosen, number in _groups(draws.order, one_by_one):
+        for chosen, number in groups(draws.order, one_by_one):
             rows = chosen if isinstance(chosen, slice) else there(chosen)
             jittered[rows] = self._run(STEPS[number], jittered[rows], factors[rows, number])
         shown = self._run(sources, there(draws.affine), there(draws.flip), images.shape[-1])

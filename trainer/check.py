@@ -1,6 +1,5 @@
 """`atelier data check`: all that is wrong with a dataset, and what its user should know of it."""
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.dataset import ATTRIBUTES, LEARNED, Dataset, Finding, Split, examine, listed_splits
-from trainer.images import ImageError, load_image
+from trainer.images import ImageError, image_digest
 from trainer.text import as_on_disk, read_lines
 
 Row = tuple[Split, int]  # an image's place: its split, and its index in it
@@ -56,9 +55,8 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
             if not os.path.isfile(file):
                 continue  # the reader has found that
             try:
-                load_image(file)
-                equal[hashlib.sha256(file.read_bytes()).digest()].append((split, index))
-            except (ImageError, OSError) as error:
+                equal[image_digest(file)].append((split, index))
+            except ImageError as error:
                 yield Finding(_place(dataset, (split, index)), "broken images", str(error))
     for first, *others in equal.values():
         for other in others:

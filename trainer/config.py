@@ -1,14 +1,11 @@
-"""The settings of one training run, and what one epoch of it reports. Imports no torch."""
+"""The settings of one training run. Imports no torch."""
 
-import math
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from trainer.predictions import Predictions
 from trainer.text import as_on_disk
 
 
@@ -81,44 +78,3 @@ class TrainConfig(BaseModel):
 
 
 TUNABLE = ("lr", "batch_size", "weight_decay", "dropout", "epsilon")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochResult:
-    """What one finished epoch was like. Accuracies are fractions in [0, 1].
-
-    Of a run without validation the val_ numbers are NaN or empty.
-    """
-
-    epoch: int  # from 0
-    stream_epoch: int  # of the stream of training images: more than `epoch` if it joined a pack late
-    lr: float  # of the epoch's last step
-    train_loss: float
-    train_accuracy: float  # average per-class accuracy, dropout and augmentation on
-    val_loss: float = math.nan
-    val_accuracy: float = math.nan  # average per-class accuracy over the whole split
-    val_overall: float = math.nan  # mean over categories of the plain accuracy
-    val_category: tuple[float, ...] = ()  # plain accuracy of each category
-    val_hits: tuple[int, ...] = ()  # images of each attribute that were predicted right
-    val_log_loss: float = math.nan  # mean over attributes of their images' mean -ln p(true attribute)
-    seconds: float  # of the device: its share, where runs go side by side
-    images: int  # training images seen
-    peak_memory: int  # bytes, of the device where it counts them, else of the process
-    predictions: Predictions | None = field(default=None, repr=False, compare=False)
-    # Of a loss that is not finite: what was not finite first, and what to do. It is on no record.
-    cause: str | None = field(default=None, compare=False)
-
-    @property
-    def finite(self) -> bool:
-        """False when the loss overflowed or became NaN: the trial cannot recover."""
-        return math.isfinite(self.train_loss) and (not self.validated or math.isfinite(self.val_loss))
-
-    @property
-    def validated(self) -> bool:
-        """Whether there was a validation split to measure on."""
-        return bool(self.val_category)
-
-    def columns(self) -> dict[str, Any]:
-        """The numbers, without predictions and cause: the columns of the table `epoch`."""
-        names = [one.name for one in fields(self) if one.name not in ("predictions", "cause")]
-        return {name: getattr(self, name) for name in names}

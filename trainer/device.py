@@ -42,12 +42,12 @@ def pick_device() -> torch.device:
             f"{DEVICE}={wanted!r}: allowed are cuda and cpu; CUDA_VISIBLE_DEVICES says which GPU"
         )
     if wanted == "cpu":
-        _note_cpu(f"{DEVICE}=cpu")
+        note_cpu(f"{DEVICE}=cpu")
         return torch.device("cpu")
     asked = f"{DEVICE}=cuda" if wanted else sign_of_gpu()
     if asked is None:
         if not torch.cuda.is_available():
-            _note_cpu("no GPU here")
+            note_cpu("no GPU here")
             return torch.device("cpu")
         asked = "torch sees one"
     try:
@@ -61,7 +61,7 @@ def pick_device() -> torch.device:
 
 
 @cache
-def _note_cpu(why: str) -> None:
+def note_cpu(why: str) -> None:
     """Once in a process."""
     log.info("training on the CPU of %s: %s", socket.gethostname(), why)
 

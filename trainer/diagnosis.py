@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from trainer.loop import Run
+    from trainer.run import Run
 
 
 class _Finding(NamedTuple):
@@ -93,7 +93,7 @@ def _features(run: "Run", step: int) -> torch.Tensor:
     block, within = divmod(step, run.steps_per_block)
     # A copy: to run it in training mode changes its running statistics.
     trunk = copy.deepcopy(run.trunk).train() if run.owns_trunk else run.runnable_trunk
-    blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block, block)
+    blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block_size, block)
     features, _ = next(blocks)
     return torch.split(features, run.config.batch_size)[within]
 
@@ -107,7 +107,7 @@ def _remedy(run: "Run", steps: int) -> str:
 
 
 def _numbers(run: "Run") -> str:
-    return "give other weights" + (", or precision = 'fp32'" if run.workspace.rounds else "")
+    return "give other weights" + (", or precision = 'fp32'" if run.workspace.runtime.rounds else "")
 
 
 def _loss_of(run: "Run", losses: torch.Tensor) -> str:

@@ -1,8 +1,12 @@
 """An image as viewers show it: upright, in sRGB, on white. What cannot be read says why."""
 
+import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -37,14 +41,33 @@ class ImageError(ValueError):
 
 def load_image(path: Path) -> Image.Image:
     """Decode one image, to RGB. Raises ImageError."""
+    with _errors_of(path), path.open("rb") as file:
+        return _decode(path, file)
+
+
+def image_digest(path: Path) -> bytes:
+    """The SHA-256 of a file that can be decoded. Raises ImageError."""
+    with _errors_of(path), path.open("rb") as file:
+        _decode(path, file)
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _decode(path: Path, file: BinaryIO) -> Image.Image:
+    # Pillow's warnings would be lines of their own.
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+        _check(path, image)  # before memory is taken for its pixels
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        shown = _on_white(image)
+        return shown if turn is None else shown.transpose(turn)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turns every error of reading an image into an ImageError that names the file."""
     try:
-        # What Pillow warns of would be a second line.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-            _check(path, image)  # before memory is taken for its pixels
-            image.load()
-            turn = UPRIGHT.get(_orientation(image))
-            shown = _on_white(image)
-            return shown if turn is None else shown.transpose(turn)
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:

@@ -1,4 +1,4 @@
-"""The report's loss, and the accuracies that it is judged by.
+"""The report's loss: weighted cross-entropy with label smoothing, over all categories.
 
 Logits are float [images, attributes], the categories' slices one after the other; targets are int64
 [images, categories] with an index inside the slice.
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from trainer.predictions import Predictions
 
 # w_i = N / (220 N_i): the report's class weights (section II); 220 is its own constant.
 WEIGHT_SCALE = 220
@@ -70,71 +68,12 @@ class AttributeLoss:
 
     def _slice(self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         share = 0.5 if self.smoothing == "report" else 1 / logits.shape[1]
-        one_hot = _one_hot(target, logits.shape[1]).to(logits.dtype)
-        smooth = one_hot * (1 - self.epsilon) + share * self.epsilon
+        truth = one_hot(target, logits.shape[1]).to(logits.dtype)
+        smooth = truth * (1 - self.epsilon) + share * self.epsilon
         total = (weight * smooth * -F.log_softmax(logits, 1)).sum()
         return total / weight[target].sum()
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracies over a whole split, as fractions."""
-
-    per_class: float  # mean over the attributes that occur of their own accuracy: the score
-    overall: float  # mean over the categories
-    category: tuple[float, ...]
-    hits: tuple[int, ...]  # right images of each attribute
-    log_loss: float  # mean over the attributes that occur of their images' mean -ln p(true)
-
-
-def accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Accuracy:
-    """The challenge's metric. Attributes without images are left out of the mean."""
-    predicted, log_probs = _judged(logits, targets, sizes)
-    right = (predicted == targets).double()
-    counts = class_counts(targets, sizes)
-    hits = _sums(right, targets, sizes)
-    present = counts > 0
-    category = right.mean(0)
-    return Accuracy(
-        per_class=float((hits[present] / counts[present]).mean()),
-        overall=float(category.mean()),
-        category=tuple(category.tolist()),
-        hits=tuple(hits.long().tolist()),
-        log_loss=float(-(_sums(log_probs, targets, sizes)[present] / counts[present]).mean()),
-    )
-
-
-def predict(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> Predictions:
-    """One epoch's predictions."""
-    classes, log_probs = _judged(logits, targets, sizes)
-    return Predictions(
-        targets.byte().cpu().numpy(),
-        classes.byte().unsqueeze(0).cpu().numpy(),
-        log_probs.half().unsqueeze(0).cpu().numpy(),
-    )
-
-
-def _one_hot(target: torch.Tensor, classes: int) -> torch.Tensor:
+def one_hot(target: torch.Tensor, classes: int) -> torch.Tensor:
     """bool [images, classes]. Unlike PyTorch's, it does not wait for the device to check the values."""
     return target.unsqueeze(1) == torch.arange(classes, device=target.device)
-
-
-def _judged(
-    logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes, int64, and ln of the true ones' probability; both [images, categories]."""
-    parts = torch.split(logits.float(), [*sizes], 1)
-    picked = [
-        F.log_softmax(part, 1).gather(1, target.unsqueeze(1))
-        for part, target in zip(parts, targets.T, strict=True)
-    ]
-    return torch.stack([part.argmax(1) for part in parts], 1), torch.cat(picked, 1)
-
-
-def _sums(values: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """The values [images, categories] added up by true attribute: float64 [attributes]."""
-    columns = zip(targets.T, values.double().T, sizes, strict=True)
-    # Not bincount, whose sums on CUDA depend on the order of the threads.
-    return torch.cat(
-        [(_one_hot(target, size) * value.unsqueeze(1)).sum(0) for target, value, size in columns]
-    )

@@ -11,13 +11,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import nn
 
-from trainer.config import EpochResult, TrainConfig
+from trainer.config import TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
 from trainer.images import READER
 from trainer.kind import SAFETENSORS, kind_of
-from trainer.loop import Run
+from trainer.metrics import EpochResult
 from trainer.model import ModelError, make_head, saved_names
+from trainer.run import Run
 from trainer.runtime import Runtime
 from trainer.stream import BLOCK, prepared_images, read_images
 from trainer.torch_file import reason, said

@@ -54,16 +54,17 @@ class Predictions:
             if sum(one.file_size for one in archive.infolist()) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes")
         with np.load(file) as arrays:
-            found = cls(arrays["labels"], arrays["classes"], arrays["log_probs"])
-        if not found._is_whole():
+            predictions = cls(arrays["labels"], arrays["classes"], arrays["log_probs"])
+        if not predictions.is_valid:
             raise ValueError("other dtypes or shapes")
-        return found
+        return predictions
 
-    def _is_whole(self) -> bool:
-        """Whether dtypes and shapes are those above, with one epoch and one image at least."""
-        every = (self.labels, self.classes, self.log_probs)
+    @property
+    def is_valid(self) -> bool:
+        """Whether dtypes and shapes are as stated above, with at least one epoch and one image."""
+        arrays = (self.labels, self.classes, self.log_probs)
         return (
-            [getattr(one, "dtype", None) for one in every] == [np.uint8, np.uint8, np.float16]
+            [getattr(array, "dtype", None) for array in arrays] == [np.uint8, np.uint8, np.float16]
             and self.labels.ndim == 2
             and self.classes.ndim == 3
             and self.classes.size > 0

@@ -102,7 +102,7 @@ def _unknown_classes(data: bytes) -> set[str]:
     """What the file names that torch may not know, as MODULE.NAME. Nothing is unpickled."""
     if data.startswith(b"PK"):
         return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
-    # A part of torch that may move, and needed for an old format only.
+    # Late: it is private to torch and may move, and only the older format needs it.
     from torch._weights_only_unpickler import get_globals_in_pkl
 
     file = io.BytesIO(data)

@@ -192,7 +192,7 @@ class _Candidate:
     def unfit(self) -> list[str]:
         """Those of another shape."""
         there = self.needed.keys() - self.missing
-        return [n for n in self.needed if n in there and self._found(n).shape != self.needed[n].shape]
+        return [n for n in self.needed if n in there and self.in_file(n).shape != self.needed[n].shape]
 
     @property
     def fits(self) -> bool:
@@ -206,13 +206,14 @@ class _Candidate:
     def used(self) -> set[str]:
         return {self.prefix + name for name in self.spelling}
 
-    def _found(self, name: str) -> torch.Tensor:
+    def in_file(self, name: str) -> torch.Tensor:
+        """The file's tensor for one of the network's."""
         return self.tensors[self.prefix + name]
 
     def equals(self, other: "_Candidate") -> bool:
         """Whether another one that fits has the same values."""
-        theirs = {id(own): other._found(name) for name, own in other.needed.items()}
-        pairs = ((self._found(name), theirs[id(own)]) for name, own in self.needed.items())
+        theirs = {id(own): other.in_file(name) for name, own in other.needed.items()}
+        pairs = ((self.in_file(name), theirs[id(own)]) for name, own in self.needed.items())
         return all(
             a is b or (a.dtype == b.dtype and _is_plain(a) and torch.equal(a, b)) for a, b in pairs
         )
@@ -220,7 +221,7 @@ class _Candidate:
     def fill(self) -> None:
         """Copy the file's values into the network's tensors. Raises WeightsError."""
         for name in self.needed:
-            found = self._found(name)
+            found = self.in_file(name)
             if found.dtype not in TAKEN or not _is_plain(found):
                 allowed = ", ".join(str(one).removeprefix("torch.") for one in TAKEN)
                 what = f"{_few([self.prefix + name])} is {_kind(found)}"
@@ -284,7 +285,7 @@ def _miss(file: _File, candidates: list[_Candidate]) -> str:
         return f"lacks {lacking} of the backbone's {needed} tensors: {_few(nearest.missing)}"
     first = nearest.unfit[0]
     name = _few([nearest.prefix + first])
-    found, own = (list(tensor.shape) for tensor in (nearest._found(first), nearest.needed[first]))
+    found, own = (list(tensor.shape) for tensor in (nearest.in_file(first), nearest.needed[first]))
     return f"{name} is of shape {found}, and the backbone's of {own}"
 
 

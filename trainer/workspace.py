@@ -29,7 +29,7 @@ COMPILED_PIXELS = 20_000_000
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 
 
-class Workspace(Runtime):
+class Workspace:
     """What the trials of a study share in one process: data, trunk and validation features.
 
     Raises DatasetError, ImageError, ModelError, and what `pick_device` raises. `cache` is the folder for
@@ -44,16 +44,18 @@ class Workspace(Runtime):
         batch_sizes: Iterable[int] = (),
     ) -> None:
         self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
-        super().__init__(config, device)
+        self.config = config
+        self.runtime = Runtime(config, device)
+        self.device, backbone = self.runtime.device, self.runtime.backbone
         _prepare_compiler(cache / "compiled")
         self.sizes = self.dataset.sizes
-        self.trunk, self.stages = self.backbone.split(config.trainable)
-        self.place(self.trunk)
-        self.frozen = self.freeze(self.trunk)
+        self.trunk, self.stages = backbone.split(config.trainable)
+        self.runtime.place(self.trunk)
+        self.frozen = self.runtime.freeze(self.trunk)
         train = self.dataset.split(config.train_on)
         self.indices = self.dataset.training_rows(config)
-        check_size(config, self.backbone)
-        check_batches(config, self.backbone, len(self.indices), batch_sizes)
+        check_size(config, backbone)
+        check_batches(config, backbone, len(self.indices), batch_sizes)
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
         self.train_labels = _labels(train)
@@ -88,7 +90,7 @@ class Workspace(Runtime):
                 yield constant[rows], indices
         else:
             for images, indices in self.stream.epoch(seed, epoch, block, first):
-                yield self.features(trunk, images), indices
+                yield self.runtime.features(trunk, images), indices
 
     def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
         """The validation images' trunk output, in file order, BLOCK images at a time."""
@@ -115,7 +117,7 @@ class Workspace(Runtime):
 
     def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
         for start in range(0, len(indices), BLOCK):
-            yield self.features(trunk, read_images(path, indices[start : start + BLOCK]))
+            yield self.runtime.features(trunk, read_images(path, indices[start : start + BLOCK]))
 
     @property
     def device_name(self) -> str | None:
@@ -123,7 +125,7 @@ class Workspace(Runtime):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
 
-def prepare(config: TrainConfig, batch_sizes: Iterable[int], cache: Path) -> None:
+def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path) -> None:
     """Try the device; prepare the images and build the network once, on the CPU, for the errors of that.
 
     Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError.

@@ -18,8 +18,9 @@ from search.score import score
 from search.study_config import StudyConfig
 from storage.ledger import REDUCTION_FACTOR, RESTORED
 from storage.paths import RunFolder, artifacts, image_cache
-from trainer.config import EpochResult, TrainConfig
+from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 from trainer.workspace import Workspace
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import search.worker  # noqa: F401  # what takes long to import
-from trainer.loop import Run
+from trainer.run import Run
 
 train_step = Run.train_step
 

@@ -24,8 +24,9 @@ from search.study_config import StudySettings
 from tests.fuzz.targets import ATTRIBUTES, CASES, CONFIG, STUDY, TARGETS
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import TUNABLE, TrainConfig
-from trainer.loop import Run, train
+from trainer.loop import train
 from trainer.model_file import Description
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 MEGABYTE = 1 << 20

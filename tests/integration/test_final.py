@@ -17,7 +17,7 @@ from search.export import changed, load_bundle
 from search.toml_file import load_study_file
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
-from trainer.loop import learning_rate
+from trainer.run import learning_rate
 
 
 @pytest.fixture

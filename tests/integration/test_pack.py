@@ -17,7 +17,8 @@ from storage.tables import Attempt
 from tests.integration.test_ledger import RESULT
 from tests.integration.test_worker import attempts, reasons
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, train
+from trainer.loop import train
+from trainer.run import Run
 
 
 def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine):

@@ -176,7 +176,7 @@ def test_images_are_normalised_as_the_report_does(demo, tiny, tmp_path):
     workspace = Workspace(tiny.model_copy(update={"backbone": "resnet10t"}), tmp_path)
     for index in range(6):
         theirs = report(load_image(demo / train.paths[index]))
-        ours = workspace.normalise(torch.from_numpy(images[index : index + 1]))[0]
+        ours = workspace.runtime.normalise(torch.from_numpy(images[index : index + 1]))[0]
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -194,7 +194,7 @@ def test_each_image_takes_its_steps_in_its_own_order(one_by_one):
     order = Parameters(50, 32).order
     taken = [[] for _ in order]
     calls = 0
-    for rows, step in trainer.augment._groups(order, one_by_one):
+    for rows, step in trainer.augment.groups(order, one_by_one):
         calls += 1
         for image in np.arange(50)[rows]:
             taken[image].append(step)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from trainer.loop import Run, train, train_epoch
+from trainer.loop import train, train_epoch
 from trainer.model import ModelError, check_size, load_backbone, stage_table
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 # Settings of which an epoch ends with a batch of one image, and what is allowed besides other batches.

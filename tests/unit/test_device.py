@@ -1,6 +1,7 @@
 """Which device is taken, and that a GPU that was granted is never passed over in silence."""
 
 import logging
+import os
 import socket
 
 import pytest
@@ -8,13 +9,17 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.slurm.granted import take_granted
 from trainer import allocation, device
 from trainer.device import DeviceError, UnknownDeviceError, pick_device
 
 # Real: on a machine where torch can use a GPU, there is none that it cannot.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
-VARIABLES = (*allocation.NAMING_GPUS, "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", device.DEVICE)
+VARIABLES = (
+    *(*allocation.NAMING_GPUS, "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", device.DEVICE, "ATELIER_CPUS"),
+    *("SLURM_CPUS_PER_TASK", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"),
+)
 
 
 @pytest.fixture
@@ -27,7 +32,9 @@ def given(monkeypatch, tmp_path):
         for name, _, value in (word.partition("=") for word in words):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(allocation, "GPU_FILES", () if file is None else (file,))
-        device._note_cpu.cache_clear()
+        monkeypatch.setattr(allocation, "_granted", allocation.Allocation())  # to be put back
+        take_granted()
+        device.note_cpu.cache_clear()
 
     return give
 
@@ -77,6 +84,22 @@ def test_the_cpu_is_taken_and_that_is_said_once(given, words, file, why, caplog)
     with caplog.at_level(logging.INFO):
         assert {pick_device(), pick_device()} == {torch.device("cpu")}
     assert caplog.messages == [f"training on the CPU of {socket.gethostname()}: {why}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus", "memory"),
+    [
+        (["SLURM_CPUS_PER_TASK=3"], 3, None),
+        (["SLURM_CPUS_PER_TASK=4", "ATELIER_CPUS=2"], 2, None),
+        (["SLURM_CPUS_PER_TASK=4", "SLURM_MEM_PER_NODE=100"], 4, 100 << 20),
+        (["SLURM_CPUS_PER_TASK=4", "SLURM_MEM_PER_CPU=10"], 4, 40 << 20),
+        (["SLURM_CPUS_PER_TASK=4", "ATELIER_CPUS=2", "SLURM_MEM_PER_CPU=10"], 2, 20 << 20),
+        (["SLURM_MEM_PER_NODE=0"], len(os.sched_getaffinity(0)), None),
+    ],
+)
+def test_what_slurm_granted_is_used(given, words, cpus, memory):
+    given(words)
+    assert (allocation.cpu_count(), allocation.memory_limit()) == (cpus, memory)
 
 
 @pytest.mark.parametrize("word", ["gpu", "CUDA", "cuda:1", "cpu ", "mps"])

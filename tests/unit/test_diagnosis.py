@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, train, train_epoch
+from trainer.loop import train, train_epoch
+from trainer.run import Run
 from trainer.stream import Stream
 from trainer.workspace import Workspace
 

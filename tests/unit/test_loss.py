@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
-from trainer.loop import learning_rate
-from trainer.loss import AttributeLoss, accuracy, class_counts, class_weights
+from trainer.loss import AttributeLoss, class_counts, class_weights
+from trainer.metrics import per_class_accuracy, validation_metrics
+from trainer.run import learning_rate
 
 SIZES = (7, 3, 3, 4, 6, 3)
 
@@ -84,24 +85,27 @@ def test_class_weights_follow_the_report_on_the_real_counts(real_data: Path):
 
 def test_score_is_the_mean_of_scikit_learns_recalls(batch):
     logits, targets, _ = batch
-    result = accuracy(logits, targets, SIZES)
+    result = validation_metrics(torch.tensor(0.5), logits, targets, SIZES)
     recalls: list[float] = []
     plain = []
     for category, (part,) in enumerate(slices(logits)):
         truth, guess = targets[:, category].numpy(), part.argmax(1).numpy()
         recalls.extend(recall_score(truth, guess, labels=np.unique(truth), average=None))
         plain.append((truth == guess).mean())
-    assert result.per_class == pytest.approx(np.mean(recalls), abs=1e-12)
+    assert result["val_accuracy"] == pytest.approx(np.mean(recalls), abs=1e-12)
+    assert per_class_accuracy(logits, targets, SIZES) == result["val_accuracy"]
     counts = class_counts(targets, SIZES).numpy()
-    assert (np.array(result.hits)[counts > 0] / counts[counts > 0]).tolist() == pytest.approx(recalls)
-    assert result.category == pytest.approx(plain)
-    assert result.overall == pytest.approx(np.mean(plain))
+    assert (np.array(result["val_hits"])[counts > 0] / counts[counts > 0]).tolist() == pytest.approx(
+        recalls
+    )
+    assert result["val_category"] == pytest.approx(plain)
+    assert result["val_overall"] == pytest.approx(np.mean(plain))
 
 
 def test_a_class_without_images_is_left_out():
     targets = torch.tensor([[0], [0], [1]])
     logits = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 5.0, 0]])
-    assert accuracy(logits, targets, (3,)).per_class == pytest.approx(0.75)
+    assert per_class_accuracy(logits, targets, (3,)) == pytest.approx(0.75)
     assert class_weights(targets, (3,))[2] == 0
 
 

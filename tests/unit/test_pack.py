@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, pack_that_fits, train, train_epoch
+from trainer.loop import train, train_epoch
+from trainer.pack import pack_that_fits
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 SETTINGS = [
@@ -165,7 +167,7 @@ def test_when_memory_runs_out_in_the_trunk_only_the_newest_leaves(configs, share
 def test_the_time_of_a_pass_is_shared_out(configs, shared, monkeypatch):
     runs = [Run(config, shared) for config in configs[:4]]
     ticks = itertools.count()
-    monkeypatch.setattr("trainer.loop.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("trainer.pace.time.monotonic", lambda: float(next(ticks)))
     asked = []
     list(train_epoch(runs, lambda run, left: bool(asked.append(run))))
     assert len(asked) == sum(run.steps_per_epoch for run in runs) == 5 + 3 + 2 + 10
@@ -179,8 +181,8 @@ def test_as_many_as_the_memory_holds(configs, shared, monkeypatch):
     tail = 3 * sum(one.nbytes for one in Run(largest, shared).tail.parameters())
 
     def fits(free):
-        monkeypatch.setattr("trainer.loop.peak_memory", lambda _: 1 << 30)
-        monkeypatch.setattr("trainer.loop.available_memory", lambda _: ((1 << 30) + free) / 0.9)
+        monkeypatch.setattr("trainer.pack.peak_memory", lambda _: 1 << 30)
+        monkeypatch.setattr("trainer.pack.available_memory", lambda _: ((1 << 30) + free) / 0.9)
         return pack_that_fits(largest, shared)
 
     assert [fits(free) for free in (-5, 0.5 * tail, 2.5 * tail, 99 * tail)] == [1, 1, 3, 8]
@@ -205,7 +207,9 @@ def test_nothing_waits_for_the_device_inside_an_epoch(configs, shared):
 
     run = Run(configs[0], shared)
     run.begin(0)
-    features, indices = next(shared.train_blocks(run.runnable_trunk, 0, 0, run.block))
+    features, indices = next(run.stream_blocks(0, 0))
     with Asked() as asked:
-        list(run.train_block(0, features, indices))
+        targets = shared.train_targets[indices]
+        for rows in run.batches_left(0, len(targets)):
+            run.train_step(features[rows], targets[rows])
     assert asked.count == 0

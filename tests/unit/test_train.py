@@ -14,10 +14,11 @@ from sklearn.metrics import recall_score
 
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.dataset import read_dataset
-from trainer.loop import Run, train, train_epoch
+from trainer.loop import train, train_epoch
 from trainer.model import ModelError, fold_batchnorm, load_backbone, stage_table
 from trainer.model_file import ModelFiles, SavedModel
 from trainer.predictions import Predictions
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 

@@ -1,0 +1,32 @@
+"""How many runs fit side by side into the device's memory."""
+
+import logging
+
+from trainer.config import TrainConfig
+from trainer.device import available_memory, peak_memory
+from trainer.loop import train_epoch
+from trainer.run import Run
+from trainer.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+# More runs are not worth it: the trunk's share of the work is small by then, and each epoch takes long.
+MOST_SIDE_BY_SIDE = 8
+FILLED = 0.9  # of the memory; the rest is for fragments and for later batches
+
+
+def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
+    """How many runs fit, judged by one step and one evaluation of a run with the largest needs."""
+    run = Run(largest, workspace)
+    if run.owns_trunk:
+        log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")
+        return 1
+    [(_, outcome)] = train_epoch([run], lambda *_: True)  # one step
+    if isinstance(outcome, Exception):
+        raise outcome
+    if largest.validates:
+        run.evaluate()
+    # Each run has weights and Adam's two moments. Activations and gradients exist for one run at a time.
+    bytes_per_run = 3 * sum(weight.numel() * weight.element_size() for weight in run.tail.parameters())
+    bytes_left = FILLED * available_memory(run.device) - peak_memory(run.device)
+    return max(min(1 + int(bytes_left / bytes_per_run), MOST_SIDE_BY_SIDE), 1)

@@ -1,0 +1,355 @@
+"""One training run: its state, a step, the end of an epoch, its checkpoint."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from trainer.checkpoint import CheckpointError, Checkpoints, State
+from trainer.config import TUNABLE, TrainConfig
+from trainer.device import is_out_of_memory, peak_memory
+from trainer.diagnosis import first_not_finite
+from trainer.images import READER
+from trainer.loss import AttributeLoss, class_weights
+from trainer.metrics import EpochResult, per_class_accuracy, validation_metrics
+from trainer.model import make_head
+from trainer.predictions import Predictions
+from trainer.stream import BLOCK
+from trainer.torch_file import reason
+from trainer.workspace import Block, Workspace
+
+log = logging.getLogger(__name__)
+
+# Settings that may differ between a checkpoint and the run that goes on from it.
+MOVABLE = ("data", "weights")
+# Settings in which the runs of one process may differ from its workspace.
+PER_RUN = ("seed", *TUNABLE)
+FORMAT = 3  # of `Run.state`
+
+
+def learning_rate(position: float, config: TrainConfig) -> float:
+    """The rate at `position`, in epochs from the start: linear from 0, then a cosine to 0.
+
+    The schedule always spans `config.epochs`; a pruned trial is a prefix of it.
+    """
+    if position < config.warmup_epochs:
+        return config.lr * position / config.warmup_epochs
+    share = (position - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return config.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+class Run:
+    """One run's own parts: tail, optimizer, generator, position, history.
+
+    With `checkpoints` it begins where the latest one stands that agrees with `stream_epochs`: the epochs
+    of the stream that its epochs on record went through. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workspace: Workspace,
+        checkpoints: Checkpoints | None = None,
+        stream_epochs: Sequence[int] = (),
+    ) -> None:
+        shared = set(TrainConfig.model_fields) - set(PER_RUN)
+        assert all(getattr(config, k) == getattr(workspace.config, k) for k in shared)
+        self.config, self.workspace = config, workspace
+        self.device = workspace.runtime.device
+        self._checkpoints, self._stream_epochs = checkpoints, stream_epochs
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # Batch statistics in the trunk make it a part of the run, and tie blocks to its batches.
+        self.owns_trunk = config.frozen_batchnorm == "train"
+        self.trunk = copy.deepcopy(workspace.trunk) if self.owns_trunk else workspace.trunk
+        self.runnable_trunk = self.trunk if self.owns_trunk else workspace.frozen
+        self.block_size = config.batch_size if self.owns_trunk else _block_size(config.batch_size)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.tail = self._make_tail()
+        self.optimizer = torch.optim.Adam(
+            self.tail.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        labels = workspace.train_labels[torch.from_numpy(workspace.indices)]
+        self.loss = AttributeLoss(
+            workspace.sizes,
+            class_weights(labels, workspace.sizes).to(self.device),
+            config.epsilon,
+            config.smoothing,
+        )
+        self.steps_per_block = self.block_size // config.batch_size  # of every block but the last
+        self.steps_per_epoch = sum(
+            math.ceil(min(self.block_size, len(labels) - start) / config.batch_size)
+            for start in range(0, len(labels), self.block_size)
+        )
+        self.step = 0  # the schedule's position
+        self.stream_epoch: int | None = None  # of the epoch that it is inside
+        self.partial = PartialEpoch()
+        self.history: list[EpochResult] = []
+        self._resume()
+
+    def _resume(self) -> None:
+        if not self._checkpoints:
+            return
+        folder = self._checkpoints.folder
+        for state in self._checkpoints.newest_first():
+            try:
+                if state.get("format") == FORMAT and not self._agrees(state):
+                    continue
+                self.load(state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: {error}") from None
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise CheckpointError(
+                    f"{folder}: the checkpoint does not fit the run ({reason(error)}); delete it"
+                ) from error
+            log.info("goes on after %d epochs, %d steps", len(self.history), self.step)
+            return
+
+    def _agrees(self, state: State) -> bool:
+        """Whether it went through the epochs of the stream that are on record.
+
+        A worker that was replaced may have gone through others, and saved that after its successor came.
+        """
+        went = [one["stream_epoch"] for one in state["history"]]
+        if state["stream_epoch"] is not None:
+            went.append(state["stream_epoch"])
+        return all(a == b for a, b in zip(went, self._stream_epochs, strict=False))
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a place for them."""
+        if self._checkpoints:
+            self._checkpoints.save(len(self.history), self.step, self.state())
+
+    def _make_tail(self) -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.config.seed)
+            head = make_head(
+                self.workspace.runtime.backbone.features,
+                sum(self.workspace.sizes),
+                self.config.dropout,
+                self.generator,
+            )
+        tail = nn.Sequential(copy.deepcopy(self.workspace.stages), head)
+        self.workspace.runtime.place(tail).requires_grad_(True)
+        if self.config.compile == "network":
+            tail[0].compile(dynamic=False)
+        return tail
+
+    @property
+    def bound_stream_epoch(self) -> int | None:
+        """The epoch of the stream that it must go through: it is inside, or goes through it again."""
+        done = len(self.history)
+        if self.stream_epoch is None and done < len(self._stream_epochs):
+            return self._stream_epochs[done]
+        return self.stream_epoch
+
+    @property
+    def next_stream_epoch(self) -> int:
+        """The epoch of the stream that it must go through, else the one after those that it has seen."""
+        if self.bound_stream_epoch is not None:
+            return self.bound_stream_epoch
+        return self.history[-1].stream_epoch + 1 if self.history else 0
+
+    @property
+    def _steps_done(self) -> int:
+        """In this epoch; more than 0 after an interruption."""
+        return self.step - len(self.history) * self.steps_per_epoch
+
+    @property
+    def steps_left(self) -> int:
+        """In this epoch."""
+        return self.steps_per_epoch - self._steps_done
+
+    @property
+    def next_block(self) -> int:
+        """The number of the block that holds its next step; the last one at the end."""
+        return self._steps_done // self.steps_per_block
+
+    @property
+    def evaluation_steps(self) -> int:
+        """How many training steps take as long as the evaluation, at most: it is forward only."""
+        images = len(self.workspace.val_labels) if self.config.validates else 0
+        return math.ceil(images / self.config.batch_size)
+
+    def begin(self, stream_epoch: int) -> None:
+        """Enter an epoch, or enter it again."""
+        self.stream_epoch = stream_epoch
+        self.tail.train()
+        if self.owns_trunk:
+            self.trunk.train()
+
+    def stream_blocks(self, stream_epoch: int, first: int) -> Iterator[Block]:
+        """The trunk's output for an epoch of the stream, from block `first` on."""
+        return self.workspace.train_blocks(
+            self.runnable_trunk, self.config.seed, stream_epoch, self.block_size, first
+        )
+
+    def batches_left(self, number: int, images: int) -> list[slice]:
+        """The rows of the batches of a block that the run has not yet trained on."""
+        size = self.config.batch_size
+        trained = max(self._steps_done - number * self.steps_per_block, 0) * size
+        return [slice(start, start + size) for start in range(trained, images, size)]
+
+    def train_step(self, features: torch.Tensor, target: torch.Tensor) -> None:
+        """One optimizer step on trunk output."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        logits = self.workspace.runtime.logits(self.tail, features)
+        loss = self.loss(logits, target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now: other runs can use that memory
+        self.step += 1
+        self.partial.add(logits.detach(), loss.detach())
+
+    def end_epoch(self) -> EpochResult:
+        """Evaluate, and append the epoch's result to the history."""
+        assert self.stream_epoch is not None
+        started = time.monotonic()
+        workspace, partial, sizes = self.workspace, self.partial, self.workspace.sizes
+        outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
+        if self.config.validates:
+            logits = self.evaluate()
+            outputs += [self.loss.of_split(logits, workspace.val_targets).mean(), logits]
+        losses, trained, *validated = _to_host(outputs)  # where the host waits for the device
+        val_loss, val_logits = validated or (None, None)
+        measured = {}
+        if val_loss is not None and val_logits is not None:
+            measured = validation_metrics(val_loss, val_logits, workspace.val_labels, sizes)
+        order = workspace.stream.order(self.config.seed, self.stream_epoch)
+        result = EpochResult(
+            epoch=len(self.history),
+            stream_epoch=self.stream_epoch,
+            lr=self.rate(self.step - 1),
+            train_loss=float(losses.sum()) / len(order),
+            train_accuracy=per_class_accuracy(trained, workspace.train_labels[order], sizes),
+            seconds=partial.seconds + time.monotonic() - started,
+            images=len(order),
+            peak_memory=peak_memory(self.device),
+            **measured,
+        )
+        if not result.finite:
+            result = replace(result, cause=self._cause(losses, trained, val_logits))
+        self.history.append(result)
+        self.partial, self.stream_epoch = PartialEpoch(), None
+        return result
+
+    def _cause(
+        self, losses: torch.Tensor, logits: torch.Tensor, val_logits: torch.Tensor | None
+    ) -> str | None:
+        """What was not finite first; None if there is no memory to find out."""
+        try:
+            return first_not_finite(self, losses, logits, val_logits)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step of the run, from 0."""
+        return learning_rate(step / self.steps_per_epoch, self.config)
+
+    def evaluate(self) -> torch.Tensor:
+        """Logits of all validation images, float [images, attributes]."""
+        self.tail.eval()
+        if self.owns_trunk:
+            self.trunk.eval()
+        with torch.no_grad():
+            parts = self.workspace.val_features(self.runnable_trunk)
+            return torch.cat([self.workspace.runtime.logits(self.tail, part) for part in parts])
+
+    def state(self) -> State:
+        """All that the next epoch depends on, as plain tensors, numbers and strings."""
+        return {
+            "format": FORMAT,
+            "reader": READER,
+            "config": self.config.model_dump(),
+            "tail": self.tail.state_dict(),
+            "trunk": self.trunk.state_dict() if self.owns_trunk else {},
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "stream_epoch": self.stream_epoch,
+            "partial": vars(self.partial),
+            "history": [result.columns() for result in self.history],
+            "predictions": [_tensors(result.predictions) for result in self.history],
+        }
+
+    def load(self, state: State) -> None:
+        """Raises CheckpointError if another configuration, or another version, made the state."""
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
+                "with the version that made it, or delete the checkpoint"
+            )
+        if (reader := state.get("reader", 1)) != READER:
+            raise CheckpointError(
+                f"the checkpoint was made with version {reader} of the reader of images, this is "
+                f"{READER} (CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
+            )
+        self._compare(state["config"])
+        self.tail.load_state_dict(state["tail"])
+        if self.owns_trunk:
+            self.trunk.load_state_dict(state["trunk"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step, self.stream_epoch = state["step"], state["stream_epoch"]
+        self.partial = PartialEpoch(
+            losses=[part.to(self.device) for part in state["partial"]["losses"]],
+            logits=[part.to(self.device) for part in state["partial"]["logits"]],
+            seconds=state["partial"]["seconds"],
+        )
+        kept = zip(state["history"], state["predictions"], strict=True)
+        self.history = [EpochResult(**values, predictions=_arrays(part)) for values, part in kept]
+
+    def _compare(self, saved: dict[str, object]) -> None:
+        mine = self.config.model_dump()
+        for key in mine.keys() - set(MOVABLE):
+            if saved.get(key) != mine[key]:
+                raise CheckpointError(
+                    f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
+                    f"{mine[key]!r}; use the same configuration, or another run folder"
+                )
+
+
+def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:
+    """As a checkpoint holds them: loading with `weights_only` knows no NumPy."""
+    every = vars(predictions) if predictions else {}
+    return {name: torch.from_numpy(array) for name, array in every.items()}
+
+
+def _arrays(tensors: dict[str, torch.Tensor]) -> Predictions | None:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Predictions(**arrays) if arrays else None
+
+
+@dataclass
+class PartialEpoch:
+    """What the running epoch has gathered so far; a checkpoint in its middle holds it."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)  # [1], a step's loss times its images
+    logits: list[torch.Tensor] = field(default_factory=list)  # [images of the step, attributes]
+    seconds: float = 0.0  # spent before an interruption
+
+    def add(self, logits: torch.Tensor, loss: torch.Tensor) -> None:
+        self.losses.append((loss * len(logits)).reshape(1))
+        self.logits.append(logits)
+
+
+def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same float tensors in main memory, in one transfer."""
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _block_size(batch_size: int) -> int:
+    """The largest multiple of the batch size that fits a block, so that only the last batch is short."""
+    return max(BLOCK // batch_size, 1) * batch_size
