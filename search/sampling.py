@@ -36,7 +36,7 @@ class StartupSampler(BaseSampler):
         startup: float = STARTUP_TRIALS,
     ) -> None:
         """`first` are parameters, not always all of them; `startup` counts them too."""
-        self._space, self._inner, self._first = dict(space), inner, first
+        self._space, self._inner, self.first = dict(space), inner, first
         self._startup = max(startup, len(first))
 
     def infer_relative_search_space(
@@ -49,7 +49,7 @@ class StartupSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         if trial.number < self._startup:
-            point = dict(next(iter(self._first[trial.number : trial.number + 1]), {}))
+            point = dict(next(iter(self.first[trial.number : trial.number + 1]), {}))
             if search_space.keys() <= point.keys():
                 return point  # without the sequence, for which scipy would be imported
             sequence = _Sequence(trial.number, seed=zlib.crc32(study.study_name.encode()))

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from dashboards import charts, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
-from search.slurm.job import own_job
+from search.slurm.job import own_job, seconds_to_kill
 from search.stopping import Stop, on_signals
 from storage.curves import Curve
 from storage.status import TrialRow
@@ -52,7 +52,7 @@ def _run(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
 ) -> ExitCode:
     job, steps = own_job(), 0
-    stop = Stop(job.end if job else None)
+    stop = Stop(job.end if job else None, kill_seconds=seconds_to_kill())
 
     def interrupt(*_: object) -> bool:
         nonlocal steps
