@@ -1,4 +1,4 @@
-"""When a process that trains has to stop: signals, SLURM's wall time, the end of its parent."""
+"""When a process that trains has to stop: on a signal, at the wall time, or with its parent process."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ SAVE_ANOTHER_SECONDS = 5.0  # each further trial's
 
 
 class Stop:
-    """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
+    """Whether this process has to stop, and by when: after the epoch, or inside it if time is short.
 
     `wall_end` is when the job's time is over, in seconds since 1970; so many `trials` have to be saved
     by then. A SIGTERM is followed by a SIGKILL after `kill_seconds`; None if nobody kills.
@@ -32,7 +32,7 @@ class Stop:
         self.deadline = math.inf if wall_end is None else wall_end
         self._kill_seconds = kill_seconds
         self._save_seconds = SAVE_SECONDS + SAVE_ANOTHER_SECONDS * (trials - 1)
-        self._search = multiprocessing.parent_process()  # that has started this worker, if one has
+        self._search = multiprocessing.parent_process()  # None if no search has started this worker
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
@@ -55,7 +55,7 @@ class Stop:
         return self.reason is not None
 
     def leaves_time_for(self, seconds: float) -> bool:
-        """Whether something that takes so long can end before the deadline."""
+        """Whether work of so many seconds can end before the deadline."""
         return time.time() + seconds + self._save_seconds < self.deadline
 
     def cuts_epoch(self, seconds_left: float) -> bool:

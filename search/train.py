@@ -1,4 +1,4 @@
-"""`atelier train`: one long run across any number of interruptions."""
+"""`atelier train`: one long run, across any number of interruptions."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ LOCK_SECONDS = 10  # a requeued job's predecessor may still be ending
 def run_to_end(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
 ) -> ExitCode:
-    """Train, with a checkpoint wherever it has to stop; `show` is given every epoch.
+    """Train, and write a checkpoint wherever it has to stop. `show` gets every epoch's result.
 
     The folder then has best.safetensors and last.safetensors, curve.csv and curve.png. Returns why it
     ended. Raises CheckpointError if the folder has another configuration's run, InputError if another
@@ -37,7 +37,7 @@ def run_to_end(
     """
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
-        raise InputError(f"--run {folder}: is not empty, and no run; give another folder")
+        raise InputError(f"--run {folder}: is not empty and not a run's folder; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
@@ -68,8 +68,8 @@ def _run(
             results.append(result)
             show(result)
             if not result.finite:
-                # Of an epoch from a checkpoint the cause is known no more.
-                cause = result.cause or "what it was is in what an earlier start of this run said"
+                # The cause is not in a checkpoint, so it may be unknown here.
+                cause = result.cause or "the log of an earlier start of this run says what it was"
                 raise InputError(
                     f"the loss is not finite in epoch {result.epoch + 1}: {cause}; give another --run"
                 )

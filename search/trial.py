@@ -1,4 +1,4 @@
-"""One trial in a worker's hands: it begins, records its epochs, and ends, waits or is given back."""
+"""One trial's life in a worker: it begins, records its epochs, then ends, waits or is given back."""
 
 import logging
 from collections.abc import Iterator
@@ -152,7 +152,7 @@ class Trial:
             row = TrialRow(self.claim.trial_number, outcome, value=value)
             curve = [result.columns() for result in self.run.history]
             picture = attach_curve(self._worker.runs.path.name, row, curve)
-        except Exception:  # whatever it is: the trial is worth more than its picture
+        except Exception:  # any error: the trial is worth more than its picture
             log.warning("trial %d has no picture of its curve", self.claim.trial_number, exc_info=True)
         self._worker.ledger.finish(self.claim, outcome, value, reason, artifact=picture)
         self._checkpoints.clear()

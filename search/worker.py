@@ -1,7 +1,7 @@
-"""One worker: claim trials, train them, report every epoch, until there is nothing left to claim.
+"""One worker's loop: claim trials and train them, epoch by epoch, until there is nothing left to claim.
 
 The laptop and the cluster run the same worker; SLURM only starts it more often. It trains up to `pack`
-trials side by side: they join and leave where an epoch ends, and none of them waits for another.
+trials side by side. They join and leave where an epoch ends, and none of them waits for another.
 """
 
 import logging
@@ -50,7 +50,7 @@ class Worker:
         pack: int = 1,
         executor: Executor | None = None,
     ) -> None:
-        """`executor` runs what goes on beside the training: claiming and sampling the next trial."""
+        """`executor` claims and samples the next trial beside the training."""
         self.study_config, self.study, self.ledger = study_config, study, ledger
         self.workspace, self.runs = workspace, runs
         self.pack = pack  # trials at once; fewer if they turn out not to fit into the memory
@@ -78,7 +78,7 @@ class Worker:
 
     def run(self) -> ExitCode:
         """Work; returns why it ended, with the details in `stop.reason`."""
-        self.ledger.register(gpu=self.workspace.device_name, log=_own_log())
+        self.ledger.register(gpu=self.workspace.device_name, log=_log_file())
         reason = "an error"
         try:
             with on_signals(self.stop), self.keeper, self._executor:
@@ -170,19 +170,19 @@ class Worker:
         self.trials.clear()
 
     def _sweep(self) -> None:
-        """Remove checkpoints of trials that waited to the end, or whose worker was killed at their end.
+        """Remove leftover checkpoints, now that no work is left.
 
-        Damaged ones that were set aside go too.
+        They are of trials that waited to the end, or whose worker was killed at their end, or damaged.
         """
         files = superfluous(self.ledger.engine, self.ledger.study_id, self.runs, keep=None)
         try:
             remove(path for path in files if path.match("trial-*/*"))
         except OSError:
-            log.warning("checkpoints of ended trials are left", exc_info=True)
+            log.warning("checkpoints of ended trials could not be removed", exc_info=True)
 
 
-def _own_log() -> str | None:
-    """The file that this process's messages go to, for the record; None for a terminal or a pipe."""
+def _log_file() -> str | None:
+    """The file that this process logs to, as it goes on record; None for a terminal or a pipe."""
     try:
         path = os.readlink("/proc/self/fd/2")
     except OSError:

@@ -34,7 +34,7 @@ def test_a_search_begins_with_the_best_of_an_earlier_one_as_far_as_its_space_has
     assert [one["lr"] for one in params[:3]] == [1.2e-3, 1.5e-3, 1.3e-3]
     assert params[2]["batch_size"] == 64
     assert all(one["batch_size"] in (64, 128) for one in params)
-    fixed = earlier.file.shared.dropout
+    fixed = earlier.study_config.shared.dropout
     assert [one["dropout"] for one in params[:3]] == [fixed] * 3
     assert params[3]["dropout"] != fixed
 
