@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,7 @@ from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
+import search.trial
 import search.worker
 from benchmarks.server import temporary_home
 from search.sampling import whole_sample
@@ -234,12 +235,12 @@ def _result(epoch: int, value: float) -> EpochResult:
     )
 
 
-class _AtOnce:
+class _AtOnce(Executor):
     """In place of the worker's thread."""
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*arguments))
+        future.set_result(function(*arguments, **named))
         return future
 
 
@@ -250,29 +251,27 @@ class Atelier:
         self, file: StudyConfig, study: optuna.Study, engine: sa.Engine, runs: RunFolder, replay: Replay
     ) -> None:
         dataset = SimpleNamespace(attribute_table=lambda _: [])
-        workspace = SimpleNamespace(dataset=dataset, replay=replay)
+        workspace = SimpleNamespace(dataset=dataset, config=None, device_name=None, replay=replay)
         # No lease ends: time is simulated, and nobody renews.
         trials = ledger.Ledger(engine, study._storage, study._study_id, lease_seconds=1e9)
         trials.register()
-        self.worker = Worker(file, study, trials, workspace, runs)
-        self.worker._executor = _AtOnce()
+        self.worker = Worker(file, study, trials, workspace, runs, executor=_AtOnce())
 
     def begin(self) -> bool:
-        self.worker._fill()
-        return bool(self.worker._trials)
+        return bool(self.worker.fill())
 
     def end_epoch(self) -> None:
-        self.worker._turn()
+        self.worker.train()
 
 
-def _turn(runs: Sequence[TableRun], _: object) -> Iterator[tuple[TableRun, EpochResult]]:
+def _train_epoch(runs: Sequence[TableRun], _: object) -> Iterator[tuple[TableRun, EpochResult]]:
     for run in runs:
         yield run, run.train()
 
 
 # What is looked up, or not worth drawing, in this process's workers.
-search.worker.Run, search.worker.train_epoch = TableRun, _turn
-search.worker.attach_curve = lambda *_: None
+search.trial.Run, search.worker.train_epoch = TableRun, _train_epoch
+search.trial.attach_curve = lambda *_: None
 
 
 def simulate(

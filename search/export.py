@@ -39,18 +39,25 @@ class Choice:
     words: str
 
 
+def find_trial(status: Status, number: int) -> TrialRow:
+    """The trial of this number. Raises InputError."""
+    for row in status.trials:
+        if row.number == number:
+            return row
+    trials = len(status.trials)
+    raise InputError(f"study {status.study!r} has no trial {number}; it has {trials}, from 0")
+
+
 def choose(status: Status, confirmation: Confirmation | None, number: int | None) -> Choice:
-    """The given trial; else the confirmed winner; else the best, with a warning. Raises InputError."""
-    rows = {row.number: row for row in status.trials}
-    if number is not None and number not in rows:
-        raise InputError(f"study {status.study!r} has no trial {number}; it has {len(rows)}, from 0")
+    """The given trial, else the confirmed winner, else the best with a warning. Raises InputError."""
+    row = None if number is None else find_trial(status, number)
     winner = confirmation.winner if confirmation else None
-    if number is not None and not (winner and winner.number == number):
-        return Choice(rows[number], "chosen by hand", "chosen by hand")
+    if row is not None and not (winner and winner.number == number):
+        return Choice(row, "chosen by hand", "chosen by hand")
     if confirmation and winner and winner.estimate:
         sure = f"{100 * winner.estimate.best:.0f} %"
         words = f"confirmed: the best of {len(confirmation.candidates)} candidates with {sure}"
-        return Choice(rows[winner.number], "confirmed", words)
+        return Choice(find_trial(status, winner.number), "confirmed", words)
     if status.best is None:
         raise InputError(
             f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
@@ -74,27 +81,27 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
 def known_accuracy(
     entry: StudyEntry, row: TrialRow, confirmation: Confirmation | None
 ) -> dict[str, Any]:
-    """What is known of a trial's average per-class accuracy: by its reruns, else by its one run.
+    """A trial's average per-class accuracy with its interval: from its reruns, else from its one run.
 
     Empty if it is not complete, or if its run folder is on another machine.
     """
-    for one in confirmation.candidates if confirmation else []:
-        if one.number == row.number and one.estimate is not None:
-            return asdict(one.estimate.score) | {
+    for candidate in confirmation.candidates if confirmation else []:
+        if candidate.number == row.number and candidate.estimate is not None:
+            return asdict(candidate.estimate.score) | {
                 "noise": "images and seeds",
-                "seeds": one.seeds,
-                "probability_best": one.estimate.best,
+                "seeds": candidate.seeds,
+                "probability_best": candidate.estimate.best,
             }
     try:
         predictions = predictions_of(entry, row.number)
     except InputError:
         return {}
-    known = of_hits(hits(predictions), predictions.labels, attribute_sizes(entry))
-    return asdict(known) | {"noise": "images", "seeds": 1}
+    accuracy = of_hits(hits(predictions), predictions.labels, attribute_sizes(entry))
+    return asdict(accuracy) | {"noise": "images", "seeds": 1}
 
 
 def in_words(accuracy: dict[str, Any]) -> str:
-    """The same in one line, in percent."""
+    """What `known_accuracy` returns, in one line, in percent."""
     value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
     return f"{value:.2f} % (95 %: {low:.2f} to {high:.2f}; noise of {accuracy['noise']})"
 
@@ -109,8 +116,8 @@ def export_trial(
     """Write a trial's configuration, with what `known_accuracy` says of it.
 
     [train] holds every resolved setting, [origin] says where they come from and what is known of the
-    score, [slurm.*] are the search's profiles. Raises InputError if the trial has not all its parameters
-    yet, or if there is another study's file, OSError if the file cannot be written.
+    score, [slurm.*] are the search's profiles. Raises InputError if the trial has not yet all its
+    parameters, or if another study's file is there. Raises OSError if the file cannot be written.
     """
     row = choice.row
     missing = entry.settings["space"].keys() - row.params.keys()
@@ -145,7 +152,7 @@ def export_trial(
 
 
 def check_overwritable(output: Path, study: str) -> None:
-    """That nothing else than an earlier export of the study is written over. Raises InputError."""
+    """Check that only an earlier export of the study would be overwritten. Raises InputError."""
     if not output.exists():
         return
     try:
@@ -153,7 +160,9 @@ def check_overwritable(output: Path, study: str) -> None:
     except InputError:
         origin = None
     if not isinstance(origin, dict):
-        raise InputError(f"--output {output}: there is a file that is no export; give another name")
+        raise InputError(
+            f"--output {output}: there is a file that atelier export did not write; give another name"
+        )
     if origin.get("study") != study:
         raise InputError(
             f"--output {output}: there is the export of study {origin.get('study')!r}, and this is "
@@ -162,7 +171,7 @@ def check_overwritable(output: Path, study: str) -> None:
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None, which TOML does not know."""
+    """The values without None, for which TOML has no word."""
     return {
         key: _present(value) if isinstance(value, dict) else value
         for key, value in values.items()
@@ -192,7 +201,7 @@ class Bundle:
 
 
 class _Tables(BaseModel):
-    """What an exported file is made of."""
+    """The tables of an exported file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -218,17 +227,20 @@ def load_bundle(path: Path) -> Bundle:
             f"{path}: has format {tables['format']}, this version reads {FORMAT}; export it again with "
             "this version, or install the one that wrote it"
         )
-    known = validate(_Tables, tables, path)
-    config = validate(TrainConfig, known.train, path, "train")
-    return Bundle(config, known.origin, known.slurm)
+    checked = validate(_Tables, tables, path)
+    config = validate(TrainConfig, checked.train, path, "train")
+    return Bundle(config, checked.origin, checked.slurm)
 
 
 def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:
-    """That the files are those of the search. `dataset` is a fingerprint. Raises InputError."""
-    found = {"data": ("dataset", dataset), "weights": ("weights", weights_identity(config.weights))}
+    """Check that dataset and weights are those of the search. Raises InputError.
+
+    `dataset` is the fingerprint of the one that is there.
+    """
+    present = {"data": ("dataset", dataset), "weights": ("weights", weights_identity(config.weights))}
     if bundle.origin.get("reader", 1) != READER:
-        del found["data"]  # fingerprints were made otherwise then; a note says what may differ
-    for option, (name, value) in found.items():
+        del present["data"]  # fingerprints were made differently then; a note says what may differ
+    for option, (name, value) in present.items():
         if bundle.origin.get(name, value) != value:
             raise InputError(
                 f"{option} = {getattr(config, option)!r} is not the {name} of the search; give that "
@@ -239,17 +251,17 @@ def check_origin(bundle: Bundle, config: TrainConfig, dataset: str) -> None:
 def changed(
     bundle: Bundle, changes: Mapping[str, Any], path: Path, stretch_warmup: bool = False
 ) -> tuple[TrainConfig, list[str]]:
-    """The configuration with other values, None for no change; and notes on what follows from them.
+    """The configuration with some values changed (None is no change), and notes for the user.
 
-    Another length leaves the warm-up's epochs as many as they are, unless they are given too or
-    `stretch_warmup` changes them in proportion. Raises InputError.
+    If the length changes, the warm-up keeps its number of epochs. Another number may be given, or
+    `stretch_warmup` changes it in proportion. Raises InputError.
     """
     given = {key: value for key, value in changes.items() if value is not None}
     warmup, notes = _schedule(bundle.config, given, stretch_warmup)
     given["warmup_epochs"] = warmup
     if bundle.origin:
-        known = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
-        notes.append("trains trial {} of study {!r}, {}".format(*known))
+        trial, study, standing = (bundle.origin.get(key, "?") for key in ("trial", "study", "standing"))
+        notes.append(f"trains trial {trial} of study {study!r}, {standing}")
         if (reader := bundle.origin.get("reader", 1)) != READER:
             notes.append(reader_note("search", reader))
     config = validate(TrainConfig, bundle.config.model_dump() | given, path, "train")
@@ -259,7 +271,7 @@ def changed(
 
 
 def _schedule(old: TrainConfig, given: Mapping[str, Any], stretch_warmup: bool) -> tuple[int, list[str]]:
-    """The warm-up's epochs, and what is to be said of the schedule. Raises InputError."""
+    """The warm-up's epochs, and notes on the schedule. Raises InputError."""
     epochs, hint = given.get("epochs", old.epochs), ""
     warmup = given.get("warmup_epochs", old.warmup_epochs)
     stretched = min(round(old.warmup_epochs * epochs / old.epochs), epochs - 1)

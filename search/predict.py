@@ -1,4 +1,4 @@
-"""`atelier predict`: a run's model on a split, in the challenge's form."""
+"""`atelier predict`: predicts a split with a run's model, and writes it in the challenge's form."""
 
 import hashlib
 import io
@@ -33,15 +33,15 @@ def model_path(run: Path) -> Path:
 
 
 class Predictor:
-    """A run's model and the images that it is to look at; `truth` is a file with their labels.
+    """A run's model and the images to predict. `truth` is a file with their labels.
 
-    Raises InputError, DatasetError, ModelError, before anything is computed.
+    Raises InputError, DatasetError and ModelError before anything is computed.
     """
 
     def __init__(self, run: Path, split: str, data: str | None, truth: Path | None) -> None:
         path = model_path(run)
         self._model = SavedModel(path)
-        # The best epoch is that of the validation images.
+        # The best epoch was chosen by the validation images.
         chosen = "val" if path.stem == "best" else None
         self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
         self._dataset = read_dataset(data or self._model.config.data, split.split("+"), labelled=False)
@@ -54,7 +54,7 @@ class Predictor:
 
     @property
     def source(self) -> str:
-        """What tells the run's predictions from those of another configuration."""
+        """A mark that tells this configuration's predictions from those of another."""
         return mark(hashlib.sha256(self._model.config.model_dump_json().encode()).hexdigest()[:16])
 
     def predict(self, cache: Path, flip: bool) -> np.ndarray:
@@ -77,14 +77,14 @@ class Predictor:
 
 
 def check_submission(output: Path, source: str) -> None:
-    """That predictions of this source may be written there. Raises OutputError, OSError."""
+    """Check that predictions of this source may be written there. Raises OutputError, OSError."""
     check_overwritable(output, source, "a prediction of this run")
 
 
 def write_submission(classes: np.ndarray, output: Path, source: str) -> None:
-    """The challenge's form: a zip with prediction.txt, a line an image, indices between spaces.
+    """Write a zip with prediction.txt: one line for each image, with indices between spaces.
 
-    Its comment is the source.
+    The zip's comment is the source.
     """
     text = "".join(" ".join(map(str, row)) + "\n" for row in classes.tolist())
     data = io.BytesIO()

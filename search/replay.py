@@ -1,7 +1,7 @@
-"""`atelier replay`: a trial once more, alone, through the same epochs of the stream of images.
+"""`atelier replay`: trains a trial again, alone, through the same epochs of the stream of images.
 
-A trial's numbers depend on its configuration and on the stream's epochs, not on the trials that went
-through them beside it. This shows it for any trial on record.
+A trial's numbers depend on its configuration and on the stream's epochs. They do not depend on the
+trials that were trained beside it. This shows it for any trial on record.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from search.errors import InputError
+from search.export import find_trial
 from search.study import check_reader, other_dataset
 from search.study_config import StudyConfig
 from storage.status import read_status
@@ -24,7 +25,7 @@ from trainer.workspace import Workspace
 
 @dataclass(frozen=True)
 class Replayed:
-    """One epoch as it is on record, and as it came out again."""
+    """One epoch: as it is on record, and as it was trained again."""
 
     recorded: dict[str, Any]  # columns of the table `epoch`
     again: EpochResult
@@ -40,27 +41,25 @@ class Replayed:
 def replay(
     engine: sa.Engine, entry: StudyEntry, file: StudyConfig, number: int, cache: Path
 ) -> Iterator[Replayed]:
-    """Train a trial's epochs again, those that are on record. Raises InputError."""
-    rows = {row.number: row for row in read_status(engine, entry.study_id, entry.name).trials}
-    if number not in rows:
-        raise InputError(f"study {entry.name!r} has no trial {number}; it has {len(rows)}, from 0")
+    """Train those epochs of a trial again that are on record. Raises InputError."""
+    row = find_trial(read_status(engine, entry.study_id, entry.name), number)
     recorded = epochs_of(engine, entry.study_id, number)
     if not recorded:
         raise InputError(f"trial {number} of study {entry.name!r} has no epoch yet; wait for one")
     check_reader(entry)
-    config = file.config(rows[number].params)
+    config = file.config(row.params)
     workspace = Workspace(config, cache)
     if workspace.dataset.fingerprint != entry.dataset:
         raise other_dataset(entry.name, entry.dataset, workspace.dataset.fingerprint)
-    stream_epochs = [row["stream_epoch"] for row in recorded]
+    stream_epochs = [epoch["stream_epoch"] for epoch in recorded]
     results = train(config, workspace, stream_epochs=stream_epochs)
-    for row, result in zip(recorded, results, strict=False):  # a pruned trial's end early
-        yield Replayed(row, result)
+    for epoch, result in zip(recorded, results, strict=False):  # a pruned trial has fewer on record
+        yield Replayed(epoch, result)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, list):
-        return one == list(other)
-    if one is None:  # an epoch of an earlier version
+def _equal(recorded: Any, again: Any) -> bool:
+    if isinstance(recorded, list):
+        return recorded == list(again)
+    if recorded is None:  # an earlier version did not record it
         return True
-    return bool(one == other) or (math.isnan(one) and math.isnan(other))
+    return bool(recorded == again) or (math.isnan(recorded) and math.isnan(again))

@@ -1,4 +1,4 @@
-"""What to try next: Optuna's samplers, told where to begin, and shown what unfinished trials promise."""
+"""What to try next: Optuna's samplers, told where to begin and shown what unfinished trials promise."""
 
 import copy
 import math
@@ -17,14 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 STARTUP_TRIALS = 10
 
-# In a worker's log it would say nothing to anybody.
+# The warning would help nobody who reads a worker's log.
 warnings.filterwarnings("ignore", "QMCSampler is experimental", ExperimentalWarning)
 
 
 class StartupSampler(BaseSampler):
-    """Begins with the given points and a Sobol sequence, then asks another sampler.
+    """Begins with the given points, goes on with a Sobol sequence, then asks another sampler.
 
-    Trial n gets the n-th point, whichever worker claims it. The sequence is the study's own: it is
+    Trial n gets the n-th point, whichever worker claims it. Each study has another sequence, which is
     scrambled by the study's name.
     """
 
@@ -35,8 +35,11 @@ class StartupSampler(BaseSampler):
         first: Sequence[Mapping[str, Any]] = (),
         startup: float = STARTUP_TRIALS,
     ) -> None:
-        """`first` are parameters, not always all of them; `startup` counts them too."""
-        self._space, self._inner, self._first = dict(space), inner, first
+        """`first` are the given points; the sequence fills in parameters that they lack.
+
+        The other sampler begins after `startup` trials, which include the given points.
+        """
+        self._space, self._inner, self.first = dict(space), inner, first
         self._startup = max(startup, len(first))
 
     def infer_relative_search_space(
@@ -48,13 +51,13 @@ class StartupSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if trial.number < self._startup:
-            point = dict(next(iter(self._first[trial.number : trial.number + 1]), {}))
-            if search_space.keys() <= point.keys():
-                return point  # without the sequence, for which scipy would be imported
-            sequence = _Sequence(trial.number, seed=zlib.crc32(study.study_name.encode()))
-            return sequence.sample_relative(study, trial, search_space) | point
-        return whole_sample(self._inner, study, trial, search_space)
+        if trial.number >= self._startup:
+            return whole_sample(self._inner, study, trial, search_space)
+        given = dict(self.first[trial.number]) if trial.number < len(self.first) else {}
+        if search_space.keys() <= given.keys():
+            return given  # without the sequence, for which scipy would be imported
+        sequence = _SobolPoint(trial.number, seed=zlib.crc32(study.study_name.encode()))
+        return sequence.sample_relative(study, trial, search_space) | given
 
     def sample_independent(
         self,
@@ -72,18 +75,18 @@ def whole_sample(
     trial: FrozenTrial,
     search_space: Mapping[str, BaseDistribution],
 ) -> dict[str, Any]:
-    """All parameters at once: what the sampler leaves out of its relative ones, independently."""
-    known = sampler.infer_relative_search_space(study, trial)
-    params = sampler.sample_relative(study, trial, known)
+    """All parameters at once. What the sampler does not sample together, it samples independently."""
+    together = sampler.infer_relative_search_space(study, trial)
+    params = sampler.sample_relative(study, trial, together)
     for name in search_space.keys() - params.keys():
         params[name] = sampler.sample_independent(study, trial, name, search_space[name])
     return params
 
 
-class _Sequence(QMCSampler):
+class _SobolPoint(QMCSampler):
     """One point of a scrambled Sobol sequence, by its number.
 
-    Optuna's own counts the points in the study's attributes, where two workers may get the same.
+    Optuna's own sampler counts the points in the study's attributes. Two workers may get the same one.
     """
 
     def __init__(self, number: int, seed: int) -> None:
@@ -97,9 +100,8 @@ class _Sequence(QMCSampler):
 class ImputedStudy(optuna.Study):
     """A study as its sampler sees it: a trial that has passed a rung counts as complete.
 
-    Its score is the one that it promises: its value at the last rung that it has passed, and from there
-    the mean gain of those that went further, rung by rung. Most trials of a good search never end, and
-    Optuna's samplers learn from complete trials alone (gp), or rank the others last (tpe).
+    Most trials of a good search never complete. Optuna's samplers learn from complete trials alone (gp),
+    or rank the others last (tpe). `imputed` says with which score such a trial is shown.
     """
 
     def __init__(
@@ -118,24 +120,31 @@ class ImputedStudy(optuna.Study):
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        trials = promising(self._storage.get_all_trials(self._study_id, deepcopy=False), self._rungs)
+        """What samplers call to learn of the other trials."""
+        trials = imputed(self._storage.get_all_trials(self._study_id, deepcopy=False), self._rungs)
         return [trial for trial in trials if states is None or trial.state in states]
 
 
-def promising(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> list[FrozenTrial]:
-    """The trials; those that have passed a rung, and did not complete, with the score they promise."""
+def imputed(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> list[FrozenTrial]:
+    """The trials; those that have passed a rung but not ended are shown as complete.
+
+    Such a trial gets its value at the last rung that it has passed. To this is added, rung by rung, what
+    the trials that went further have gained on average from there to their score.
+    """
     marks = [_marks(trial, rungs) for trial in trials]
     gains = [_mean_gain(marks, step) for step in range(len(rungs))]
-    return [
-        _complete(trial, reached[-1] + sum(gains[len(reached) - 1 :]))
-        if reached and not _has_score(trial)
-        else trial
-        for trial, reached in zip(trials, marks, strict=True)
-    ]
+    shown = []
+    for trial, reached in zip(trials, marks, strict=True):
+        if reached and _may_be_imputed(trial):
+            promised = reached[-1] + sum(gains[len(reached) - 1 :])
+            shown.append(_as_complete(trial, promised))
+        else:
+            shown.append(trial)
+    return shown
 
 
 def _marks(trial: FrozenTrial, rungs: Sequence[int]) -> list[float]:
-    """The values at the rungs that it has passed, while they are numbers; and its score if complete."""
+    """Its values at the rungs, up to the first that it lacks; then its score, if it is complete."""
     values = (trial.intermediate_values.get(rung, math.nan) for rung in rungs)
     marks = [*takewhile(math.isfinite, values)]
     if trial.state == TrialState.COMPLETE and len(marks) == len(rungs):
@@ -144,19 +153,25 @@ def _marks(trial: FrozenTrial, rungs: Sequence[int]) -> list[float]:
 
 
 def _mean_gain(marks: Iterable[Sequence[float]], step: int) -> float:
-    gains = [one[step + 1] - one[step] for one in marks if len(one) > step + 1]
+    """By how much trials have gained on average between this mark and the next."""
+    gains = [reached[step + 1] - reached[step] for reached in marks if len(reached) > step + 1]
     return fmean(gains) if gains else 0.0
 
 
-def _has_score(trial: FrozenTrial) -> bool:
-    """Complete, failed, or ended by something else than its value: out of memory, a loss not finite."""
-    if trial.state in (TrialState.RUNNING, TrialState.PRUNED) and trial.intermediate_values:
-        last = trial.intermediate_values[max(trial.intermediate_values)]
-        return trial.values is not None and trial.values != [last]
-    return True
+def _may_be_imputed(trial: FrozenTrial) -> bool:
+    """Whether it runs, waits, or was pruned for its value.
+
+    A trial that ended for another reason, out of memory or with a loss that is not finite, has another
+    score than the value of its last epoch.
+    """
+    if trial.state not in (TrialState.RUNNING, TrialState.PRUNED) or not trial.intermediate_values:
+        return False
+    last = trial.intermediate_values[max(trial.intermediate_values)]
+    return trial.values is None or trial.values == [last]
 
 
-def _complete(trial: FrozenTrial, score: float) -> FrozenTrial:
-    seen = copy.copy(trial)
-    seen.state, seen.values = TrialState.COMPLETE, [score]
-    return seen
+def _as_complete(trial: FrozenTrial, score: float) -> FrozenTrial:
+    """A copy, so that what Optuna has on record stays."""
+    shown = copy.copy(trial)
+    shown.state, shown.values = TrialState.COMPLETE, [score]
+    return shown

@@ -18,9 +18,9 @@ Attributes = Sequence[Mapping[str, Any]]  # see trainer.dataset.Dataset.attribut
 
 
 def epoch_value(result: "EpochResult", kind: Kind, attributes: Attributes) -> float:
-    """What one epoch is worth, in [0, 1]: what Optuna is told of it and the strategy compares."""
+    """What one epoch is worth, in [0, 1]. Optuna is told this value, and the strategy compares it."""
     if kind == "balanced-log-loss":
-        # As a probability, so that more is better: the geometric mean, attributes weighing alike.
+        # As a probability, so that more is better. It is a geometric mean; attributes weigh the same.
         return math.exp(-result.val_log_loss)
     if kind == "shrunken-mean-last-5":
         images = np.array([row["images"] for row in attributes])
@@ -37,11 +37,11 @@ def shrinkage(attributes: Attributes) -> np.ndarray:
     one weighted mean.
     """
     images = np.array([row["images"] for row in attributes], dtype=float)
-    kinds = np.array([row["category"] for row in attributes])
+    categories = np.array([row["category"] for row in attributes])
     credibility = images / (images + PRIOR_IMAGES)
     weights = np.zeros(len(images))
-    for kind in dict.fromkeys(kinds.tolist()):
-        members = (kinds == kind) & (images > 0)
+    for category in dict.fromkeys(categories.tolist()):
+        members = (categories == category) & (images > 0)
         if members.any():
             weights[members] = members.sum() * credibility[members] / credibility[members].sum()
     weights /= weights.sum()

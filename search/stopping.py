@@ -1,9 +1,8 @@
-"""When a process that trains has to stop: signals, SLURM's wall time, the end of its parent."""
+"""When a process that trains has to stop: on a signal, at the wall time, or with its parent process."""
 
 import logging
 import math
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,27 +15,30 @@ log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 15.0  # what a last checkpoint and the release may take
 SAVE_ANOTHER_SECONDS = 5.0  # each further trial's
-KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
 
 
 class Stop:
-    """Whether this worker has to stop, and by when: after the epoch, or if need be inside it.
+    """Whether this process has to stop, and by when: after the epoch, or inside it if time is short.
 
-    `wall_end` is when the job's time is over, in seconds since 1970; `trials` have to be saved then.
+    `wall_end` is when the job's time is over, in seconds since 1970; so many `trials` have to be saved
+    by then. A SIGTERM is followed by a SIGKILL after `kill_seconds`; None if nobody kills.
     """
 
-    def __init__(self, wall_end: float | None = None, trials: int = 1) -> None:
+    def __init__(
+        self, wall_end: float | None = None, trials: int = 1, kill_seconds: float | None = None
+    ) -> None:
         self.reason: str | None = None
         self.end = ExitCode.DONE
-        self._deadline = math.inf if wall_end is None else wall_end
+        self.deadline = math.inf if wall_end is None else wall_end
+        self._kill_seconds = kill_seconds
         self._save_seconds = SAVE_SECONDS + SAVE_ANOTHER_SECONDS * (trials - 1)
-        self._search = multiprocessing.parent_process()  # that has started this worker, if one has
+        self._search = multiprocessing.parent_process()  # None if no search has started this worker
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt  # typed twice: at once
-        if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
-            self._deadline = min(self._deadline, time.time() + KILL_SECONDS)
+        if number == signal.SIGTERM and self._kill_seconds is not None:
+            self.deadline = min(self.deadline, time.time() + self._kill_seconds)
         name = signal.Signals(number).name
         self.ask(name, ExitCode.WALL_TIME if number == signal.SIGUSR2 else ExitCode.STOPPED)
         log.info("%s: stopping, with the work saved", name)
@@ -53,8 +55,8 @@ class Stop:
         return self.reason is not None
 
     def leaves_time_for(self, seconds: float) -> bool:
-        """Whether something that takes so long can end before the deadline."""
-        return time.time() + seconds + self._save_seconds < self._deadline
+        """Whether work of so many seconds can end before the deadline."""
+        return time.time() + seconds + self._save_seconds < self.deadline
 
     def cuts_epoch(self, seconds_left: float) -> bool:
         """Whether an epoch that needs so many seconds more has to be interrupted now."""

@@ -1,7 +1,7 @@
 """Which trials get further epochs. The decision follows from values on record alone.
 
-A trial may be killed between a report and its decision, and be resumed by another worker, which takes
-the decision again; so nothing that decides is remembered beside the values.
+A worker may be killed between a report and its decision. Another worker then takes the decision again,
+so nothing but the values on record may decide.
 """
 
 from enum import Enum
@@ -30,17 +30,19 @@ class Strategy(Protocol):
     def decide(self, claim: Claim, epoch: int, value: float) -> Decision:
         """What becomes of the claim's trial after such an epoch, which is on record."""
 
-    def promotes(self, standing: Rank) -> bool:
-        """Whether a paused trial of this standing is to go on before a new one begins."""
+    def promotes(self, rank: Rank) -> bool:
+        """Whether a paused trial of this rank goes on before a new one begins."""
 
 
 class Rungs:
     """At each rung a trial goes on if it is in the top third of those that have been there.
 
     ASHA (Li et al., MLSys 2020). In its stopping form (`pauses` is False) the others end there, and the
-    first at a rung goes on. In its promoting form they wait, the first too, until so many have come that
-    they are among the best. Optuna's SuccessiveHalvingPruner keeps what it decided in trial attributes,
-    and reads all trials; this asks the database for two counts.
+    first at a rung goes on. In its promoting form the others wait, and so does the first. One goes on
+    as soon as enough have come for it to be among the best.
+
+    This asks the database for two counts. Optuna's SuccessiveHalvingPruner reads all trials, and keeps
+    its decisions in trial attributes.
     """
 
     def __init__(self, ledger: Ledger, rungs: list[int], pauses: bool) -> None:
@@ -52,22 +54,22 @@ class Rungs:
 
     def decide(self, claim: Claim, epoch: int, value: float) -> Decision:
         """Whether too many of the trials that have been at this rung were better."""
-        standing = self._ledger.rank(epoch, value)
+        rank = self._ledger.rank(epoch, value)
         if self._pauses:
-            return Decision.GOES_ON if self.promotes(standing) else Decision.PAUSED
-        places = max(standing.peers // REDUCTION_FACTOR, 1)
-        return Decision.GOES_ON if standing.better < places else Decision.PRUNED
+            return Decision.GOES_ON if self.promotes(rank) else Decision.PAUSED
+        places = max(rank.peers // REDUCTION_FACTOR, 1)
+        return Decision.GOES_ON if rank.better < places else Decision.PRUNED
 
-    def promotes(self, standing: Rank) -> bool:
-        """Whether it is in the top third by now. What another strategy has left waiting goes on."""
-        return not self._pauses or standing.is_among_the_best
+    def promotes(self, rank: Rank) -> bool:
+        """Whether it is in the top third by now. A trial that another strategy has paused goes on."""
+        return not self._pauses or rank.is_among_the_best
 
 
 class OptunasPruner:
-    """One of Optuna's pruners, from epoch `first` on; it reads all the study's trials.
+    """One of Optuna's pruners, from epoch `first` on. It reads all the study's trials.
 
-    Hyperband notes in the trial's attributes which rungs it has passed before it answers: a trial whose
-    worker is killed just then is not asked again at that rung.
+    Hyperband notes the rungs that a trial has passed in its attributes, before it answers. If the worker
+    is killed just then, the trial is not judged again at that rung.
     """
 
     def __init__(
@@ -86,6 +88,6 @@ class OptunasPruner:
         prunes = self._pruner.prune(self._study, self._ledger.storage.get_trial(claim.trial_id))
         return Decision.PRUNED if prunes else Decision.GOES_ON
 
-    def promotes(self, standing: Rank) -> bool:
-        """What another strategy has left waiting goes on."""
+    def promotes(self, rank: Rank) -> bool:
+        """A trial that another strategy has paused goes on."""
         return True

@@ -1,4 +1,4 @@
-"""`atelier train`: one long run across any number of interruptions."""
+"""`atelier train`: one long run, across any number of interruptions."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from dashboards import charts, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
-from search.slurm.job import own_job
+from search.slurm.job import own_job, seconds_to_kill
 from search.stopping import Stop, on_signals
 from storage.curves import Curve
 from storage.status import TrialRow
@@ -30,7 +30,7 @@ LOCK_SECONDS = 10  # a requeued job's predecessor may still be ending
 def run_to_end(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
 ) -> ExitCode:
-    """Train, with a checkpoint wherever it has to stop; `show` is given every epoch.
+    """Train, and write a checkpoint wherever it has to stop. `show` gets every epoch's result.
 
     The folder then has best.safetensors and last.safetensors, curve.csv and curve.png. Returns why it
     ended. Raises CheckpointError if the folder has another configuration's run, InputError if another
@@ -38,7 +38,7 @@ def run_to_end(
     """
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
-        raise InputError(f"--run {folder}: is not empty, and no run; give another folder")
+        raise InputError(f"--run {folder}: is not empty and not a run's folder; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
@@ -53,7 +53,7 @@ def _run(
     config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
 ) -> ExitCode:
     job, steps = own_job(), 0
-    stop = Stop(job.end if job else None)
+    stop = Stop(job.end if job else None, kill_seconds=seconds_to_kill())
 
     def interrupt(*_: object) -> bool:
         nonlocal steps
@@ -69,8 +69,8 @@ def _run(
             results.append(result)
             show(result)
             if not result.finite:
-                # Of an epoch from a checkpoint the cause is known no more.
-                cause = result.cause or "what it was is in what an earlier start of this run said"
+                # The cause is not in a checkpoint, so it may be unknown here.
+                cause = result.cause or "the log of an earlier start of this run says what it was"
                 raise InputError(
                     f"the loss is not finite in epoch {result.epoch + 1}: {cause}; give another --run"
                 )

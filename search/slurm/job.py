@@ -13,6 +13,7 @@ from search.slurm.queue import Job, jobs, say
 log = logging.getLogger(__name__)
 
 TRIES, PAUSE_SECONDS = 3, 5  # the controller is busy when an array starts
+KILL_SECONDS = 30.0  # from SLURM's SIGTERM to its SIGKILL: the default of its KillWait
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def own_job() -> OwnJob | None:
     """The job that this process runs in; None outside SLURM."""
     number = environment.job_id()
     return OwnJob(number, _ask(number)) if number else None
+
+
+def seconds_to_kill() -> float | None:
+    """How long after a SIGTERM this process is killed; None outside SLURM, where nobody does it."""
+    return KILL_SECONDS if environment.job_id() else None
 
 
 def _ask(number: str) -> Job | None:

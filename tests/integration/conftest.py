@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import search.local
-import search.worker
+import search.trial
 from dashboards.plot import attach_curve
 from search.cli import app
 from search.study import open_study
@@ -90,7 +90,7 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
 
     def worker(*settings, wall_end=None, pack=1, pictures=False):
         # A picture of each trial's curve takes as long as its training.
-        monkeypatch.setattr(search.worker, "attach_curve", attach_curve if pictures else no_picture)
+        monkeypatch.setattr(search.trial, "attach_curve", attach_curve if pictures else no_picture)
         file = load_study_file(path, list(settings))
         storage = optuna_tables.optuna_storage(engine)
         workspace = workspaces(file.shared)

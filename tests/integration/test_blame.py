@@ -8,8 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 import search.worker
+from search.blame import SickHostError
 from search.exit_codes import ExitCode
-from search.worker import SickHostError
 from storage import ledger
 from tests.integration.test_ledger import make_study
 from tests.integration.test_ledger import make_worker as make_ledger
@@ -32,7 +32,7 @@ class Faults:
     def __call__(self, runs, interrupt):
         sound = []
         for run in runs:
-            [trial] = [one for one in self.worker._trials if one.run is run]
+            [trial] = [one for one in self.worker.trials if one.run is run]
             if self.everything or trial.claim.trial_number in self.trials:
                 yield run, RuntimeError("no compiler here")
             else:

@@ -188,7 +188,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     assert "is confirmed" in atelier("export", "tiny", "--trial", winner, "-o", "best.toml").stderr
     (tmp_path / "mine.toml").write_text("[study]\n")
     refused = atelier("export", "tiny", "-o", "mine.toml", code=2).stderr
-    assert "there is a file that is no export" in refused
+    assert "there is a file that atelier export did not write" in refused
     assert (tmp_path / "mine.toml").read_text() == "[study]\n"
 
     assert "report.html" in atelier("report", "tiny", "-o", "pages").stderr

@@ -167,7 +167,7 @@ def test_a_loss_that_diverges_ends_the_run(config, atelier, tmp_path):
         "training diverged: lower lr or weight_decay; give another --run"
     )
     again = atelier("train", "c.toml", code=2).stderr
-    assert "what it was is in what an earlier start of this run said; give another --run" in again
+    assert "the log of an earlier start of this run says what it was; give another --run" in again
 
 
 def test_the_script_of_a_final_run_can_be_looked_at(config, atelier, tmp_path):

@@ -102,7 +102,7 @@ def test_a_search_looks_before_it_works(two, study_text, engine):
     Path("best.toml").write_text(tomli_w.dumps({"train": {}, "origin": {}}))
     assert "best.toml" in refused("search", file)
     Path("best.toml").write_text('origin = "text"\n')
-    assert "is no export" in refused("search", file)
+    assert "atelier export did not write" in refused("search", file)
 
 
 @pytest.mark.usefixtures("two")

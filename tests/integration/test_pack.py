@@ -71,8 +71,8 @@ def test_a_trial_that_does_not_fit_beside_the_others_waits(engine, make_worker, 
     step, full = Run.train_step, []
 
     def train_step(run, *arguments):
-        if not full and len(worker._trials) == 3 and run is worker._trials[-1].run:
-            full.append(worker._trials[-1].claim.trial_number)
+        if not full and len(worker.trials) == 3 and run is worker.trials[-1].run:
+            full.append(worker.trials[-1].claim.trial_number)
             raise torch.cuda.OutOfMemoryError
         return step(run, *arguments)
 
@@ -89,7 +89,7 @@ def test_an_error_in_a_pack_is_one_trials_own(engine, make_worker, monkeypatch):
     step = Run.train_step
 
     def train_step(run, *arguments):
-        if run is worker._trials[0].run and worker._trials[0].claim.trial_number == 0:
+        if run is worker.trials[0].run and worker.trials[0].claim.trial_number == 0:
             raise KeyError("a user's mistake")
         return step(run, *arguments)
 
@@ -109,7 +109,7 @@ def test_a_pack_that_has_to_stop_gives_all_its_trials_back_and_loses_nothing(
 
     def no_time_left(left):
         if next(steps) == 20:
-            worker.stop._deadline = 0.0
+            worker.stop.deadline = 0.0
         return cuts_epoch(left)
 
     worker.stop.cuts_epoch = no_time_left
@@ -126,7 +126,7 @@ def test_a_pack_that_has_to_stop_gives_all_its_trials_back_and_loses_nothing(
 
 def resumed(worker):
     for trial in worker.study.trials:
-        config = worker.file.config(trial.params)
+        config = worker.study_config.config(trial.params)
         yield config, worker.workspace, Checkpoints(worker.runs.checkpoints(trial.number))
 
 
@@ -187,14 +187,14 @@ def test_a_trial_whose_first_attempt_failed_is_tried_again(engine, make_worker, 
 
 def test_a_trial_that_cannot_be_sampled_is_charged_for_it(engine, make_worker, monkeypatch):
     worker = make_worker("study.max_trials=2", "study.max_failures=0", 'study.strategy="none"', pack=2)
-    params = worker._params
+    sample = worker.claims.sample
 
     def refuse(claim):
         if claim.trial_number == 1:
             raise ValueError("no sample")
-        return params(claim)
+        return sample(claim)
 
-    monkeypatch.setattr(worker, "_params", refuse)
+    monkeypatch.setattr(worker.claims, "sample", refuse)
     assert worker.run() == ExitCode.DONE
     assert [trial.state.name for trial in worker.study.trials] == ["COMPLETE", "FAIL"]
     assert "no sample" in reasons(engine)[1]
@@ -231,9 +231,11 @@ def test_a_checkpoint_that_is_lost_is_trained_again_on_the_same_stream(engine, m
     worker = make_worker(*settings)
     worker.ledger.register()
     claim = worker.ledger.claim()
-    worker._params(claim)
+    worker.claims.sample(claim)
     late = train(
-        worker.file.config({"lr": 1e-3, "batch_size": 32}), worker.workspace, stream_epochs=[7, 8, 9]
+        worker.study_config.config({"lr": 1e-3, "batch_size": 32}),
+        worker.workspace,
+        stream_epochs=[7, 8, 9],
     )
     expected = [result.val_loss for result in late]
     result = worker_result(worker, [7, 8])
@@ -247,7 +249,7 @@ def test_a_checkpoint_that_is_lost_is_trained_again_on_the_same_stream(engine, m
 
 
 def worker_result(worker, stream_epochs):
-    config = worker.file.config({"lr": 1e-3, "batch_size": 32})
+    config = worker.study_config.config({"lr": 1e-3, "batch_size": 32})
     return itertools.islice(train(config, worker.workspace, stream_epochs=stream_epochs), 2)
 
 

@@ -153,7 +153,7 @@ def test_a_worker_that_was_killed_does_not_keep_a_spent_search_open(engine):
 @pytest.mark.parametrize("strategy", ["none", "asha", "median"])
 def test_what_another_strategy_left_waiting_goes_on(make_worker, strategy):
     worker = make_worker(f'study.strategy="{strategy}"', "study.rungs=[1]")
-    assert worker._strategy.promotes(Rank(better=8, peers=9))
+    assert worker.strategy.promotes(Rank(better=8, peers=9))
 
 
 def test_a_search_that_was_stopped_keeps_what_waits(engine):
@@ -261,4 +261,4 @@ def test_a_worker_that_was_replaced_notes_nothing(engine):
 def test_a_worker_by_name_searches_as_the_study_does(engine, make_worker):
     worker = make_worker("study.max_trials=7", "study.audit=0.5", "study.sampler=qmc", *PROMOTE)
     entry = study_entry(engine, "tiny")
-    assert StudyConfig.from_record(entry).study == worker.file.study
+    assert StudyConfig.from_record(entry).study == worker.study_config.study

@@ -12,7 +12,7 @@ NEXT = ('study.name="next"', "study.max_trials=99", 'study.warm_start=["tiny"]')
 
 def add(worker, score, **params):
     worker.ledger.register()
-    complete_trial(worker.ledger, worker.file, params, score)
+    complete_trial(worker.ledger, worker.study_config, params, score)
 
 
 def begin(worker, trials):
@@ -21,7 +21,7 @@ def begin(worker, trials):
     held = []
     for _ in range(trials):
         held.append(worker.ledger.claim([claim.trial_id for claim in held]))
-    return [worker._params(claim) for claim in held]
+    return [worker.claims.sample(claim) for claim in held]
 
 
 def test_a_search_begins_with_the_best_of_an_earlier_one_as_far_as_its_space_has_them(make_worker):
@@ -34,7 +34,7 @@ def test_a_search_begins_with_the_best_of_an_earlier_one_as_far_as_its_space_has
     assert [one["lr"] for one in params[:3]] == [1.2e-3, 1.5e-3, 1.3e-3]
     assert params[2]["batch_size"] == 64
     assert all(one["batch_size"] in (64, 128) for one in params)
-    fixed = earlier.file.shared.dropout
+    fixed = earlier.study_config.shared.dropout
     assert [one["dropout"] for one in params[:3]] == [fixed] * 3
     assert params[3]["dropout"] != fixed
 
@@ -45,7 +45,7 @@ def test_where_a_search_begins_is_on_record(make_worker):
     worker = make_worker(*NEXT)
     add(earlier, 0.9, lr=1.4e-3, batch_size=32)
     later = make_worker(*NEXT, "study.first=[{ lr = 1.1e-3 }]")
-    assert later.study.sampler._first == worker.study.sampler._first
+    assert later.study.sampler.first == worker.study.sampler.first
     assert begin(later, 1) == [{"lr": 1.2e-3, "batch_size": 32}]
 
 
@@ -61,7 +61,7 @@ def test_of_two_commands_that_make_a_study_at_once_the_first_says_where_it_begin
 
     monkeypatch.setattr(note, meanwhile)
     worker = make_worker(*NEXT)
-    assert worker.study.sampler._first == [{"lr": 1.1e-3}]
+    assert worker.study.sampler.first == [{"lr": 1.1e-3}]
 
 
 def test_given_points_come_first_and_are_not_tried_again(make_worker):
@@ -70,4 +70,4 @@ def test_given_points_come_first_and_are_not_tried_again(make_worker):
         add(earlier, score, lr=lr, batch_size=32)
     worker = make_worker(*NEXT, "study.first=[{ lr = 1.7e-3, batch_size = 32 }]")
     assert [one["lr"] for one in begin(worker, 2)] == [1.7e-3, 1.2e-3]
-    assert len(worker.study.sampler._first) == 2
+    assert len(worker.study.sampler.first) == 2

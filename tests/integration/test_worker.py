@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 import search.worker
 from search.exit_codes import ExitCode
-from search.stopping import KILL_SECONDS, SAVE_SECONDS, Stop
+from search.slurm.job import KILL_SECONDS, seconds_to_kill
+from search.stopping import SAVE_SECONDS, Stop
 from storage import leases, studies
 from storage.tables import Attempt, Epoch
 from trainer.device import is_out_of_memory
@@ -44,16 +45,16 @@ def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(en
     worker = make_worker("study.max_trials=99")
     worker.ledger.register()
     first = worker.ledger.claim()
-    worker._params(first)
+    worker.claims.sample(first)
     worker.ledger.finish(first, "complete", 0.5)
-    space = worker.file.distributions()
+    space = worker.study_config.distributions()
     for number in range(12):
         worker.study.add_trial(
             optuna.trial.create_trial(
                 params={"lr": 1e-3 + number * 1e-5, "batch_size": 32}, distributions=space, value=0.1
             )
         )
-    worker._params(worker.ledger.claim())
+    worker.claims.sample(worker.ledger.claim())
     attributes = worker.study.trials[-1].system_attrs
     assert any(key.startswith("tpe:relative_params") for key in attributes), attributes
 
@@ -142,7 +143,7 @@ def test_a_gpu_that_broke_ends_the_worker_and_counts_once(engine, make_worker, m
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(search.worker, "train_epoch", always(error))
     worker = make_worker("study.max_trials=1")
-    worker.made_progress = True  # before that it is the host's fault: see test_blame.py
+    worker.blame.made_progress = True  # before that it is the host's fault: see test_blame.py
     with pytest.raises(RuntimeError, match="CUDA error"):
         worker.run()
     assert attempts(engine) == ["error"]
@@ -261,7 +262,7 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
 
     def time_flies(left):
         if next(steps) == 4:
-            late.stop._deadline = time.time() + SAVE_SECONDS
+            late.stop.deadline = time.time() + SAVE_SECONDS
         return cuts_epoch(left)
 
     late.stop.cuts_epoch = time_flies
@@ -279,7 +280,7 @@ def test_an_epoch_that_cannot_end_in_time_is_cut_and_loses_nothing(engine, make_
 
 def test_a_worker_claims_nothing_that_its_last_epoch_would_not_let_it_finish(engine, make_worker):
     worker = make_worker(wall_end=time.time() + SAVE_SECONDS + 300)
-    worker._turn_seconds = 400.0
+    worker.epoch_seconds = 400.0
     assert worker.run() == ExitCode.WALL_TIME
     assert not worker.made_progress
     assert attempts(engine) == []
@@ -301,7 +302,7 @@ def test_when_an_epoch_is_cut(number, slurm, left, cut, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if slurm:
         monkeypatch.setenv("SLURM_JOB_ID", "1")
-    stop = Stop(time.time() + 1000)
+    stop = Stop(time.time() + 1000, kill_seconds=seconds_to_kill())
     if number is not None:
         stop(number, None)
     assert stop.cuts_epoch(left) is cut

@@ -608,7 +608,7 @@ def change_of(key, value):
         ),
         (dict, ["--epochs", "1", "--dry-run"], "leaves nothing of it; add --warmup-epochs 0"),
         (dict, ["--profile", "final"], "--profile goes with --submit"),
-        (dict, ["--run", "{demo}"], "is not empty, and no run"),
+        (dict, ["--run", "{demo}"], "is not empty and not a run's folder"),
         (dict, ["--epochs", "9", "--data", "nowhere"], "does not exist"),
         (dict, ["--submit", "--profile", "none"], "the file has final"),
         (dict, ["--submit", "--data", "nowhere"], "does not exist"),

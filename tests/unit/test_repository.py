@@ -74,7 +74,7 @@ def test_the_layout_page_states_each_room_with_its_one_job():
 
 
 def test_each_file_is_short_and_says_its_one_job_in_its_first_line():
-    for path, tree in sources():
+    for path, _ in sources():
         if "versions" not in path.parts:  # a migration has its own form
             lines = path.read_text().splitlines()
             assert len(lines) <= MOST_LINES, path
@@ -102,7 +102,9 @@ def test_optunas_tables_and_slurms_variables_have_one_owner():
         assert "optuna.storages._rdb.models" not in names or path.name == "optuna_tables.py", path
         if path.parent != ROOT / "search/slurm":
             texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-            assert not [text for text in texts if re.fullmatch("(SLURM|SBATCH)_[A-Z_]+", str(text))], path
+            assert not [text for text in texts if re.fullmatch("(SLURM|SBATCH)_[A-Z_]+", str(text))], (
+                path
+            )
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

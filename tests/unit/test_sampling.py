@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from search.sampling import ImputedStudy, StartupSampler, promising
+from search.sampling import ImputedStudy, StartupSampler, imputed
 
 SPACE = {"lr": FloatDistribution(1e-4, 1e-2, log=True), "batch_size": CategoricalDistribution([64, 128])}
 
@@ -52,7 +52,7 @@ def test_a_trial_promises_what_those_that_went_further_have_gained():
         trial([0.3]),
         trial([]),
     ]
-    seen = promising(trials, rungs=[0, 1])
+    seen = imputed(trials, rungs=[0, 1])
     # From epoch 0 to 1 the gains are 0.2, 0.1, 0 and 0.2; from epoch 1 to the score 0.3 and 0.3.
     expected = [0.6, 0.5, 0.1 + 0.3, 0.4 + 0.3, 0.3 + 0.125 + 0.3]
     assert [one.value for one in seen[:5]] == pytest.approx(expected)
@@ -67,13 +67,13 @@ def test_a_value_that_is_no_number_spoils_no_promise():
         trial([math.nan, 0.2]),
         trial([0.2, 0.4], TrialState.COMPLETE, 0.5),
     ]
-    assert [one.value for one in promising(trials, rungs=[0, 1])] == [pytest.approx(0.4), None, 0.5]
+    assert [one.value for one in imputed(trials, rungs=[0, 1])] == [pytest.approx(0.4), None, 0.5]
 
 
 @pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.FAIL])
 def test_a_trial_that_ended_for_another_reason_promises_nothing(state):
     ended = trial([0.5, 0.6], state, 0.0 if state == TrialState.PRUNED else None)
-    assert promising([ended], rungs=[0]) == [ended]
+    assert imputed([ended], rungs=[0]) == [ended]
 
 
 def test_a_sampler_sees_the_promises():

@@ -1,0 +1,142 @@
+"""The next trial of a worker: claimed and sampled, when a place is free or a little before."""
+
+import time
+from collections.abc import Collection
+from concurrent.futures import Executor, Future, wait
+from typing import Any, NamedTuple
+
+import optuna
+
+from search.exit_codes import ExitCode
+from search.sampling import ImputedStudy
+from search.stopping import Stop
+from search.strategy import Strategy
+from search.study_config import StudyConfig
+from storage.database import retrying
+from storage.leases import RENEW_SECONDS, LeaseKeeper
+from storage.ledger import Claim, Ledger
+
+# Samplers that change the number of torch's threads while they work, for the whole process.
+THREAD_CHANGING_SAMPLERS = ("gp",)
+
+
+class RefusedError(ValueError):
+    """An enqueued trial has parameters that the study does not have. The message is one line."""
+
+
+class SpoiltStudyError(ValueError):
+    """A trial that somebody added keeps the study from having others. The message is one line."""
+
+
+class Offer(NamedTuple):
+    """A claimed trial that waits for its first epoch here."""
+
+    claim: Claim
+    params: dict[str, Any] | Exception  # the error if they could not be sampled
+
+
+class Claims:
+    """Claims trials of a study for one worker, and samples their parameters.
+
+    `look_ahead` begins this in a thread while the device works; `next` then has the answer at once.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        study: optuna.Study,
+        ledger: Ledger,
+        keeper: LeaseKeeper,
+        strategy: Strategy,
+        stop: Stop,
+        executor: Executor,
+    ) -> None:
+        self._config, self._study, self._ledger, self._keeper = config, study, ledger, keeper
+        self._strategy, self._stop, self._executor = strategy, stop, executor
+        self._ahead: Future[Offer | None] | None = None
+        self._ask_again = 0.0  # before that time there is nothing to claim
+
+    def next(self, held: Collection[int]) -> Offer | None:
+        """Another trial beside those that are held, by Optuna's ids; None if there is none.
+
+        A worker that holds some asks again only after a while. If all are to stop, so is this worker.
+        """
+        offer = self._take_ahead()
+        if offer is not None or (held and time.monotonic() < self._ask_again):
+            return offer
+        offer = self._obtain(held)
+        if offer is None:
+            self._ask_again = time.monotonic() + RENEW_SECONDS
+            if reason := self._ledger.stop_reason():
+                self._stop.ask(reason, ExitCode.STOPPED)
+        return offer
+
+    def look_ahead(self, held: Collection[int]) -> None:
+        """Claim and sample the next one meanwhile, if the sampler can work beside the training."""
+        if self._config.study.sampler not in THREAD_CHANGING_SAMPLERS:
+            self._ahead = self._executor.submit(self._obtain, held)
+
+    def withdraw(self) -> None:
+        """Undo a claim that was made ahead: no place became free here, but maybe elsewhere."""
+        if offer := self._take_ahead():
+            self._keeper.let_go(offer.claim)
+            self._ledger.withdraw(offer.claim)
+
+    def abandon(self) -> None:
+        """Wait for the claim that is being made, and leave it to the keeper of the leases."""
+        if self._ahead is not None:
+            wait([self._ahead])
+        self._ahead = None
+
+    def _take_ahead(self) -> Offer | None:
+        ahead, self._ahead = self._ahead, None
+        return ahead.result() if ahead else None
+
+    def _obtain(self, held: Collection[int]) -> Offer | None:
+        claim = self._ledger.claim(held, self._strategy.promotes)
+        if claim is None:
+            return None
+        self._keeper.hold(claim)
+        try:
+            return Offer(claim, self.sample(claim))
+        except Exception as error:  # the trial's own, unless it is the database's: see blame.py
+            return Offer(claim, error)
+
+    @retrying
+    def sample(self, claim: Claim) -> dict[str, Any]:
+        """Sample the parameters that the trial lacks, then read back what is on record.
+
+        A parameter is written once and never again. So a worker that was replaced while it sampled
+        cannot make its successor train something else than the study says.
+        """
+        storage = self._ledger.storage
+        # A Study keeps the trials that it has seen until ask or tell, which are not used here. With
+        # an old one the sampler would never learn.
+        study = ImputedStudy(self._study.study_name, storage, self._study.sampler, self._config.rungs())
+        # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
+        # the reply to its creation was lost. Only some samplers read all trials by themselves.
+        storage.get_all_trials(self._ledger.study_id, deepcopy=False)
+        self._refuse_foreign(storage.get_trial(claim.trial_id))
+        trial = optuna.trial.Trial(study, claim.trial_id)
+        for name, distribution in self._config.distributions().items():
+            try:
+                trial._suggest(name, distribution)
+            except ValueError as error:  # Optuna's, of a trial that is finished already
+                raise SpoiltStudyError(
+                    f"study {self._study.study_name!r}: a trial that was added has another distribution "
+                    f"of {name} ({error}); search in a study of another name"
+                ) from error
+        return storage.get_trial(claim.trial_id).params
+
+    def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Raises RefusedError for enqueued or suggested parameters that the study does not have."""
+        given = trial.system_attrs.get("fixed_params", {}) | trial.params
+        problem = self._config.foreign(given)
+        ours = self._config.distributions()
+        try:
+            for name, theirs in trial.distributions.items() if problem is None else ():
+                optuna.distributions.check_distribution_compatibility(theirs, ours[name])
+        except ValueError as error:
+            problem = f"{name} has another distribution: {error}"
+        if problem is not None:
+            raise RefusedError(f"refused: {problem}; enqueue another trial")
