@@ -1,7 +1,6 @@
 """Who may look at the dashboard, and who may change things: names, roles, password hashes in a file."""
 
 import hashlib
-import ipaddress
 import json
 import math
 import os
@@ -141,14 +140,6 @@ def session_key(folder: Path | None = None) -> bytes:
     with _private_file(path.parent, secrets.token_bytes(32)) as new, suppress(FileExistsError):
         os.link(new, path)  # unlike a rename, it fails if somebody was first
     return path.read_bytes()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Throttle:

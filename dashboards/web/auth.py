@@ -20,8 +20,9 @@ from flask import (
     url_for,
 )
 
-from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from dashboards.web.accounts import Accounts, OneTimeLink, Throttle
 from storage import database, studies
+from storage.url import is_loopback
 
 if TYPE_CHECKING:
     from dashboards.web.optuna import RoleConnection

@@ -12,12 +12,13 @@ import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 
-from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
+from dashboards.web.accounts import Accounts, OneTimeLink, session_key
 from dashboards.web.app import make_app
 from dashboards.web.optuna import RoleConnection
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
+from storage.url import is_loopback
 
 THREADS = 8
 # The first parts of the paths that are served here.
