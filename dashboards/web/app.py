@@ -6,35 +6,20 @@ the health check are open. A viewer's request is served from a connection that c
 
 import hashlib
 import logging
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from flask import (
-    Flask,
-    Response,
-    g,
-    redirect,
-    render_template,
-    request,
-    url_for,
-)
+from flask import Flask, Response, g, redirect, render_template, request, url_for
 from optuna.artifacts.exceptions import ArtifactNotFound
 from sqlalchemy.exc import NoResultFound
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
 from dashboards.web import pages
 from dashboards.web.accounts import Accounts, OneTimeLink
-from dashboards.web.auth import (
-    SESSION,
-    add_login,
-    authorize,
-    is_navigation,
-    log_out,
-    refuse,
-)
+from dashboards.web.auth import SESSION, add_login, authorize, is_navigation, log_out, refuse
 from dashboards.web.optuna import RoleConnection, mount_optuna
 from storage import database, faults, url
 
@@ -82,18 +67,16 @@ def make_app(
     return app
 
 
-def _under(prefix: str, app: Any) -> Callable[..., Any]:
-    """Serve under a path, whether the proxy leaves it in the request or not."""
+def _under(prefix: str, app: Any) -> Any:
+    """Serve under a path, whether the proxy leaves it in the request or has taken it away."""
 
     def call(environ: dict[str, Any], start_response: Any) -> Any:
-        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # optuna-dashboard reads it unasked
-        path = environ.get("PATH_INFO", "")
-        if prefix and (path == prefix or path.startswith(f"{prefix}/")):
-            environ["PATH_INFO"] = path[len(prefix) :] or "/"
         environ["SCRIPT_NAME"] = prefix
         return app(environ, start_response)
 
-    return call
+    # Not ProxyFix(x_prefix=1): it takes the prefix from a header, which Open OnDemand does not send, and
+    # leaves it in the path, where Open OnDemand has it.
+    return DispatcherMiddleware(call, {prefix: call})
 
 
 def _harden(response: Response) -> Response:

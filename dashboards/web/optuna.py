@@ -22,8 +22,8 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from werkzeug.datastructures import Headers
 
 from dashboards import tables
-from dashboards.web import pages
 from dashboards.web.auth import is_navigation
+from dashboards.web.scripts import Script
 from storage import studies
 from storage.ownership import as_owner
 from storage.paths import artifacts, home, make_private
@@ -51,7 +51,7 @@ def mount_optuna(app: Flask, prefix: str) -> None:
         "position:fixed;right:16px;bottom:16px;z-index:2000;padding:8px 14px;border-radius:20px;"
         "background:#3b82f6;color:#fff;font:500 14px system-ui,sans-serif;text-decoration:none"
     )
-    bundle = pages.Script(lambda: _prefixed(prefix))
+    bundle = Script(lambda: _prefixed(prefix))
 
     @app.route("/<path:path>", methods=METHODS)
     def optuna_pages(path: str) -> Any:
@@ -60,7 +60,11 @@ def mount_optuna(app: Flask, prefix: str) -> None:
         if prefix and path == "static/bundle.js":
             return bundle.response()
         # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
-        environ = {**request.environ, "PATH_INFO": request.path.encode().decode("latin-1")}
+        environ = {
+            "HTTP_ACCEPT_ENCODING": "",  # which optuna-dashboard needs, and not every client sends
+            **request.environ,
+            "PATH_INFO": request.path.encode().decode("latin-1"),
+        }
         is_page = path.split("/")[0] == "dashboard"
         try:
             answer = Response.from_app(g.optuna_app, environ, buffered=is_page)

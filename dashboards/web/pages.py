@@ -5,19 +5,16 @@ draws them, fetches the same address again every few seconds and changes what ha
 in the address. Each table can be had as CSV, with all its rows and columns.
 """
 
-import gzip
-import hashlib
 import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import plotly
 import sqlalchemy as sa
 from flask import Blueprint, Response, abort, g, render_template, request
 from markupsafe import Markup
@@ -27,6 +24,7 @@ from dashboards import charts, render, tables
 from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
 from dashboards.study_tables import duration
 from dashboards.tables import trial_table
+from dashboards.web.scripts import Script
 from storage import curves
 from storage.database import retrying
 from storage.optuna_tables import TrialModel, TrialSystemAttributeModel
@@ -93,36 +91,7 @@ def _revalidate(response: Response) -> Response:
     return response
 
 
-class Script:
-    """A large script: read, compressed and digested once, at the first request."""
-
-    def __init__(self, read: Callable[[], bytes]) -> None:
-        self._read = read
-
-    @cached_property
-    def _plain(self) -> bytes:
-        return self._read()
-
-    @cached_property
-    def _packed(self) -> bytes:
-        return gzip.compress(self._plain)
-
-    @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(self._plain).hexdigest()[:16]
-
-    def response(self) -> Response:
-        packed = "gzip" in request.headers.get("Accept-Encoding", "")
-        response = Response(self._packed if packed else self._plain, mimetype="text/javascript")
-        if packed:
-            response.headers["Content-Encoding"] = "gzip"
-        response.headers.update({"Cache-Control": "max-age=86400", "Vary": "Accept-Encoding"})
-        response.set_etag(self._digest + ("-gzip" if packed else ""))
-        response.make_conditional(request)
-        return response
-
-
-_plotly = Script(lambda: (Path(plotly.__file__).parent / "package_data/plotly.min.js").read_bytes())
+_plotly = Script(render.plotly_script)
 
 
 @blueprint.get("/plotly.js")
@@ -373,7 +342,7 @@ def trial(study_id: int, trial: int) -> Any:
         bars=charts.attributes(hits, entry.attributes) if hits else None,
         attempts=attempts,
         log=log,
-        tail=_tail(log),
+        tail=log_tail(log),
         artifacts=_artifacts(g.engine, study_id, trial),
         command=shlex.join(["atelier", "export", entry.name, "--trial", str(trial), "-o", "trial.toml"]),
     )
@@ -408,7 +377,7 @@ def attempts_table(study_id: int, trial: int) -> Response:
     return Asked().table(f"{entry.name} trial {trial} attempts", tables.columns(AttemptRow), rows)
 
 
-def _tail(log: str | None) -> str | None:
+def log_tail(log: str | None) -> str | None:
     """The end of a worker's log, if it is in our home: the path comes from the database."""
     if log is None:
         return None

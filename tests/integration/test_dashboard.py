@@ -368,6 +368,18 @@ def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
     assert studies.study_entry(engine, "filled") is not None
 
 
+@pytest.mark.parametrize("before", ["", "/node/a-1/8080"])
+def test_a_proxy_may_take_the_prefix_away_or_leave_it(shown, before):
+    prefix = "/node/a-1/8080"
+    client = make_app(shown.doors, shown.accounts, b"k" * 32, prefix=prefix).test_client()
+    assert client.get(f"{before}/healthz").data == b"ok\n"
+    assert client.get(f"{before}/", headers=HTML).headers["Location"] == f"{prefix}/login?next=/"
+    assert client.get(f"{before}/node/healthz").status_code == 401  # a path like a part of the prefix
+    # A header must not decide where the pages are.
+    elsewhere = client.get(f"{before}/", headers=HTML | {"X-Forwarded-Prefix": "/elsewhere"})
+    assert elsewhere.headers["Location"].startswith(prefix)
+
+
 def test_headers_that_protect_are_everywhere(shown):
     client = shown.by("vera")
     for path in ("/atelier/", "/dashboard", "/api/studies", "/nowhere", "/login"):
