@@ -38,21 +38,27 @@ def plot_study(
     if output.suffix not in render.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
     check_figure(output, entry.name)
-    status = read_status(engine, entry.study_id, entry.name)
     if kind == "history":
-        ends = curves.read_ends(engine, entry.study_id)
-        if not ends:
-            raise PlotError(f"study {entry.name!r} has no finished trial yet")
-        render.save(charts.history(ends), entry.name, output, mark(entry.name))
-        return
-    chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
-    some = curves.read_curves(engine, entry.study_id, chosen)
-    if kind == "curves":
-        drawn = charts.curves(some, curves.category_names(entry.attributes, some), smooth)
+        figure = _history(engine, entry)
     else:
-        names = parameter_names(chosen)
-        drawn = charts.compare(some, next(iter(names), "") if by is None else _read("by", by, names))
-    render.save(drawn, entry.name, output, mark(entry.name))
+        status = read_status(engine, entry.study_id, entry.name)
+        chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
+        drawn = curves.read_curves(engine, entry.study_id, chosen)
+        if kind == "curves":
+            figure = charts.curves(drawn, curves.category_names(entry.attributes, drawn), smooth)
+        else:
+            names = parameter_names(chosen)
+            figure = charts.compare(
+                drawn, next(iter(names), "") if by is None else _read("by", by, names)
+            )
+    save_figure(figure, output, entry.name)
+
+
+def _history(engine: sa.Engine, entry: StudyEntry) -> charts.Figure:
+    ends = curves.read_ends(engine, entry.study_id)
+    if not ends:
+        raise PlotError(f"study {entry.name!r} has no finished trial yet")
+    return charts.history(ends)
 
 
 def _check_options(
@@ -82,6 +88,11 @@ def _read(option: str, text: str, allowed: Collection[str]) -> str:
 def check_figure(output: Path, study: str) -> None:
     """That a figure of the study may be drawn there. Raises OutputError, OSError."""
     check_overwritable(output, mark(study), f"a figure of study {study!r}")
+
+
+def save_figure(figure: charts.Figure, output: Path, study: str) -> None:
+    """Draw a figure of the study there, marked as the study's. Raises OSError."""
+    render.save(figure, study, output, mark(study))
 
 
 def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> dict[str, Any]:
