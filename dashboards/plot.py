@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dashboards import charts, render
-from dashboards.asked import AskedError, in_words, pick, read_choice, read_trials
+from dashboards.arguments import ArgumentError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
 from storage import curves
 from storage.paths import artifacts, make_private
@@ -81,7 +81,7 @@ def _check_options(
 def _read(option: str, text: str, allowed: Collection[str]) -> str:
     try:
         return read_choice(text, allowed)
-    except AskedError as error:
+    except ArgumentError as error:
         raise PlotError(f"--{option} {error}") from None
 
 
@@ -121,7 +121,7 @@ def _choose(status: Status, trials: str | None, top: int) -> list[TrialRow]:
         return curves.top(able, top)
     try:
         chosen, absent = pick(able, read_trials(trials))
-    except AskedError as error:
+    except ArgumentError as error:
         raise PlotError(f"--trials {error}") from None
     if absent:
         raise PlotError(f"--trials: no epoch on record of {in_words(absent)}; leave them out")

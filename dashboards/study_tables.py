@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dashboards.tables import trial_table
+from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
 from storage.paths import home
 from storage.status import AttemptRow, Status, parameter_names

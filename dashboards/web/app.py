@@ -19,8 +19,16 @@ from werkzeug.routing import RequestRedirect
 
 from dashboards.web import pages
 from dashboards.web.accounts import Accounts, OneTimeLink
-from dashboards.web.auth import SESSION, add_login, authorize, is_navigation, log_out, refuse
-from dashboards.web.optuna import RoleConnection, mount_optuna
+from dashboards.web.auth import (
+    SESSION,
+    RoleConnection,
+    add_login,
+    authorize,
+    is_navigation,
+    log_out,
+    refuse,
+)
+from dashboards.web.optuna import mount_optuna
 from storage import database, faults, url
 
 log = logging.getLogger(__name__)
@@ -31,7 +39,7 @@ CONTENT_POLICY = (
 
 
 def make_app(
-    doors: dict[str, RoleConnection],
+    connections: dict[str, RoleConnection],
     accounts: Accounts,
     key: bytes,
     link: OneTimeLink | None = None,
@@ -39,7 +47,7 @@ def make_app(
     https: bool = False,
     behind_proxy: bool = False,
 ) -> Flask:
-    """The application; `doors` are by role. `prefix` is the path that a proxy serves it under."""
+    """The application; `connections` are by role. `prefix` is the path that a proxy serves it under."""
     app = Flask("dashboards", static_url_path="/atelier/static")
     # Cookies do not know ports: another dashboard on the same host needs another name.
     app.config.update(
@@ -56,7 +64,7 @@ def make_app(
     if behind_proxy:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
     add_login(app, accounts, link)
-    app.before_request(lambda: authorize(doors, accounts, link))
+    app.before_request(lambda: authorize(connections, accounts, link))
     app.after_request(_harden)
     app.register_error_handler(Exception, _explain)
     app.register_blueprint(pages.blueprint)

@@ -1,8 +1,9 @@
 """Who may see and change what: login, sessions, and the gate before every page."""
 
 import re
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
@@ -24,14 +25,22 @@ from dashboards.web.accounts import Accounts, OneTimeLink, Throttle
 from storage import database, studies
 from storage.url import is_loopback
 
-if TYPE_CHECKING:
-    from dashboards.web.optuna import RoleConnection
-
 SESSION = timedelta(hours=12)
+PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
 OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
 
 
-def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneTimeLink | None) -> Any:
+@dataclass
+class RoleConnection:
+    """A role's connection to the database, and the optuna-dashboard that uses the same rights."""
+
+    engine: sa.Engine
+    optuna_app: Any = field(repr=False)
+
+
+def authorize(
+    connections: dict[str, RoleConnection], accounts: Accounts, link: OneTimeLink | None
+) -> Any:
     database.thread_patience.set(PAGE_SECONDS)
     g.role = None
     if _is_cross_site():
@@ -45,8 +54,8 @@ def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneT
         return refuse(401, "log in first")
     if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
         abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
-    door = doors[g.role]
-    g.engine, g.optuna_app = door.engine, door.optuna_app
+    connection = connections[g.role]
+    g.engine, g.optuna_app = connection.engine, connection.optuna_app
     if request.method in ("GET", "HEAD"):
         return None
     if g.role != "editor":
@@ -159,8 +168,6 @@ def _throttled(name: str, address: str) -> list[str]:
     """What has to wait after failures. Through ssh -L all come from this machine's own address."""
     return [f"name {name[:200]}", *([] if is_loopback(address) else [f"address {address}"])]
 
-
-PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
 
 # What optuna-dashboard can do to a study or trial, as (method, path).
 _RENAME = re.compile(r"POST /api/studies/\d+/rename")

@@ -2,27 +2,19 @@
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import optuna
 import optuna_dashboard
 import sqlalchemy as sa
-from flask import (
-    Flask,
-    Response,
-    abort,
-    g,
-    request,
-    url_for,
-)
+from flask import Flask, Response, abort, g, request, url_for
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from werkzeug.datastructures import Headers
 
-from dashboards import tables
-from dashboards.web.auth import is_navigation
+from dashboards import csv_tables
+from dashboards.web.auth import RoleConnection, is_navigation
 from dashboards.web.scripts import Script
 from storage import studies
 from storage.ownership import as_owner
@@ -87,7 +79,7 @@ def _name_table(headers: Headers) -> None:
     _, _, name = headers.get("Content-Disposition", "").partition("filename=")
     words = name.encode("latin-1").decode().removesuffix(".csv")
     headers["Content-Type"] = "text/csv; charset=utf-8"
-    headers["Content-Disposition"] = tables.attachment(words)
+    headers["Content-Disposition"] = csv_tables.attachment(words)
 
 
 def _raise_the_reason(path: str) -> None:
@@ -118,15 +110,8 @@ def _prefixed(prefix: str) -> bytes:
     return text.encode()
 
 
-@dataclass
-class RoleConnection:
-    """One role's way to the data: a connection, and optuna-dashboard on top of one."""
-
-    engine: sa.Engine
-    optuna_app: Any = field(repr=False)
-
-    @classmethod
-    def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "RoleConnection":
-        app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
-        app.catchall = False  # its errors are ours to answer
-        return cls(engine, app)
+def connect_role(engine: sa.Engine, storage: optuna.storages.BaseStorage) -> RoleConnection:
+    """What a role needs: its connection, and an optuna-dashboard that uses one of its own."""
+    app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
+    app.catchall = False  # exceptions reach our error pages
+    return RoleConnection(engine, app)

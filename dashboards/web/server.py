@@ -14,7 +14,8 @@ from gunicorn.app.base import BaseApplication
 
 from dashboards.web.accounts import Accounts, OneTimeLink, session_key
 from dashboards.web.app import make_app
-from dashboards.web.optuna import RoleConnection
+from dashboards.web.auth import RoleConnection
+from dashboards.web.optuna import connect_role
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
@@ -120,7 +121,7 @@ def _say_where(address: Address, token: str | None) -> None:
         )
 
 
-def open_doors() -> dict[str, RoleConnection]:
+def connect_roles() -> dict[str, RoleConnection]:
     """Both roles' ways to the database. Raises DatabaseError."""
     engine = database.look(database.PAGES)
     schema.require_schema(engine)
@@ -132,10 +133,10 @@ def open_doors() -> dict[str, RoleConnection]:
             f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": RoleConnection.to(
+        "editor": connect_role(
             engine, optuna_tables.optuna_storage(engine, database.PAGES, make_tables=False)
         ),
-        "viewer": RoleConnection.to(looking.engine, looking.storage),
+        "viewer": connect_role(looking.engine, looking.storage),
     }
 
 
@@ -170,7 +171,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
         else:
             link = OneTimeLink(lambda token: _say_where(address, token))
         return make_app(
-            open_doors(),
+            connect_roles(),
             self._accounts,
             session_key(),
             link,
