@@ -12,15 +12,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dashboards.charts import GREY, Figure, Series
+from dashboards.charts import GREY, Figure, Panel, Series
 
 log = logging.getLogger(__name__)
 
 
 def draw(figure: Figure, title: str, path: Path, source: str) -> None:
-    """Draw into a .png or .svg file; `source`, unless empty, is in its metadata.
+    """Draw into a .png or .svg file. `source`, unless it is empty, goes into the file's metadata.
 
-    Names appear as they are: none is read as mathematics, and letters that the font lacks are boxes.
+    Names are not read as mathematics. A letter that the font lacks becomes a box, with a warning.
     """
     with warnings.catch_warnings(record=True) as caught, rc_context({"text.parse_math": False}):
         warnings.filterwarnings("always", "Glyph")
@@ -39,24 +39,7 @@ def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:
     FigureCanvasAgg(canvas)
     canvas.suptitle(title, fontweight="bold")
     for number, panel in enumerate(figure.panels, 1):
-        axes = canvas.add_subplot(rows, columns, number)
-        axes.set_title(panel.title + (f"\n{panel.note}" if panel.note else ""), fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        for series in panel.series:
-            _draw(axes, series)
-        if panel.epochs:
-            axes.set_xlim(0.5, panel.epochs + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        elif not panel.tall:
-            axes.set_xlim(left=0)
-        value_axis = axes.xaxis if panel.tall else axes.yaxis
-        axes.set_xlabel(panel.y if panel.tall else panel.x)
-        axes.set_ylabel("" if panel.tall else panel.y)
-        if panel.percent:
-            value_axis.set_major_formatter(PercentFormatter(1.0))
-        if panel.range:
-            (axes.set_xlim if panel.tall else axes.set_ylim)(*panel.range)
+        _draw_panel(canvas.add_subplot(rows, columns, number), panel)
     handles = [Line2D([], [], color=color, lw=3, label=label) for label, color in figure.legend]
     if handles:
         canvas.legend(
@@ -71,7 +54,27 @@ def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:
     canvas.savefig(path, dpi=150, metadata={"Source": source} if source else None)
 
 
-def _draw(axes: Any, series: Series) -> None:
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    axes.set_title(panel.title + (f"\n{panel.note}" if panel.note else ""), fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for series in panel.series:
+        _draw_series(axes, series)
+    if panel.epochs:
+        axes.set_xlim(0.5, panel.epochs + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif not panel.tall:
+        axes.set_xlim(left=0)
+    value_axis = axes.xaxis if panel.tall else axes.yaxis
+    axes.set_xlabel(panel.y if panel.tall else panel.x)
+    axes.set_ylabel("" if panel.tall else panel.y)
+    if panel.percent:
+        value_axis.set_major_formatter(PercentFormatter(1.0))
+    if panel.range:
+        (axes.set_xlim if panel.tall else axes.set_ylim)(*panel.range)
+
+
+def _draw_series(axes: Any, series: Series) -> None:
     if series.style == "bars":
         axes.barh(series.x, series.y, xerr=series.errors, color=series.colors, ecolor=GREY)
         axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""Draws figures: as data for Plotly's script on our pages, and into .png, .svg and .html files."""
+"""Renders figures: as data for Plotly's script on a page, and into .png, .svg and .html files."""
 
 import html
 import importlib.resources
@@ -15,7 +15,7 @@ FORMATS = (".png", ".svg", ".html")
 
 
 def plotly(panel: Panel) -> dict[str, Any]:
-    """A panel for Plotly's script: data and layout. The page adds the colours of its theme."""
+    """A panel as data and layout for Plotly's script. The page adds the colours of its theme."""
     axis = {"automargin": True, "zeroline": False}
     value_axis: dict[str, Any] = {**axis, "title": {"text": panel.y}}
     if panel.percent:
@@ -28,7 +28,7 @@ def plotly(panel: Panel) -> dict[str, Any]:
         x_axis |= {"range": [1, panel.epochs], "tickformat": "d", **step}
     elif not panel.epochs:
         x_axis["rangemode"] = "tozero"
-    if panel.tall:  # bars lie, so that their names can be read
+    if panel.tall:  # horizontal bars, so that their names can be read
         x_axis, value_axis = value_axis, {**axis, "autorange": "reversed"}
     return {
         "data": [_trace(series, panel) for series in panel.series],
@@ -37,7 +37,7 @@ def plotly(panel: Panel) -> dict[str, Any]:
             "yaxis": value_axis,
             "showlegend": False,
             "hovermode": "closest",
-            "uirevision": "kept",  # an update keeps the zoom
+            "uirevision": "kept",  # so that an update keeps the zoom
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
             **({"height": 26 * len(panel.series[0].x) + 60} if panel.tall else {}),
         },
@@ -45,7 +45,7 @@ def plotly(panel: Panel) -> dict[str, Any]:
 
 
 def _trace(series: Series, panel: Panel) -> dict[str, Any]:
-    # JSON has no NaN; more digits nobody sees.
+    # JSON has no NaN. Nobody sees more than six digits.
     y = [round(value, 6) if math.isfinite(value) else None for value in series.y]
     if series.style == "bars":
         assert series.errors is not None
@@ -55,7 +55,7 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
             "type": "bar",
             "orientation": "h",
             "x": y,
-            "y": [html.escape(name, quote=False) for name in series.x],  # Plotly reads tags
+            "y": [html.escape(name, quote=False) for name in series.x],  # Plotly interprets tags
             "error_x": bounds | {"thickness": 1.2, "width": 3, "color": GREY},
             "marker": {"color": series.colors},
             "hovertemplate": "%{y}: %{x:.1%}<extra></extra>",
@@ -90,9 +90,9 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
 
 
 def save(figure: Figure, title: str, path: Path, source: str = "") -> None:
-    """Draw a figure into a file; its ending says how. The file is whole or not there. Raises OSError.
+    """Draw a figure into a file of one of FORMATS. The file appears only when it is whole.
 
-    `source` is where it comes from, which the file says unseen.
+    `source` is hidden in the file and says which study it comes from. Raises OSError.
     """
     new = path.with_name(f".{path.name}.new{path.suffix}")
     try:
@@ -108,7 +108,7 @@ def save(figure: Figure, title: str, path: Path, source: str = "") -> None:
 
 
 def _page(figure: Figure, title: str, source: str) -> str:
-    """One file that any browser shows, with Plotly's script in it."""
+    """The figure as a single HTML file, which has Plotly's script in it."""
     templates = jinja2.Environment(loader=jinja2.PackageLoader("dashboards"), autoescape=True)
     return templates.get_template("file.html").render(
         title=title,

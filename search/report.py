@@ -1,4 +1,4 @@
-"""`atelier report`: a study as one page to hand in, in Markdown and in HTML, with its figures beside."""
+"""`atelier report`: writes what a study found as one page, in Markdown and in HTML, with its figures."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table
 
-DRAWN = 5  # learning curves, of the best trials
+DRAWN = 5  # trials whose learning curves are drawn, the best ones
 COMPARED = ("batch_size", "weight_decay", "dropout")  # what the seed report compares
 NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 
@@ -32,7 +32,7 @@ NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     """Write report.md, report.html and figures into a folder, which is made. Returns the HTML page.
 
-    Raises InputError if no trial is complete, OutputError if the folder has another origin's, OSError.
+    Raises InputError if no trial is complete, OutputError if it would overwrite other files, OSError.
     """
     # The study is read once: the text and all figures have the same trials and scores.
     status = read_status(engine, entry.study_id, entry.name)
@@ -76,7 +76,7 @@ def _compared(best: list[curves.Curve]) -> list[str]:
 
 
 def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:
-    """That the report may be written there. Raises InputError, OutputError, OSError."""
+    """Check that the report may be written there. Raises InputError, OutputError, OSError."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder")
     for name in ("report.md", "report.html"):
@@ -123,7 +123,7 @@ def _facts(
 
 
 def _winning(choice: Choice, train: TrainConfig) -> list[tuple[str, Any]]:
-    """The table of winning parameters, as the seed report has it."""
+    """The table of winning parameters, in the order of the seed report."""
     tuned = [(NAMES.get(k, k.replace("_", " ")), _short(v)) for k, v in choice.row.params.items()]
     return [
         ("epochs", train.epochs),

@@ -1,7 +1,7 @@
-"""The web application: one gate in front of optuna-dashboard and of our own pages.
+"""Builds the web application: a login, our pages and optuna-dashboard, with headers and error pages.
 
-Every request passes `authorize` first, whatever its path; only the login page, its style and
-the health check are open. A viewer's request is served from a connection that cannot write.
+Every request passes `authorize` first, whatever its path. Only the login page, its style and the health
+check need no login. A viewer's request is served from a connection that cannot write.
 """
 
 import hashlib
@@ -47,16 +47,16 @@ def make_app(
     https: bool = False,
     behind_proxy: bool = False,
 ) -> Flask:
-    """The application; `connections` are by role. `prefix` is the path that a proxy serves it under."""
+    """The application. `connections` are by role. `prefix` is the path under which a proxy serves it."""
     app = Flask("dashboards", static_url_path="/atelier/static")
-    # Cookies do not know ports: another dashboard on the same host needs another name.
+    # Cookies ignore ports, so another dashboard on the same host needs another name.
     app.config.update(
         SECRET_KEY=key,
         SESSION_COOKIE_NAME=f"atelier-{hashlib.sha256(b'name' + key).hexdigest()[:8]}",
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=https,
         SESSION_COOKIE_PATH=f"{prefix}/",
-        SESSION_REFRESH_EACH_REQUEST=False,  # a page that is left open does not prolong it
+        SESSION_REFRESH_EACH_REQUEST=False,  # an open page does not prolong the session
         PERMANENT_SESSION_LIFETIME=SESSION,
         SEND_FILE_MAX_AGE_DEFAULT=timedelta(days=1),
     )
@@ -82,8 +82,8 @@ def _under(prefix: str, app: Any) -> Any:
         environ["SCRIPT_NAME"] = prefix
         return app(environ, start_response)
 
-    # Not ProxyFix(x_prefix=1): it takes the prefix from a header, which Open OnDemand does not send, and
-    # leaves it in the path, where Open OnDemand has it.
+    # ProxyFix(x_prefix=1) would not serve: it needs a header, which not every proxy sends, and does not
+    # take the prefix out of the path.
     return DispatcherMiddleware(call, {prefix: call})
 
 
@@ -93,7 +93,7 @@ def _harden(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Referrer-Policy"] = "same-origin"
-    if request.path.startswith("/artifacts/"):  # somebody's file, of any type
+    if request.path.startswith("/artifacts/"):  # a file that somebody has uploaded, of any type
         response.headers["Content-Security-Policy"] = (
             "sandbox; default-src 'none'; style-src 'unsafe-inline'"
         )
@@ -103,15 +103,15 @@ def _harden(response: Response) -> Response:
 
 
 def _explain(error: Exception) -> Any:
-    """A page for every error: what happened and what to do next."""
+    """The answer to an error: what happened and what to do next, on a page or as JSON."""
     if isinstance(error, RequestRedirect):
-        return error  # to the same path, written better
+        return error  # to the same path in its usual form
     if isinstance(error, HTTPException):
         status, words = error.code or 500, error.description or ""
     elif isinstance(error, (NoResultFound, ArtifactNotFound)):
-        status, words = 404, "There is no such study or file, or not any more."
+        status, words = 404, "There is no such study or file. It may have been deleted."
     elif isinstance(error, database.DATABASE_ERRORS):
-        status, words = 503, _of_the_database(error)
+        status, words = 503, _database_error(error)
     else:
         raise error
     if g.get("role") is None or not is_navigation():
@@ -119,14 +119,17 @@ def _explain(error: Exception) -> Any:
     return render_template("message.html", status_code=status, words=words), status
 
 
-def _of_the_database(error: Exception) -> str:
-    """What a page says of it; who has not logged in sees it too. Raises the error if it is our fault."""
+def _database_error(error: Exception) -> str:
+    """The text for an error of the database, which may be shown without a login.
+
+    Raises the error again if it is a fault of this program.
+    """
     if faults.sqlstate(error) == faults.READ_ONLY:
-        return "The database takes no writes now: it is a standby, or gives its work to one."
-    verdict = faults.classify(error)
-    if verdict is faults.ErrorKind.AGAIN:
+        return "The database is read-only now: it is a standby server, or a standby is taking over."
+    kind = faults.classify(error)
+    if kind is faults.ErrorKind.AGAIN:
         return "The database does not answer. This page asks again by itself."
-    if verdict is faults.ErrorKind.OURS and not isinstance(error, url.DatabaseError):
+    if kind is faults.ErrorKind.OURS and not isinstance(error, url.DatabaseError):
         raise error
     log.error("%s", faults.explain(error))
-    return "The database cannot be used. Whoever runs it sees why with: atelier db check"
+    return "The database cannot be used. Its administrator can see why with: atelier db check"

@@ -1,8 +1,8 @@
-"""Our pages: studies, study, curves, compare, trial.
+"""Our pages and their tables as CSV: studies, study, curves, compare, trial.
 
-Each is plain HTML that can be read without a script, with its figures as JSON beside it. The script
-draws them, fetches the same address again every few seconds and changes what has changed. Filters are
-in the address. Each table can be had as CSV, with all its rows and columns.
+- A page is plain HTML with its figures as JSON. It can be read without a script.
+- A script draws the figures. Every few seconds it fetches the page again and updates what has changed.
+- Filters are in the address. Each table can be downloaded as CSV, with all its rows and columns.
 """
 
 import json
@@ -45,15 +45,15 @@ from storage.studies import StudyEntry, study_entry
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
 
-ROWS, MOST_ROWS = 25, 4_000  # of the table of trials; more than 2 MB no page should have
-LOG_LINES = 40
+ROWS, MOST_ROWS = 25, 4_000  # of the table of trials, which then has 2 MB
+LOG_LINES = 40  # of the log on a trial's page
 
 
 @blueprint.app_template_global()
 def figure(name: str, drawn: charts.Figure, level: int = 2) -> Markup:
     """The HTML of a figure: its legend, and a place and the data for each panel.
 
-    `level` is that of the panels' headings on the page.
+    `level` is the level of the panels' headings on the page.
     """
     panels = map(render.plotly, drawn.panels)
     return Markup(render_template("figure.html", name=name, figure=drawn, panels=panels, level=level))
@@ -71,7 +71,7 @@ def number(value: object) -> str:
 
 @blueprint.app_template_filter()
 def moment(when: datetime) -> Markup:
-    """A time for people in any zone."""
+    """A time in UTC, which names its zone."""
     utc = when.astimezone(UTC)
     return Markup('<time datetime="{}">{:%Y-%m-%d %H:%M} UTC</time>').format(utc.isoformat(), utc)
 
@@ -117,7 +117,7 @@ def _open_study(study_id: int) -> tuple[StudyEntry, Status]:
 def _entry(study_id: int) -> StudyEntry:
     entry = study_entry(g.engine, study_id)
     if entry is None:
-        abort(404, "There is no such study of Atelier's, or not any more.")
+        abort(404, "There is no such study of Atelier's. It may have been deleted.")
     return entry
 
 
@@ -153,7 +153,7 @@ def trials_table(study_id: int) -> Response:
 
 @blueprint.get("/studies/<int:study_id>/ends.csv")
 def ends_table(study_id: int) -> Response:
-    """What the scores over time are drawn of."""
+    """The data of the figure of scores over time."""
     entry = _entry(study_id)
     rows = [asdict(end) for end in curves.read_ends(g.engine, study_id)]
     return Filters().table(f"{entry.name} ends", csv_tables.columns(curves.EndPoint), rows)
@@ -172,17 +172,17 @@ def curves_page(study_id: int) -> Any:
     entry, status = _open_study(study_id)
     choice = choose_trials(filters, status, curves.DRAWN, curves.MOST_DRAWN)
     smooth = filters.count("smooth", 0, 95, least=0)
-    some = curves.read_curves(g.engine, study_id, choice.trials)
+    drawn = curves.read_curves(g.engine, study_id, choice.trials)
     return filters.page(
         "curves.html",
         study_id=study_id,
         status=status,
         choice=choice,
         smooth=smooth,
-        chosen=some,
+        chosen=drawn,
         default=curves.DRAWN,
         most=curves.MOST_DRAWN,
-        drawn=charts.curves(some, curves.category_names(entry.attributes, some), smooth / 100),
+        drawn=charts.curves(drawn, curves.category_names(entry.attributes, drawn), smooth / 100),
     )
 
 
@@ -207,13 +207,13 @@ def compare(study_id: int) -> Any:
 
 @blueprint.get("/studies/<int:study_id>/epochs.csv")
 def epochs_table(study_id: int) -> Response:
-    """What Curves and Compare draw, in numbers; and of as many trials as the address names."""
+    """The data of the curves, of all trials that the address names."""
     filters = Filters("trials", "top", "state")
     entry, status = _open_study(study_id)
     choice = choose_trials(filters, status, curves.DRAWN, MOST_ROWS)
     filters.problems += choice.left_out
-    some = curves.read_curves(g.engine, study_id, choice.trials)
-    names = [f"{name} accuracy" for name in curves.category_names(entry.attributes, some)]
+    drawn = curves.read_curves(g.engine, study_id, choice.trials)
+    names = [f"{name} accuracy" for name in curves.category_names(entry.attributes, drawn)]
     rows = [
         {
             "trial": curve.trial.number,
@@ -221,7 +221,7 @@ def epochs_table(study_id: int) -> Response:
             **{metric: values[place] for metric, values in curve.metrics.items()},
             **dict(zip(names, curve.categories[place], strict=True)),
         }
-        for curve in some
+        for curve in drawn
         for place, epoch in enumerate(curve.epochs)
     ]
     return filters.table(f"{status.study} epochs", ["trial", "epoch", *curves.METRICS, *names], rows)
@@ -236,7 +236,7 @@ def _open_trial(study_id: int, trial: int) -> tuple[StudyEntry, Status, TrialRow
 
 
 def _curve(entry: StudyEntry, row: TrialRow) -> tuple[curves.Curve, Sequence[int]]:
-    """A trial's curve, and the hits in each attribute; empty if not on record for these attributes."""
+    """A trial's curve, and its hits in each attribute, if these are recorded for all attributes."""
     [curve] = curves.read_curves(g.engine, entry.study_id, [row])
     hits = curve.hits or []
     return curve, hits if len(hits) == len(entry.attributes) else []
@@ -299,7 +299,7 @@ def attempts_table(study_id: int, trial: int) -> Response:
 
 
 def log_tail(log: str | None) -> str | None:
-    """The end of a worker's log, if it is in our home: the path comes from the database."""
+    """The end of a worker's log. None if it is outside our home: the path comes from the database."""
     if log is None:
         return None
     path = Path(log).resolve()
@@ -316,7 +316,7 @@ def log_tail(log: str | None) -> str | None:
 
 @retrying
 def _artifacts(engine: sa.Engine, study_id: int, trial: int) -> list[dict[str, Any]]:
-    """What is attached to a trial, in optuna.artifacts' form, with Optuna's id of the trial."""
+    """The metadata of a trial's artifacts, as optuna.artifacts has it, with Optuna's id of the trial."""
     query = (
         sa.select(TrialModel.trial_id, TrialSystemAttributeModel.value_json)
         .join(TrialModel, TrialModel.trial_id == TrialSystemAttributeModel.trial_id)
@@ -325,6 +325,6 @@ def _artifacts(engine: sa.Engine, study_id: int, trial: int) -> list[dict[str, A
         .order_by(TrialSystemAttributeModel.key)
     )
     with Session(engine) as session:
-        # An artifact that was deleted is null. Optuna keeps JSON text as a JSON string.
+        # A deleted artifact is null. Optuna stores its JSON text as a JSON string.
         rows = [(trial_id, json.loads(json.loads(text))) for trial_id, text in session.execute(query)]
     return [{**row, "trial_id": trial_id} for trial_id, row in rows if row is not None]

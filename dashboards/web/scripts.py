@@ -1,4 +1,7 @@
-"""Large scripts, served compressed and with a digest so that a browser asks for them only once a day."""
+"""Serves large scripts, compressed and with an ETag, so that a browser loads each only once.
+
+Flask-Compress would compress them again for every request.
+"""
 
 import gzip
 from collections.abc import Callable
