@@ -1,1 +1,1 @@
-"""Ways to look at a study."""
+"""Shows studies: in a terminal, as figures in files, and as web pages. It changes no study."""

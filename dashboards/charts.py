@@ -1,6 +1,7 @@
-"""What is drawn of a study, said once for our pages and for files: see dashboards/render.py.
+"""Makes figures of a study's data: the score over time, learning curves, comparisons, attributes.
 
-A figure is a list of panels, a panel a list of series. Nothing here reads the database.
+A figure is a list of panels, and a panel is a list of series. dashboards/render.py draws them, on a page
+or into a file. Nothing here reads the database.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from dashboards.wilson import wilson
 from storage.curves import Curve, EndPoint
 
-# Readable on white and on near-black; told apart with the common kinds of colour blindness.
+# Readable on white and on near-black, and distinct with the common kinds of colour blindness.
 PALETTE = (
     *("#3b82f6", "#ea7317", "#0f9d8a", "#d6498f", "#8b5cf6"),
     *("#b58900", "#06a5c9", "#a0674b", "#6b9e28", "#e0483e"),
@@ -24,7 +25,7 @@ Style = Literal["line", "dashed", "points", "rings", "steps", "bars"]
 
 @dataclass
 class Series:
-    """One line, cloud of points or row of bars."""
+    """A line, a cloud of points or a row of bars."""
 
     label: str
     x: list[Any]
@@ -32,15 +33,15 @@ class Series:
     color: str
     style: Style = "line"
     faint: bool = False
-    cut: bool = False  # ends with a cross: pruned
-    notes: list[str] | None = None  # a word for each point, shown by the pointer
+    cut: bool = False  # ends with a cross, as a paused or pruned trial does
+    notes: list[str] | None = None  # a text for each point, shown under the pointer
     errors: tuple[list[float], list[float]] | None = None  # below and above each bar
     colors: list[str] | None = None  # of each bar
 
 
 @dataclass
 class Panel:
-    """One pair of axes."""
+    """A pair of axes."""
 
     title: str
     x: str
@@ -48,14 +49,14 @@ class Panel:
     series: list[Series] = field(default_factory=list)
     note: str = ""
     range: tuple[float, float] | None = None  # of the y axis
-    epochs: int = 0  # the last one, where the x axis has epochs: from 1
-    percent: bool = False  # the y axis has fractions
+    epochs: int = 0  # the last epoch, if the x axis has epochs, which begin at 1
+    percent: bool = False  # the y axis has fractions, shown in percent
     tall: bool = False
 
 
 @dataclass
 class Figure:
-    """Panels, and what the colours and the strokes mean."""
+    """Panels, and what their colours and line styles mean."""
 
     panels: list[Panel]
     legend: list[tuple[str, str]] = field(default_factory=list)  # (label, colour)
@@ -63,7 +64,7 @@ class Figure:
 
 
 def history(ends: list[EndPoint]) -> Figure:
-    """The scores of the trials that ended and the best so far, over time and over GPU-hours."""
+    """The scores of the ended trials and the best score so far, over time and over GPU-hours."""
     panels = [
         _scores("Score over time", "hours since the first claim", ends, lambda end: end.hours),
         _scores("Score over GPU-hours", "GPU-hours used", ends, lambda end: end.gpu_hours),
@@ -80,11 +81,11 @@ def _scores(title: str, axis: str, ends: list[EndPoint], place: Callable[[EndPoi
         ("complete", PALETTE[0], "points"),
     ]
     for outcome, color, style in kinds:
-        some = [end for end in ends if end.outcome == outcome and end.value is not None]
-        values = [end.value or 0.0 for end in some]
-        x, notes = [place(end) for end in some], [f"trial {end.trial}" for end in some]
+        scored = [end for end in ends if end.outcome == outcome and end.value is not None]
+        values = [end.value or 0.0 for end in scored]
+        x, notes = [place(end) for end in scored], [f"trial {end.trial}" for end in scored]
         panel.series.append(Series(outcome, x, values, color, style, notes=notes))
-    best = list(itertools.accumulate(values, max))  # of the complete ones, which came last
+    best = list(itertools.accumulate(values, max))  # of the complete trials, which are the last kind
     panel.series.append(Series("best so far", x, best, PALETTE[1], "steps"))
     return panel
 
@@ -92,7 +93,7 @@ def _scores(title: str, axis: str, ends: list[EndPoint], place: Callable[[EndPoi
 def curves(curves: list[Curve], categories: list[str], smooth: float = 0.0) -> Figure:
     """Loss, accuracy and learning rate of several trials, and the accuracy of each category.
 
-    `smooth` in [0, 1) is the weight of the past in an exponential mean; the raw curve stays, faintly.
+    `smooth` in [0, 1) is the weight of the past in an exponential mean. The raw curve stays, faintly.
     """
     panels = [
         _training("Average per-class accuracy", "accuracy", curves, smooth, percent=True),
@@ -149,7 +150,7 @@ def _line(curve: Curve, values: list[float], number: int, style: Style = "line")
 
 
 def _exponential_mean(values: list[float], weight: float) -> list[float]:
-    """With the correction for its start that Adam's means have."""
+    """The exponential mean, with the bias correction that Adam's means have."""
     means, mean = [], 0.0
     for count, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value
@@ -158,7 +159,7 @@ def _exponential_mean(values: list[float], weight: float) -> list[float]:
 
 
 def _is_cut(curve: Curve) -> bool:
-    """Whether it ends before its time, at least for now."""
+    """Whether the curve ends early, at least for now."""
     return curve.trial.state in ("paused", "pruned")
 
 
@@ -173,16 +174,17 @@ def _color(number: int) -> str:
 def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
     """Accuracy curves in one panel per value of a hyperparameter, all on the same scale.
 
-    A parameter with more values than `groups` is cut into ranges with as many trials each. A panel's
-    note has its best trial's score and gap: training minus validation accuracy at the last epoch.
+    If there are more values than `groups`, each panel has a range of values with as many trials as the
+    others. A panel's note has the score and the gap of its best trial. The gap is the training minus the
+    validation accuracy at the last epoch.
     """
-    able = [curve for curve in curves if by in curve.trial.params and curve.epochs]
+    drawable = [curve for curve in curves if by in curve.trial.params and curve.epochs]
     lines: list[tuple[str, str, Style]] = [
         ("train_accuracy", PALETTE[1], "dashed"),
         ("val_accuracy", PALETTE[0], "line"),
     ]
     panels = []
-    for label, members in _groups(able, by, groups):
+    for label, members in _groups(drawable, by, groups):
         panel = Panel(f"{_word(by)} {label}", "epoch", "accuracy", percent=True)
         best = max(members, key=lambda curve: curve.trial.worth)
         for kind, color, style in lines:
@@ -199,7 +201,7 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
     values = [y for panel in panels for series in panel.series for y in series.y if math.isfinite(y)]
     for panel in panels:
         panel.range = (min(values) - 0.02, max(values) + 0.02) if values else None
-        panel.epochs = _last(able)
+        panel.epochs = _last(drawable)
     legend = [("validation", PALETTE[0]), ("training", PALETTE[1])]
     return Figure(panels, legend, "thick: the best trial of each panel")
 
@@ -226,17 +228,18 @@ class AttributeRow:
 
     attribute: str
     category: str
-    images: int  # of the validation that have it
+    images: int  # validation images that have the attribute
     hits: int
     accuracy: float
-    low: float  # of the 95 % interval, which for few images is wide
+    low: float  # of the 95 % interval, which is wide if there are few images
     high: float
 
 
 def attribute_rows(hits: Sequence[int], table: list[dict[str, Any]]) -> list[AttributeRow]:
-    """Of each attribute that has images: without, it has no accuracy and is not in the score.
+    """The accuracy of each attribute that some validation image has.
 
-    `table` has name, category and number of validation images of each (storage.tables.Study).
+    The other attributes have no accuracy, and are not in the score. `table` has the name, the category
+    and the number of validation images of each attribute (storage.tables.Study).
     """
     rows = []
     for hit, row in zip(hits, table, strict=True):
@@ -247,8 +250,8 @@ def attribute_rows(hits: Sequence[int], table: list[dict[str, Any]]) -> list[Att
 
 
 def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
-    """The accuracy of each attribute with its 95 % interval: see `attribute_rows`."""
-    kinds = list(dict.fromkeys(row["category"] for row in table))
+    """A bar for each attribute's accuracy, with its 95 % interval: see `attribute_rows`."""
+    categories = list(dict.fromkeys(row["category"] for row in table))
     rows = attribute_rows(hits, table)
     bars = Series(
         "accuracy",
@@ -257,8 +260,8 @@ def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
         GREY,
         "bars",
         errors=([row.accuracy - row.low for row in rows], [row.high - row.accuracy for row in rows]),
-        colors=[_color(kinds.index(row.category)) for row in rows],
+        colors=[_color(categories.index(row.category)) for row in rows],
     )
     panel = Panel("Accuracy of each attribute (validation images)", "", "accuracy", [bars], tall=True)
     panel.range, panel.percent = (0.0, 1.0), True
-    return Figure([panel], [(kind, _color(number)) for number, kind in enumerate(kinds)])
+    return Figure([panel], [(name, _color(number)) for number, name in enumerate(categories)])

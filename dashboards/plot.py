@@ -1,4 +1,4 @@
-"""Figures of a study as files, for a report: `atelier plot`, and the picture that goes with a trial."""
+"""Draws figures of a study into files: for `atelier plot`, for reports and for optuna-dashboard."""
 
 import os
 import uuid
@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dashboards import charts, render
-from dashboards.asked import AskedError, in_words, pick, read_choice, read_trials
+from dashboards.arguments import ArgumentError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
 from storage import curves
 from storage.paths import artifacts, make_private
@@ -20,7 +20,7 @@ KINDS = ("curves", "compare", "history")
 
 
 class PlotError(ValueError):
-    """The figure cannot be drawn; the message is one line and says what to do next."""
+    """The figure cannot be drawn. The message is one line and says what to do next."""
 
 
 def plot_study(
@@ -33,32 +33,38 @@ def plot_study(
     by: str | None = None,
     smooth: float = 0.0,
 ) -> None:
-    """Draw one of the pages' figures of a study into a file. Raises PlotError, OutputError, OSError."""
+    """Draw a figure, as the pages show it, into a file. Raises PlotError, OutputError, OSError."""
     _check_options(kind, trials, top, by, smooth)
     if output.suffix not in render.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
     check_figure(output, entry.name)
-    status = read_status(engine, entry.study_id, entry.name)
     if kind == "history":
-        ends = curves.read_ends(engine, entry.study_id)
-        if not ends:
-            raise PlotError(f"study {entry.name!r} has no finished trial yet")
-        render.save(charts.history(ends), entry.name, output, mark(entry.name))
-        return
-    chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
-    some = curves.read_curves(engine, entry.study_id, chosen)
-    if kind == "curves":
-        drawn = charts.curves(some, curves.category_names(entry.attributes, some), smooth)
+        figure = _history(engine, entry)
     else:
-        names = parameter_names(chosen)
-        drawn = charts.compare(some, next(iter(names), "") if by is None else _read("by", by, names))
-    render.save(drawn, entry.name, output, mark(entry.name))
+        status = read_status(engine, entry.study_id, entry.name)
+        chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
+        drawn = curves.read_curves(engine, entry.study_id, chosen)
+        if kind == "curves":
+            figure = charts.curves(drawn, curves.category_names(entry.attributes, drawn), smooth)
+        else:
+            names = parameter_names(chosen)
+            figure = charts.compare(
+                drawn, next(iter(names), "") if by is None else _read("by", by, names)
+            )
+    save_figure(figure, output, entry.name)
+
+
+def _history(engine: sa.Engine, entry: StudyEntry) -> charts.Figure:
+    ends = curves.read_ends(engine, entry.study_id)
+    if not ends:
+        raise PlotError(f"study {entry.name!r} has no finished trial yet")
+    return charts.history(ends)
 
 
 def _check_options(
     kind: str, trials: str | None, top: int | None, by: str | None, smooth: float
 ) -> None:
-    """That every option has a meaning for this figure: none is left aside unsaid."""
+    """Check that every given option applies to this kind of figure, so that none is ignored silently."""
     _read("kind", kind, KINDS)
     for option, given, kinds in (
         ("trials", trials is not None, ("curves", "compare")),
@@ -75,20 +81,25 @@ def _check_options(
 def _read(option: str, text: str, allowed: Collection[str]) -> str:
     try:
         return read_choice(text, allowed)
-    except AskedError as error:
+    except ArgumentError as error:
         raise PlotError(f"--{option} {error}") from None
 
 
 def check_figure(output: Path, study: str) -> None:
-    """That a figure of the study may be drawn there. Raises OutputError, OSError."""
+    """Check that a figure of the study may be written there. Raises OutputError, OSError."""
     check_overwritable(output, mark(study), f"a figure of study {study!r}")
 
 
-def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Draw a trial's curve for optuna-dashboard. Returns its entry, in optuna.artifacts' form.
+def save_figure(figure: charts.Figure, output: Path, study: str) -> None:
+    """Draw a figure of the study into a file that is marked as the study's. Raises OSError."""
+    render.save(figure, study, output, mark(study))
 
-    `folder` tells the study from all others; `epochs` have the columns of the table `epoch`. The same
-    trial gets the same file again, so a repetition leaves nothing behind. Raises OSError.
+
+def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw a trial's curve for optuna-dashboard. Returns its metadata in the form of optuna.artifacts.
+
+    `folder` identifies the study. `epochs` have the columns of the table `epoch`. The name of the file
+    depends on the trial only, so drawing it again replaces the file. Raises OSError.
     """
     name = f"trial-{trial.number}.png"
     curve = curves.Curve(trial)
@@ -103,14 +114,14 @@ def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> 
 
 
 def _choose(status: Status, trials: str | None, top: int) -> list[TrialRow]:
-    able = [row for row in status.trials if row.epochs]
-    if not able:
+    drawable = [row for row in status.trials if row.epochs]
+    if not drawable:
         raise PlotError(f"study {status.study!r} has no finished epoch yet")
     if trials is None:
-        return curves.top(able, top)
+        return curves.top(drawable, top)
     try:
-        chosen, absent = pick(able, read_trials(trials))
-    except AskedError as error:
+        chosen, absent = pick(drawable, read_trials(trials))
+    except ArgumentError as error:
         raise PlotError(f"--trials {error}") from None
     if absent:
         raise PlotError(f"--trials: no epoch on record of {in_words(absent)}; leave them out")

@@ -1,4 +1,4 @@
-"""A study, its trials, workers and attempts as tables for a terminal."""
+"""Shows a study, its trials, workers and attempts as text and tables for a terminal."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dashboards.tables import trial_table
+from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
 from storage.paths import home
 from storage.status import AttemptRow, Status, parameter_names
@@ -14,7 +14,7 @@ from storage.studies import job_in_words
 
 
 def render_trials(status: Status) -> RenderableType:
-    """The trials for people, all of them: numbers with six digits, blanks for what is not known."""
+    """All trials, for people: numbers have six digits, and unknown values are blank."""
     names, rows = trial_table(status.trials)
     hidden = {"reason"} if any(row.audit for row in status.trials) else {"reason", "audit"}
     names = [name for name in names if name not in hidden]
@@ -25,21 +25,21 @@ def render_trials(status: Status) -> RenderableType:
 
 
 def progress_line(status: Status) -> str:
-    """The study in one line, for logs and for output that is not a terminal."""
+    """The progress of the study in one line, for logs and for output that is not a terminal."""
     counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
     best = status.best
     leader = f"; best {best.value:.4f} (trial {best.number})" if best else ""
-    # Before a trial is complete nobody knows how long one takes.
+    # Before the first trial is complete, nobody knows how long one takes.
     left = status.seconds_left if best else None
-    ahead = f"; about {duration(math.ceil(left / 10) * 10)} left" if left else ""
+    remaining = f"; about {duration(math.ceil(left / 10) * 10)} left" if left else ""
     done = f"{status.finished}/{status.max_trials} trials"
-    return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{ahead}"
+    return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{remaining}"
 
 
 def render(status: Status, rows: int = 12) -> RenderableType:
-    """The study as a table: those in work first, then the best."""
+    """The progress of the study, and a table of its trials: the unfinished first, then the best."""
     names = parameter_names(status.trials)
-    headings = [name.replace("_", " ") for name in names]  # they fold between words
+    headings = [name.replace("_", " ") for name in names]  # so that they wrap between words
     table = Grid(["trial", "state", "epoch", "accuracy", "score", *headings], left=["state"])
     for row in status.ranked()[:rows]:
         table.add(
@@ -57,7 +57,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
 
 
 def audit_line(status: Status) -> str:
-    """How often the strategy would have been wrong; empty if no audited trial tells yet."""
+    """How often the strategy would have stopped a good trial. Empty if it cannot be said yet."""
     complete = status.completed()
     stopped = [(place, row) for place, row in enumerate(complete, 1) if row.audit]
     if not stopped or len(complete) < 3:
@@ -72,7 +72,7 @@ def audit_line(status: Status) -> str:
 
 
 def render_workers(status: Status) -> RenderableType:
-    """Who is at work, and on a cluster what SLURM says of the array."""
+    """The workers, on a cluster SLURM's states of the array's tasks, and what keeps the study back."""
     headings = ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for")
     table = Grid(headings, left=headings, gap=2)
     epochs = {row.number: row.epochs for row in status.trials}
@@ -124,9 +124,9 @@ def _count(number: int, thing: str) -> str:
 
 
 def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:
-    """Attempts with their logs; why the last trial failed; the last lines of the newest log.
+    """The attempts with their logs, why the last trial failed, and the end of the newest log.
 
-    That is the last attempt's, unless `newest` is given.
+    The newest log is that of the last attempt, unless `newest` is given. `lines` is how many are shown.
     """
     headings = ("trial", "attempt", "worker", "job", "ended", "log")
     table = Grid(headings, left=headings, gap=2)
@@ -140,7 +140,7 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
             row.log or "(terminal)",
         )
     parts: list[RenderableType] = [table]
-    failed = [one for one in attempts if "Traceback" in (one.reason or "") or one.outcome == "failed"]
+    failed = [row for row in attempts if "Traceback" in (row.reason or "") or row.outcome == "failed"]
     if failed:
         last = failed[-1]
         parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]
@@ -167,7 +167,7 @@ def _number(value: float | int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 3 min 20 s, 2 h 05 min."""
+    """A duration for people: 3 min 20 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -480,9 +480,9 @@ def _watch(
     from rich.live import Live
 
     from dashboards.study_tables import progress_line
-    from dashboards.terminal import is_drawn_on
+    from dashboards.terminal import can_redraw
 
-    if is_drawn_on(console):
+    if can_redraw(console):
         with Live(console=console) as live:
             while (status := now()).finished < status.max_trials:
                 live.update(picture(status))
@@ -505,9 +505,9 @@ def trials(
 ) -> None:
     """List a study's trials, one a row."""
     with errors_in_one_line():
+        from dashboards.csv_tables import csv_text, trial_table
         from dashboards.outputs import check_overwritable
         from dashboards.study_tables import render_trials
-        from dashboards.tables import csv_text, trial_table
         from dashboards.terminal import console
         from storage.status import read_status
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from dashboards.study_tables import progress_line, render
-from dashboards.terminal import is_drawn_on
+from dashboards.terminal import can_redraw
 from search import forking
 from search.exit_codes import ExitCode
 from search.slurm.granted import take_granted
@@ -154,7 +154,7 @@ class LocalSearch:
                 slot.process.terminate() if self._interrupts == 1 else slot.process.kill()
 
     def _watch(self) -> None:
-        if not is_drawn_on(self._console):
+        if not can_redraw(self._console):
             self._watch_plainly()
             return
         with Live(console=self._console, refresh_per_second=4) as live:

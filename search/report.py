@@ -1,5 +1,6 @@
-"""`atelier report`: a study as one page to hand in, in Markdown and in HTML, with its figures beside."""
+"""`atelier report`: writes what a study found as one page, in Markdown and in HTML, with its figures."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +8,23 @@ import jinja2
 import sqlalchemy as sa
 from markdown_it import MarkdownIt
 
+from dashboards import charts
 from dashboards.outputs import check_overwritable, mark
-from dashboards.plot import check_figure, plot_study
+from dashboards.plot import check_figure, save_figure
 from dashboards.study_tables import audit_line
-from search.confirm.evidence import read_confirmation
+from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
-from storage.status import parameter_names, read_machines, read_status
+from storage import curves
+from storage.status import Status, parameter_names, read_machines, read_status
 from storage.studies import StudyEntry
 from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table
 
+DRAWN = 5  # trials whose learning curves are drawn, the best ones
 COMPARED = ("batch_size", "weight_decay", "dropout")  # what the seed report compares
 NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 
@@ -28,64 +32,98 @@ NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     """Write report.md, report.html and figures into a folder, which is made. Returns the HTML page.
 
-    Raises InputError if no trial is complete, OutputError if the folder has another origin's, OSError.
+    Raises InputError if no trial is complete, OutputError if it would overwrite other files, OSError.
     """
+    # The study is read once: the text and all figures have the same trials and scores.
     status = read_status(engine, entry.study_id, entry.name)
     confirmation = read_confirmation(engine, entry)
     choice = choose(status, confirmation, None)
-    accuracy = known_accuracy(entry, choice.row, confirmation)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder")
-    compared = [name for name in COMPARED if name in parameter_names(status.trials)]
-    for name in ("report.md", "report.html"):
-        check_overwritable(folder / name, mark(entry.name), f"a report of study {entry.name!r}")
-    for name in ("history.png", "curves.png", *(f"compare-{name}.png" for name in compared)):
-        check_figure(folder / name, entry.name)
+    best = curves.read_curves(engine, entry.study_id, curves.top(status.trials, curves.COMPARED))
+    compared = _compared(best)
+    figures = {
+        "history.png": charts.history(curves.read_ends(engine, entry.study_id)),
+        "curves.png": charts.curves(best[:DRAWN], curves.category_names(entry.attributes, best)),
+        **{f"compare-{name}.png": charts.compare(best, name) for name in compared},
+    }
+    _check_folder(folder, entry.name, figures)
     folder.mkdir(parents=True, exist_ok=True)
-    file = StudyConfig.from_record(entry)
-    train = file.shared
-    stages = stage_table(train, len(entry.attributes))
-    plot_study(engine, entry, "history", folder / "history.png")
-    plot_study(engine, entry, "curves", folder / "curves.png", top=5)
-    for name in compared:
-        plot_study(engine, entry, "compare", folder / f"compare-{name}.png", by=name)
-    loader = jinja2.PackageLoader("search")
-    templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
-    text = templates.get_template("report.md").render(
-        study=entry.name,
-        source=mark(entry.name),
-        verdict=f"Trial {choice.row.number} is {choice.words}.",
-        accuracy=in_words(accuracy) if accuracy else "",
-        winner=_winning(choice, train),
-        confirmation=confirmation,
-        columns=COLUMNS,
-        rows=[cells(one) for one in confirmation.candidates] if confirmation else [],
-        verdicts=verdict(confirmation) if confirmation else [],
-        counts=", ".join(f"{n} {state}" for state, n in status.counts.items() if n),
-        gpu_hours=status.gpu_hours,
-        audit=audit_line(status),
-        score=file.study.score,
-        compared=compared,
-        train=train,
-        head=f"{HEAD[0]}-{HEAD[1]}-{len(entry.attributes)}",
-        trained=sum(row.parameters for row in stages if row.trained),
-        stages=stages,
-        absent=absent_attributes(entry.attributes),
-        categories=list(dict.fromkeys(row["category"] for row in entry.attributes)),
-        machines=read_machines(engine, entry.study_id),
-        slurm=file.slurm,
+    for name, figure in figures.items():
+        save_figure(figure, folder / name, entry.name)
+    text = (
+        _templates()
+        .get_template("report.md")
+        .render(
+            _facts(entry, status, choice, confirmation),
+            compared=compared,
+            machines=read_machines(engine, entry.study_id),
+        )
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    page = templates.get_template("report.html").render(
-        title=f"Study {entry.name}", source=mark(entry.name), body=body
+    page = (
+        _templates()
+        .get_template("report.html")
+        .render(title=f"Study {entry.name}", source=mark(entry.name), body=body)
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
+def _compared(best: list[curves.Curve]) -> list[str]:
+    """The hyperparameters of the comparisons: those of COMPARED that the drawn trials have."""
+    present = parameter_names([curve.trial for curve in best])
+    return [name for name in COMPARED if name in present]
+
+
+def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:
+    """Check that the report may be written there. Raises InputError, OutputError, OSError."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    for name in ("report.md", "report.html"):
+        check_overwritable(folder / name, mark(study), f"a report of study {study!r}")
+    for name in figures:
+        check_figure(folder / name, study)
+
+
+def _templates() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("search")
+    return jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
+
+
+def _facts(
+    entry: StudyEntry, status: Status, choice: Choice, confirmation: Confirmation | None
+) -> dict[str, Any]:
+    """What the text of the report says of the study."""
+    config = StudyConfig.from_record(entry)
+    train = config.shared
+    stages = stage_table(train, len(entry.attributes))
+    accuracy = known_accuracy(entry, choice.row, confirmation)
+    return {
+        "study": entry.name,
+        "source": mark(entry.name),
+        "verdict": f"Trial {choice.row.number} is {choice.words}.",
+        "accuracy": in_words(accuracy) if accuracy else "",
+        "winner": _winning(choice, train),
+        "confirmation": confirmation,
+        "columns": COLUMNS,
+        "rows": [cells(candidate) for candidate in confirmation.candidates] if confirmation else [],
+        "verdicts": verdict(confirmation) if confirmation else [],
+        "counts": ", ".join(f"{n} {state}" for state, n in status.counts.items() if n),
+        "gpu_hours": status.gpu_hours,
+        "audit": audit_line(status),
+        "score": config.study.score,
+        "train": train,
+        "head": f"{HEAD[0]}-{HEAD[1]}-{len(entry.attributes)}",
+        "trained": sum(row.parameters for row in stages if row.trained),
+        "stages": stages,
+        "absent": absent_attributes(entry.attributes),
+        "categories": list(dict.fromkeys(row["category"] for row in entry.attributes)),
+        "slurm": config.slurm,
+    }
+
+
 def _winning(choice: Choice, train: TrainConfig) -> list[tuple[str, Any]]:
-    """The table of winning parameters, as the seed report has it."""
+    """The table of winning parameters, in the order of the seed report."""
     tuned = [(NAMES.get(k, k.replace("_", " ")), _short(v)) for k, v in choice.row.params.items()]
     return [
         ("epochs", train.epochs),

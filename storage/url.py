@@ -68,14 +68,18 @@ def server_host(url: URL) -> str:
 
 def is_local(hosts: str) -> bool:
     """Whether the way to all of them never leaves this machine."""
-    return all(host in ("", "localhost") or _is_here(host) for host in hosts.split(","))
+    return all(
+        host == "" or host.startswith("/") or is_loopback(host)  # the first two are sockets in a folder
+        for host in hosts.split(",")
+    )
 
 
-def _is_here(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
     try:
-        return host.startswith("/") or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"
 
 
 def _refuse_unprotected(url: URL) -> None:

@@ -1,13 +1,13 @@
-// Draws the figures that a page carries as JSON, and keeps the page fresh: it fetches its own address
-// again and changes what has changed. Without it the page is readable, but has no plots.
+// Draws a page's figures from their JSON, and keeps the page fresh: it fetches the page's address again and
+// updates what has changed. Without it the page is readable, but has no plots.
 //
-// What the reader does outlasts that: elements that stay are kept, with their focus, scroll and selection;
-// what is typed, ticked or unfolded is the reader's. Elements are told apart by their ids.
+// An update keeps the reader's work: focus, scroll position and selection, and what is typed, ticked or
+// unfolded. Elements are matched by their ids.
 "use strict";
 
 const SECONDS = 4;
-const PATIENCE = 20; // seconds, for an answer
-const PAPER = 640; // pixels, of the widest plot that A4 has room for
+const PATIENCE = 20; // seconds to wait for an answer
+const PAPER = 640; // pixels: the widest plot that fits on A4
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 function themed(layout) {
@@ -25,7 +25,7 @@ function themed(layout) {
   };
 }
 
-const drawn = new Map(); // place: the text of what is drawn there
+const drawn = new Map(); // from a place to the JSON text of its figure
 
 function draw() {
   for (const place of drawn.keys()) {
@@ -48,11 +48,11 @@ function trouble(text) {
   if (line.textContent !== text) line.textContent = text;
 }
 
-// Makes an element or a text like a fresh one, with as few changes as that needs.
+// Makes an element or a text equal to a fresh one, with as few changes as possible.
 function mend(old, fresh) {
   if (old.isEqualNode(fresh)) return;
   if (old.nodeType === Node.TEXT_NODE) return retype(old, fresh.data);
-  if (old.matches(".plot, noscript")) return; // Plotly's; and a text here that is elements in a parsed page
+  if (old.matches(".plot, noscript")) return; // the second is text here, but elements in a parsed page
   for (const { name } of [...old.attributes]) {
     if (!fresh.hasAttribute(name) && !(name === "open" && old.matches("details"))) old.removeAttribute(name);
   }
@@ -74,7 +74,7 @@ function mend(old, fresh) {
   }
 }
 
-// For each fresh child the old one that it is: the one of its id, else the first that is left of its kind.
+// For each fresh child the old child that becomes it: the one with its id, else the next of its kind.
 function partners(old, fresh) {
   const kind = (node) => (node.id ? `#${node.id}` : `${node.nodeName}.${node.className ?? ""}`);
   const left = new Map();
@@ -91,7 +91,7 @@ function partners(old, fresh) {
   return matches;
 }
 
-// An element that is taken out for a moment would lose focus and selection.
+// Moves an element without losing focus and selection.
 function move(node, next) {
   const active = document.activeElement;
   const selection = getSelection();
@@ -103,8 +103,8 @@ function move(node, next) {
   }
 }
 
-// A selection stays on the characters that stay: of a log, which loses lines at its head and gets some at
-// its end; else of what is before and behind a change.
+// Changes a text so that a selection stays on the same characters. A log loses lines at its beginning and
+// gains some at its end. In other texts the beginning and the end stay.
 function retype(node, text) {
   const old = node.data;
   for (let line = 0; line < old.length; line = old.indexOf("\n", line) + 1 || old.length) {
@@ -171,13 +171,13 @@ setInterval(follow, SECONDS * 1000);
 document.addEventListener("visibilitychange", follow);
 addEventListener("pointerdown", () => (pressed = true));
 for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => (pressed = false));
-// A page that the browser has kept is as it was left: with a filter that was ticked after it, and old news.
+// A page from the browser's cache may be old, and may have a filter that was changed after it was loaded.
 addEventListener("pageshow", ({ persisted }) => {
   if (!persisted) return;
   for (const form of document.querySelectorAll("form.filters")) form.reset();
   follow();
 });
-// A plot has the width of its place on the screen.
+// A plot is as wide as its place on the screen, which may be too wide for paper.
 const wide = new Set();
 addEventListener("beforeprint", () => {
   for (const place of drawn.keys()) {

@@ -1,0 +1,1 @@
+"""The web application: optuna-dashboard and Atelier's pages behind one login."""

@@ -1,7 +1,6 @@
-"""Who may look at the dashboard, and who may change things: names, roles, password hashes in a file."""
+"""Keeps the accounts of the dashboard, and slows down those who guess passwords."""
 
 import hashlib
-import ipaddress
 import json
 import math
 import os
@@ -28,12 +27,12 @@ _HASHER = PasswordHasher()  # argon2id, with the parameters that RFC 9106 recomm
 
 
 class AccountError(ValueError):
-    """An account cannot be made, changed or read; the message is one line and says what to do next."""
+    """An account cannot be made, changed or read. The message is one line and says what to do next."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """Somebody who may log in."""
+    """Somebody who can log in."""
 
     name: str
     role: str  # viewer or editor
@@ -41,7 +40,7 @@ class Account:
 
     @property
     def stamp(self) -> str:
-        """Changes with the password and the role, so that older sessions end."""
+        """Changes with the password and the role, which ends the sessions that have the old stamp."""
         return hashlib.sha256(f"{self.role}:{self.hash}".encode()).hexdigest()[:16]
 
 
@@ -52,7 +51,7 @@ class Accounts:
         self.path = (folder or home()) / "dashboard.json"
 
     def all(self) -> dict[str, Account]:
-        """By name. Raises AccountError."""
+        """The accounts by name. Raises AccountError."""
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
             accounts = {name: Account(name, row["role"], row["hash"]) for name, row in rows.items()}
@@ -69,7 +68,7 @@ class Accounts:
         return accounts
 
     def put(self, name: str, role: str, password: str) -> None:
-        """Add somebody, or give a new role and password. Raises AccountError."""
+        """Add an account, or change its role and password. Raises AccountError."""
         _check_name(name)
         _check_role(role)
         if len(password) < MINIMUM_PASSWORD:
@@ -79,14 +78,14 @@ class Accounts:
         self._write({**self.all(), name: Account(name, role, _HASHER.hash(_composed(password)))})
 
     def remove(self, name: str) -> None:
-        """Raises AccountError for an unknown name."""
+        """Remove an account. Raises AccountError if there is none of this name."""
         accounts = self.all()
         if name not in accounts:
             raise AccountError(f"no user {name!r}; there are: {', '.join(accounts) or 'none'}")
         self._write({key: account for key, account in accounts.items() if key != name})
 
     def check(self, name: str, password: str) -> Account | None:
-        """The account, if the password is right. An unknown name takes as long as a known one."""
+        """The account, if the password is right. An unknown name takes as long as a wrong password."""
         account = self.all().get(name)
         try:
             _HASHER.verify(account.hash if account else _NOBODY, _composed(password))
@@ -101,7 +100,7 @@ class Accounts:
 
 
 def _composed(password: str) -> str:
-    """In NFC (RFC 8265): a Mac may send letters and their accents apart."""
+    """The password in NFC (RFC 8265), because a Mac may send letters and accents separately."""
     return unicodedata.normalize("NFC", password)
 
 
@@ -117,7 +116,7 @@ def _check_role(role: str) -> None:
 
 @contextmanager
 def _private_file(folder: Path, data: bytes) -> Iterator[str]:
-    """A whole file of mode 600 that is gone afterwards, unless it was moved to its name."""
+    """Write a temporary file of mode 600. It is removed afterwards, unless the caller has moved it."""
     with as_owner(folder):
         folder.mkdir(parents=True, exist_ok=True)
         number, path = tempfile.mkstemp(dir=folder, prefix="dashboard.")
@@ -134,38 +133,31 @@ _NOBODY = _HASHER.hash(secrets.token_urlsafe())
 
 
 def session_key(folder: Path | None = None) -> bytes:
-    """The key that signs sessions; made once per home, readable by its owner alone."""
+    """The key that signs sessions. It is made once per home, and only the home's owner can read it."""
     path = (folder or home()) / "dashboard.key"
     with suppress(FileNotFoundError):
         return path.read_bytes()
     with _private_file(path.parent, secrets.token_bytes(32)) as new, suppress(FileExistsError):
-        os.link(new, path)  # unlike a rename, it fails if somebody was first
+        os.link(new, path)  # unlike a rename, a link fails if another process was first
     return path.read_bytes()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Throttle:
     """Slows down guessing: after some failures a name or an address has to wait, longer each time.
 
-    Failures are forgotten after the longest wait.
+    Failures are forgotten after the longest wait, and when the server ends. Flask-Limiter would not do:
+    its waits do not grow with each failure, and a right password does not end them.
     """
 
-    FREE, LONGEST, KEYS = 5, 900.0, 10_000  # failures; seconds; remembered keys
+    FREE, LONGEST, KEYS = 5, 900.0, 10_000  # failures without a wait; seconds; keys that are remembered
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._failures: dict[str, tuple[int, float]] = {}  # key: how many, the last one's time
+        self._failures: dict[str, tuple[int, float]] = {}  # by key: how many, and when the last was
 
     def wait(self, *keys: str) -> int:
-        """Seconds until another attempt is heard; 0 for now."""
+        """Seconds until the next attempt is allowed, 0 for now. The longest wait of the keys counts."""
         with self._lock:
             return max(math.ceil(self._left(key)) for key in keys)
 
@@ -184,7 +176,7 @@ class Throttle:
         with self._lock:
             for key in keys:
                 count, _ = self._count(key)
-                self._failures.pop(key, None)  # to the end, as the newest
+                self._failures.pop(key, None)  # so that it goes to the end, as the newest
                 self._failures[key] = (count + 1, self._clock())
             while len(self._failures) > self.KEYS:  # the oldest go
                 self._failures.pop(next(iter(self._failures)))
@@ -197,10 +189,10 @@ class Throttle:
 
 
 class OneTimeLink:
-    """Lets in whoever can read the terminal, as long as there are no accounts."""
+    """A link that logs in whoever can read the terminal, as long as there are no accounts."""
 
     def __init__(self, show: Callable[[str], Any]) -> None:
-        self._show = show  # called with each new token
+        self._show = show  # is called with each new token
         self.stamp = f"link {secrets.token_urlsafe(8)}"  # of the sessions that it opens
         self._lock = threading.Lock()
         self._renew()
@@ -210,7 +202,7 @@ class OneTimeLink:
         self._show(self._token)
 
     def use(self, token: str) -> bool:
-        """Whether it is the token, which is then replaced."""
+        """Whether this is the current token. If so, a new token replaces it."""
         with self._lock:
             if not secrets.compare_digest(token.encode(), self._token.encode()):
                 return False

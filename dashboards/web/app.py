@@ -1,27 +1,19 @@
-"""The web application: one gate in front of optuna-dashboard and of our own pages.
+"""Builds the web application: a login, our pages and optuna-dashboard, with headers and error pages.
 
-Every request passes `authorize` first, whatever its path; only the login page, its style and
-the health check are open. A viewer's request is served from a connection that cannot write.
+Every request passes `authorize` first, whatever its path. Only the login page, its style and the health
+check need no login. A viewer's request is served from a connection that cannot write.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from flask import (
-    Flask,
-    Response,
-    g,
-    redirect,
-    render_template,
-    request,
-    url_for,
-)
+from flask import Flask, Response, g, redirect, render_template, request, url_for
 from optuna.artifacts.exceptions import ArtifactNotFound
 from sqlalchemy.exc import NoResultFound
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
@@ -29,13 +21,14 @@ from dashboards.web import pages
 from dashboards.web.accounts import Accounts, OneTimeLink
 from dashboards.web.auth import (
     SESSION,
+    RoleConnection,
     add_login,
     authorize,
     is_navigation,
     log_out,
     refuse,
 )
-from dashboards.web.optuna import RoleConnection, mount_optuna
+from dashboards.web.optuna import mount_optuna
 from storage import database, faults, url
 
 log = logging.getLogger(__name__)
@@ -46,7 +39,7 @@ CONTENT_POLICY = (
 
 
 def make_app(
-    doors: dict[str, RoleConnection],
+    connections: dict[str, RoleConnection],
     accounts: Accounts,
     key: bytes,
     link: OneTimeLink | None = None,
@@ -54,16 +47,16 @@ def make_app(
     https: bool = False,
     behind_proxy: bool = False,
 ) -> Flask:
-    """The application; `doors` are by role. `prefix` is the path that a proxy serves it under."""
+    """The application. `connections` are by role. `prefix` is the path under which a proxy serves it."""
     app = Flask("dashboards", static_url_path="/atelier/static")
-    # Cookies do not know ports: another dashboard on the same host needs another name.
+    # Cookies ignore ports, so another dashboard on the same host needs another name.
     app.config.update(
         SECRET_KEY=key,
         SESSION_COOKIE_NAME=f"atelier-{hashlib.sha256(b'name' + key).hexdigest()[:8]}",
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=https,
         SESSION_COOKIE_PATH=f"{prefix}/",
-        SESSION_REFRESH_EACH_REQUEST=False,  # a page that is left open does not prolong it
+        SESSION_REFRESH_EACH_REQUEST=False,  # an open page does not prolong the session
         PERMANENT_SESSION_LIFETIME=SESSION,
         SEND_FILE_MAX_AGE_DEFAULT=timedelta(days=1),
     )
@@ -71,7 +64,7 @@ def make_app(
     if behind_proxy:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
     add_login(app, accounts, link)
-    app.before_request(lambda: authorize(doors, accounts, link))
+    app.before_request(lambda: authorize(connections, accounts, link))
     app.after_request(_harden)
     app.register_error_handler(Exception, _explain)
     app.register_blueprint(pages.blueprint)
@@ -82,18 +75,16 @@ def make_app(
     return app
 
 
-def _under(prefix: str, app: Any) -> Callable[..., Any]:
-    """Serve under a path, whether the proxy leaves it in the request or not."""
+def _under(prefix: str, app: Any) -> Any:
+    """Serve under a path, whether the proxy leaves it in the request or has taken it away."""
 
     def call(environ: dict[str, Any], start_response: Any) -> Any:
-        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # optuna-dashboard reads it unasked
-        path = environ.get("PATH_INFO", "")
-        if prefix and (path == prefix or path.startswith(f"{prefix}/")):
-            environ["PATH_INFO"] = path[len(prefix) :] or "/"
         environ["SCRIPT_NAME"] = prefix
         return app(environ, start_response)
 
-    return call
+    # ProxyFix(x_prefix=1) would not serve: it needs a header, which not every proxy sends, and does not
+    # take the prefix out of the path.
+    return DispatcherMiddleware(call, {prefix: call})
 
 
 def _harden(response: Response) -> Response:
@@ -102,7 +93,7 @@ def _harden(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Referrer-Policy"] = "same-origin"
-    if request.path.startswith("/artifacts/"):  # somebody's file, of any type
+    if request.path.startswith("/artifacts/"):  # a file that somebody has uploaded, of any type
         response.headers["Content-Security-Policy"] = (
             "sandbox; default-src 'none'; style-src 'unsafe-inline'"
         )
@@ -112,15 +103,15 @@ def _harden(response: Response) -> Response:
 
 
 def _explain(error: Exception) -> Any:
-    """A page for every error: what happened and what to do next."""
+    """The answer to an error: what happened and what to do next, on a page or as JSON."""
     if isinstance(error, RequestRedirect):
-        return error  # to the same path, written better
+        return error  # to the same path in its usual form
     if isinstance(error, HTTPException):
         status, words = error.code or 500, error.description or ""
     elif isinstance(error, (NoResultFound, ArtifactNotFound)):
-        status, words = 404, "There is no such study or file, or not any more."
+        status, words = 404, "There is no such study or file. It may have been deleted."
     elif isinstance(error, database.DATABASE_ERRORS):
-        status, words = 503, _of_the_database(error)
+        status, words = 503, _database_error(error)
     else:
         raise error
     if g.get("role") is None or not is_navigation():
@@ -128,14 +119,17 @@ def _explain(error: Exception) -> Any:
     return render_template("message.html", status_code=status, words=words), status
 
 
-def _of_the_database(error: Exception) -> str:
-    """What a page says of it; who has not logged in sees it too. Raises the error if it is our fault."""
+def _database_error(error: Exception) -> str:
+    """The text for an error of the database, which may be shown without a login.
+
+    Raises the error again if it is a fault of this program.
+    """
     if faults.sqlstate(error) == faults.READ_ONLY:
-        return "The database takes no writes now: it is a standby, or gives its work to one."
-    verdict = faults.classify(error)
-    if verdict is faults.ErrorKind.AGAIN:
+        return "The database is read-only now: it is a standby server, or a standby is taking over."
+    kind = faults.classify(error)
+    if kind is faults.ErrorKind.AGAIN:
         return "The database does not answer. This page asks again by itself."
-    if verdict is faults.ErrorKind.OURS and not isinstance(error, url.DatabaseError):
+    if kind is faults.ErrorKind.OURS and not isinstance(error, url.DatabaseError):
         raise error
     log.error("%s", faults.explain(error))
-    return "The database cannot be used. Whoever runs it sees why with: atelier db check"
+    return "The database cannot be used. Its administrator can see why with: atelier db check"

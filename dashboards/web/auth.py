@@ -1,8 +1,9 @@
-"""Who may see and change what: login, sessions, and the gate before every page."""
+"""Decides who may see and change what: login, sessions, and the check before every request."""
 
 import re
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
@@ -20,17 +21,30 @@ from flask import (
     url_for,
 )
 
-from dashboards.web.accounts import Accounts, OneTimeLink, Throttle, is_loopback
+from dashboards.web.accounts import Accounts, OneTimeLink, Throttle
 from storage import database, studies
-
-if TYPE_CHECKING:
-    from dashboards.web.optuna import RoleConnection
+from storage.url import is_loopback
 
 SESSION = timedelta(hours=12)
+PAGE_SECONDS = 3.0  # for which a page retries while the database is away
 OPEN = {"login", "log_in", "logout", "static", "health"}  # endpoints that need no login
 
 
-def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneTimeLink | None) -> Any:
+@dataclass
+class RoleConnection:
+    """A role's connection to the database, and an optuna-dashboard that has the same rights."""
+
+    engine: sa.Engine
+    optuna_app: Any = field(repr=False)
+
+
+def authorize(
+    connections: dict[str, RoleConnection], accounts: Accounts, link: OneTimeLink | None
+) -> Any:
+    """The answer to a request that is not allowed; None to a request that is.
+
+    Sets g.role, and for who is logged in g.user, g.engine and g.optuna_app.
+    """
     database.thread_patience.set(PAGE_SECONDS)
     g.role = None
     if _is_cross_site():
@@ -43,9 +57,9 @@ def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneT
             return redirect(url_for("login", next=request.full_path.rstrip("?")))
         return refuse(401, "log in first")
     if any(part.isdecimal() and len(part) > 9 for part in request.path.split("/")):
-        abort(404, "There is no such study or trial.")  # nor a number of the database's that is so large
-    door = doors[g.role]
-    g.engine, g.optuna_app = door.engine, door.optuna_app
+        abort(404, "There is no such study or trial.")  # the database has no such number
+    connection = connections[g.role]
+    g.engine, g.optuna_app = connection.engine, connection.optuna_app
     if request.method in ("GET", "HEAD"):
         return None
     if g.role != "editor":
@@ -55,7 +69,7 @@ def authorize(doors: "dict[str, RoleConnection]", accounts: Accounts, link: OneT
 
 
 def _is_cross_site() -> bool:
-    """Whether another site's page makes this request. A link that somebody follows is no such thing."""
+    """Whether a page of another site makes this request. Following a link from there is allowed."""
     site = request.headers.get("Sec-Fetch-Site", "none")
     reads = request.method in ("GET", "HEAD")
     if site not in ("same-origin", "none"):
@@ -65,29 +79,30 @@ def _is_cross_site() -> bool:
 
 
 def is_navigation() -> bool:
-    """Whether a browser will show the answer: to all others an error is JSON."""
+    """Whether a browser will show the answer. If not, an error is JSON."""
     return request.method == "GET" and "text/html" in request.headers.get("Accept", "")
 
 
 def _who(accounts: Accounts, link: OneTimeLink | None) -> tuple[str | None, str | None]:
-    """Role and name of the session; it ends when its account changes."""
-    known = accounts.all()
-    account = known.get(session.get("user", ""))
+    """Role and name of the session. It ends when its account changes."""
+    by_name = accounts.all()
+    account = by_name.get(session.get("user", ""))
     if account is not None and session.get("stamp") == account.stamp:
         return account.role, account.name
-    if link is not None and not known and session.get("stamp") == link.stamp:
+    if link is not None and not by_name and session.get("stamp") == link.stamp:
         return "editor", None
     return None, None
 
 
 def refuse(status: int, reason: str) -> Response:
-    """In optuna-dashboard's form of an error."""
+    """An error as JSON, in the form of optuna-dashboard's errors."""
     response = jsonify(reason=reason)
     response.status_code = status
     return response
 
 
 def add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
+    """Add the login page and what its form sends."""
     throttle = Throttle()
 
     def ask(problem: str = "", status: int = 200) -> Any:
@@ -104,8 +119,8 @@ def add_login(app: Flask, accounts: Accounts, link: OneTimeLink | None) -> None:
         if link is not None and not accounts.all() and link.use(token):
             return _enter(link.stamp)
         if accounts.all():
-            return ask("Links end with the first account: log in.", 401)
-        return ask("This link is not valid any more; the terminal shows the next one.", 401)
+            return ask("Links stop working once there is an account. Log in with yours.", 401)
+        return ask("This link has been used or is wrong. The terminal shows the next one.", 401)
 
     @app.post("/login")
     def log_in() -> Any:
@@ -125,17 +140,17 @@ def _enter(stamp: str, user: str = "") -> Any:
     session.clear()
     session.permanent = True
     session.update(user=user, stamp=stamp)
-    # By way of a question of our own: whether the browser sends back what it was given.
+    # The next request shows whether the browser keeps the cookie.
     return redirect(url_for("login", entered="", next=request.values.get("next", "")))
 
 
 def _cookieless() -> str:
-    """What the login page says to who was let in, but comes without the session's cookie."""
+    """The login page's text for somebody who has logged in but comes without the session's cookie."""
     if current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
-        return "If you have just logged in: sessions here are for https only; open this page by https."
+        return "If you have just logged in: sessions here are for https only. Open this page with https."
     return (
-        f"If you have just logged in: this browser keeps no cookies of {request.host}, and so nobody "
-        "stays logged in. Allow them, then log in again."
+        f"If you have just logged in: this browser keeps no cookies of {request.host}, so you "
+        "cannot stay logged in. Allow them, then log in again."
     )
 
 
@@ -145,30 +160,31 @@ def log_out() -> Any:
 
 
 def _wanted() -> str:
-    """The page that was asked for before the login."""
+    """The address that was requested before the login, or the list of studies."""
     target = request.values.get("next", "")
-    # A path of ours, not another host; a browser leaves out control characters.
+    # Only a path of ours, not another host. Browsers leave out control characters.
     safe = re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
-    # After a file, or the end of a session, there would be no page.
+    # A download or a logout would show no page.
     is_page = not re.match(r"/logout|/csv/|[^?]*\.csv", target)
     return request.script_root + target if safe and is_page else url_for("pages.index")
 
 
 def _throttled(name: str, address: str) -> list[str]:
-    """What has to wait after failures. Through ssh -L all come from this machine's own address."""
+    """What has to wait after failures: the name, and the address unless it is this machine's own.
+
+    Through `ssh -L` everybody has this machine's own address.
+    """
     return [f"name {name[:200]}", *([] if is_loopback(address) else [f"address {address}"])]
 
 
-PAGE_SECONDS = 3.0  # that a page goes on trying while the database is away
-
-# What optuna-dashboard can do to a study or trial, as (method, path).
+# What optuna-dashboard can do to a study or a trial, as method and path.
 _RENAME = re.compile(r"POST /api/studies/\d+/rename")
 _DELETE = re.compile(r"DELETE /api/studies/(\d+)")
 _OF_TRIAL = re.compile(r"(?:POST|PUT|DELETE) /api/trials/(\d+)/.*")
 
 
 def _forbidden_to_editors(engine: sa.Engine, method: str, path: str) -> str | None:
-    """Why not even an editor may do this now: the workers' fence does not know optuna-dashboard."""
+    """Why not even an editor may do this now. optuna-dashboard knows nothing of the workers' leases."""
     call = f"{method} {path.rstrip('/')}"
     if _RENAME.fullmatch(call):
         return (

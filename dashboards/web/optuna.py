@@ -1,29 +1,21 @@
-"""optuna-dashboard behind our login, with our prefix and our errors."""
+"""Serves optuna-dashboard behind our login, with our prefix and our error pages."""
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import optuna
 import optuna_dashboard
 import sqlalchemy as sa
-from flask import (
-    Flask,
-    Response,
-    abort,
-    g,
-    request,
-    url_for,
-)
+from flask import Flask, Response, abort, g, request, url_for
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from werkzeug.datastructures import Headers
 
-from dashboards import tables
-from dashboards.web import pages
-from dashboards.web.auth import is_navigation
+from dashboards import csv_tables
+from dashboards.web.auth import RoleConnection, is_navigation
+from dashboards.web.scripts import Script
 from storage import studies
 from storage.ownership import as_owner
 from storage.paths import artifacts, home, make_private
@@ -32,7 +24,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 class _Artifacts(FileSystemArtifactStore):
-    """Files of the home, in a folder that the first one makes."""
+    """The artifacts of a home. The first one makes their folder."""
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         with as_owner(home()):
@@ -40,18 +32,19 @@ class _Artifacts(FileSystemArtifactStore):
             super().write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """Also what has gone already: else a study with a missing picture could not be deleted."""
+        """Remove an artifact if it is there: a study with a missing picture can be deleted, too."""
         with suppress(ArtifactNotFound):
             super().remove(artifact_id)
 
 
 def mount_optuna(app: Flask, prefix: str) -> None:
+    """Serve all paths that no other route has with optuna-dashboard."""
     page_link = '<a href="{}" style="{}">Atelier’s pages</a></body>'
     style = (
         "position:fixed;right:16px;bottom:16px;z-index:2000;padding:8px 14px;border-radius:20px;"
         "background:#3b82f6;color:#fff;font:500 14px system-ui,sans-serif;text-decoration:none"
     )
-    bundle = pages.Script(lambda: _prefixed(prefix))
+    bundle = Script(lambda: _prefixed(prefix))
 
     @app.route("/<path:path>", methods=METHODS)
     def optuna_pages(path: str) -> Any:
@@ -59,16 +52,20 @@ def mount_optuna(app: Flask, prefix: str) -> None:
             abort(404, "There is no such page.")
         if prefix and path == "static/bundle.js":
             return bundle.response()
-        # The path that the gate has judged, not its raw bytes, which Bottle decodes in another way.
-        environ = {**request.environ, "PATH_INFO": request.path.encode().decode("latin-1")}
+        # The path that `authorize` has checked. Bottle would decode the raw bytes in another way.
+        environ = {
+            "HTTP_ACCEPT_ENCODING": "",  # a header that optuna-dashboard expects
+            **request.environ,
+            "PATH_INFO": request.path.encode().decode("latin-1"),
+        }
         is_page = path.split("/")[0] == "dashboard"
         try:
             answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
-        except KeyError:  # Optuna's word for a study or trial that there is not
-            abort(404, "There is no such study or trial, or not any more.")
+        except KeyError:  # Optuna's error for an unknown study or trial
+            abort(404, "There is no such study or trial. It may have been deleted.")
         if answer.status_code == 404 and is_navigation():
             abort(404, "There is no such page.")
-        if answer.status_code == 500:  # optuna-dashboard's word for any error of its storage
+        if answer.status_code == 500:  # optuna-dashboard's answer to any error of its storage
             _raise_the_reason(request.path)
         if answer.mimetype == "text/csv":
             _name_table(answer.headers)
@@ -79,29 +76,29 @@ def mount_optuna(app: Flask, prefix: str) -> None:
 
 
 def _name_table(headers: Headers) -> None:
-    """optuna-dashboard's table is UTF-8, as is its name; it says neither in a way that browsers know."""
+    """Declare that the table and its name are UTF-8, in the way that browsers understand."""
     _, _, name = headers.get("Content-Disposition", "").partition("filename=")
     words = name.encode("latin-1").decode().removesuffix(".csv")
     headers["Content-Type"] = "text/csv; charset=utf-8"
-    headers["Content-Disposition"] = tables.attachment(words)
+    headers["Content-Disposition"] = csv_tables.attachment(words)
 
 
 def _raise_the_reason(path: str) -> None:
-    """Raises what `_explain` knows, if the database is away or the path's study has gone."""
+    """Raise the reason if the database is away, or if the study or trial of the path is deleted."""
     with g.engine.connect():
         pass
     if (match := re.match(r"/api/studies/(\d+)", path)) and not studies.study_entry(
         g.engine, int(match[1])
     ):
-        abort(404, "There is no such study, or not any more.")
+        abort(404, "There is no such study. It may have been deleted.")
     if (match := re.match(r"/api/trials/(\d+)", path)) and not studies.trial_exists(
         g.engine, int(match[1])
     ):
-        abort(404, "There is no such trial, or not any more.")
+        abort(404, "There is no such trial. It may have been deleted.")
 
 
 def _prefixed(prefix: str) -> bytes:
-    """optuna-dashboard's script with its absolute paths under the prefix."""
+    """The script of optuna-dashboard, with the prefix before its absolute paths."""
     text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
     for old, new in (
         ("`${this.baseURL}/api/", f"`{prefix}/api/"),
@@ -114,15 +111,8 @@ def _prefixed(prefix: str) -> bytes:
     return text.encode()
 
 
-@dataclass
-class RoleConnection:
-    """One role's way to the data: a connection, and optuna-dashboard on top of one."""
-
-    engine: sa.Engine
-    optuna_app: Any = field(repr=False)
-
-    @classmethod
-    def to(cls, engine: sa.Engine, storage: optuna.storages.BaseStorage) -> "RoleConnection":
-        app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
-        app.catchall = False  # its errors are ours to answer
-        return cls(engine, app)
+def connect_role(engine: sa.Engine, storage: optuna.storages.BaseStorage) -> RoleConnection:
+    """A role's connection, with an optuna-dashboard on this storage."""
+    app: Any = optuna_dashboard.wsgi(storage, _Artifacts(artifacts()))
+    app.catchall = False  # exceptions reach our error pages
+    return RoleConnection(engine, app)

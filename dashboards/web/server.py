@@ -1,4 +1,4 @@
-"""`atelier dashboard`: one process that serves optuna-dashboard and our pages."""
+"""`atelier dashboard`: checks the address and serves optuna-dashboard and our pages in one process."""
 
 import getpass
 import re
@@ -12,20 +12,22 @@ import typer
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 
-from dashboards.web.accounts import Accounts, OneTimeLink, is_loopback, session_key
+from dashboards.web.accounts import Accounts, OneTimeLink, session_key
 from dashboards.web.app import make_app
-from dashboards.web.optuna import RoleConnection
+from dashboards.web.auth import RoleConnection
+from dashboards.web.optuna import connect_role
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
+from storage.url import is_loopback
 
 THREADS = 8
-# The first parts of the paths that are served here.
+# The first parts of the paths that the dashboard serves.
 OWN_PATHS = {"atelier", "login", "logout", "healthz", "dashboard", "api", "static", "csv", "artifacts"}
 
 
 class ServeError(ValueError):
-    """The dashboard must not or cannot be served so; the message is one line."""
+    """The dashboard cannot or must not be served at this address. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Address:
     certificate: Path | None = None  # PEM files
     key: Path | None = None
     behind_proxy: bool = False  # that does TLS and sets X-Forwarded-*
-    in_clear: bool = False  # other machines may send passwords unencrypted
+    in_clear: bool = False  # other machines may send passwords without encryption
     prefix: str = ""
 
     def check(self, accounts: Accounts) -> None:
-        """Raises ServeError unless it is safe to listen there."""
+        """Check that it is safe to listen there. Raises ServeError."""
         if self.prefix and not re.fullmatch(r"(/(?!\.)[\w.~@:+-]+)+", self.prefix):
             raise ServeError(f"--prefix {self.prefix!r}: write it as in /node/login1/8080")
         if (first := self.prefix.split("/")[1:2]) and first[0] in OWN_PATHS:
-            # Where the proxy takes the prefix away, it could not be told from the path.
+            # It could not be told from a path that a proxy has taken the prefix from.
             raise ServeError(
-                f"--prefix {self.prefix!r}: begins with a path of the dashboard's own; choose another"
+                f"--prefix {self.prefix!r} begins as a path of the dashboard itself does; choose another"
             )
         self._check_certificate()
         if is_loopback(self.host):
@@ -78,21 +80,21 @@ class Address:
                 ) from None
 
     def url(self, path: str = "/") -> str:
-        """For a browser on this machine, or on the network if it listens there."""
+        """The address for a browser: on the network if the dashboard listens there."""
         scheme = "https" if self.certificate else "http"
         host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.bracketed
         return f"{scheme}://{host}:{self.port}{self.prefix}{path}"
 
     @property
     def bracketed(self) -> str:
-        """The host before a colon and a port."""
+        """The host, in brackets if a port could not follow it otherwise."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
 def serve(address: Address) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ServeError, AccountError, DatabaseError."""
     accounts = Accounts()
-    accounts.all()  # the file can be read
+    accounts.all()  # the errors of the file belong to the terminal
     address.check(accounts)
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -104,7 +106,7 @@ def serve(address: Address) -> None:
                 "choose another --port or --host"
             ) from None
     engine = database.look()
-    schema.require_schema(engine)  # its errors belong to the terminal
+    schema.require_schema(engine)  # as do those of the database
     engine.dispose()
     _Server(address, accounts).run()
 
@@ -119,27 +121,27 @@ def _say_where(address: Address, token: str | None) -> None:
         )
 
 
-def open_doors() -> dict[str, RoleConnection]:
-    """Both roles' ways to the database. Raises DatabaseError."""
+def connect_roles() -> dict[str, RoleConnection]:
+    """The connections of both roles. Raises DatabaseError."""
     engine = database.look(database.PAGES)
     schema.require_schema(engine)
-    looking = roles.read_only(engine)
-    if not looking.has_role:
+    viewer = roles.read_only(engine)
+    if not viewer.has_role:
         with engine.connect() as connection:
             why = why_without(connection, VIEWER)
         typer.echo(
             f"note: only the connection's own setting keeps viewers from writing: {why}", err=True
         )
     return {
-        "editor": RoleConnection.to(
+        "editor": connect_role(
             engine, optuna_tables.optuna_storage(engine, database.PAGES, make_tables=False)
         ),
-        "viewer": RoleConnection.to(looking.engine, looking.storage),
+        "viewer": connect_role(viewer.engine, viewer.storage),
     }
 
 
 class _Server(BaseApplication):  # type: ignore[misc]
-    """gunicorn with one worker process, whose threads share the caches."""
+    """gunicorn with one process, whose threads share the caches."""
 
     def __init__(self, address: Address, accounts: Accounts) -> None:
         self._address, self._accounts = address, accounts
@@ -161,7 +163,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        """In the worker process, which connects for itself."""
+        """The application, made in the process that serves it, with connections of its own."""
         address = self._address
         link = None
         if self._accounts.all():
@@ -169,7 +171,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
         else:
             link = OneTimeLink(lambda token: _say_where(address, token))
         return make_app(
-            open_doors(),
+            connect_roles(),
             self._accounts,
             session_key(),
             link,

@@ -22,7 +22,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from dashboards.web.accounts import session_key
 from dashboards.web.app import make_app
-from dashboards.web.server import open_doors
+from dashboards.web.server import connect_roles
 from storage import database
 from tests.conftest import PASSWORD, copied_database, free_port, give_accounts
 
@@ -60,8 +60,8 @@ class Thread:
     """
 
     def __init__(self, accounts):
-        self._doors = open_doors()
-        app = make_app(self._doors, accounts, session_key())
+        self._connections = connect_roles()
+        app = make_app(self._connections, accounts, session_key())
         self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
         self.base = f"http://127.0.0.1:{self._server.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=[0.05])
@@ -72,8 +72,8 @@ class Thread:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-        for door in self._doors.values():
-            door.engine.dispose()
+        for role in self._connections.values():
+            role.engine.dispose()
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(dashboard, pa
     drawn(page)
     optuna_tables.optuna_storage(engine).delete_study(study)
     ask_again(page)
-    page.get_by_text("There is no such study of Atelier's, or not any more.").wait_for()
+    page.get_by_text("There is no such study of Atelier's. It may have been deleted.").wait_for()
     page.goto(f"{dashboard.base}/atelier/")
     dashboard.stop()
     page.get_by_text("The dashboard does not answer").wait_for()

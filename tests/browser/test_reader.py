@@ -229,7 +229,7 @@ def test_parts_that_come_and_go_need_no_reload(seen, site):
         storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     ask_again(seen)
     assert drawn(seen) == 2
-    assert "Nobody holds a trial now" in seen.inner_text("#workers")
+    assert "No worker is at work now" in seen.inner_text("#workers")
     assert "No trial in these states" in seen.inner_text("#trials")
     storage.delete_study(study)
     ask_again(seen)

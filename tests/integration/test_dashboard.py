@@ -26,7 +26,8 @@ from werkzeug.test import EnvironBuilder
 from dashboards.plot import attach_curve, plot_study
 from dashboards.web.accounts import AccountError, Accounts, OneTimeLink, Throttle, session_key
 from dashboards.web.app import make_app
-from dashboards.web.server import RoleConnection, open_doors
+from dashboards.web.auth import RoleConnection
+from dashboards.web.server import connect_roles
 from storage import database, ledger, optuna_tables, schema, studies
 from storage.embedded import EmbeddedPostgres
 from tests.conftest import PASSWORD, copied_database, give_accounts
@@ -37,16 +38,16 @@ HTML = {"Accept": "text/html"}
 
 
 @pytest.fixture
-def doors(engine, home):
-    doors = open_doors()
-    yield doors
-    for door in doors.values():
-        door.engine.dispose()
+def connections(engine, home):
+    connections = connect_roles()
+    yield connections
+    for role in connections.values():
+        role.engine.dispose()
 
 
 @pytest.fixture
-def app(doors, accounts):
-    app = make_app(doors, accounts, b"k" * 32)
+def app(connections, accounts):
+    app = make_app(connections, accounts, b"k" * 32)
     app.test_client_class = Client
     return app
 
@@ -55,7 +56,7 @@ class Shown(NamedTuple):
     """The application before one study with every kind of trial."""
 
     app: Flask
-    doors: dict[str, RoleConnection]
+    connections: dict[str, RoleConnection]
     engine: sa.Engine
     accounts: Accounts
     study: int
@@ -78,11 +79,11 @@ def shown(server, template, tmp_path_factory):
         accounts = give_accounts(home, patch)
         engine = database.connect()
         study = fill(engine, MIXED, name="secret name")
-        doors = open_doors()
-        app = make_app(doors, accounts, b"k" * 32)
+        connections = connect_roles()
+        app = make_app(connections, accounts, b"k" * 32)
         app.test_client_class = Client
-        yield Shown(app, doors, engine, accounts, study, {})
-    for one in (engine, *(door.engine for door in doors.values())):
+        yield Shown(app, connections, engine, accounts, study, {})
+    for one in (engine, *(role.engine for role in connections.values())):
         one.dispose()
 
 
@@ -218,7 +219,7 @@ def test_a_session_ends_with_its_account_its_password_and_its_time(app, accounts
 
 
 def test_a_forged_or_foreign_cookie_opens_nothing(shown):
-    other = make_app(shown.doors, shown.accounts, b"x" * 32).test_client()
+    other = make_app(shown.connections, shown.accounts, b"x" * 32).test_client()
     other.post("/login", data={"name": "ed", "password": PASSWORD})
     [cookie] = other._cookies.values()
     client = shown.app.test_client()
@@ -356,16 +357,28 @@ def test_nobody_renames_by_copying(app, engine):
     assert studies.study_entry(engine, "filled") is not None
 
 
-def test_a_viewers_connection_could_not_write_even_past_the_gate(doors, engine):
+def test_a_viewers_connection_could_not_write_even_past_the_gate(connections, engine):
     study = fill(engine, ["complete"])
     with (
-        doors["viewer"].engine.begin() as connection,
+        connections["viewer"].engine.begin() as connection,
         pytest.raises(sa.exc.DBAPIError, match=r"read-only|denied"),
     ):
         connection.execute(sa.text("DELETE FROM studies"))
-    answer = WerkzeugClient(doors["viewer"].optuna_app).delete(f"/api/studies/{study}", json={})
+    answer = WerkzeugClient(connections["viewer"].optuna_app).delete(f"/api/studies/{study}", json={})
     assert answer.status_code == 500
     assert studies.study_entry(engine, "filled") is not None
+
+
+@pytest.mark.parametrize("before", ["", "/node/a-1/8080"])
+def test_a_proxy_may_take_the_prefix_away_or_leave_it(shown, before):
+    prefix = "/node/a-1/8080"
+    client = make_app(shown.connections, shown.accounts, b"k" * 32, prefix=prefix).test_client()
+    assert client.get(f"{before}/healthz").data == b"ok\n"
+    assert client.get(f"{before}/", headers=HTML).headers["Location"] == f"{prefix}/login?next=/"
+    assert client.get(f"{before}/node/healthz").status_code == 401  # a path like a part of the prefix
+    # A header must not decide where the pages are.
+    elsewhere = client.get(f"{before}/", headers=HTML | {"X-Forwarded-Prefix": "/elsewhere"})
+    assert elsewhere.headers["Location"].startswith(prefix)
 
 
 def test_headers_that_protect_are_everywhere(shown):
@@ -378,10 +391,10 @@ def test_headers_that_protect_are_everywhere(shown):
     assert "unsafe-eval" not in client.get("/atelier/").headers["Content-Security-Policy"]
 
 
-def test_the_one_time_link_lets_in_once_and_only_without_accounts(doors, home):
+def test_the_one_time_link_lets_in_once_and_only_without_accounts(connections, home):
     shown = []
     accounts = Accounts()
-    app = make_app(doors, accounts, b"k" * 32, OneTimeLink(shown.append))
+    app = make_app(connections, accounts, b"k" * 32, OneTimeLink(shown.append))
     first = app.test_client()
     assert first.get("/login?token=wrong").status_code == 401
     assert first.get(f"/login?token={shown[0]}").status_code == 302
@@ -641,13 +654,15 @@ def test_the_right_password_without_cookies_is_explained(shown):
     # Who logs in by the link meets the same.
     tokens = []
     link = OneTimeLink(tokens.append)
-    client = make_app(shown.doors, Accounts(Path("nowhere")), b"k" * 32, link).test_client(
+    client = make_app(shown.connections, Accounts(Path("nowhere")), b"k" * 32, link).test_client(
         use_cookies=False
     )
     response = client.get(f"/login?token={tokens[0]}", follow_redirects=True)
     assert "this browser keeps no cookies of localhost" in response.text
     # And who comes by http, where the session is for https.
-    client = make_app(shown.doors, shown.accounts, b"k" * 32, https=True).test_client(use_cookies=False)
+    client = make_app(shown.connections, shown.accounts, b"k" * 32, https=True).test_client(
+        use_cookies=False
+    )
     response = client.post("/login", data=data, follow_redirects=True)
     assert "for https only" in response.text
 
@@ -815,7 +830,7 @@ def test_a_restart_of_the_database_is_an_answer_not_an_error(home, give_data, mo
     engine = database.connect()
     study = fill(engine, MIXED)
     Accounts().put("vera", "viewer", PASSWORD)
-    app = make_app(open_doors(), Accounts(), b"k" * 32)
+    app = make_app(connect_roles(), Accounts(), b"k" * 32)
     app.test_client_class = Client
     client = log_in(app, "vera")
     paths = [f"/atelier/studies/{study}", "/api/studies", f"/api/studies/{study}", "/dashboard"]
@@ -853,7 +868,7 @@ def test_the_number_of_statements_does_not_grow_with_the_trials(shown, small_and
     client = shown.by("vera")
     counts = []
     for study in small_and_large:
-        statements = Statements(shown.doors["viewer"].engine)
+        statements = Statements(shown.connections["viewer"].engine)
         assert client.get(f"/atelier/studies/{study}{page}").status_code == 200
         counts.append(statements.count)
     # The second counter's engine has the first one's listener too; each counts for itself.

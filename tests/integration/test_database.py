@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from dashboards.web.server import open_doors
+from dashboards.web.server import connect_roles
 from search.exit_codes import ExitCode
 from storage import database, roles, schema
 from storage.embedded import SYSTEM_USER
@@ -215,10 +215,10 @@ def test_who_only_looks_does_so_on_a_standby(atelier, engine, read_only, tmp_pat
         output = ["-o", str(tmp_path / "x.png")] if words[0] == "plot" else []
         atelier(*words, *output)
     atelier("db", "backup", str(tmp_path / "s.tar"))
-    for door in open_doors().values():
-        with door.engine.connect() as connection:
+    for role in connect_roles().values():
+        with role.engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT study_name FROM studies")) == "s"
-        door.engine.dispose()
+        role.engine.dispose()
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])

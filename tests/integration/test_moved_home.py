@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
-from dashboards.web.pages import _tail
+from dashboards.web.pages import log_tail
 from search.cli import app
 from storage import database
 from storage.embedded import EmbeddedPostgres
@@ -83,7 +83,7 @@ def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
         attempts = read_attempts(engine, entry.study_id)
         assert [one.log for one in attempts] == [str(where / name) for name in names]
         for one in attempts:
-            log = _tail(one.log)  # as the page of a trial has it
+            log = log_tail(one.log)  # as the page of a trial has it
             assert f"trial {one.trial}: attempt 1" in log
             assert log.count(": attempt") == 1
         said = atelier("logs", "tiny", "--trial", "0").output.replace("\n", "")

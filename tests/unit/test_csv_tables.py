@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from dashboards.tables import csv_text, file_name
+from dashboards.csv_tables import csv_text, file_name
 
 
 def test_every_value_comes_back():

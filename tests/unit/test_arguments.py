@@ -2,7 +2,7 @@
 
 import pytest
 
-from dashboards.asked import AskedError, in_words, pick, read_choice, read_count, read_trials
+from dashboards.arguments import ArgumentError, in_words, pick, read_choice, read_count, read_trials
 from storage.status import TrialRow
 
 
@@ -48,26 +48,26 @@ def test_numbers_and_ranges(text, numbers):
     ],
 )
 def test_what_is_neither_is_said_in_one_line(text):
-    with pytest.raises(AskedError, match="write numbers and ranges of trials, as in 3,5-9") as error:
+    with pytest.raises(ArgumentError, match="write numbers and ranges of trials, as in 3,5-9") as error:
         read_trials(text)
     assert len(str(error.value)) < 150
     assert str(error.value).isprintable()
 
 
 def test_a_range_that_runs_backwards():
-    with pytest.raises(AskedError, match=r"'9-5': the smaller number comes first"):
+    with pytest.raises(ArgumentError, match=r"'9-5': the smaller number comes first"):
         read_trials("1,9-5")
 
 
 @pytest.mark.parametrize("text", ["0", "41", "-1", "8.0", "x", "٨", "9" * 5000, "1e1", " 8"])
 def test_a_count_outside_its_limits(text):
-    with pytest.raises(AskedError, match="write a whole number from 1 to 40"):
+    with pytest.raises(ArgumentError, match="write a whole number from 1 to 40"):
         read_count(text, 1, 40)
     assert read_count("40", 1, 40) == 40
 
 
 def test_a_word_that_is_not_allowed():
-    with pytest.raises(AskedError, match="'c': allowed are a, b"):
+    with pytest.raises(ArgumentError, match="'c': allowed are a, b"):
         read_choice("c", ["a", "b"])
 
 

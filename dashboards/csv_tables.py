@@ -1,4 +1,4 @@
-"""Tables as CSV files: all rows and all columns, in UTF-8."""
+"""Writes tables as CSV, with all rows and all columns, and names the files."""
 
 import csv
 import io
@@ -10,19 +10,19 @@ from urllib.parse import quote
 
 from storage.status import TrialRow, parameter_names
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how it begins
-LONGEST_NAME = 60  # characters of a file's name before its ending: at most 240 bytes
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a formula begins in a spreadsheet
+LONGEST_NAME = 60  # characters before the ending of a file name, so at most 240 bytes
 
 
 def columns(kind: type[Any], *without: str) -> list[str]:
-    """The columns of rows that are of one dataclass."""
+    """The columns of a table whose rows are of this dataclass."""
     return [field.name for field in fields(kind) if field.name not in without]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows with these columns, below their names. What a row lacks is empty.
+    """The rows as CSV, below the names of the columns. A missing value is empty.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    If a spreadsheet would read a text as a formula, an apostrophe comes before it.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -36,14 +36,14 @@ def _no_formula(value: Any) -> Any:
 
 
 def file_name(words: str) -> str:
-    """A name for a table that every file system takes, as in fashion-trials.csv."""
-    # What is cut is the beginning: a study's name may be long, and the end says which table it is.
+    """A file name that every file system allows, as in fashion-trials.csv."""
+    # The beginning is cut: a study's name may be long, and the end says which table it is.
     plain = re.sub(r'[\s\\/:*?"<>|]+', "-", words)[-LONGEST_NAME:].strip("-.")
     return f"{plain or 'table'}.csv"
 
 
 def attachment(words: str) -> str:
-    """The header Content-Disposition of a table with this name, whatever its letters."""
+    """The header Content-Disposition of a table with this name, which may have any letters."""
     name = file_name(words)
     ascii_name = name.encode("ascii", "replace").decode().replace("?", "_")
     exact = "" if ascii_name == name else f"; filename*=UTF-8''{quote(name)}"
@@ -51,6 +51,6 @@ def attachment(words: str) -> str:
 
 
 def trial_table(rows: list[TrialRow]) -> tuple[list[str], list[dict[str, Any]]]:
-    """All that is known of trials: names of columns, one for each hyperparameter too, and rows."""
+    """The columns and the rows of the trials: their fields, then a column for each hyperparameter."""
     names = [*columns(TrialRow, "params"), *parameter_names(rows)]
     return names, [row.params | vars(row) for row in rows]
