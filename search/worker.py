@@ -27,8 +27,9 @@ from search.strategy import Decision
 from search.study_config import StudyConfig
 from storage.database import DATABASE_ERRORS, retrying
 from storage.leases import RENEW_SECONDS, LeaseKeeper
-from storage.ledger import PAUSED, SICK_HOST, SPENT, STOPPED, Claim, LeaseLost, Ledger
+from storage.ledger import Claim, LeaseLost, Ledger
 from storage.liveness import host
+from storage.outcome import SICK_HOST, SPENT, STOPPED, Outcome
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
 from storage.status import TrialRow
@@ -349,7 +350,7 @@ class Worker:
         elif verdict == Decision.PRUNED:
             self._finish(trial, "pruned", value, reason)
         else:
-            self._give_back(trial, PAUSED, reason)
+            self._give_back(trial, Outcome.PAUSED, reason)
 
     def _record(self, trial: _Trial, result: EpochResult, value: float) -> None:
         """Raises LeaseLost."""

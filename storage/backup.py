@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from storage import paths, schema, url
-from storage.ledger import RESTORED
+from storage.clock import now
 from storage.optuna_tables import BaseModel as OptunaBase
 from storage.optuna_tables import (
     StudyModel,
@@ -41,6 +41,7 @@ from storage.optuna_tables import (
     TrialSystemAttributeModel,
     VersionInfoModel,
 )
+from storage.outcome import RESTORED, Outcome
 from storage.ownership import as_owner, private, require_own
 from storage.paths import RunFolder, artifacts, files_in, make_private
 from storage.tables import Attempt, Base, Study, Worker
@@ -455,11 +456,10 @@ def _begin_incarnation(connection: sa.Connection) -> None:
     connection.execute(
         sa.update(Attempt)
         .where(Attempt.released.is_(None))
-        .values(released=Attempt.renewed, outcome="lost", reason=RESTORED)
+        .values(released=Attempt.renewed, outcome=Outcome.LOST, reason=RESTORED)
     )
-    now = sa.func.clock_timestamp()
     connection.execute(
-        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now, reason=RESTORED)
+        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now(), reason=RESTORED)
     )
 
 

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import SQLAlchemyError
 
+from storage.clock import NOW
 from storage.database import WORK, log, other_settings, retrying, settings_of
 from storage.faults import (
     INSUFFICIENT_PRIVILEGE,
@@ -139,7 +140,7 @@ def _refuse_if_held(connection: sa.Connection) -> None:
     """Raises DatabaseError while trials are held; until the transaction ends, none can be claimed."""
     # As text: the tables are of an older version than the models.
     connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")
-    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
+    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > {NOW}"
     if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
         raise DatabaseError(
             f"workers of the older Atelier hold {number} trials; let them end first: "

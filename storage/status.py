@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
+from storage.clock import now
 from storage.database import retrying
-from storage.ledger import AUDIT, PAUSED, SICK_HOST, Rank, ranks
+from storage.ledger import AUDIT
 from storage.liveness import HELD
 from storage.optuna_tables import (
     StudyModel,
@@ -23,12 +24,18 @@ from storage.optuna_tables import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
+from storage.outcome import SICK_HOST, Outcome
 from storage.paths import path_from_record
+from storage.ranks import read_ranks
 from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
 from storage.usage import TRAINED_HERE, gpu_seconds
 
 # The moment of the question, on the database's clock.
-_NOW = sa.func.clock_timestamp()
+_NOW = now()
+# The trials that were audited, each with the epoch after which it would have been stopped.
+NOTED_EPOCHS = """
+SELECT * FROM unnest(CAST(:trial_ids AS int[]), CAST(:epochs AS int[])) AS noted (trial_id, epoch)
+"""
 STATES = ("running", "waiting", "complete", "paused", "pruned", "failed")  # as they are listed
 FINISHED = ("complete", "pruned", "failed")
 _STATES = {
@@ -287,7 +294,7 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
                 sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
                 overdue,
                 _sick_hosts(study_id),
-            ).where(Attempt.study_id == study_id)
+            ).where(Attempt.study_id == study_id),
         ).one()
         jobs = session.scalars(
             sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
@@ -438,23 +445,23 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
         .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
     )
     noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
-    places = ranks(study_id, {note["epoch"] for note in noted.values()})
-    by_now = {
-        (trial_id, epoch): Rank(better, peers)
-        for trial_id, epoch, better, peers in session.execute(
-            sa.select(places).where(places.c.trial_id.in_(noted))
-        )
-    }
+    by_now = read_ranks(
+        session,
+        study_id,
+        NOTED_EPOCHS,
+        trial_ids=list(noted),
+        epochs=[note["epoch"] for note in noted.values()],
+    )
     return {
         trial_id: f"{note['verdict']} after {note['epoch'] + 1} epochs"
         for trial_id, note in noted.items()
-        if note["verdict"] != PAUSED or not by_now[trial_id, note["epoch"]].is_among_the_best
+        if note["verdict"] != Outcome.PAUSED or not by_now[trial_id].is_among_the_best
     }
 
 
 def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> TrialRow:
     held = bool(row.held) and row.state == TrialState.RUNNING
-    unfinished = "running" if held else "paused" if row.outcome == PAUSED else "waiting"
+    unfinished = "running" if held else "paused" if row.outcome == Outcome.PAUSED else "waiting"
     return TrialRow(
         number=row.number,
         state=_STATES.get(row.state, unfinished),

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from storage.clock import now
 from storage.database import retrying
 from storage.liveness import HELD
 from storage.optuna_tables import (
@@ -17,7 +18,6 @@ from storage.optuna_tables import (
 )
 from storage.paths import path_from_record
 from storage.tables import ArrayJob, Attempt, Epoch, Study
-from storage.usage import now
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.exit_codes import ExitCode
-from storage import backup, database, ledger, optuna_tables, paths, schema, studies
+from storage import backup, database, optuna_tables, paths, schema, studies
 from storage.backup import BackupError
 from storage.ledger import LeaseLost
+from storage.outcome import RESTORED
 from storage.tables import Attempt
 from tests.conftest import empty_database
 from tests.integration import test_ledger
@@ -110,7 +111,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
     for worker in (holder, idle, late):
         worker.engine, worker.storage = other, storage  # the same URL, to a worker
         assert worker.claim() is None
-        assert worker.stop_reason() == ledger.RESTORED
+        assert worker.stop_reason() == RESTORED
     for worker, lost in ((holder, claim), (late, late_claim)):
         with pytest.raises(LeaseLost):
             worker.renew(lost)
@@ -122,7 +123,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
     assert [new.claim().trial_number, new.claim([claim.trial_id]).trial_number] == [0, 1]
     with other.connect() as connection:
         ended = connection.execute(sa.select(Attempt.outcome, Attempt.reason).order_by("number")).all()
-    assert ended.count(("lost", ledger.RESTORED)) == 1
+    assert ended.count(("lost", RESTORED)) == 1
 
 
 def test_numbers_go_on_after_the_last(engine, elsewhere, tmp_path):
