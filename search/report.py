@@ -15,8 +15,9 @@ from search.confirm.table import COLUMNS, cells, verdict
 from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
-from storage.status import parameter_names, read_machines, read_status
+from storage.status import parameter_names, read_status
 from storage.studies import StudyEntry
+from storage.workers import read_machines
 from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table

@@ -13,3 +13,8 @@ NOW = "clock_timestamp()"
 def now() -> sa.ColumnElement[Any]:
     """The same for a statement that is no text."""
     return sa.func.clock_timestamp()
+
+
+def seconds_since(moment: Any) -> sa.ColumnElement[Any]:
+    """How long ago a moment was."""
+    return sa.extract("epoch", now() - moment)
