@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from search.cli import app
 from search.exit_codes import ExitCode
 from storage import backup, database, optuna_tables, paths, schema, studies
-from storage.backup import BackupError
+from storage.archive import BackupError
 from storage.ledger import LeaseLost
 from storage.outcome import RESTORED
 from storage.tables import Attempt
@@ -264,7 +264,7 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
     fill(engine, ["complete"])
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
-    with backup._alone(), pytest.raises(BackupError, match="another backup or restore is at work"):
+    with backup.only_one(), pytest.raises(BackupError, match="another backup or restore is at work"):
         backup.restore(other, tmp_path / "b.tar")
 
 
@@ -320,7 +320,7 @@ def test_folders_that_come_and_go_do_not_end_a_backup(engine, home, tmp_path):
         workers = [pool.submit(come_and_go, number) for number in range(4)]
         try:
             for _ in range(300):
-                with backup._held() as hold_results:
+                with backup.hold_files() as hold_results:
                     hold_results()
         finally:
             ended.set()
@@ -333,7 +333,7 @@ def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_pa
     runs = backup.RunFolder("s", studies.study_entry(engine, "s").created)
     runs.predictions(0).parent.mkdir(parents=True)
     runs.predictions(0).write_bytes(b"early")
-    dump = backup._dump
+    dump = backup.dump_tables
 
     def meanwhile(*arguments):
         found = dump(*arguments)
@@ -343,7 +343,7 @@ def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_pa
             backup.back_up(engine, tmp_path / "second.tar")
         return found
 
-    monkeypatch.setattr(backup, "_dump", meanwhile)
+    monkeypatch.setattr(backup, "dump_tables", meanwhile)
     backup.back_up(engine, tmp_path / "b.tar")
     files = {entry.name: data for entry, data in entries(tmp_path / "b.tar")}
     assert {files[name] for name in files if name.endswith(".npz")} == {b"early", b"late"}
