@@ -1,12 +1,14 @@
 """Who holds which trial, and what it has done: claim, renew, record, finish, release.
 
 Optuna samples and remembers; this module owns the life of a trial. A worker holds a trial by an
-*attempt* with a lease; a unique index allows one open attempt per trial. Every write names its
-attempt and is fenced in its own transaction: the attempt is locked and must still be open, else the
-worker has been replaced and gets LeaseLost. What Optuna must know of an epoch or an end is written to
-Optuna's tables in that same transaction, which is why its models are imported here. Rows are keyed
-by (trial, epoch) and (trial, attempt), so an operation that is repeated after a lost reply changes
-nothing.
+*attempt* with a lease, and a unique index allows one open attempt per trial.
+
+Every write is fenced in its own transaction: it locks its attempt, which must still be open. Otherwise
+the worker has been replaced and gets LeaseLost. What Optuna must know of an epoch or an end is written
+to Optuna's tables in that same transaction.
+
+Rows are keyed by (trial, epoch) and (trial, attempt). So an operation may be repeated after a lost
+reply: the second time it changes nothing.
 """
 
 import json
@@ -141,17 +143,15 @@ class Ledger:
         held: Collection[int] = (),
         promotes: Callable[[Rank], bool] = lambda _: False,
     ) -> Claim | None:
-        """Take a trial that was interrupted, else one that somebody enqueued, a paused one that
-        `promotes`, a new one, one that has failed.
+        """Take the next trial. Returns None if there is none for this worker.
 
-        A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
-        goes on. So it does if nobody is at work and no trial is complete. None if the budget is spent,
-        if `stop_reason` gives one, or if the study was deleted. `held` are Optuna's ids of the trials
-        that this worker has in hand; another one of its own is from a claim whose reply was lost.
+        That is also so if the budget is spent, if `stop_reason` gives one, or if the study was deleted.
+        `promotes` says whether a paused trial may go on. `held` are Optuna's ids of the trials that this
+        worker has in hand; another one of its own is from a claim whose reply was lost.
 
-        Claims of a study follow one another (the study's row is locked), so that any number of workers
-        neither overshoots the budget nor takes a trial twice. The one that finds nothing more to do, for
-        itself or anybody, tells Optuna that the paused trials are pruned.
+        Claims of a study follow one another, because the study's row is locked. So any number of workers
+        neither overshoots the budget nor takes a trial twice. The claim that finds nothing more to do,
+        for itself or anybody, tells Optuna that the paused trials are pruned.
         """
         liveness = self._probe_liveness(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
@@ -309,7 +309,7 @@ class Ledger:
 
     @retrying
     def rank(self, epoch: int, value: float) -> Rank:
-        """The standing of a trial that was worth this much after an epoch."""
+        """The rank of a trial that was worth this much after an epoch."""
         query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
             Epoch.study_id == self.study_id, Epoch.epoch == epoch
         )
@@ -404,10 +404,10 @@ class Ledger:
         study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
         # A restored database has other workers: of this one it has no row, or one that has ended.
         worker = sa.select(Worker.id).where(Worker.id == self.worker_id, Worker.stopped.is_(None))
-        stopped, known = session.execute(
+        stopped, registered = session.execute(
             sa.select(study.scalar_subquery(), worker.scalar_subquery())
         ).one()
-        if known is None:
+        if registered is None:
             return RESTORED
         return None if stopped is None else STOPPED
 

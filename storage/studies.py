@@ -208,7 +208,7 @@ def is_held(engine: sa.Engine, trial_id: int) -> bool:
 def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
     """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
 
-    What is to be deleted must be stopped first: a claim takes this lock before it takes Optuna's.
+    What is to be deleted must be stopped first. A claim takes this lock before it takes Optuna's.
     """
     with Session(engine) as session, session.begin():
         study = session.get(Study, study_id, with_for_update=True)

@@ -1,4 +1,4 @@
-"""Our tables, in the schema `atelier` beside Optuna's. storage/ledger.py alone writes them.
+"""Our tables, in the schema `atelier` beside Optuna's.
 
 Rows go when the study or trial of Optuna's that they describe is deleted (migration 0003).
 """
