@@ -9,8 +9,9 @@ from rich.text import Text
 from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
 from storage.paths import home
-from storage.status import AttemptRow, Status, parameter_names
+from storage.status import Status, parameter_names
 from storage.studies import job_in_words
+from storage.workers import AttemptRow
 
 
 def render_trials(status: Status) -> RenderableType:

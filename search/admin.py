@@ -201,9 +201,9 @@ def db_restore(
 ) -> None:
     """Fill an empty database and home from an archive; workers of the time before get nothing more."""
     with errors_in_one_line():
-        from storage import backup, database, url
+        from storage import archive, backup, database, url
 
-        backup.read_backup(file)  # before a server is started for it
+        archive.read_backup(file)  # before a server is started for it
         engine = database.connect()
         manifest = backup.restore(engine, file)
         typer.echo(

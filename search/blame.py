@@ -2,30 +2,20 @@
 
 import logging
 import traceback
-from enum import Enum, StrEnum
+from enum import Enum
 
 from dashboards.terminal import printable
 from search.claims import RefusedError, SpoiltStudyError
 from search.exit_codes import ExitCode
 from search.stopping import Stop
 from storage.database import DATABASE_ERRORS
-from storage.ledger import SICK_HOST, Claim, LeaseLost, Ledger
+from storage.ledger import Claim, LeaseLost, Ledger
 from storage.liveness import host
+from storage.outcome import SICK_HOST, Outcome
 from trainer.checkpoint import CheckpointError
 from trainer.device import is_device_fault, is_out_of_memory
 
 log = logging.getLogger(__name__)
-
-
-class Outcome(StrEnum):
-    """How an attempt at a trial ends."""
-
-    COMPLETE = "complete"
-    PRUNED = "pruned"
-    FAILED = "failed"
-    PAUSED = "paused"
-    RELEASED = "released"
-    ERROR = "error"
 
 
 class Fault(Enum):

@@ -413,8 +413,8 @@ def logs(
         from dashboards.terminal import console
         from search.errors import InputError
         from search.slurm.submit import newest_log
-        from storage.status import read_attempts
         from storage.studies import array_jobs
+        from storage.workers import read_attempts
 
         engine, entry = find_study(study)
         attempts = read_attempts(engine, entry.study_id, trial)

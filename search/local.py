@@ -19,9 +19,10 @@ from search import forking
 from search.exit_codes import ExitCode
 from search.slurm.granted import take_granted
 from search.study_config import StudyConfig
-from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import EmbeddedPostgres
 from storage.leases import RENEW_SECONDS
 from storage.paths import RunFolder, home, image_cache
+from storage.postgres_programs import EmbeddedPostgresError
 from storage.status import Status
 from trainer.allocation import cpu_count
 from trainer.config import TrainConfig

@@ -18,8 +18,9 @@ from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
 from storage import curves
-from storage.status import Status, parameter_names, read_machines, read_status
+from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
+from storage.workers import read_machines
 from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table

@@ -10,7 +10,8 @@ from typing import Protocol
 import optuna
 
 from storage.database import retrying
-from storage.ledger import REDUCTION_FACTOR, Claim, Ledger, Rank
+from storage.ledger import Claim, Ledger
+from storage.ranks import REDUCTION_FACTOR, Rank
 
 
 class Decision(Enum):

@@ -24,7 +24,7 @@ from search.sampling import STARTUP_TRIALS, StartupSampler
 from search.score import Kind
 from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, unknown_key
-from storage import ledger, studies
+from storage import ledger, ranks, studies
 from storage.paths import path_to_record
 from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.images import READER
@@ -282,7 +282,7 @@ class StudyConfig(Table):
             "hyperband": lambda: HyperbandPruner(
                 min_resource=max(rungs[0], 1),
                 max_resource=self.epochs,
-                reduction_factor=ledger.REDUCTION_FACTOR,
+                reduction_factor=ranks.REDUCTION_FACTOR,
             ),
         }
         if name in makers and rungs:

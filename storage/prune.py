@@ -1,9 +1,10 @@
-"""What a study's folder holds that no longer matters: found by rule.
+"""Files that a study no longer needs, and the run folders of studies that were deleted.
 
-`atelier db prune` removes it; what it is of checkpoints, a worker removes that finds nothing more to do.
-Kept are the checkpoints of every trial that is not finished, so that it can be resumed, and the
-predictions of the best trials and of those that are being confirmed, from which `atelier confirm` and
-`report` compute. And whole run folders, of studies that were deleted elsewhere, as in optuna-dashboard.
+`atelier db prune` removes them. A worker with no work left also removes leftover checkpoints.
+
+Kept are the checkpoints of every unfinished trial, so that it can be resumed. Kept too are the
+predictions of the best trials and of those that are being confirmed: `atelier confirm` and `report`
+compute from them. A study may have been deleted elsewhere, as in optuna-dashboard.
 """
 
 import os
@@ -68,11 +69,11 @@ def forgotten(engine: sa.Engine) -> list[Path]:
     """
     folders = sorted((home() / "runs").glob("*"))  # before the studies are read: a later one is new
     entries = [study_entry(engine, name) for name in study_names(engine)]
-    known = {RunFolder(entry.name, entry.created).path for entry in entries if entry is not None}
+    in_use = {RunFolder(entry.name, entry.created).path for entry in entries if entry is not None}
     return [
         folder
         for folder in folders
-        if folder not in known and re.search(r"-\d{8}-\d{6}$", folder.name) and _is_at_rest(folder)
+        if folder not in in_use and re.search(r"-\d{8}-\d{6}$", folder.name) and _is_at_rest(folder)
     ]
 
 

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import SQLAlchemyError
 
+from storage.clock import NOW
 from storage.database import WORK, log, other_settings, retrying, settings_of
 from storage.faults import (
     INSUFFICIENT_PRIVILEGE,
@@ -38,7 +39,7 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     yield from general
     for name, asked in WORK.settings.items():
         yield Property(name, found[name], other_settings(found, {name: asked}))
-    if any(one.problem for one in general if one.name == "rights"):
+    if any(each.problem for each in general if each.name == "rights"):
         return  # the rest may not be seen
     revision = schema_revision(engine)
     if revision is None:
@@ -63,9 +64,9 @@ def require_fit(engine: sa.Engine, only: str | None = None) -> None:
     `only` names the property that matters.
     """
     with engine.connect() as connection:
-        for one in properties(connection):
-            if one.problem and only in (None, one.name):
-                raise DatabaseError(f"the database at {shown(engine.url)} {one.problem}")
+        for each in properties(connection):
+            if each.problem and only in (None, each.name):
+                raise DatabaseError(f"the database at {shown(engine.url)} {each.problem}")
 
 
 @retrying
@@ -139,7 +140,7 @@ def _refuse_if_held(connection: sa.Connection) -> None:
     """Raises DatabaseError while trials are held; until the transaction ends, none can be claimed."""
     # As text: the tables are of an older version than the models.
     connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")
-    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > clock_timestamp()"
+    held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > {NOW}"
     if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
         raise DatabaseError(
             f"workers of the older Atelier hold {number} trials; let them end first: "
@@ -160,7 +161,7 @@ def check_schema(engine: sa.Engine) -> None:
 def knows(revision: str) -> bool:
     """Whether this program can make tables of that schema."""
     script = ScriptDirectory.from_config(_alembic())
-    return revision in (one.revision for one in script.walk_revisions())
+    return revision in (migration.revision for migration in script.walk_revisions())
 
 
 def require_schema(engine: sa.Engine) -> str:

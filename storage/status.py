@@ -1,9 +1,9 @@
-"""What a study is doing now, read from the database and drawn for a terminal."""
+"""A study as of one moment: its trials, what they have cost, and who is at work."""
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
@@ -13,38 +13,55 @@ from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
+from storage.clock import now, seconds_since
 from storage.database import retrying
-from storage.ledger import AUDIT, PAUSED, SICK_HOST, Rank, ranks
+from storage.ledger import AUDIT
 from storage.liveness import HELD
 from storage.optuna_tables import (
-    StudyModel,
     TrialModel,
     TrialParamModel,
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from storage.paths import path_from_record
+from storage.outcome import SICK_HOST, Outcome
+from storage.ranks import read_ranks
 from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
-from storage.usage import TRAINED_HERE, gpu_seconds
+from storage.usage import gpu_seconds
+from storage.workers import WorkerRow, read_workers
 
-# The moment of the question, on the database's clock.
-_NOW = sa.func.clock_timestamp()
-STATES = ("running", "waiting", "complete", "paused", "pruned", "failed")  # as they are listed
-FINISHED = ("complete", "pruned", "failed")
-_STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.WAITING: "waiting",
+
+class State(StrEnum):
+    """What a trial is shown as, in the order in which they are listed. Optuna's own are TrialState."""
+
+    RUNNING = "running"
+    WAITING = "waiting"  # for a worker
+    COMPLETE = "complete"
+    PAUSED = "paused"  # at a rung, for its turn
+    PRUNED = "pruned"
+    FAILED = "failed"
+
+
+STATES: tuple[str, ...] = tuple(State)
+FINISHED = (State.COMPLETE, State.PRUNED, State.FAILED)
+# The trials that were audited, each with the epoch after which it would have been stopped.
+NOTED_EPOCHS = """
+SELECT * FROM unnest(CAST(:trial_ids AS int[]), CAST(:epochs AS int[])) AS noted (trial_id, epoch)
+"""
+# What a trial is shown as that is not running, by Optuna's state.
+_END_STATES = {
+    TrialState.COMPLETE: State.COMPLETE,
+    TrialState.PRUNED: State.PRUNED,
+    TrialState.FAIL: State.FAILED,
+    TrialState.WAITING: State.WAITING,
 }
 
 
 @dataclass
 class TrialRow:
-    """One trial. `state` is one of STATES; a paused one waits at a rung for its turn."""
+    """One trial."""
 
     number: int
-    state: str
+    state: str  # a State
     params: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
     seconds: float = 0.0  # that its epochs took
@@ -59,7 +76,7 @@ class TrialRow:
     @property
     def resumed(self) -> bool:
         """Whether it runs again after an interruption."""
-        return self.state == "running" and self.attempts > 1
+        return self.state == State.RUNNING and self.attempts > 1
 
     @property
     def worth(self) -> float:
@@ -71,40 +88,15 @@ class TrialRow:
     def words(self) -> str:
         """The state in words: a trial that waits, or goes on, after an interruption has not failed."""
         why = (self.reason or "").strip().splitlines()
-        if self.state == "waiting":
+        if self.state == State.WAITING:
             return f"waiting to go on, after: {why[0]}" if why else "waiting for a worker"
-        if self.state == "running":
+        if self.state == State.RUNNING:
             return f"running, resumed (attempt {self.attempts})" if self.resumed else "running"
-        if self.state == "paused" and why:
+        if self.state == State.PAUSED and why:
             return why[0]
-        if self.state in ("failed", "pruned") and why:
-            return f"{self.state}: {why[-1] if self.state == 'failed' else why[0]}"
+        if self.state in (State.FAILED, State.PRUNED) and why:
+            return f"{self.state}: {why[-1] if self.state == State.FAILED else why[0]}"
         return self.state
-
-
-@dataclass
-class WorkerRow:
-    """One trial that a worker holds. Times are seconds."""
-
-    worker: str  # the process's id; it may hold several trials
-    host: str
-    pid: int
-    job: str | None  # SLURM's, as in 12_3
-    gpu: str | None
-    log: str | None
-    trial: int
-    renewed: float  # since it last renewed its lease
-    running_for: float
-
-
-@dataclass
-class Machine:
-    """Where trials of a study have run."""
-
-    host: str
-    gpu: str | None
-    workers: int  # processes
-    slurm: bool
 
 
 @dataclass
@@ -142,7 +134,7 @@ class Status:
 
         Without those that somebody else has told or added: only our workers train all epochs.
         """
-        complete = [row for row in self.ranked() if row.state == "complete"]
+        complete = [row for row in self.ranked() if row.state == State.COMPLETE]
         return [row for row in complete if row.value is not None and row.epochs == self.max_epochs]
 
     def ranked(self) -> list[TrialRow]:
@@ -152,7 +144,7 @@ class Status:
     @property
     def gpu_hours_saved(self) -> float:
         """What paused and pruned trials would still have taken, at their own seconds per epoch."""
-        cut = [row for row in self.trials if row.state in ("paused", "pruned") and row.epochs]
+        cut = [row for row in self.trials if row.state in (State.PAUSED, State.PRUNED) and row.epochs]
         return sum((self.max_epochs - r.epochs) * r.seconds / r.epochs for r in cut) / 3600
 
     @property
@@ -163,7 +155,7 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """With the present workers, at what a trial has taken; None before the first is finished."""
-        ended = self.finished + self.counts["paused"]  # most of which go no further
+        ended = self.finished + self.counts[State.PAUSED]  # most of which go no further
         if not ended or not self.workers:
             return None
         each = self.gpu_hours * 3600 / ended
@@ -189,90 +181,15 @@ class Status:
         }
 
 
-@dataclass
-class StudyRow:
-    """One line about a study."""
-
-    study_id: int
-    name: str
-    created: datetime
-    max_trials: int
-    finished: int
-    failed: int
-    best: float | None
-    workers: int  # that hold a trial
-
-
-@retrying
-def read_studies(engine: sa.Engine) -> list[StudyRow]:
-    """All studies, the newest first; one statement."""
-    finished = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    trials = (
-        sa.select(
-            TrialModel.study_id,
-            sa.func.count().filter(TrialModel.state.in_(finished)).label("finished"),
-            sa.func.count().filter(TrialModel.state == TrialState.FAIL).label("failed"),
-            sa.func.max(TrialValueModel.value)
-            .filter(TrialModel.state == TrialState.COMPLETE, TRAINED_HERE)
-            .label("best"),
-        )
-        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
-        .group_by(TrialModel.study_id)
-        .subquery()
-    )
-    workers = (
-        sa.select(sa.func.count())
-        .where(Attempt.study_id == Study.study_id, HELD)
-        .scalar_subquery()
-        .label("workers")
-    )
-    query = (
-        sa.select(Study, StudyModel.study_name, trials, workers)
-        .join(StudyModel, StudyModel.study_id == Study.study_id)
-        .outerjoin(trials, trials.c.study_id == Study.study_id)
-        .order_by(Study.created.desc())
-    )
-    with Session(engine) as session:
-        return [
-            StudyRow(
-                study_id=row.Study.study_id,
-                name=row.study_name,
-                created=row.Study.created,
-                max_trials=row.Study.max_trials,
-                finished=row.finished or 0,
-                failed=row.failed or 0,
-                best=row.best,
-                workers=row.workers,
-            )
-            for row in session.execute(query)
-        ]
-
-
-@retrying
-def read_machines(engine: sa.Engine, study_id: int) -> list[Machine]:
-    """The machines that have worked at a study, those with most workers first."""
-    slurm = Worker.slurm_job.is_not(None)
-    count = sa.func.count(Worker.id.distinct())
-    query = (
-        sa.select(Worker.host, Worker.gpu, count, slurm)
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id)
-        .group_by(Worker.host, Worker.gpu, slurm)
-        .order_by(count.desc(), Worker.host)
-    )
-    with engine.connect() as connection:
-        return [Machine(*row) for row in connection.execute(query)]
-
-
 @retrying
 def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
     """Read a study as of one moment, with a fixed number of statements, however many trials it has."""
     with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session:
         study = session.get_one(Study, study_id)
-        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(_NOW, Attempt.lease_until)))
-        overdue = sa.func.max(_age(Attempt.lease_until)).filter(
+        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(now(), Attempt.lease_until)))
+        overdue = sa.func.max(seconds_since(Attempt.lease_until)).filter(
             Attempt.released.is_(None),
-            Attempt.lease_until <= _NOW,
+            Attempt.lease_until <= now(),
             # Nobody takes one over that somebody else has ended.
             Attempt.trial_id.in_(
                 sa.select(TrialModel.trial_id).where(
@@ -287,14 +204,14 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
                 sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
                 overdue,
                 _sick_hosts(study_id),
-            ).where(Attempt.study_id == study_id)
+            ).where(Attempt.study_id == study_id),
         ).one()
         jobs = session.scalars(
             sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
         )
         rows = _trials(session, study_id)
-        enqueued = sum(row.state == "waiting" and not row.attempts for row in rows)
-        counts = dict.fromkeys(STATES, 0)
+        enqueued = sum(row.state == State.WAITING and not row.attempts for row in rows)
+        counts: dict[str, int] = dict.fromkeys(STATES, 0)
         for row in rows:
             counts[row.state] += 1
         return Status(
@@ -307,7 +224,7 @@ def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
             seconds=float(seconds),
             stopping=study.stop_requested is not None,
             array_jobs=list(jobs),
-            workers=_workers(session, study_id),
+            workers=read_workers(session, study_id),
             trials=rows,
             overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
             surplus=min(max(len(rows) - study.max_trials, 0), enqueued),
@@ -332,45 +249,6 @@ def _sick_hosts(study_id: int) -> sa.ScalarSelect[list[str]]:
     )
     sick = sa.select(sa.func.array_agg(latest.c.reason)).where(latest.c.reason.startswith(SICK_HOST))
     return sick.scalar_subquery()
-
-
-def _workers(session: Session, study_id: int) -> list[WorkerRow]:
-    """Workers with a living lease."""
-    query = (
-        sa.select(Worker, TrialModel.number, _age(Attempt.renewed), _age(Worker.started))
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id, HELD)
-        .order_by(TrialModel.number)
-    )
-    return [
-        WorkerRow(
-            worker=worker.id,
-            host=worker.host,
-            pid=worker.pid,
-            job=_job(worker),
-            gpu=worker.gpu,
-            log=_log(worker),
-            trial=number,
-            renewed=float(renewed),
-            running_for=float(running_for),
-        )
-        for worker, number, renewed, running_for in session.execute(query)
-    ]
-
-
-def _job(worker: Worker) -> str | None:
-    if worker.slurm_array_job is None:
-        return worker.slurm_job
-    return f"{worker.slurm_array_job}_{worker.slurm_array_task}"
-
-
-def _log(worker: Worker) -> str | None:
-    return None if worker.log is None else str(path_from_record(worker.log))
-
-
-def _age(moment: Any) -> sa.ColumnElement[Any]:
-    return sa.extract("epoch", _NOW - moment)
 
 
 def _trials(session: Session, study_id: int) -> list[TrialRow]:
@@ -404,7 +282,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             HELD.label("held"),
             Attempt.outcome,
             Attempt.reason,
-            _age(Attempt.renewed).label("age"),
+            seconds_since(Attempt.renewed).label("age"),
             Worker.host,
             Worker.pid,
         )
@@ -438,26 +316,26 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
         .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
     )
     noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
-    places = ranks(study_id, {note["epoch"] for note in noted.values()})
-    by_now = {
-        (trial_id, epoch): Rank(better, peers)
-        for trial_id, epoch, better, peers in session.execute(
-            sa.select(places).where(places.c.trial_id.in_(noted))
-        )
-    }
+    by_now = read_ranks(
+        session,
+        study_id,
+        NOTED_EPOCHS,
+        trial_ids=list(noted),
+        epochs=[note["epoch"] for note in noted.values()],
+    )
     return {
         trial_id: f"{note['verdict']} after {note['epoch'] + 1} epochs"
         for trial_id, note in noted.items()
-        if note["verdict"] != PAUSED or not by_now[trial_id, note["epoch"]].is_among_the_best
+        if note["verdict"] != Outcome.PAUSED or not by_now[trial_id].is_among_the_best
     }
 
 
 def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> TrialRow:
     held = bool(row.held) and row.state == TrialState.RUNNING
-    unfinished = "running" if held else "paused" if row.outcome == PAUSED else "waiting"
+    waits = State.PAUSED if row.outcome == Outcome.PAUSED else State.WAITING
     return TrialRow(
         number=row.number,
-        state=_STATES.get(row.state, unfinished),
+        state=_END_STATES.get(row.state, State.RUNNING if held else waits),
         params=params,
         epochs=0 if row.last is None else row.last + 1,
         seconds=row.seconds or 0.0,
@@ -496,43 +374,3 @@ def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
 def parameter_names(trials: list[TrialRow]) -> list[str]:
     """The hyperparameters that some of these trials have."""
     return sorted({name for row in trials for name in row.params})
-
-
-@dataclass
-class AttemptRow:
-    """One worker's hold on one trial."""
-
-    trial: int
-    attempt: int
-    worker: str  # host:pid
-    job: str | None
-    log: str | None
-    outcome: str | None  # None while it lasts
-    reason: str | None
-
-
-@retrying
-def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) -> list[AttemptRow]:
-    """A study's attempts, or one trial's, oldest first."""
-    query = (
-        sa.select(Attempt, Worker, TrialModel.number)
-        .join(Worker, Worker.id == Attempt.worker_id)
-        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id)
-        .order_by(Attempt.claimed)
-    )
-    if trial is not None:
-        query = query.where(TrialModel.number == trial)
-    with Session(engine) as session:
-        return [
-            AttemptRow(
-                trial=number,
-                attempt=attempt.number,
-                worker=f"{worker.host}:{worker.pid}",
-                job=_job(worker),
-                log=_log(worker),
-                outcome=attempt.outcome,
-                reason=attempt.reason,
-            )
-            for attempt, worker, number in session.execute(query)
-        ]

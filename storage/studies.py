@@ -6,18 +6,17 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
+from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from storage.clock import now
 from storage.database import retrying
 from storage.liveness import HELD
-from storage.optuna_tables import (
-    StudyModel,
-    TrialModel,
-)
+from storage.optuna_tables import StudyModel, TrialModel, TrialValueModel
 from storage.paths import path_from_record
 from storage.tables import ArrayJob, Attempt, Epoch, Study
-from storage.usage import now
+from storage.usage import TRAINED_HERE
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,20 @@ class StudyEntry:
         """Where the dataset and the weights are, for the present home."""
         places = self.settings.get("places", {})
         return {name: str(path_from_record(path)) for name, path in places.items()}
+
+
+@dataclass
+class StudyRow:
+    """One line about a study."""
+
+    study_id: int
+    name: str
+    created: datetime
+    max_trials: int
+    finished: int
+    failed: int
+    best: float | None
+    workers: int  # that hold a trial
 
 
 @retrying
@@ -134,6 +147,51 @@ def study_names(engine: sa.Engine) -> list[str]:
 
 
 @retrying
+def read_studies(engine: sa.Engine) -> list[StudyRow]:
+    """All studies, the newest first; one statement."""
+    finished = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+    trials = (
+        sa.select(
+            TrialModel.study_id,
+            sa.func.count().filter(TrialModel.state.in_(finished)).label("finished"),
+            sa.func.count().filter(TrialModel.state == TrialState.FAIL).label("failed"),
+            sa.func.max(TrialValueModel.value)
+            .filter(TrialModel.state == TrialState.COMPLETE, TRAINED_HERE)
+            .label("best"),
+        )
+        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
+        .group_by(TrialModel.study_id)
+        .subquery()
+    )
+    workers = (
+        sa.select(sa.func.count())
+        .where(Attempt.study_id == Study.study_id, HELD)
+        .scalar_subquery()
+        .label("workers")
+    )
+    query = (
+        sa.select(Study, StudyModel.study_name, trials, workers)
+        .join(StudyModel, StudyModel.study_id == Study.study_id)
+        .outerjoin(trials, trials.c.study_id == Study.study_id)
+        .order_by(Study.created.desc())
+    )
+    with Session(engine) as session:
+        return [
+            StudyRow(
+                study_id=row.Study.study_id,
+                name=row.study_name,
+                created=row.Study.created,
+                max_trials=row.Study.max_trials,
+                finished=row.finished or 0,
+                failed=row.failed or 0,
+                best=row.best,
+                workers=row.workers,
+            )
+            for row in session.execute(query)
+        ]
+
+
+@retrying
 def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
     """Whether there is a trial with Optuna's id."""
     with engine.connect() as connection:
@@ -153,7 +211,7 @@ def is_held(engine: sa.Engine, trial_id: int) -> bool:
 def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
     """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
 
-    What is to be deleted must be stopped first: a claim takes this lock before it takes Optuna's.
+    What is to be deleted must be stopped first. A claim takes this lock before it takes Optuna's.
     """
     with Session(engine) as session, session.begin():
         study = session.get(Study, study_id, with_for_update=True)

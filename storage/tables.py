@@ -1,4 +1,4 @@
-"""Our tables, in the schema `atelier` beside Optuna's. storage/ledger.py alone writes them.
+"""Our tables, in the schema `atelier` beside Optuna's.
 
 Rows go when the study or trial of Optuna's that they describe is deleted (migration 0003).
 """
@@ -101,7 +101,7 @@ class Attempt(Base):
     renewed: Mapped[datetime] = mapped_column(server_default=func.now())
     lease_until: Mapped[datetime]
     released: Mapped[datetime | None]
-    outcome: Mapped[str | None]  # complete, pruned, failed; paused, released, error, lost
+    outcome: Mapped[str | None]  # a storage.outcome.Outcome
     reason: Mapped[str | None]  # in words; the traceback of a failed attempt
 
 

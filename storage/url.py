@@ -7,8 +7,9 @@ from urllib.parse import unquote
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import EmbeddedPostgres
 from storage.paths import home
+from storage.postgres_programs import EmbeddedPostgresError
 
 
 class DatabaseError(RuntimeError):

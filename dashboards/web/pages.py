@@ -29,19 +29,9 @@ from storage import curves
 from storage.database import retrying
 from storage.optuna_tables import TrialModel, TrialSystemAttributeModel
 from storage.paths import home
-from storage.status import (
-    STATES,
-    AttemptRow,
-    Status,
-    StudyRow,
-    TrialRow,
-    WorkerRow,
-    parameter_names,
-    read_attempts,
-    read_status,
-    read_studies,
-)
-from storage.studies import StudyEntry, study_entry
+from storage.status import STATES, Status, TrialRow, parameter_names, read_status
+from storage.studies import StudyEntry, StudyRow, read_studies, study_entry
+from storage.workers import AttemptRow, WorkerRow, read_attempts
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
 

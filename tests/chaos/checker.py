@@ -16,8 +16,9 @@ import sqlalchemy as sa
 from search.replay import Replayed
 from search.score import score
 from search.study_config import StudyConfig
-from storage.ledger import REDUCTION_FACTOR, RESTORED
+from storage.outcome import RESTORED
 from storage.paths import RunFolder, artifacts, image_cache
+from storage.ranks import REDUCTION_FACTOR
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.metrics import EpochResult

@@ -255,7 +255,7 @@ def _read_accounts(path: Path) -> None:
 
 
 def _read_backup(path: Path) -> None:
-    from storage.backup import read_backup
+    from storage.archive import read_backup
 
     read_backup(path)
 

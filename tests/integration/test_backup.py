@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.exit_codes import ExitCode
-from storage import backup, database, ledger, optuna_tables, paths, schema, studies
-from storage.backup import BackupError
+from storage import backup, database, optuna_tables, paths, schema, studies
+from storage.archive import BackupError
 from storage.ledger import LeaseLost
+from storage.outcome import RESTORED
 from storage.tables import Attempt
 from tests.conftest import empty_database
 from tests.integration import test_ledger
@@ -110,7 +111,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
     for worker in (holder, idle, late):
         worker.engine, worker.storage = other, storage  # the same URL, to a worker
         assert worker.claim() is None
-        assert worker.stop_reason() == ledger.RESTORED
+        assert worker.stop_reason() == RESTORED
     for worker, lost in ((holder, claim), (late, late_claim)):
         with pytest.raises(LeaseLost):
             worker.renew(lost)
@@ -122,7 +123,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
     assert [new.claim().trial_number, new.claim([claim.trial_id]).trial_number] == [0, 1]
     with other.connect() as connection:
         ended = connection.execute(sa.select(Attempt.outcome, Attempt.reason).order_by("number")).all()
-    assert ended.count(("lost", ledger.RESTORED)) == 1
+    assert ended.count(("lost", RESTORED)) == 1
 
 
 def test_numbers_go_on_after_the_last(engine, elsewhere, tmp_path):
@@ -263,7 +264,7 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
     fill(engine, ["complete"])
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
-    with backup._alone(), pytest.raises(BackupError, match="another backup or restore is at work"):
+    with backup.only_one(), pytest.raises(BackupError, match="another backup or restore is at work"):
         backup.restore(other, tmp_path / "b.tar")
 
 
@@ -319,7 +320,7 @@ def test_folders_that_come_and_go_do_not_end_a_backup(engine, home, tmp_path):
         workers = [pool.submit(come_and_go, number) for number in range(4)]
         try:
             for _ in range(300):
-                with backup._held() as hold_results:
+                with backup.hold_files() as hold_results:
                     hold_results()
         finally:
             ended.set()
@@ -332,7 +333,7 @@ def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_pa
     runs = backup.RunFolder("s", studies.study_entry(engine, "s").created)
     runs.predictions(0).parent.mkdir(parents=True)
     runs.predictions(0).write_bytes(b"early")
-    dump = backup._dump
+    dump = backup.dump_tables
 
     def meanwhile(*arguments):
         found = dump(*arguments)
@@ -342,7 +343,7 @@ def test_what_is_deleted_while_a_backup_is_written_is_in_it(engine, home, tmp_pa
             backup.back_up(engine, tmp_path / "second.tar")
         return found
 
-    monkeypatch.setattr(backup, "_dump", meanwhile)
+    monkeypatch.setattr(backup, "dump_tables", meanwhile)
     backup.back_up(engine, tmp_path / "b.tar")
     files = {entry.name: data for entry, data in entries(tmp_path / "b.tar")}
     assert {files[name] for name in files if name.endswith(".npz")} == {b"early", b"late"}

@@ -18,9 +18,9 @@ from sqlalchemy.exc import DBAPIError
 from dashboards.web.server import connect_roles
 from search.exit_codes import ExitCode
 from storage import database, roles, schema
-from storage.embedded import SYSTEM_USER
 from storage.ledger import Ledger
 from storage.network import VIEWER, WORKER
+from storage.postgres_programs import SYSTEM_USER
 from storage.properties import why_without
 from storage.tables import Epoch
 from storage.url import DatabaseError

@@ -16,8 +16,10 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from storage.embedded import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError, _is_alive
+from storage.embedded import EmbeddedPostgres
 from storage.network import NetworkError
+from storage.postgres_process import is_alive
+from storage.postgres_programs import SYSTEM_USER, EmbeddedPostgresError
 
 context = multiprocessing.get_context("spawn")
 
@@ -465,6 +467,6 @@ def test_a_server_that_was_killed_and_that_nobody_has_waited_for_is_gone():
     process = psutil.Process(child.pid)
     while process.status() != psutil.STATUS_ZOMBIE:
         continue
-    assert not _is_alive(process)
+    assert not is_alive(process)
     child.wait()
-    assert not _is_alive(process)
+    assert not is_alive(process)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from storage import database, libpq, schema
-from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from storage.embedded import EmbeddedPostgres
+from storage.postgres_programs import EmbeddedPostgresError
 from storage.url import DatabaseError
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill

@@ -1,9 +1,11 @@
 """The ledger on a real PostgreSQL, with real processes where several workers meet."""
 
+import math
 import multiprocessing
 import os
 import threading
 import time
+from dataclasses import fields
 from datetime import timedelta
 
 import optuna
@@ -18,6 +20,7 @@ from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
 from storage.liveness import is_gone, process_identity
 from storage.tables import Attempt, Epoch
+from trainer.config import EpochResult
 
 RESULT = {
     "stream_epoch": 0,
@@ -34,6 +37,32 @@ RESULT = {
     "images": 10,
     "peak_memory": 1.0,
 }
+
+
+def test_an_epoch_is_recorded_as_it_was_whatever_its_numbers(engine):
+    """Tuples, NULL, NaN and infinity: the statement gives each the type of its column."""
+    worker = make_worker(engine, make_study(engine))
+    claim = worker.claim()
+    odd = {
+        "train_loss": math.nan,
+        "val_loss": math.inf,
+        "val_category": (math.nan, 0.1),
+        "val_hits": (),
+        "val_log_loss": None,
+        "lr": 1e-300,
+    }
+    worker.record(claim, RESULT | {"epoch": 0} | odd, math.nan)
+    row = studies.epochs_of(engine, worker.study_id, 0)[0]
+    assert math.isnan(row["train_loss"])
+    assert math.isnan(row["val_category"][0])
+    assert (row["val_loss"], row["val_category"][1], row["lr"]) == (math.inf, 0.1, 1e-300)
+    assert (row["val_hits"], row["val_log_loss"], row["value"]) == ([], None, None)
+    assert (row["attempt"], row["study_id"]) == (claim.attempt, worker.study_id)
+
+
+def test_every_number_of_an_epoch_has_a_column():
+    names = {field.name for field in fields(EpochResult)} - {"predictions", "cause"}
+    assert names <= set(Epoch.__table__.columns.keys())
 
 
 def make_study(engine, max_trials=3, name="s", **values):

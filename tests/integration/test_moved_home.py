@@ -16,9 +16,10 @@ from storage import database
 from storage.embedded import EmbeddedPostgres
 from storage.network import Network
 from storage.paths import RunFolder, path_from_record, path_to_record
-from storage.status import read_attempts, read_status
+from storage.status import read_status
 from storage.studies import study_entry
 from storage.tables import Worker
+from storage.workers import read_attempts
 from tests.conftest import free_port
 from tests.studies import fill
 

@@ -11,7 +11,7 @@ import sqlalchemy.orm
 import torch
 
 from search.exit_codes import ExitCode
-from storage import ledger, studies
+from storage import ranks, studies
 from storage.status import read_status
 from storage.tables import Attempt
 from tests.integration.test_ledger import RESULT
@@ -167,7 +167,7 @@ def test_a_rung_is_decided_in_one_round_trip(statements, make_worker):
     for epoch in range(10):
         worker.renew(claim)
         worker.record(claim, RESULT | {"epoch": epoch}, 0.5)
-        assert worker.rank(epoch, 0.5) == ledger.Rank(0, 1)
+        assert worker.rank(epoch, 0.5) == ranks.Rank(0, 1)
     assert statements() - before == 30
 
 

@@ -9,10 +9,13 @@ from optuna.trial import TrialState
 from dashboards.study_tables import audit_line
 from search.exit_codes import ExitCode
 from search.study_config import StudyConfig
-from storage.ledger import AUDIT, PAUSED, SPENT, LeaseLost, Rank
+from storage.ledger import AUDIT, LeaseLost
+from storage.outcome import SPENT, Outcome
+from storage.ranks import Rank
 from storage.status import read_status
 from storage.studies import study_entry, update_study
 from storage.tables import Attempt, Epoch
+from storage.trial_queue import TrialQueue
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
 
@@ -40,7 +43,7 @@ class Trials:
         claim = worker.claim(promotes=top_third)
         assert claim.last_epoch == epoch - 1
         worker.record(claim, RESULT | {"epoch": epoch}, value)
-        assert worker.release(claim, PAUSED, f"paused after {epoch + 1} epochs")
+        assert worker.release(claim, Outcome.PAUSED, f"paused after {epoch + 1} epochs")
         return claim.trial_number
 
     def states(self):
@@ -76,7 +79,7 @@ def test_those_that_are_furthest_go_on_first(engine):
         worker.record(claim, RESULT | {"epoch": 0}, value)
         if value > 0.5:
             worker.record(claim, RESULT | {"epoch": 1}, value)
-        worker.release(claim, PAUSED)
+        worker.release(claim, Outcome.PAUSED)
     assert worker.claim(promotes=top_third).trial_number == 0
 
 
@@ -105,7 +108,7 @@ def test_the_last_one_out_tells_optuna_that_what_waits_is_pruned(engine):
     # The other one may still change what is best.
     assert trials.states() == [TrialState.COMPLETE, *[TrialState.RUNNING] * 3]
     other.record(held, RESULT | {"epoch": 0}, 0.1)
-    other.release(held, PAUSED)
+    other.release(held, Outcome.PAUSED)
     assert worker.claim(promotes=lambda _: False) is None
     assert trials.states() == [TrialState.COMPLETE, *[TrialState.PRUNED] * 3]
     assert [trial.value for trial in trials.study.get_trials()] == [0.5, 0.3, 0.2, 0.1]
@@ -121,21 +124,22 @@ def test_a_small_search_does_not_end_with_nothing(make_worker):
     assert best.state == TrialState.COMPLETE
 
 
-def test_what_was_interrupted_is_not_ended_with_what_waits(engine):
+def test_what_was_interrupted_is_not_ended_with_what_waits(engine, monkeypatch):
     """A worker that releases its trial while another finds nothing to do."""
     trials = Trials(engine, max_trials=2)
     worker, other = trials.worker(), trials.worker()
     trials.pause(worker, 0.3)
     held = other.claim()
-    claimable = worker._claimable
+    rest_of_paused = TrialQueue.rest_of_paused
 
     def meanwhile(*arguments):
-        yield from claimable(*arguments)
+        yield from rest_of_paused(*arguments)
         other.release(held, reason="wall time")
 
-    worker._claimable = meanwhile
+    monkeypatch.setattr(TrialQueue, "rest_of_paused", meanwhile)
     assert worker.claim(promotes=top_third) is None
     assert trials.states() == [TrialState.RUNNING] * 2
+    monkeypatch.undo()
     assert other.claim().trial_number == held.trial_number
 
 
@@ -197,9 +201,9 @@ def test_a_whole_search(engine, make_worker):
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for trial, own in zip(trials, outcomes(engine), strict=True):
         ended = "complete" if trial.state == TrialState.COMPLETE else "pruned"
-        assert own in ([ended], [PAUSED, ended])
+        assert own in ([ended], [Outcome.PAUSED, ended])
         assert len(trial.intermediate_values) == (3 if ended == "complete" else 1)
-    assert [PAUSED, "complete"] in outcomes(engine)
+    assert [Outcome.PAUSED, "complete"] in outcomes(engine)
     assert not [*worker.runs.path.glob("trial-*")]  # no checkpoint is left
 
 
@@ -234,7 +238,7 @@ def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine
         assert verdict is None or trial.number % 2 == 0
         # A wait would have ended by now, if it is among the best two of seven.
         among_the_best = sum(value > at_rung[trial.number] for value in at_rung) < 2
-        would_go_on = verdict is None or (verdict == PAUSED and among_the_best)
+        would_go_on = verdict is None or (verdict == Outcome.PAUSED and among_the_best)
         assert row.audit == (None if would_go_on else f"{verdict} after 1 epochs")
     scores = sorted((t.value for t in trials if t.state == TrialState.COMPLETE), reverse=True)
     places = [scores.index(row.value) + 1 for row in status.completed() if row.audit]

@@ -6,7 +6,7 @@ import pytest
 
 from search.strategy import Decision
 from search.toml_file import load_study_file
-from storage.ledger import Rank
+from storage.ranks import Rank
 from tests.integration.test_ledger import RESULT, make_study, make_worker
 
 

@@ -1,0 +1,51 @@
+"""The attempts at one trial: the open one, a further one, and how one ends; callers hold the locks."""
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from storage import recording
+from storage.clock import now
+from storage.outcome import Outcome
+from storage.tables import Attempt
+
+
+def lock_open_attempt(session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
+    """A trial's open attempt, locked, and whether its lease lasts; None if there is none."""
+    row = session.execute(
+        sa.select(Attempt, Attempt.lease_until > now())
+        .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
+        .with_for_update()
+    ).one_or_none()
+    return None if row is None else (row[0], row[1])
+
+
+def open_attempt(
+    session: Session, study_id: int, trial_id: int, worker_id: str | None, lease_seconds: float
+) -> int:
+    """Enter a worker's attempt at a trial that has no open one. Returns its number."""
+    last = session.scalar(sa.select(sa.func.max(Attempt.number)).where(Attempt.trial_id == trial_id))
+    number = (last or 0) + 1
+    session.execute(
+        sa.insert(Attempt).values(
+            trial_id=trial_id,
+            number=number,
+            study_id=study_id,
+            worker_id=worker_id,
+            claimed=now(),
+            renewed=now(),
+            lease_until=recording.lease_end(lease_seconds),
+        )
+    )
+    return number
+
+
+def close_attempt(attempt: Attempt, outcome: Outcome, reason: str | None) -> None:
+    """End an attempt now."""
+    attempt.released = attempt.renewed = now()
+    attempt.outcome, attempt.reason = outcome, reason
+
+
+def close_lost_attempt(attempt: Attempt) -> None:
+    """End the attempt of a worker that is gone, at the last moment that it is known to have lived."""
+    attempt.released = attempt.renewed
+    attempt.outcome, attempt.reason = Outcome.LOST, "the worker ended without a word"

@@ -1,0 +1,53 @@
+"""The end of a study of which nothing goes on: what is left is closed, and Optuna is told."""
+
+from collections.abc import Collection, Iterable
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
+
+from storage.attempts import close_lost_attempt, lock_open_attempt
+from storage.liveness import Liveness
+from storage.optuna_tables import TrialModel, end_trial
+from storage.outcome import SPENT, Outcome
+from storage.tables import Attempt, Epoch
+from storage.trial_queue import PAUSED_TRIALS
+
+
+def close_the_dead(
+    session: Session,
+    trial_ids: Iterable[int],
+    liveness: Liveness,
+    worker_id: str | None,
+    held: Collection[int],
+) -> None:
+    """Close the attempts of workers that ended without a word: nobody will take their trials.
+
+    So with our own attempts at trials that are not `held`: those are of claims whose reply was lost.
+    """
+    for trial_id in trial_ids:
+        row = lock_open_attempt(session, trial_id)
+        if row is not None and trial_id not in held:
+            attempt, lease_lasts = row
+            is_ours = attempt.worker_id == worker_id
+            if is_ours or not liveness.get(attempt.worker_id, lease_lasts):
+                close_lost_attempt(attempt)
+
+
+def prune_the_rest(session: Session, study_id: int, spent: bool) -> None:
+    """Tell Optuna that what is paused will not go on; nothing will, if the GPU-hours are spent."""
+    ending = sa.select(TrialModel).where(
+        TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING
+    )
+    if not spent:
+        paused = sa.text(PAUSED_TRIALS).bindparams(study_id=study_id).columns(Attempt.trial_id)
+        ending = ending.where(TrialModel.trial_id.in_(paused))
+    for trial in session.scalars(ending.with_for_update()).all():
+        values = sa.select(Epoch.value).where(Epoch.trial_id == trial.trial_id)
+        value = session.scalar(values.order_by(Epoch.epoch.desc()).limit(1))
+        end_trial(session, trial, TrialState.PRUNED, value, {})
+        attempts = sa.select(Attempt).where(Attempt.trial_id == trial.trial_id)
+        last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
+        if last is not None and last.outcome == Outcome.PAUSED:
+            last.outcome = Outcome.PRUNED
+            last.reason = f"{last.reason}, and {SPENT if spent else 'never among the best'}"

@@ -1,0 +1,169 @@
+"""Which trials of a study may be claimed next, and in which order."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
+
+from storage.clock import NOW
+from storage.liveness import Liveness, hosts_at_work
+from storage.optuna_tables import TrialModel
+from storage.outcome import SICK_HOST, Outcome
+from storage.ranks import Rank, read_ranks
+from storage.tables import Attempt, Study, Worker
+from storage.usage import TRAINED_HERE
+
+# Trials whose last attempt has paused them: nobody has taken them since.
+PAUSED_TRIALS = f"""
+SELECT trial_id
+FROM atelier.attempt AS pause
+WHERE study_id = :study_id AND outcome = '{Outcome.PAUSED}' AND NOT EXISTS (
+    SELECT FROM atelier.attempt AS later
+    WHERE later.trial_id = pause.trial_id AND later.number > pause.number
+)
+"""
+LAST_EPOCHS_OF_PAUSED = f"""
+SELECT trial_id, max(epoch) AS epoch
+FROM atelier.epoch
+WHERE trial_id IN ({PAUSED_TRIALS})
+GROUP BY trial_id
+"""
+# Trials that may wait for a worker; first our own, from a claim whose reply was lost. Their holders
+# are judged again under a lock: this spares those that are surely at work.
+UNFINISHED_TRIALS = f"""
+SELECT trials.trial_id
+FROM trials
+LEFT JOIN atelier.attempt ON attempt.trial_id = trials.trial_id AND attempt.released IS NULL
+WHERE trials.study_id = :study_id AND trials.state = 'RUNNING'
+    AND trials.trial_id NOT IN ({PAUSED_TRIALS})
+    AND (
+        attempt.worker_id IS NULL
+        OR attempt.worker_id = :worker_id
+        OR attempt.worker_id = ANY(:gone_workers)
+        OR attempt.lease_until <= {NOW}
+    )
+ORDER BY coalesce(attempt.worker_id = :worker_id, false) DESC, trials.number
+"""
+
+
+class TrialQueue:
+    """What a worker may claim, read under the lock of the study's row. Trials are Optuna's ids.
+
+    Each list is read when it is asked for: most claims need only the first.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        study: Study,
+        worker_id: str | None,
+        host: str,
+        liveness: Liveness,
+    ) -> None:
+        self._session, self._study = session, study
+        self._worker_id, self._host, self._liveness = worker_id, host, liveness
+
+    @cached_property
+    def unfinished(self) -> list[int]:
+        """Trials that were begun and that nobody seems to hold, without the paused ones."""
+        parameters = {
+            "study_id": self._study.study_id,
+            "worker_id": self._worker_id,
+            "gone_workers": [worker for worker, alive in self._liveness.items() if not alive],
+        }
+        return list(self._session.scalars(sa.text(UNFINISHED_TRIALS), parameters))
+
+    def interrupted(self) -> list[int]:
+        """Unfinished trials that have not failed."""
+        return [trial_id for trial_id in self.unfinished if trial_id not in self._failures]
+
+    def enqueued(self) -> list[int]:
+        """Trials that somebody has enqueued by hand, if the budget has a place for one."""
+        begun = self._trial_count - len(self._waiting)
+        return self._waiting if begun < self._study.max_trials else []
+
+    def promoted(self, promotes: Callable[[Rank], bool]) -> list[int]:
+        """Paused trials that the strategy lets go on now."""
+        return [trial_id for trial_id, rank in self._paused.items() if promotes(rank)]
+
+    def allows_new(self) -> bool:
+        """Whether the budget has a place for a new trial."""
+        return self._trial_count < self._study.max_trials
+
+    def failed(self) -> list[int]:
+        """Unfinished trials that have failed, those last that have failed on this host.
+
+        One that has failed here is for a host that has not tried it, while such a host is at work.
+        """
+        others = hosts_at_work(self._session, self._study.study_id) - {self._host}
+        failures = {
+            trial_id: self._failures[trial_id]
+            for trial_id in self.unfinished
+            if trial_id in self._failures
+        }
+        may_try = [
+            trial_id
+            for trial_id, hosts in failures.items()
+            if self._host not in hosts or others <= hosts
+        ]
+        return sorted(may_try, key=lambda trial_id: self._host in failures[trial_id])
+
+    def rest_of_paused(self, is_over: bool) -> list[int]:
+        """Paused trials that go on because nothing else can: the best first.
+
+        A budget in GPU-hours is there to be spent. And a small search may have nobody in the top third
+        at a rung, but must not end with nothing.
+        """
+        may_go_on = self._study.max_gpu_seconds is not None or (is_over and not self._has_complete())
+        return list(self._paused) if may_go_on else []
+
+    def somebody_is_at_work(self) -> bool:
+        """Whether an attempt is open at a trial that nobody has ended otherwise."""
+        query = (
+            sa.select(Attempt.trial_id)
+            .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
+            .where(Attempt.study_id == self._study.study_id, Attempt.released.is_(None))
+            .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+        )
+        return self._session.scalar(query.limit(1)) is not None
+
+    @cached_property
+    def _failures(self) -> dict[int, set[str]]:
+        """The hosts on which trials have failed, by trial; also where that was excused."""
+        failed = (Attempt.outcome == Outcome.ERROR) | Attempt.reason.startswith(SICK_HOST)
+        query = (
+            sa.select(Attempt.trial_id, Worker.host)
+            .join(Worker, Worker.id == Attempt.worker_id)
+            .where(Attempt.study_id == self._study.study_id, failed)
+        )
+        hosts: dict[int, set[str]] = {}
+        for trial_id, name in self._session.execute(query):
+            hosts.setdefault(trial_id, set()).add(name)
+        return hosts
+
+    @cached_property
+    def _waiting(self) -> list[int]:
+        query = sa.select(TrialModel.trial_id).where(
+            TrialModel.study_id == self._study.study_id, TrialModel.state == TrialState.WAITING
+        )
+        return list(self._session.scalars(query.order_by(TrialModel.number)))
+
+    @cached_property
+    def _trial_count(self) -> int:
+        query = sa.select(sa.func.count()).where(TrialModel.study_id == self._study.study_id)
+        return self._session.scalars(query).one()
+
+    @cached_property
+    def _paused(self) -> dict[int, Rank]:
+        """Their ranks at the epoch where they wait: the furthest first, then the best."""
+        return read_ranks(self._session, self._study.study_id, LAST_EPOCHS_OF_PAUSED)
+
+    def _has_complete(self) -> bool:
+        query = sa.select(TrialModel.trial_id).where(
+            TrialModel.study_id == self._study.study_id,
+            TrialModel.state == TrialState.COMPLETE,
+            TRAINED_HERE,
+        )
+        return self._session.scalar(query.limit(1)) is not None
