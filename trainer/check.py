@@ -1,4 +1,4 @@
-"""`atelier data check`: all that is wrong with a dataset, and what its user should know of it."""
+"""`atelier data check`: everything that is wrong or worth knowing about a dataset."""
 
 import os
 from collections import Counter, defaultdict
@@ -14,10 +14,10 @@ Row = tuple[Split, int]  # an image's place: its split, and its index in it
 
 
 def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
-    """The dataset as far as it can be read, and all findings, images and contradictions included.
+    """The dataset as far as it can be read, and all findings.
 
-    Errors are what keeps a search from beginning; of a folder without any labels, what keeps its images
-    from being predicted. All else is a warning.
+    An error keeps a search from beginning or, in a folder without labels, a prediction. All else is a
+    warning.
     """
     present = listed_splits(folder)
     labelled = any((as_on_disk(folder) / "split" / f"{name}_attr.txt").is_file() for name in LEARNED)
@@ -28,7 +28,7 @@ def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
             findings += _absent(dataset)
         findings += _of_images(dataset)
     if labelled:  # a search does not look at the test split
-        findings = [replace(one, is_error=one.is_error and not _is_of_test(one)) for one in findings]
+        findings = [replace(f, is_error=f.is_error and not _is_of_test(f)) for f in findings]
     return dataset, sorted(findings, key=lambda finding: not finding.is_error)
 
 
@@ -40,7 +40,7 @@ def summary(findings: list[Finding]) -> str:
     """How many there are of each kind, errors apart from warnings."""
     words = []
     for name, is_error in (("errors", True), ("warnings", False)):
-        kinds = Counter(one.kind for one in findings if one.is_error is is_error)
+        kinds = Counter(f.kind for f in findings if f.is_error is is_error)
         each = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
         number = "1 " + name[:-1] if kinds.total() == 1 else f"{kinds.total() or 'no'} {name}"
         words.append(number + (f" ({each})" if each else ""))
@@ -65,21 +65,21 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
 
 def _repeated(dataset: Dataset, first: Row, other: Row) -> Iterator[Finding]:
     """What there is to say of two rows with the same image."""
-    (split, index), (own_split, own_index) = first, other
+    (split, index), (other_split, other_index) = first, other
     there = f"{split.name}.txt:{index + 1}"
-    if split is not own_split:
+    if split is not other_split:
         kind, text = (
             "images in two splits",
-            f"the image of {there} too, so {own_split.name} is not unseen",
+            f"the image of {there} too, so {other_split.name} is not unseen",
         )
-    elif Path(split.paths[index]) == Path(own_split.paths[own_index]):
+    elif Path(split.paths[index]) == Path(other_split.paths[other_index]):
         kind, text = "images listed twice", f"listed in {there} already"
     else:
         kind, text = "equal images", f"the same image as {there}, byte for byte, under another name"
     yield Finding(_place(dataset, other), kind, text, is_error=False)
-    if split.labels is None or own_split.labels is None:
+    if split.labels is None or other_split.labels is None:
         return
-    columns = zip(dataset.names, split.labels[index], own_split.labels[own_index], strict=True)
+    columns = zip(dataset.names, split.labels[index], other_split.labels[other_index], strict=True)
     differing = [f"{names[mine]}, not {names[its]}" for names, its, mine in columns if its != mine]
     if differing:
         text = f"other labels than {there}, the same image: {'; '.join(differing)}"

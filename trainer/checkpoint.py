@@ -1,13 +1,13 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-Each is a file of its own, `attempt-0001-epoch-0003-step-00000120.pt`, named by who wrote it and by the
-epochs and steps that the run had finished, with its SHA-256 in a file of the same name and `.sha256`
-(the form that `sha256sum -c` reads). Data, then digest, each to a temporary name in the same folder,
-fsynced and moved into place; a file without a digest is none yet.
+A checkpoint is a file such as `attempt-0001-epoch-0003-step-00000120.pt`. Its name has the attempt that
+wrote it, and the epochs and steps that the run had finished. Beside it, a file with `.sha256` at the end
+of its name has its digest, in the form of `sha256sum -c`. Both are written under a temporary name and
+moved into place, the digest last: a file without a digest does not count.
 
-The newest is that of the last attempt: what a worker that was replaced writes late comes before all
-that its successor wrote. One older pair is kept, for the day when the newest is found damaged: that one
-is set aside, as `.damaged`, and the run goes on from the one before it.
+The newest checkpoint is the last attempt's. So a late write of a worker that was replaced counts as
+older than its successor's. One older checkpoint is kept. If the newest is damaged, it is renamed to
+`.damaged`, and the run goes on from the older one.
 """
 
 import hashlib
@@ -32,34 +32,34 @@ KEPT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint was made by another configuration, or is none; the message is one line."""
+    """A checkpoint does not fit the configuration or cannot be read; the message is one line."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own.
 
-    `attempt` counts those that have worked on the run. `before_save` is called before each write; what
-    it raises prevents it.
+    `attempt` counts the workers that have worked on the run. `before_save` is called before each write,
+    and prevents it by raising an error.
     """
 
     def __init__(
         self, folder: Path, attempt: int = 1, before_save: Callable[[], None] = lambda: None
     ) -> None:
         self.folder, self._attempt, self._before_save = folder, attempt, before_save
-        self._last: Path | None = None  # that was saved
+        self._last_saved: Path | None = None
 
     def save(self, epochs: int, step: int, state: State) -> Path:
-        """Keep the state after so many epochs and steps, and the one before it."""
+        """Write the state after so many epochs and steps; of the older ones the latest is kept."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         name = f"attempt-{self._attempt:04d}-epoch-{epochs:04d}-step-{step:08d}.pt"
-        path = self._last = self.folder / name
+        path = self._last_saved = self.folder / name
         with buffer.getbuffer() as data:
             digest = hashlib.sha256(data).hexdigest()
             self._before_save()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            _digest_path(path).unlink(missing_ok=True)  # it would be that of other data for a moment
+            _digest_path(path).unlink(missing_ok=True)  # for a moment it would belong to other data
             write_atomically(path, data)
         write_atomically(_digest_path(path), f"{digest}  {path.name}\n".encode())
         older = [other for other in self._files() if other < path]
@@ -68,13 +68,13 @@ class Checkpoints:
         return path
 
     def latest(self) -> State | None:
-        """The newest state that is whole; None without one."""
+        """The newest undamaged state; None if there is none."""
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[State]:
-        """The states that are whole, on the CPU; what is damaged is set aside.
+        """The undamaged states, on the CPU. Damaged files are renamed.
 
-        Raises CheckpointError for one that is as it was written, and no state.
+        Raises CheckpointError if a file is undamaged but cannot be read as a state.
         """
         for path in reversed(self._files()):
             try:
@@ -91,22 +91,22 @@ class Checkpoints:
                 _remove(path)
 
     def withdraw(self) -> None:
-        """Remove what was saved last: the run had another worker by then."""
-        if self._last is not None:
-            _remove(self._last)
+        """Remove what was saved last, because the run had another worker by then."""
+        if self._last_saved is not None:
+            _remove(self._last_saved)
             with suppress(OSError):  # it has other files
                 self.folder.rmdir()
 
     def clear(self) -> None:
-        """Remove all of it, for a trial that is finished."""
+        """Remove all checkpoints of a finished run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        """Those that have a digest, the oldest first."""
+        """The checkpoints that have a digest, the oldest first."""
         return sorted(path.with_suffix("") for path in self.folder.glob("attempt-*.pt.sha256"))
 
     def _sweep(self) -> None:
-        """Remove what a kill in the middle of a save has left, but nothing of a later attempt."""
+        """Remove leftovers of a save that was killed, but nothing of a later attempt."""
         bare = set(self.folder.glob("attempt-*.pt")) - set(self._files())
         for leftover in [*self.folder.glob(".attempt-*"), *bare]:
             if leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}":
@@ -127,6 +127,6 @@ def _digest_path(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    # The digest first: what is left of a kill in between is a file without one, and swept.
+    # The digest first: a kill in between leaves a file without a digest, which is swept later.
     _digest_path(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)

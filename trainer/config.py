@@ -15,7 +15,7 @@ def _no_boolean(value: object) -> object:
     return value
 
 
-# Numbers as a user may type them.
+# Numbers as a user may type them: True and False are refused.
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
 Real = Annotated[float, BeforeValidator(_no_boolean)]
 Number = Annotated[float | int, BeforeValidator(_no_boolean)]  # stays what it is

@@ -1,4 +1,4 @@
-"""The dataset's folder layout: read it, and tell one dataset from another.
+"""Read a dataset's folder, and fingerprint it to tell one dataset from another.
 
 `img/*.jpg`; `split/{train,val,test}.txt` with one image path a line; `split/{train,val}_attr.txt` with
 one 0-based attribute index per category a line; `split/list_attr_cloth.txt` with the number of
@@ -46,7 +46,7 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a dataset that is wrong, or that its user should know."""
+    """Something that is wrong or worth knowing about a dataset."""
 
     place: str  # a file; with its line, if it has one, as in train.txt:3
     kind: str  # in the plural, for a summary
@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder that has been read: attributes, categories, and the splits that are wanted."""
+    """A dataset folder that has been read: attributes, categories and the requested splits."""
 
     folder: Path
     attributes: tuple[str, ...]
@@ -85,35 +85,35 @@ class Dataset:
         return self._digests[0]
 
     def images_digest(self, split: Split) -> str:
-        """What tells the split's images, in their order, from others."""
+        """A digest of the split's images in their order."""
         return "+".join(self._digests[1][part] for part in split.name.split("+"))
 
     @cached_property
     def _digests(self) -> tuple[str, dict[str, str]]:
-        """Of all, and of each split's images."""
+        """The digest of everything, and of each split's images."""
         whole = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
         images = {}
         for split in self.splits.values():
             labels = b"" if split.labels is None else split.labels.tobytes()
             whole.update(f"{split.name}:{len(split)}".encode() + labels)
-            own = hashlib.sha256()
+            of_images = hashlib.sha256()
             for path in split.paths:
                 data = (self.folder / path).read_bytes()
                 whole.update(same_letters(path).encode() + data)
-                own.update(hashlib.sha256(data).digest())
-            images[split.name] = own.hexdigest()[:16]
+                of_images.update(hashlib.sha256(data).digest())
+            images[split.name] = of_images.hexdigest()[:16]
         return whole.hexdigest(), images
 
     def split(self, name: str) -> Split:
         """One split, or several as one, as in "train+val"."""
-        found = [self.splits[part] for part in name.split("+")]
-        if len(found) == 1:
-            return found[0]
-        labels = [part.labels for part in found if part.labels is not None]
+        parts = [self.splits[part] for part in name.split("+")]
+        if len(parts) == 1:
+            return parts[0]
+        labels = [part.labels for part in parts if part.labels is not None]
         return Split(
             name,
-            tuple(path for part in found for path in part.paths),
-            np.concatenate(labels) if len(labels) == len(found) else None,
+            tuple(path for part in parts for path in part.paths),
+            np.concatenate(labels) if len(labels) == len(parts) else None,
         )
 
     def training_rows(self, config: TrainConfig) -> np.ndarray:
@@ -161,7 +161,7 @@ class Dataset:
 
 
 def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What follows from attributes without images, in sentences; `table` is an attribute table."""
+    """The consequences of attributes without images, in sentences; `table` is an attribute table."""
     lines = []
     for split, key, so in (
         ("training", "train_images", "no network can learn it"),
@@ -176,7 +176,7 @@ def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
 def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: bool = True) -> Dataset:
     """Read lists and labels of some splits of a dataset, not its images; without `labelled` no labels.
 
-    Raises DatasetError with the first thing that is wrong.
+    Raises DatasetError with the first finding.
     """
     dataset, findings = examine(Path(folder), splits, labelled)
     if dataset is not None and not findings:
@@ -192,7 +192,7 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
 
 
 def listed_splits(folder: Path) -> list[str]:
-    """Those of which there is a list of images."""
+    """The splits that have a list of images."""
     folder = as_on_disk(folder)
     return [name for name in (*LEARNED, "test") if _list(folder, name).is_file()]
 

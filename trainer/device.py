@@ -21,9 +21,9 @@ DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
 
 
 class DeviceError(RuntimeError):
-    """This machine has not the device that was asked for; the message is one line."""
+    """This machine lacks the device that was asked for; the message is one line."""
 
-    exit_code = 1  # the place's fault, not the input's: another machine may have it
+    exit_code = 1  # the machine's fault, not the input's: another machine may have the device
 
 
 class UnknownDeviceError(ValueError):
@@ -31,10 +31,10 @@ class UnknownDeviceError(ValueError):
 
 
 def pick_device() -> torch.device:
-    """What ATELIER_DEVICE says, cuda or cpu; else the GPU where there is one, else the CPU.
+    """The device that ATELIER_DEVICE names, cuda or cpu; else a GPU if there is one, else the CPU.
 
-    A GPU that was granted or is there is never passed over in silence. It is tried, so that one in a bad
-    state is found before there is work to lose. Raises DeviceError, UnknownDeviceError.
+    A GPU that was granted or is present is never ignored silently. It is tried, so that a broken one is
+    found before there is work to lose. Raises DeviceError, UnknownDeviceError.
     """
     wanted = os.environ.get(DEVICE, "")
     if wanted not in ("", "cuda", "cpu"):
@@ -72,9 +72,9 @@ def prepare_process() -> int:
     Returns the number of threads.
     """
     torch.set_num_threads(number("OMP_NUM_THREADS") or cpu_count())
-    # glibc gives a large tensor's memory back to the kernel at once, and the next one is paid for in
-    # page faults: on a CPU, 40 % of an epoch's time. The largest are few enough to pay that, and would
-    # leave holes that fit no other.
+    # glibc gives a large tensor's memory back to the kernel at once, and the next tensor pays for that
+    # in page faults: on a CPU, 40 % of an epoch's time. The very largest still go back: they are few,
+    # and would leave holes that nothing else fits.
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         # Older versions refuse more than 32 MiB.
@@ -84,30 +84,30 @@ def prepare_process() -> int:
 
 
 def release_memory() -> None:
-    """Give the kernel what lies unused between the tensors that are kept.
+    """Give unused memory between the tensors back to the kernel.
 
-    Once an epoch: the pieces that one phase has left are often too small for the next one's tensors.
+    Called once an epoch: the gaps that one phase leaves are often too small for the next phase.
     """
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process may use in all, of the device where it counts them, else of the node."""
+    """Bytes that this process may use in total: of a GPU's memory, else of the node's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return memory_limit() or psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far, of the device where it counts them, else of the process."""
+    """The most bytes in use so far: of a GPU's memory, else of the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the trial does not fit into the memory there is."""
+    """Whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

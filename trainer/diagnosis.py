@@ -1,7 +1,7 @@
-"""What was not finite first, once the loss of an epoch is not.
+"""Find what was not finite first, when the loss of an epoch is not finite.
 
-It is found at the epoch's end, from what the steps have left, so that no step pays for it. The trunk's
-output is not kept: that of one step is made again.
+This happens at the epoch's end, from the kept losses and logits, so it costs the steps nothing. The
+trunk's output is not kept: for one step it is computed again.
 """
 
 import copy
@@ -24,7 +24,7 @@ class _Finding(NamedTuple):
 def first_not_finite(
     run: "Run", losses: torch.Tensor, logits: torch.Tensor, val_logits: torch.Tensor | None
 ) -> str:
-    """What it was, where, and what to do: one line. The run is at the end of that epoch.
+    """What it was, where, and what to do, in one line. The run must be at the end of that epoch.
 
     `losses` float [steps] and `logits` float [images, attributes] are those of the epoch's steps, in
     their order; `val_logits` float [images, attributes] are the validation's, where there is one.
@@ -70,7 +70,7 @@ def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
         return found
     parts = {"weights": run.tail.parameters(), "BatchNorms' running statistics": run.tail.buffers()}
     for name, tensors in parts.items():
-        if not all(bool(one.isfinite().all()) for one in tensors):
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             return _Finding(f"the {name} of the tail", where, remedy)
     return _Finding(_logits_of(run, logits), where, remedy)
 
@@ -88,10 +88,10 @@ def _of_trunk(run: "Run", usable: torch.Tensor, names: Sequence[str], where: str
 
 
 def _features(run: "Run", step: int) -> torch.Tensor:
-    """The trunk's output for the images of a step of the epoch, made again."""
+    """The trunk's output for the images of one step of the epoch, computed again."""
     assert run.stream_epoch is not None
     block, within = divmod(step, run.steps_per_block)
-    # A copy: to run it in training mode changes its running statistics.
+    # A copy, because training mode changes the running statistics.
     trunk = copy.deepcopy(run.trunk).train() if run.owns_trunk else run.runnable_trunk
     blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block_size, block)
     features, _ = next(blocks)
@@ -99,7 +99,7 @@ def _features(run: "Run", step: int) -> torch.Tensor:
 
 
 def _remedy(run: "Run", steps: int) -> str:
-    """What to do about numbers of what is trained that overflow after so many steps of the run."""
+    """What to do if trained numbers overflow after so many steps of the run."""
     if steps and run.rate(steps - 1) > 0:
         return "training diverged: lower lr or weight_decay"
     decay = "lower weight_decay, or " if steps else ""
@@ -121,10 +121,10 @@ def _logits_of(run: "Run", logits: torch.Tensor) -> str:
 
 
 def _categories(run: "Run", finite: torch.Tensor) -> str:
-    """The names of those that are not; `finite` is bool [categories]."""
-    every = run.workspace.dataset.categories
-    names = list(compress(every, (~finite).tolist()))
-    if len(names) in (0, len(every)):  # 0: it is their mean that overflows
+    """The names of the categories that are not finite; `finite` is bool [categories]."""
+    categories = run.workspace.dataset.categories
+    names = list(compress(categories, (~finite).tolist()))
+    if len(names) in (0, len(categories)):  # 0: it is their mean that overflows
         return "every category"
     return ("category " if len(names) == 1 else "categories ") + ", ".join(names)
 

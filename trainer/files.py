@@ -1,4 +1,4 @@
-"""Files that a reader, or a crash, sees whole or not at all."""
+"""Write files so that a reader or a crash sees all of a file or nothing."""
 
 import os
 import uuid

@@ -1,4 +1,4 @@
-"""An image as viewers show it: upright, in sRGB, on white. What cannot be read says why."""
+"""Load an image as viewers show it: upright, in sRGB, on white; or say why that is impossible."""
 
 import hashlib
 import io
@@ -13,14 +13,14 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from trainer.kind import IMAGES, kind_of
 
-# What this module makes of a file is a part of what a network learns from. So the number stands beside
-# all that is kept of its results, or compared by them. 1 dropped orientation and colour profile.
+# The version of this module's output, which networks learn from. It is stored with everything that
+# depends on it. Version 1 ignored orientation and colour profile.
 READER = 2
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-MOST_PIXELS = 25_000_000  # of an image: decoded, a JPEG in many passes takes 10 bytes for each
+MOST_PIXELS = 25_000_000  # of an image: to decode a progressive JPEG takes 10 bytes for each
 
-# Pillow's modes whose numbers have one meaning on a screen, by how colours of them are converted.
+# Pillow's modes with a defined look on a screen.
 GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBX", "RGBA", "YCbCr", "CMYK")
 SIXTEEN_BITS = ("I;16", "I;16B")
 TIFF_BITS, TIFF_MEANING, TIFF_BLACK_IS_0 = 258, 262, 1  # TIFF 6.0, section 8
@@ -36,7 +36,7 @@ UPRIGHT = {  # by EXIF's orientation
 
 
 class ImageError(ValueError):
-    """A file is no image that can be used; the message is one line and names the file."""
+    """A file cannot be used as an image; the message is one line and names the file."""
 
 
 def load_image(path: Path) -> Image.Image:
@@ -100,7 +100,7 @@ def _check(path: Path, image: Image.Image) -> None:
 
 
 def _is_odd_grey(image: Image.Image) -> bool:
-    """Whether 16 bits are more than a grey: 12 of them used, white at 0, one grey unseen."""
+    """Whether 16 bits are no plain grey: 12 bits used, white at 0, or a transparent grey."""
     if image.mode not in SIXTEEN_BITS:
         return False
     tags = getattr(image, "tag_v2", {TIFF_BITS: (16,), TIFF_MEANING: TIFF_BLACK_IS_0})
@@ -109,9 +109,9 @@ def _is_odd_grey(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1, upright, where there is none. Pillow turns a TIFF itself.
+    """EXIF's orientation; 1, upright, without one. Pillow turns a TIFF itself.
 
-    Not by ImageOps.exif_transpose, which writes the EXIF anew: that of some cameras fails there.
+    ImageOps.exif_transpose is not used: it rewrites the EXIF, which fails for some cameras.
     """
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))

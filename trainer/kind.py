@@ -1,4 +1,4 @@
-"""What a file is, told by its bytes: people rename files, and downloads fail. Imports no torch."""
+"""Tell what a file is by its bytes: people rename files, and downloads fail. Imports no torch."""
 
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ PNG, JPEG, GIF, WEBP, AVIF = IMAGES = (
     "a WebP image",
     "an AVIF image",
 )
-# Which bytes stand where in the other kinds of files that people take for the right one.
+# The signs of other files that people give by mistake: where they stand, their bytes, the kind.
 SIGNS = (
     (0, POINTER, "a Git LFS pointer (run: git lfs pull)"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
@@ -45,7 +45,7 @@ SIGNS = (
 def kind_of(path: Path) -> str | None:
     """What a file is by its bytes, whatever its name, as in "a Git LFS pointer (run: git lfs pull)".
 
-    None if it is nothing that is known here. Reads its first bytes, and a zip archive's list of members.
+    None for an unknown kind. Reads the first bytes, and a zip archive's list of members.
     Raises OSError.
     """
     with path.open("rb") as file:
@@ -97,9 +97,9 @@ def _kind_of_zip(file: BinaryIO) -> str:
 
 
 def not_weights(path: Path) -> str | None:
-    """Why a path cannot be that of a file of weights, without reading all of it; None if it can.
+    """Why a path cannot be a file of weights, in words to go after the path; None if it can.
 
-    In words that go after the path. Raises OSError.
+    Does not read the whole file. Raises OSError.
     """
     if path.is_dir():
         return "is a folder; give the file of weights in it"

@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class Description(BaseModel):
-    """What a file says of its network."""
+    """The metadata of a model file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,10 +59,10 @@ class ModelFiles:
         self._folder, self._dataset = folder, dataset
 
     def keep(self, run: Run, result: EpochResult) -> None:
-        """Write what this epoch changes; nothing of a network that has diverged."""
+        """Write the files that this epoch changes; none for a network that has diverged."""
         if not result.finite:
             return
-        earlier = [one.val_accuracy for one in run.history if one.epoch < result.epoch]
+        earlier = [past.val_accuracy for past in run.history if past.epoch < result.epoch]
         is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
         names = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
         for name in (name for name, wanted in names.items() if wanted):
@@ -141,7 +141,7 @@ class SavedModel:
     def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
         """The attributes of a split's images in file order, int64 [images, categories].
 
-        With `flip` from the mean logits of an image and its mirror image. Raises ImageError.
+        With `flip`, from the mean logits of an image and its mirror image. Raises ImageError.
         """
         path = prepared_images(dataset, split, self.config.image_size, cache)
         parts = []

@@ -1,6 +1,6 @@
-"""What a run says of every validation image, kept so that runs can be compared image by image.
+"""A run's predictions for every validation image, kept to compare runs image by image.
 
-Imports no torch: whoever compares runs may stand on a login node.
+Imports no torch, so that runs can be compared on a login node.
 """
 
 import io
@@ -51,7 +51,7 @@ class Predictions:
     @classmethod
     def _read(cls, file: io.BytesIO) -> "Predictions":
         with zipfile.ZipFile(file) as archive:
-            if sum(one.file_size for one in archive.infolist()) > MOST_BYTES:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes")
         with np.load(file) as arrays:
             predictions = cls(arrays["labels"], arrays["classes"], arrays["log_probs"])

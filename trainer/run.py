@@ -44,10 +44,10 @@ def learning_rate(position: float, config: TrainConfig) -> float:
 
 
 class Run:
-    """One run's own parts: tail, optimizer, generator, position, history.
+    """What belongs to one run alone: tail, optimizer, generator, position, history.
 
-    With `checkpoints` it begins where the latest one stands that agrees with `stream_epochs`: the epochs
-    of the stream that its epochs on record went through. Raises CheckpointError.
+    With `checkpoints` it goes on from the latest one that agrees with `stream_epochs`: the epochs of the
+    stream that its recorded epochs went through. Raises CheckpointError.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Run:
         self._checkpoints, self._stream_epochs = checkpoints, stream_epochs
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        # Batch statistics in the trunk make it a part of the run, and tie blocks to its batches.
+        # With batch statistics the trunk belongs to the run, and a block must be one of its batches.
         self.owns_trunk = config.frozen_batchnorm == "train"
         self.trunk = copy.deepcopy(workspace.trunk) if self.owns_trunk else workspace.trunk
         self.runnable_trunk = self.trunk if self.owns_trunk else workspace.frozen
@@ -87,7 +87,7 @@ class Run:
             for start in range(0, len(labels), self.block_size)
         )
         self.step = 0  # the schedule's position
-        self.stream_epoch: int | None = None  # of the epoch that it is inside
+        self.stream_epoch: int | None = None  # of the running epoch
         self.partial = PartialEpoch()
         self.history: list[EpochResult] = []
         self._resume()
@@ -113,17 +113,17 @@ class Run:
             return
 
     def _agrees(self, state: State) -> bool:
-        """Whether it went through the epochs of the stream that are on record.
+        """Whether a checkpoint went through the epochs of the stream that are recorded.
 
-        A worker that was replaced may have gone through others, and saved that after its successor came.
+        A worker that was replaced may have gone through others, and saved them after its successor came.
         """
-        went = [one["stream_epoch"] for one in state["history"]]
+        epochs = [result["stream_epoch"] for result in state["history"]]
         if state["stream_epoch"] is not None:
-            went.append(state["stream_epoch"])
-        return all(a == b for a, b in zip(went, self._stream_epochs, strict=False))
+            epochs.append(state["stream_epoch"])
+        return all(a == b for a, b in zip(epochs, self._stream_epochs, strict=False))
 
     def save(self) -> None:
-        """Write a checkpoint, if there is a place for them."""
+        """Write a checkpoint, if the run has a folder for them."""
         if self._checkpoints:
             self._checkpoints.save(len(self.history), self.step, self.state())
 
@@ -144,7 +144,7 @@ class Run:
 
     @property
     def bound_stream_epoch(self) -> int | None:
-        """The epoch of the stream that it must go through: it is inside, or goes through it again."""
+        """The epoch of the stream that it must go through next; None if it is free to choose."""
         done = len(self.history)
         if self.stream_epoch is None and done < len(self._stream_epochs):
             return self._stream_epochs[done]
@@ -152,19 +152,19 @@ class Run:
 
     @property
     def next_stream_epoch(self) -> int:
-        """The epoch of the stream that it must go through, else the one after those that it has seen."""
+        """The epoch of the stream that it must go through, else the first that it has not seen."""
         if self.bound_stream_epoch is not None:
             return self.bound_stream_epoch
         return self.history[-1].stream_epoch + 1 if self.history else 0
 
     @property
     def _steps_done(self) -> int:
-        """In this epoch; more than 0 after an interruption."""
+        """Steps taken in this epoch; more than 0 after an interruption."""
         return self.step - len(self.history) * self.steps_per_epoch
 
     @property
     def steps_left(self) -> int:
-        """In this epoch."""
+        """Steps left in this epoch."""
         return self.steps_per_epoch - self._steps_done
 
     @property
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def evaluation_steps(self) -> int:
-        """How many training steps take as long as the evaluation, at most: it is forward only."""
+        """The evaluation's time in training steps, at most: it needs no backward pass."""
         images = len(self.workspace.val_labels) if self.config.validates else 0
         return math.ceil(images / self.config.batch_size)
 
@@ -266,7 +266,7 @@ class Run:
             return torch.cat([self.workspace.runtime.logits(self.tail, part) for part in parts])
 
     def state(self) -> State:
-        """All that the next epoch depends on, as plain tensors, numbers and strings."""
+        """Everything that the next epoch depends on, as plain tensors, numbers and strings."""
         return {
             "format": FORMAT,
             "reader": READER,
@@ -283,7 +283,7 @@ class Run:
         }
 
     def load(self, state: State) -> None:
-        """Raises CheckpointError if another configuration, or another version, made the state."""
+        """Go on from a state. Raises CheckpointError if another configuration or version made it."""
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
@@ -294,7 +294,7 @@ class Run:
                 f"the checkpoint was made with version {reader} of the reader of images, this is "
                 f"{READER} (CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
             )
-        self._compare(state["config"])
+        self._check_config(state["config"])
         self.tail.load_state_dict(state["tail"])
         if self.owns_trunk:
             self.trunk.load_state_dict(state["trunk"])
@@ -309,7 +309,7 @@ class Run:
         kept = zip(state["history"], state["predictions"], strict=True)
         self.history = [EpochResult(**values, predictions=_arrays(part)) for values, part in kept]
 
-    def _compare(self, saved: dict[str, object]) -> None:
+    def _check_config(self, saved: dict[str, object]) -> None:
         mine = self.config.model_dump()
         for key in mine.keys() - set(MOVABLE):
             if saved.get(key) != mine[key]:
@@ -320,9 +320,9 @@ class Run:
 
 
 def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:
-    """As a checkpoint holds them: loading with `weights_only` knows no NumPy."""
-    every = vars(predictions) if predictions else {}
-    return {name: torch.from_numpy(array) for name, array in every.items()}
+    """Predictions for a checkpoint: loading with `weights_only` knows no NumPy."""
+    arrays = vars(predictions) if predictions else {}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _arrays(tensors: dict[str, torch.Tensor]) -> Predictions | None:
@@ -332,7 +332,7 @@ def _arrays(tensors: dict[str, torch.Tensor]) -> Predictions | None:
 
 @dataclass
 class PartialEpoch:
-    """What the running epoch has gathered so far; a checkpoint in its middle holds it."""
+    """The running epoch's losses and logits so far. A checkpoint inside the epoch holds them."""
 
     losses: list[torch.Tensor] = field(default_factory=list)  # [1], a step's loss times its images
     logits: list[torch.Tensor] = field(default_factory=list)  # [images of the step, attributes]

@@ -1,4 +1,4 @@
-"""How a network runs on its device: placed, in which precision, on images of which scale."""
+"""How a network runs on its device: memory layout, precision, and the scale of images."""
 
 import math
 import os
@@ -36,7 +36,7 @@ class Runtime:
         return module
 
     def freeze(self, trunk: nn.Module) -> nn.Module:
-        """What is to be run in the place of a placed trunk that never changes."""
+        """Freeze a placed trunk. Returns the faster module to run in its place."""
         trunk.requires_grad_(False).eval()
         if self.config.frozen_batchnorm == "train" or not len(list(trunk.parameters())):
             return trunk
@@ -56,7 +56,7 @@ class Runtime:
         parts = torch.split(images, at_once)
         with torch.no_grad(), self._autocast():
             outputs = (trunk(self.normalise(part)) for part in parts)
-            return joined(outputs, len(images)) if len(parts) > 1 else next(outputs)
+            return concatenate(outputs, len(images)) if len(parts) > 1 else next(outputs)
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
         """A tail on trunk output, float [n, attributes].
@@ -73,11 +73,13 @@ class Runtime:
         """uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
         images = images.to(self.device, non_blocking=True)
         scaled = images.float().sub_(self._mean).div_(self._std)
-        return scaled.contiguous(memory_format=torch.channels_last)  # last: three times as fast
+        return scaled.contiguous(
+            memory_format=torch.channels_last
+        )  # as the last step: three times as fast
 
     @property
     def rounds(self) -> bool:
-        """Whether it computes in bf16 where that is enough."""
+        """Whether it computes in bf16 where that is precise enough."""
         wanted = self.config.precision
         return wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
 
@@ -85,8 +87,8 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16) if self.rounds else nullcontext()
 
 
-def joined(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
-    """The parts of a tensor of so many rows, in one that is there before the second part is made."""
+def concatenate(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+    """Concatenate into one tensor of `rows` rows, preallocated to save memory."""
     whole, start = torch.empty(0), 0
     for part in parts:
         if start == 0:

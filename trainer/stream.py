@@ -1,8 +1,8 @@
-"""Images on their way to the network: prepared once, then augmented by (seed, epoch, image).
+"""The stream of training images: prepared once, then augmented by (seed, epoch, image).
 
-The first three steps of the report's transform have no randomness, so their uint8 result is kept in a
-memory-mapped file that all processes of a machine share. What is random depends on nothing but the
-seed, the epoch and the image's index: any epoch can be made again, in any process, from any block on.
+The first three steps of the report's transform are not random. Their uint8 result is kept in a
+memory-mapped file that all processes of a machine share. The random steps depend only on the seed, the
+epoch and the image's index. So any process can make any epoch again, from any block on.
 """
 
 import errno
@@ -43,22 +43,22 @@ def deterministic_transform(size: int) -> transforms.Compose:
 def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> Path:
     """The .npy file of a split: uint8 [images, 3, size, size], built by the first process that asks.
 
-    Whoever has the same images in the same order shares it, but no other version of their reader.
+    It is shared by all who have the same images in the same order and the same version of the reader.
     Raises ImageError for the first image that cannot be used.
     """
     path = cache / f"{dataset.images_digest(split)}-{size}-reader{READER}.npy"
     shape = (len(split), 3, size, size)
-    if not _is_whole(path, shape):
+    if not _is_valid(path, shape):
         for name in split.paths:  # a broken image ends the command before anything is written
             load_image(dataset.folder / name)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not _is_whole(path, shape):
+        if not _is_valid(path, shape):
             _prepare(dataset, split, size, path)
     return path
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_valid(path: Path, shape: tuple[int, ...]) -> bool:
     try:
         images = np.lib.format.open_memmap(path, mode="r")
     except Exception:  # absent, or damaged, and what that raises depends on where
@@ -86,7 +86,7 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Take the space for so many bytes from here on now, not when the disk is full after minutes."""
+    """Reserve disk space for so many bytes, so that a full disk is an error at once."""
     file.flush()
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
@@ -99,7 +99,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
 def read_images(path: Path, indices: np.ndarray) -> torch.Tensor:
     """Some of the prepared images, uint8 [n, 3, size, size].
 
-    The file is mapped for as long as this takes: pages that stay mapped count as the process's memory.
+    The file is mapped only during the call: mapped pages count as the process's memory.
     """
     return torch.from_numpy(np.load(path, mmap_mode="r")[indices])  # a copy, by the indices
 
@@ -114,7 +114,7 @@ class Stream:
         augmentation: Augmentation | None,
         device: torch.device,
     ) -> None:
-        """`indices` are the images that are used, of those in `path`."""
+        """`indices` are the images in `path` to use."""
         self.indices, self.device, self._augmentation = indices, device, augmentation
         self._path, self._shape = path, np.load(path, mmap_mode="r").shape
 

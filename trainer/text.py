@@ -1,4 +1,4 @@
-"""Text files as people have them, whatever their editor and their system made of letters and lines."""
+"""Read text files, whatever encoding and line ends an editor or a system gave them."""
 
 import codecs
 import os
@@ -18,7 +18,7 @@ MARKS = (
 
 
 class TextError(ValueError):
-    """A file is no text that can be read; the message is one line and names file and line."""
+    """A file cannot be read as text; the message is one line and names file and line."""
 
 
 def read_text(path: Path) -> str:
@@ -33,7 +33,7 @@ def read_text(path: Path) -> str:
         raise
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         raise TextError(f"{path}: cannot be read ({error}); give a text file") from None
-    mark, encoding = next((one for one in MARKS if data.startswith(one[0])), (b"", "utf-8"))
+    mark, encoding = next((m for m in MARKS if data.startswith(m[0])), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines without blanks around them, and without empty ones at its end.
+    """A file's lines, stripped, without empty lines at the end.
 
     Raises FileNotFoundError, TextError.
     """
@@ -64,12 +64,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def same_letters(text: str) -> str:
-    """The text in NFC: a Mac takes letters and their accents apart, which looks the same."""
+    """The text in NFC. A Mac stores letters and accents apart, which looks the same."""
     return unicodedata.normalize("NFC", text)
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path in the form in which it exists, of those that look the same; else as it is.
+    """The path in the Unicode form in which it exists; unchanged if it does not exist.
 
     A ~ at its beginning is the user's home folder, as in a shell.
     """

@@ -1,4 +1,4 @@
-"""Files of torch.save, which somebody else may have written."""
+"""Read files of torch.save safely: somebody else may have written them."""
 
 import io
 import re
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-LEGACY_PICKLES = 4  # of a file of the older format, before its storages: the last one is the content
-MOST_CLASSES = 1000  # in one file; each is looked for again and again
-# Sentences of torch's that help its programmer, not our user.
+LEGACY_PICKLES = 4  # in a file of the older format, before the tensors' data; the last is the content
+MOST_CLASSES = 1000  # in one file; torch looks each of them up many times
+# Sentences in torch's messages that help a programmer, not our user.
 ADVICE = re.compile(
     r"(Weights only load failed|In PyTorch 2\.6|Re-running|Do it only|This file can still"
     r"|\(\d\) |Please |Alternatively|Check the documentation|Search for|For debugging|Compile with"
@@ -22,7 +22,7 @@ UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]| at 0x[0-9a-fA-F]+")  # colours
 
 
 class TorchFileError(ValueError):
-    """The bytes are none that torch.save writes of a state; the message is one line."""
+    """The file cannot be read as one of torch.save; the message is one line."""
 
 
 class _Inert(type):
@@ -35,9 +35,9 @@ class _Inert(type):
 
 
 class StandIn(list[Any], metaclass=_Inert):
-    """In the place of an object whose class torch does not know: is given things, and does nothing.
+    """Replaces an object whose class torch does not know. It keeps its entries and runs no code.
 
-    A list too, because torch appends to nothing else.
+    It is a list, because torch appends to lists only.
     """
 
     entries: dict[Any, Any]  # attributes, and items of a dict
@@ -69,7 +69,7 @@ class StandIn(list[Any], metaclass=_Inert):
 
 
 def load_state(data: bytes) -> dict[str, Any]:
-    """A state with its tensors on the CPU. No code of the file is run. Raises TorchFileError."""
+    """A state dict with its tensors on the CPU. Runs no code of the file. Raises TorchFileError."""
     state = _load(data)
     if not isinstance(state, dict):
         raise TorchFileError(f"it holds no state, but a {type(state).__name__}")
@@ -77,9 +77,9 @@ def load_state(data: bytes) -> dict[str, Any]:
 
 
 def load_content(data: bytes) -> Any:
-    """Whatever was saved, with its tensors on the CPU and a StandIn for what is of no class of torch's.
+    """Whatever was saved, with its tensors on the CPU; a StandIn replaces objects of other classes.
 
-    No code of the file is run, nor of those classes. Raises TorchFileError.
+    Runs no code of the file or of these classes. Raises TorchFileError.
     """
     return _load(data, stand_in=True)
 
@@ -88,7 +88,7 @@ def _load(data: bytes, stand_in: bool = False) -> Any:
     try:
         _refuse_what_swells(data)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are on stderr, and what fails says so
+            warnings.simplefilter("ignore")  # an error says what matters
             names = _unknown_classes(data) if stand_in else set()
             if len(names) > MOST_CLASSES:
                 raise ValueError(f"it has objects of {len(names)} classes")
@@ -99,7 +99,7 @@ def _load(data: bytes, stand_in: bool = False) -> Any:
 
 
 def _unknown_classes(data: bytes) -> set[str]:
-    """What the file names that torch may not know, as MODULE.NAME. Nothing is unpickled."""
+    """Classes in the file that torch may not know, as MODULE.NAME. Unpickles nothing."""
     if data.startswith(b"PK"):
         return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     # Late: it is private to torch and may move, and only the older format needs it.
@@ -110,23 +110,23 @@ def _unknown_classes(data: bytes) -> set[str]:
 
 
 def reason(error: Exception) -> str:
-    """What torch says, in one line and without its advice."""
+    """An error of torch's in one line, with its type and without torch's advice."""
     return textwrap.shorten(f"{type(error).__name__}: {said(error)}", 300)
 
 
 def said(error: Exception) -> str:
-    """The same without the error's type."""
+    """The same without the type."""
     text = UNPRINTABLE.sub("", str(error))
     sentences = re.split(r"\n\s*|(?<=\.)\s+|WeightsUnpickler error:\s*", text)
-    kept = " ".join(one for one in sentences if one and not ADVICE.match(one))
+    kept = " ".join(part for part in sentences if part and not ADVICE.match(part))
     return textwrap.shorten(kept, 300) or type(error).__name__
 
 
 def _refuse_what_swells(data: bytes) -> None:
-    """Raises ValueError for what makes gigabytes of a short file. torch.save writes neither."""
+    """Raises ValueError if a short file could fill the memory. torch.save writes no such file."""
     if b"bytearray" in data:  # one of the few names that torch.load allows, and it takes any length
         raise ValueError("it makes a bytearray")
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("it is compressed")

@@ -1,8 +1,8 @@
-"""Weights out of whatever a file wraps them in.
+"""Load a network's weights from a file, whatever the file wraps them in.
 
-A tensor is named by the way to it through the file's dicts, with dots between them: then all that wraps
-weights, `state_dict` as well as `module.`, is a prefix of their names. What is taken is all that stands
-under the one prefix that has every tensor of the network, in its shape.
+A tensor's name is its path through the file's dicts, joined by dots. So every wrapper, `state_dict` as
+well as `module.`, becomes a prefix of the names. The tensors are taken from the one prefix that has
+every tensor of the network in the right shape.
 """
 
 import json
@@ -22,17 +22,17 @@ from trainer.torch_file import StandIn, TorchFileError, load_content, reason
 log = logging.getLogger(__name__)
 
 ANEW = "with: torch.save(model.state_dict(), FILE)"
-KEY = "atelier"  # of what a file of ours says of itself, in its metadata, which are strings: JSON
-TAKEN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DEEPEST = 12  # dicts in dicts
-OF_A_CHECKPOINT = {"tail", "trunk", "optimizer", "history"}  # of a run of ours
-SAYING_OF_WHAT = ("backbone", "arch", "architecture", "model_name")  # keys of ours, and of others
+KEY = "atelier"  # in the metadata of our model files; its value is JSON
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEEPEST = 12  # levels of nested dicts
+CHECKPOINT_KEYS = {"tail", "trunk", "optimizer", "history"}  # in a run's checkpoint
+BACKBONE_KEYS = ("backbone", "arch", "architecture", "model_name")  # ours and other programs'
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class WeightsError(ValueError):
-    """A file has no weights for a network; the message is one line, to go after the file's name."""
+    """A file has no weights for a network; the one-line message goes after the file's name."""
 
 
 def load_weights(
@@ -40,9 +40,9 @@ def load_weights(
 ) -> None:
     """Fill a network's tensors with those of a file. Raises WeightsError; then some may be filled.
 
-    Each spelling has the tensors to fill, the network's own, by other names; a file uses one of them.
-    Tensors of whole numbers may be absent. The log says what was taken and what was not used, unless a
-    file has the first spelling's names and else those in `known` only.
+    Each spelling maps other names to the network's own tensors, which are filled. A file uses one of the
+    spellings. Tensors of integers may be absent. The log says what was taken and what was not used,
+    unless the file has the first spelling's names and beside them only names in `known`.
     """
     try:
         if wrong := not_weights(path):
@@ -54,13 +54,13 @@ def load_weights(
         ) from None
     if file.is_ours and file.is_of_another(backbone):
         raise WeightsError(f"is a run's of {_few([file.of_what])}; give weights of {backbone}")
-    candidates = [one for spelling in spellings for one in _candidates(file.tensors, spelling)]
-    fitting = [one for one in candidates if one.fits]
+    candidates = [c for spelling in spellings for c in _candidates(file.tensors, spelling)]
+    fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         raise WeightsError(_why_nothing_fits(file, backbone, candidates))
     taken = fitting[0]
-    if others := [one for one in fitting if not one.equals(taken)]:
-        places = " and ".join(one.place for one in [taken, *others][:4])
+    if others := [candidate for candidate in fitting if not candidate.equals(taken)]:
+        places = " and ".join(candidate.place for candidate in [taken, *others][:4])
         raise WeightsError(
             f"has weights that fit {places}, and they differ; save those that you mean in a file of "
             "their own"
@@ -114,7 +114,7 @@ class _File:
 
     @property
     def is_a_checkpoint(self) -> bool:
-        return isinstance(self.about, dict) and self.about.keys() >= OF_A_CHECKPOINT
+        return isinstance(self.about, dict) and self.about.keys() >= CHECKPOINT_KEYS
 
     @property
     def _config(self) -> object:
@@ -129,8 +129,8 @@ class _File:
     def of_what(self) -> str:
         """The backbone that the file says it is of; empty if it says none."""
         config = self._config
-        places = [one for one in (config, self.about) if isinstance(one, dict)]
-        words = (place.get(key) for key in SAYING_OF_WHAT for place in places)
+        places = [place for place in (config, self.about) if isinstance(place, dict)]
+        words = (place.get(key) for key in BACKBONE_KEYS for place in places)
         return next((word for word in words if isinstance(word, str)), "")
 
     def is_of_another(self, backbone: str) -> bool:
@@ -177,7 +177,7 @@ def _read_torch(path: Path) -> _File:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """The tensors under one prefix of a file's names, taken for those of one spelling."""
+    """A file's tensors under one prefix, matched with the tensors of one spelling."""
 
     tensors: Tensors  # the file's
     prefix: str
@@ -219,22 +219,22 @@ class _Candidate:
         )
 
     def fill(self) -> None:
-        """Copy the file's values into the network's tensors. Raises WeightsError."""
+        """Copy the file's values into the network. Raises WeightsError."""
         for name in self.needed:
-            found = self.in_file(name)
-            if found.dtype not in TAKEN or not _is_plain(found):
-                allowed = ", ".join(str(one).removeprefix("torch.") for one in TAKEN)
-                what = f"{_few([self.prefix + name])} is {_kind(found)}"
+            tensor = self.in_file(name)
+            if tensor.dtype not in DTYPES or not _is_plain(tensor):
+                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                what = f"{_few([self.prefix + name])} is {_kind(tensor)}"
                 raise WeightsError(f"{what}; allowed are dense tensors of {allowed}")
         with torch.no_grad():
-            for name, own in self.spelling.items():
-                maybe = self.tensors.get(self.prefix + name)
-                if maybe is not None and maybe.shape == own.shape and _is_plain(maybe):
-                    own.copy_(maybe)
+            for name, target in self.spelling.items():
+                source = self.tensors.get(self.prefix + name)
+                if source is not None and source.shape == target.shape and _is_plain(source):
+                    target.copy_(source)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its values are there as they are: it is not sparse, without values, or quantized."""
+    """Whether it is dense, real and unquantized, with its values on the CPU."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return plain and not tensor.is_quantized and not tensor.is_complex()
 
@@ -248,7 +248,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _candidates(tensors: Tensors, spelling: Tensors) -> Iterator[_Candidate]:
     """Of one spelling, under each prefix that has the most of its names."""
-    needed = {name: own for name, own in spelling.items() if own.is_floating_point()}
+    needed = {name: tensor for name, tensor in spelling.items() if tensor.is_floating_point()}
     having: Counter[str] = Counter()
     for name in tensors:
         start, dots = 0, name.count(".")
@@ -272,14 +272,14 @@ def _why_nothing_fits(file: _File, backbone: str, candidates: list[_Candidate]) 
 
 
 def _miss(file: _File, candidates: list[_Candidate]) -> str:
-    """What the candidate lacks that comes the nearest."""
+    """What the nearest candidate lacks."""
     if not file.tensors:
         return "holds no tensors"
     if not candidates:
         return (
             f"has none of the backbone's tensors, but {_few(list(file.tensors)) or 'one without a name'}"
         )
-    nearest = min(candidates, key=lambda one: len(one.missing) + len(one.unfit))
+    nearest = min(candidates, key=lambda candidate: len(candidate.missing) + len(candidate.unfit))
     if nearest.missing:
         lacking, needed = len(nearest.missing), len(nearest.needed)
         return f"lacks {lacking} of the backbone's {needed} tensors: {_few(nearest.missing)}"
@@ -290,6 +290,6 @@ def _miss(file: _File, candidates: list[_Candidate]) -> str:
 
 
 def _few(names: list[str]) -> str:
-    """Names of a file's, fit for a message, and no more of them than that can hold."""
+    """Some of a file's names, shortened for a message."""
     shown = ", ".join(repr(name)[1:-1][:80] for name in names[:2])
     return shown + (f" and {len(names) - 2} more" if len(names) > 2 else "")

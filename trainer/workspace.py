@@ -1,4 +1,4 @@
-"""What the runs of one process share: the data, the frozen trunk, and what it says of fixed images."""
+"""What the runs of one process share: data, frozen trunk, and the trunk's output for fixed images."""
 
 import itertools
 import math
@@ -17,23 +17,23 @@ from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
 from trainer.device import pick_device
 from trainer.model import check_batches, check_size
-from trainer.runtime import Runtime, joined
+from trainer.runtime import Runtime, concatenate
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
-# Trunk output that is the same in every epoch is kept up to this size, else computed again; of a
-# memory grant it takes at most a quarter.
+# Trunk output that is the same in every epoch is kept up to this size, else computed again. It takes at
+# most a quarter of the granted memory.
 FEATURE_CACHE_BYTES = 2 << 30
-# The augmentation is compiled, which takes half a minute once, from so many pixels an epoch.
+# From so many pixels an epoch the augmentation is compiled, which takes half a minute once.
 COMPILED_PIXELS = 20_000_000
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 
 
 class Workspace:
-    """What the trials of a study share in one process: data, trunk and validation features.
+    """Data, trunk and validation features, shared by the runs of one process.
 
     Raises DatasetError, ImageError, ModelError, and what `pick_device` raises. `cache` is the folder for
-    prepared images and compiled code; `batch_sizes` are those that runs may have: all are tried.
+    prepared images and compiled code. All `batch_sizes` that runs may have are checked.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Workspace:
         if constant is not None:
             order = self.stream.order(seed, epoch)
             both = np.searchsorted(self.indices, order), order
-            blocks = (torch.split(torch.from_numpy(one).to(self.device), block) for one in both)
+            blocks = (torch.split(torch.from_numpy(part).to(self.device), block) for part in both)
             for rows, indices in itertools.islice(zip(*blocks, strict=True), first, None):
                 yield constant[rows], indices
         else:
@@ -109,10 +109,10 @@ class Workspace:
         if self.config.frozen_batchnorm == "train":
             return None  # the trunk is not the same in every epoch
         if name not in self._constant:
-            [one] = self._in_order(trunk, path, indices[:1])
-            fits = one.nbytes * len(indices) <= self._cache_bytes
+            [first] = self._in_order(trunk, path, indices[:1])
+            fits = first.nbytes * len(indices) <= self._cache_bytes
             parts = self._in_order(trunk, path, indices)
-            self._constant[name] = joined(parts, len(indices)) if fits else None
+            self._constant[name] = concatenate(parts, len(indices)) if fits else None
         return self._constant[name]
 
     def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
@@ -126,7 +126,7 @@ class Workspace:
 
 
 def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path) -> None:
-    """Try the device; prepare the images and build the network once, on the CPU, for the errors of that.
+    """Prepare the images, so that later processes find them. Also tries the device and the network.
 
     Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError.
     """
@@ -136,9 +136,9 @@ def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path)
 
 def _prepare_compiler(cache: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute()))
-    # Compiler processes of its own would not survive the signals that a job gets.
+    # Compiler processes would not survive the signals that a job gets.
     inductor.compile_threads = 1
-    # The code that is kept must not be tied to this process's number of threads.
+    # Cached code must not be tied to this process's number of threads.
     inductor.cpp.dynamic_threads = True
 
 
