@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.live import Live
 from dashboards.study_tables import progress_line, render
 from dashboards.terminal import is_drawn_on
 from search import forking
+from search.cli import main
 from search.exit_codes import ExitCode
 from search.study_config import StudyConfig
 from storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
@@ -46,15 +48,11 @@ def preflight(file: StudyConfig) -> Dataset:
 
 def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
     """What `preflight` has done in a process of its own."""
-    from trainer.workspace import prepare
-
-    prepare(config, batch_sizes, cache)
+    resolve_name("trainer.workspace:prepare")(config, batch_sizes, cache)  # imports torch
 
 
 def work(arguments: list[str]) -> None:
     """`atelier worker` with these arguments, in a process that was forked for it."""
-    from search.cli import main
-
     try:
         main(["worker", *arguments])
     finally:

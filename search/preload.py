@@ -12,11 +12,8 @@ gc.disable()
 
 # For want of memory: whoever needs them meets the same error, and somebody hears it.
 with suppress(ImportError, MemoryError, OSError):
-    import search.confirm.evidence
-    import search.confirm.plan
-    import search.slurm.job
-    import search.worker
-    import trainer.workspace
+    import search.cli.searching
+    import search.cli.training
 
 gc.freeze()
 gc.enable()
