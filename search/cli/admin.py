@@ -20,20 +20,20 @@ data_app, user_app = group_of_verbs("data"), group_of_verbs("user")
 
 @data_app.command("check")
 def data_check(folder: Path) -> None:
-    """Check a dataset; list what is wrong, and what may mislead, with file and line.
+    """Check a dataset, and list errors and warnings with file and line.
 
-    Exit codes: 0 nothing is wrong, though there may be warnings, 2 it cannot be used as it is.
+    Exit codes: 0 it can be used, though there may be warnings, 2 it has errors.
     """
     dataset, findings = check_dataset(folder)
-    for one in findings:
-        typer.echo(printable(f"{'error' if one.is_error else 'warning'}: {one}"))
-    if dataset is None or any(one.is_error for one in findings):
-        raise DatasetError(f"{folder} has {summary(findings)}; mend what is marked error")
+    for finding in findings:
+        typer.echo(printable(f"{'error' if finding.is_error else 'warning'}: {finding}"))
+    if dataset is None or any(finding.is_error for finding in findings):
+        raise DatasetError(f"{folder} has {summary(findings)}; correct what is marked error")
     counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
     typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
     if all(split.labels is None for split in dataset.splits.values()):
-        able = " or ".join(dataset.splits)
-        typer.echo(f"without labels it is good for: atelier predict --split {able}")
+        splits = " or ".join(dataset.splits)
+        typer.echo(f"without labels it is good for: atelier predict --split {splits}")
 
 
 @data_app.command("demo")
@@ -54,13 +54,13 @@ def data_demo(
 def user_add(
     name: str,
     role: Annotated[
-        str, typer.Option(help="viewer: looks; editor: also changes and deletes.")
+        str, typer.Option(help="viewer: may look; editor: may also change and delete.")
     ] = "viewer",
     password_file: Annotated[
-        Path | None, typer.Option(help="Read the password from the first line; default: ask.")
+        Path | None, typer.Option(help="File whose first line is the password; default: ask.")
     ] = None,
 ) -> None:
-    """Add somebody, or give a new role and password; older sessions end."""
+    """Add an account, or give it a new role and password, which ends its sessions."""
     if password_file is None:
         password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
@@ -71,7 +71,7 @@ def user_add(
 
 @user_app.command("remove")
 def user_remove(name: str) -> None:
-    """Let somebody in no longer; their sessions end."""
+    """Remove an account, which ends its sessions."""
     Accounts().remove(name)
     typer.echo(f"{name} may not log in any more")
 

@@ -1,4 +1,4 @@
-"""The verb that serves pages: dashboard. It is apart, since Flask and its pages are slow to import."""
+"""The verb dashboard, in a module of its own because Flask and optuna-dashboard import slowly."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,11 @@ def dashboard(
         typer.Option("--behind-proxy", help="A proxy in front sets X-Forwarded-For, -Proto, -Host."),
     ] = False,
     no_tls: Annotated[
-        bool, typer.Option("--no-tls", help="Other machines may send passwords in clear.")
+        bool, typer.Option("--no-tls", help="Let other machines send passwords unencrypted.")
     ] = False,
     prefix: Annotated[
-        str, typer.Option(help="Path that a proxy serves it under, as in /node/login1/8080.")
+        str, typer.Option(help="Path under which a proxy serves it, as in /node/login1/8080.")
     ] = "",
 ) -> None:
-    """Serve optuna-dashboard and our own pages, behind a login."""
+    """Serve optuna-dashboard and Atelier's pages, behind a login."""
     serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix))

@@ -65,10 +65,10 @@ def _embedded() -> EmbeddedPostgres:
 
 @db_app.command("status")
 def db_status() -> None:
-    """Say where the database is and what it holds."""
+    """Show where the database is and which studies it has."""
     if url.configured_url() is None and not (
         _embedded().exists()
-        and _embedded().is_running()  # the first raises where the home may not be read
+        and _embedded().is_running()  # `exists` raises first if the home may not be read
     ):
         typer.echo(f"embedded, in {home()}: not running")
         return
@@ -95,13 +95,13 @@ def db_backup(
 def db_restore(
     file: Annotated[Path, typer.Argument(help="An archive that `atelier db backup` wrote.")],
 ) -> None:
-    """Fill an empty database and home from an archive; workers of the time before get nothing more."""
+    """Fill an empty database and home from an archive. Workers that ran before get no more trials."""
     backup.read_backup(file)  # before a server is started for it
     engine = database.connect()
     manifest = backup.restore(engine, file)
     typer.echo(
-        f"restored into {url.shown(engine.url)} as of {manifest.created}; new workers go on "
-        "(atelier search, submit or worker), those of the time before get nothing"
+        f"restored into {url.shown(engine.url)} as of {manifest.created}; start new workers "
+        "(atelier search, submit or worker): those that ran before get no more trials"
     )
 
 
@@ -113,22 +113,24 @@ def db_prune(
     ] = MOST_RIVALS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; list the files.")] = False,
     deleted: Annotated[
-        bool, typer.Option("--deleted", help="Remove the folders of studies that are not on record.")
+        bool,
+        typer.Option("--deleted", help="Remove the folders of studies that the database does not have."),
     ] = False,
 ) -> None:
-    """Remove files of a study that no longer matter; whatever can be resumed stays.
+    """Remove a study's superfluous files. What a trial needs to be resumed stays.
 
-    Without STUDY: list the run folders of studies that the database does not have, as after their
-    deletion in optuna-dashboard, and in which nothing was written for a day; --deleted removes them.
+    Without STUDY: list the run folders of studies that the database does not have, for example because
+    they were deleted in optuna-dashboard. --deleted removes these folders. A folder in which something
+    was written during the last day is left alone.
     """
     if study is None:
         _prune_deleted(deleted and not dry_run)
         return
     if deleted:
-        raise InputError("--deleted is for studies that are not on record: leave out STUDY")
+        raise InputError("--deleted is for studies that the database does not have: leave out STUDY")
     engine, entry = find_study(study)
     runs = RunFolder(entry.name, entry.created)
-    # A confirmation is made of all its predictions.
+    # A confirmation is computed from the predictions of all its trials.
     kept = None if recorded(entry) else keep
     linked = study_entry(engine, entry.name + SUFFIX)
     confirmation = linked and recorded(linked)
@@ -144,6 +146,7 @@ def db_prune(
 
 
 def _prune_deleted(remove: bool) -> None:
+    """List, or remove, the run folders of studies that the database does not have."""
 
     engine = database.look()
     schema.require_schema(engine)
@@ -151,7 +154,7 @@ def _prune_deleted(remove: bool) -> None:
     if remove and os.environ.get("ATELIER_DATABASE_URL") and embedded.is_dir():
         raise InputError(
             f"the folders may be those of the database in {embedded}, which shares this home; unset "
-            "ATELIER_DATABASE_URL to ask that one, or remove by hand what is listed without --deleted"
+            "ATELIER_DATABASE_URL to use that one, or remove by hand what is listed without --deleted"
         )
     folders = prune.forgotten(engine)
     size = total_size(path for folder in folders for path in files_in(folder)) / 1e6
@@ -169,7 +172,7 @@ def _prune_deleted(remove: bool) -> None:
 
 @db_app.command("upgrade")
 def db_upgrade() -> None:
-    """Bring the tables up to this version of Atelier."""
+    """Upgrade the tables to this version of Atelier."""
     engine = database.connect()
     before = schema.schema_revision(engine)
     schema.upgrade(engine)
@@ -178,7 +181,7 @@ def db_upgrade() -> None:
 
 @db_app.command("check")
 def db_check() -> None:
-    """Say of everything about the database whether a search can be made with it, and what to do."""
+    """Check whether the database can serve a search, and say what to change."""
 
     engine = database.look(replace(database.WORK, checked=False))
     problems = []

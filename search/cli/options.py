@@ -33,7 +33,7 @@ Pack = Annotated[
     str,
     typer.Option(help=f"Trials that a worker trains at once, 1 to {MOST_PACKED}; auto: as many as fit."),
 ]
-# What goes to SLURM, by `submit`, `confirm --submit` or `train --submit`, takes these.
+# The options of `submit`, `confirm --submit` and `train --submit`.
 Submit = Annotated[bool, typer.Option("--submit", help="Train in SLURM instead of here.")]
 Array = Annotated[
     str | None, typer.Option(help=f"Array tasks that are submitted, as for sbatch; default: {ARRAY}.")
@@ -46,7 +46,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Submit nothing; print t
 
 
 def goes_to_slurm(submit: bool, dry_run: bool, **details: str | None) -> bool:
-    """Whether a verb that could train here is to submit. Raises InputError for details without that."""
+    """Whether a verb submits a job instead of training here.
+
+    Raises InputError if it does not, but `details`, which describe the job, are given.
+    """
     if submit or dry_run:
         return True
     for name, value in details.items():
@@ -128,7 +131,7 @@ def check_pack(pack: str, workers: int = 1) -> None:
     """Raises InputError for a pack that so many workers on one machine cannot have."""
     if packed_trials(pack) is None and workers > 1:
         raise InputError(
-            f"--pack auto with {workers} workers: each would take the whole memory for its own; give "
+            f"--pack auto with {workers} workers: each would take all of the memory; give "
             "--workers 1, or a number"
         )
 
@@ -142,11 +145,11 @@ def check_output(path: Path) -> None:
 
 
 def with_torch(function: str) -> Callable[..., Any]:
-    """The function "module:name", whose module imports torch.
+    """Import the function "module:name", and PyTorch with it.
 
-    The verb has read its arguments by then. So its `--help`, and an error in them, come at once.
+    A verb calls this after it has checked its arguments, so that its help and their errors come quickly.
     """
-    resolve_name("search.preload")  # quicker than one module by one
+    resolve_name("search.preload")  # imports faster than the modules one by one
     imported: Callable[..., Any] = resolve_name(function)
     return imported
 

@@ -8,24 +8,17 @@ import sys
 import typer
 
 from search.cli.errors import errors_in_one_line, say
+from search.errors import InputError
 from search.exit_codes import ExitCode
 from storage import limits
 
 MOST_THREADS = 4096
 
 
-class NotTextError(ValueError):
-    """A word from outside that is no text in this process's encoding; the message is one line."""
-
-
-class SettingError(ValueError):
-    """An environment variable has a value that is not allowed; the message is one line."""
-
-
 def check_arguments(arguments: list[str]) -> None:
     """Check what any command needs: enough memory, and text in arguments and environment.
 
-    Neither the database nor JSON can hold bytes that are no text. Raises LimitError, NotTextError.
+    Neither the database nor JSON can hold bytes that are no text. Raises LimitError, InputError.
     """
     limits.check_process()
     for argument in arguments:
@@ -36,7 +29,7 @@ def check_arguments(arguments: list[str]) -> None:
     try:
         here = os.getcwd()
     except FileNotFoundError:
-        raise NotTextError("the folder that you are in is gone; cd to another") from None
+        raise InputError("the folder that you are in is gone; cd to another") from None
     _check_encoding(f"the folder that you are in, {_shown(here)},", here, "cd to another, or rename it")
 
 
@@ -44,7 +37,7 @@ def _check_encoding(what: str, text: str, remedy: str) -> None:
     encoding = sys.getfilesystemencoding()
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         other = "" if encoding == "utf-8" else ", or set LC_ALL=C.UTF-8 and no PYTHONUTF8"
-        raise NotTextError(f"{what} is no text in {encoding.upper()}; {remedy}{other}")
+        raise InputError(f"{what} is no text in {encoding.upper()}; {remedy}{other}")
 
 
 def _shown(text: str) -> str:
@@ -53,13 +46,13 @@ def _shown(text: str) -> str:
 
 
 def check_threads() -> None:
-    """Raises SettingError for a number of threads that OpenMP or PyTorch would not take."""
+    """Raises InputError for a number of threads that OpenMP or PyTorch would not take."""
     for name in ("OMP_NUM_THREADS", "ATELIER_CPUS"):
         text = os.environ.get(name, "")
         # OpenMP takes a number for each level of nesting.
         numbers = text.split(",") if name == "OMP_NUM_THREADS" else [text]
         if text.strip() and not all(map(_is_number_of_threads, numbers)):
-            raise SettingError(
+            raise InputError(
                 f"{name}={text!r}: allowed is a number from 1 to {MOST_THREADS}; unset it for all CPUs"
             )
 

@@ -1,4 +1,4 @@
-"""The verbs that run a search: search, worker, confirm, submit and stop."""
+"""The verbs that start and stop workers: search, worker, confirm, submit and stop."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def search(
     weights: Weights = None,
     set_: Set = None,
 ) -> None:
-    """Run a whole search on this machine; running it again goes on where it stopped."""
+    """Run a whole search on this machine. The same command resumes an interrupted search."""
     config = load_study(study, data, weights, set_)
     check_export(output, config.study.name)
     check_pack(pack, workers)
@@ -77,11 +77,11 @@ def search(
         export_best(engine, entry, None, output)
     if status.budget_spent and not local.interrupted:
         say(
-            f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and what had not ended is "
-            "pruned; with more study.max_gpu_hours further trials may begin"
+            f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and unfinished trials are "
+            "pruned; raise study.max_gpu_hours to train more"
         )
     elif status.finished < status.max_trials:
-        say("not finished; the same command goes on where it stopped")
+        say("not finished; the same command continues it")
         raise typer.Exit(_unfinished(local))
     elif status.best is None:
         say(f"error: no trial was completed; see why with: {command('logs', entry.name)}")
@@ -94,7 +94,7 @@ def search(
 def _run_here(
     config: StudyConfig, dataset: Dataset, engine: sa.Engine, workers: int, arguments: list[str]
 ) -> tuple[LocalSearch, StudyEntry]:
-    """Open a study and let workers with these arguments work at it, on this machine, until they end."""
+    """Open a study and run workers with these arguments on this machine until they end."""
     _, entry = open_study(config, engine, schema.open_storage(engine), dataset, lead=True)
     runs = RunFolder(entry.name, entry.created).make()
     say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
@@ -134,12 +134,14 @@ def worker(
 def confirm(
     study: StudyName,
     top: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="How many of the best trials; 5.")
+        int | None, typer.Option(min=1, max=1000, help="How many of the best trials; default: 5.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; 5.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; default: 5.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 2,
     show: Annotated[
-        bool, typer.Option("--show", help="Train nothing; show the evidence so far.")
+        bool, typer.Option("--show", help="Train nothing; show the results so far.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
     submit: Submit = False,
@@ -150,7 +152,7 @@ def confirm(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Rerun the best trials on fresh seeds, and say which of them can be believed."""
+    """Rerun the best trials on fresh seeds, and say which one is reliably the best."""
     to_slurm = goes_to_slurm(submit, dry_run, array=array, profile=profile)
     if show or as_json:
         if to_slurm or top or seeds:
@@ -174,7 +176,7 @@ def confirm(
 
 
 def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = False) -> bool:
-    """Print what is known of a study's best trials. Returns whether all reruns have ended."""
+    """Print the results of a study's confirmation. Returns whether all reruns have ended."""
     again = command("confirm", entry.name)
     confirmation = read_confirmation(engine, entry)
     if confirmation is None:
@@ -184,7 +186,7 @@ def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = Fal
         return confirmation.finished
     console().print(render(confirmation), soft_wrap=True)
     if not confirmation.finished:
-        say(f"not finished; it goes on with: {again}")
+        say(f"not finished; continue with: {again}")
     return confirmation.finished
 
 
@@ -198,7 +200,7 @@ def submit(
     weights: Weights = None,
     set_: Set = None,
 ) -> None:
-    """Start workers as a SLURM array job, after checking what would fail in the queue."""
+    """Start workers as a SLURM array job, after checking what would fail there."""
     config = load_study(study, data, weights, set_)
     check_pack(pack)
     arguments = [str(study.absolute()), *worker_options(data, weights, set_, pack)]
@@ -244,6 +246,6 @@ def stop(
         typer.echo(f"study {entry.name!r}: workers may start again")
     else:
         typer.echo(
-            f"study {entry.name!r}: its workers end after their epoch, also those still in the "
-            "queue; search, submit, or stop --undo goes on"
+            f"study {entry.name!r}: its workers end after their epoch, and those in the queue when they "
+            "start; search, submit, or stop --undo lets workers start again"
         )

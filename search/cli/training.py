@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def work(config: StudyConfig, pack: int | None) -> None:
-    """Run one worker with so many trials at once, None for as many as fit. Raises typer.Exit."""
+    """Run one worker that trains `pack` trials at once, or as many as fit. Raises typer.Exit."""
     job = own_job()
     prepare_process()
     workspace = Workspace(config.shared, image_cache(), batch_sizes=config.batch_sizes)
@@ -132,7 +132,7 @@ def predict(
 
 
 def print_stages(config: TrainConfig) -> None:
-    """Print the network's stages: what is trained, parameters, multiply-adds."""
+    """Print the network's stages with parameters and multiply-adds, and which are trained."""
     try:
         outputs = len(read_dataset(config.data).attributes)
     except DatasetError:

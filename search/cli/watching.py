@@ -111,9 +111,9 @@ def trials(
 def logs(
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Only this trial's attempts.")] = None,
-    lines: Annotated[int, typer.Option(min=0, help="How much of the last log to show.")] = 20,
+    lines: Annotated[int, typer.Option(min=0, help="How many lines of the newest log to show.")] = 20,
 ) -> None:
-    """Show where the workers' logs are, the last traceback, and the end of the last log."""
+    """Show where the workers' logs are, the last traceback, and the end of the newest log."""
     engine, entry = find_study(study)
     attempts = read_attempts(engine, entry.study_id, trial)
     # A task that ended before it claimed a trial left only its log.
@@ -136,7 +136,7 @@ def plot(
         float, typer.Option(min=0, max=0.95, help="With curves: weight of the epochs before.")
     ] = 0.0,
 ) -> None:
-    """Draw what the dashboard's pages show into a file."""
+    """Draw the figures of the dashboard into a file."""
     engine, entry = find_study(study)
     with with_users_umask():
         plot_study(engine, entry, kind, output, trials, top, by, smooth)

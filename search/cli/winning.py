@@ -1,4 +1,4 @@
-"""The verbs for what was found: export, report, train, predict, replay and model."""
+"""The verbs that use what a search found: export, report, train, predict, replay and model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -53,9 +53,9 @@ PROFILE = "final"
 def export(
     study: StudyName,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
-    trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
+    trial: Annotated[int | None, typer.Option(help="This trial instead of the best.")] = None,
 ) -> None:
-    """Write the confirmed winner's configuration, else the best trial's, for `atelier train`."""
+    """Write the configuration of the confirmed winner, or of the best trial, for `atelier train`."""
     engine, entry = find_search(study)
     check_export(output, entry.name)
     export_best(engine, entry, trial, output)
@@ -68,13 +68,13 @@ def check_export(path: Path, study: str) -> None:
 
 
 def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output: Path) -> None:
-    """Write the configuration of a trial, else of the confirmed winner, else of the best trial."""
+    """Write the configuration of this trial, or else of the confirmed winner or the best trial."""
     try:
         confirmation = read_confirmation(engine, entry)
     except InputError:
         if trial is None:
             raise
-        confirmation = None  # a trial that is named needs no evidence
+        confirmation = None  # a trial that the user names needs no evidence
     choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
     row = choice.row
     accuracy = known_accuracy(entry, row, confirmation)
@@ -99,7 +99,7 @@ def report(
         "report"
     ),
 ) -> None:
-    """Write what a study found as one page, in Markdown and in HTML, with its figures."""
+    """Write a study's results with figures as one page, in Markdown and in HTML."""
     engine, entry = find_search(study)
     write_report = with_torch("search.report:write_report")
     with with_users_umask():
@@ -110,14 +110,14 @@ def report(
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Another length; the warm-up stays as long as it is.")
+        int | None, typer.Option(min=1, help="Number of epochs; the warm-up keeps its length.")
     ] = None,
     stretch_warmup: Annotated[
-        bool, typer.Option("--stretch-warmup", help="With --epochs: the warm-up in proportion.")
+        bool, typer.Option("--stretch-warmup", help="With --epochs: scale the warm-up with it.")
     ] = False,
-    warmup_epochs: Annotated[int | None, typer.Option(min=0, help="Another warm-up.")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of warm-up.")] = None,
     train_on: Annotated[
-        str | None, typer.Option(help="train, or train+val for the last run: not validated.")
+        str | None, typer.Option(help="train, or train+val for the final run, without validation.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
     submit: Submit = False,
@@ -126,7 +126,7 @@ def train(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Train one configuration to its end; the same command resumes an interrupted run."""
+    """Train one configuration to its end. The same command resumes an interrupted run."""
     changes = {
         "epochs": epochs,
         "warmup_epochs": warmup_epochs,
@@ -147,7 +147,7 @@ def train(
         return
     end = with_torch("search.cli.training:train")(bundle, settings, folder, notes)
     if end != ExitCode.DONE:
-        say("not finished; the same command goes on where it stopped")
+        say("not finished; the same command continues it")
         raise typer.Exit(end)
     say(f"the run is in {folder}; predict with: {command('predict', str(folder))}")
 
@@ -178,7 +178,7 @@ def replay(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Train a trial again, alone, as far as it is on record, and compare every number.
+    """Train a trial again, alone, as far as it was recorded, and compare every number.
 
     Exit codes: 0 all are equal, 1 some differ.
     """
@@ -198,8 +198,10 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")],
     split: Annotated[str, typer.Option(help="Which images: test, val or train.")] = "test",
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("prediction.zip"),
-    scores: Annotated[Path | None, typer.Option(help="The true labels, to print accuracies.")] = None,
-    tta: Annotated[str, typer.Option(help="none, or flip: the mean with the mirror image.")] = "none",
+    scores: Annotated[
+        Path | None, typer.Option(help="File of the true labels, to print accuracies.")
+    ] = None,
+    tta: Annotated[str, typer.Option(help="none, or flip: average with the mirror image.")] = "none",
     data: Data = None,
 ) -> None:
     """Predict a split's attributes in the challenge's form, with the run's best model."""
@@ -210,6 +212,6 @@ def predict(
 
 
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
-    """Print the network's stages: what is trained, parameters, multiply-adds."""
+    """Print the network's stages with parameters and multiply-adds, and which are trained."""
     config = load_study(study, data, weights, set_)
     with_torch("search.cli.training:print_stages")(config.shared)
