@@ -3,15 +3,10 @@
 import sys
 from pathlib import Path
 
+# `search` and `storage` are common names: PYTHONPATH may lead to others.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-def main() -> None:
-    """Run the command."""
-    # `search` and `storage` are common names: PYTHONPATH may lead to others.
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from search.cli import main as command
-
-    command()
-
+from search.cli import main
 
 if __name__ == "__main__":
     main()

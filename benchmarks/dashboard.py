@@ -46,7 +46,9 @@ def measure(sizes: list[int]) -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "search", "dashboard", "--port", str(port)])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "atelier_command", "dashboard", "--port", str(port)]
+    )
     try:
         cookie = log_in(port)
         print(" trials page                         median      p95     bytes  of optuna-dashboard's")

@@ -33,7 +33,7 @@ weights = "none"
 [slurm.tuning]
 """
 RUNS = 5
-ATELIER = [sys.executable, "-m", "search"]
+ATELIER = [sys.executable, "-m", "atelier_command"]
 DEMO = Path(__file__).parents[1] / "studies" / "demo.toml"
 FIRST_STEP = "first optimizer step"  # what a worker's log says
 

@@ -1,5 +1,15 @@
-"""What is wrong with a user's input."""
+"""Errors of this package that end a command with one line and an exit code."""
+
+from search.exit_codes import ExitCode
 
 
-class InputError(ValueError):
-    """The user's input is wrong; the message is one line: found, allowed, what to do next."""
+class SearchError(Exception):
+    """The message is one line: what was found, what is allowed, what to do next."""
+
+    exit_code = ExitCode.FAILED
+
+
+class InputError(SearchError, ValueError):
+    """The user's input is wrong."""
+
+    exit_code = ExitCode.WRONG_INPUT

@@ -1,4 +1,4 @@
-"""What the exit codes of `atelier` say: to the shell, to the search that started a worker, to SLURM."""
+"""The exit codes of `atelier`, for the shell, for the search that started a worker, and for SLURM."""
 
 import enum
 
@@ -9,6 +9,6 @@ class ExitCode(enum.IntEnum):
     DONE = 0  # of a worker: nothing left to claim
     FAILED = 1
     WRONG_INPUT = 2
-    STOPPED = 3  # asked to, with work left
+    STOPPED = 3  # asked to stop, with work left
     WALL_TIME = 4  # the time that SLURM granted is over, with work left
-    INTERRUPTED = 130  # by Ctrl-C, as shells count it
+    INTERRUPTED = 130  # by Ctrl-C, in the shells' own numbering

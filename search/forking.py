@@ -1,7 +1,7 @@
-"""Processes that begin at once: forked by a server that has imported torch, timm and Optuna.
+"""Processes that start at once, since they are forked from a server that has imported torch.
 
-Those imports take seconds. The standard library's fork server pays for them once, and what it forks
-shares the memory of it. It runs no thread of Python's and touches no GPU, so a child is as good as new.
+To import torch, timm and Optuna takes seconds. The standard library's fork server does it once, and its
+children share that memory. It runs no Python thread and touches no GPU, so a child is as good as new.
 """
 
 import multiprocessing
@@ -18,13 +18,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from search.exit_codes import ExitCode
+from search.errors import SearchError
 from storage import limits
 from storage.ownership import PRIVATE
 
-OWN_FOLDER = str(Path(__file__).resolve().parents[1])
-LONGEST_SOCKET_FOLDER = 75  # bytes; with what the fork server adds, it must be within the kernel's 107
-# Ctrl-C, and what ends a whole job: for this process, which passes it on. The server only forks.
+PROJECT_FOLDER = str(Path(__file__).resolve().parents[1])
+LONGEST_SOCKET_FOLDER = 75  # bytes; the fork server adds to it, and the kernel allows 107
+# Ctrl-C, and the signal that ends a whole job. This process passes them on; the server ignores them.
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM}
 
 context = multiprocessing.get_context("forkserver")
@@ -32,16 +32,16 @@ context.set_forkserver_preload(["search.preload"])
 
 
 def start_server() -> None:
-    """Begin with the imports, beside whatever this process does next. Nothing to do if it runs."""
+    """Start the server, if it does not run yet. It imports while this process goes on."""
     folder = tempfile.gettempdir()
-    # A folder named search, where the user stands or PYTHONPATH leads to, is not this package.
-    paths = [OWN_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The user's folder, or one on PYTHONPATH, may hold another package named search.
+    paths = [PROJECT_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
     for_the_server = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    before = {name: os.environ.get(name, "") for name in for_the_server}  # empty is as good as unset
+    before = {name: os.environ.get(name, "") for name in for_the_server}  # empty means unset to Python
     os.environ.update(for_the_server)
     if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"
-    resource_tracker.ensure_running()  # else the server's start does it, which unblocks the signals
+    resource_tracker.ensure_running()  # now: the server's start would do it, and unblock the signals
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_SERVER)
     try:
         forkserver.ensure_running()
@@ -54,14 +54,15 @@ def start_server() -> None:
 def start(
     target: Callable[..., object], *arguments: object, environment: Mapping[str, str], output: Path
 ) -> ForkServerProcess:
-    """Call a module's function in a process of its own, with this environment; it appends to `output`.
+    """Call a module's function in a process of its own, with this environment.
 
-    Its exit code is what the function gives sys.exit, 1 after an error, else 0. It gets no Ctrl-C, and
-    asks `multiprocessing.parent_process()` whether this process is still there.
+    The process appends what it prints to `output`. It exits with what the function gives to sys.exit,
+    with 1 after an error, else with 0. It gets no Ctrl-C. To see whether this process still runs, it
+    asks `multiprocessing.parent_process()`. Raises CallFailedError if the server has ended.
     """
     start_server()
-    given = (target, arguments, dict(environment), os.fspath(output))
-    return _started(context.Process(target=_run, args=given))
+    details = (target, arguments, dict(environment), os.fspath(output))
+    return _started(context.Process(target=_run, args=details))
 
 
 def _started(process: ForkServerProcess) -> ForkServerProcess:
@@ -93,32 +94,30 @@ def _run(
 
 
 def _take_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()  # the server's, which is as old as that
+    os.environ.clear()  # it is the one that the server was started with
     os.environ.update(environment)
 
 
 def _leave_group() -> None:
-    """Signals to the terminal's or the job's processes do not come here; those to this one do."""
-    os.umask(PRIVATE)  # the server may have been started under another; these write into the home
+    """Leave the group that Ctrl-C and the end of a job signal. Signals to this process still come."""
+    os.umask(PRIVATE)  # the server may have another umask, and this process writes into the home
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_SERVER)
 
 
-class CallFailedError(RuntimeError):
-    """The process of a call has ended without an answer; the message is one line."""
-
-    exit_code = ExitCode.FAILED
+class CallFailedError(SearchError):
+    """The process of a call has ended without an answer."""
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a module's function returns or raises, called in a process of its own with our environment.
+    """Call a module's function in a process of its own, and return or raise what it does there.
 
-    Raises CallFailedError if that was killed.
+    The process has this one's environment. Raises CallFailedError if it was killed.
     """
     start_server()
     receiver, sender = context.Pipe(duplex=False)
-    given = (sender, dict(os.environ), function, arguments)
-    process = _started(context.Process(target=_answer, args=given))
+    details = (sender, dict(os.environ), function, arguments)
+    process = _started(context.Process(target=_answer, args=details))
     assert process.pid is not None  # it has started
     sender.close()
     try:
@@ -131,7 +130,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
         ) from None
     except KeyboardInterrupt:
         with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGINT)  # it cleans up
+            os.kill(process.pid, signal.SIGINT)  # so that it can clean up
         try:
             process.join()
         except KeyboardInterrupt:
@@ -153,12 +152,12 @@ def _answer(
 ) -> None:
     _leave_group()
     _take_environment(environment)
-    # The caller that was interrupted, or killed, does not wait for the answer.
+    # A caller that was interrupted or killed does not wait for the answer.
     with suppress(KeyboardInterrupt, BrokenPipeError):
         answer: tuple[Any, Exception | None]
         try:
             answer = function(*arguments), None
-        except Exception as error:  # the caller's to judge
+        except Exception as error:  # the caller raises it
             error.add_note(traceback.format_exc())
             answer = None, error
         sender.send(answer)

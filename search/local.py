@@ -1,4 +1,4 @@
-"""`atelier search`: a whole search on this machine, with N worker processes and a live view."""
+"""A whole search on this machine: N worker processes and a live view."""
 
 import os
 import signal
@@ -16,6 +16,8 @@ from rich.live import Live
 from dashboards.study_tables import progress_line, render
 from dashboards.terminal import can_redraw
 from search import forking
+from search.cli import main
+from search.errors import SearchError
 from search.exit_codes import ExitCode
 from search.slurm.granted import take_granted
 from search.study_config import StudyConfig
@@ -32,51 +34,48 @@ POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
 
 
-def preflight(file: StudyConfig) -> Dataset:
-    """Try the device, prepare the images and build the network once, for the errors that this brings.
+def preflight(config: StudyConfig) -> Dataset:
+    """Meet the errors of dataset, images, device and network before any worker does.
 
-    Returns the dataset. Raises DatasetError, ModelError, DeviceError, UnknownDeviceError and
-    CallFailedError.
+    Prepares the images and returns the dataset. Raises DatasetError, ModelError, DeviceError,
+    UnknownDeviceError and CallFailedError.
     """
-    dataset = read_dataset(file.shared.data)
-    forking.start_server()  # imports torch, beside this process, which needs none
-    import dashboards.note  # noqa: F401  # of a new study; it takes a second, which is free meanwhile
+    dataset = read_dataset(config.shared.data)
+    forking.start_server()  # it imports torch meanwhile; this process needs none
+    import dashboards.note  # noqa: F401  # late: a new study needs it, and now its second is free
 
-    forking.call(preparation, file.shared, file.batch_sizes, image_cache())
+    forking.call(prepare_workspace, config.shared, config.batch_sizes, image_cache())
     return dataset
 
 
-def preparation(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
-    """What `preflight` has done in a process of its own."""
-    from trainer.workspace import prepare_images
+def prepare_workspace(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
+    """Prepare the images and build the network once. `preflight` calls it in a forked process."""
+    from trainer.workspace import prepare_images  # late: the command itself needs no torch
 
     take_granted()  # the fork server's parent did so for itself only
     prepare_images(config, batch_sizes, cache)
 
 
 def work(arguments: list[str]) -> None:
-    """`atelier worker` with these arguments, in a process that was forked for it."""
-    from search.cli import main
-
+    """Run `atelier worker` with these arguments, in a process that was forked for it."""
     try:
         main(["worker", *arguments])
     finally:
+        # A process of multiprocessing runs no atexit function, which would do this otherwise.
         with suppress(EmbeddedPostgresError):  # the exit code says more
-            EmbeddedPostgres(home()).release()  # multiprocessing leaves out what atexit would do
+            EmbeddedPostgres(home()).release()
 
 
-class WorkersFailedError(RuntimeError):
+class WorkersFailedError(SearchError):
     """Every worker ended with an error; the message names the log."""
 
-    exit_code = ExitCode.FAILED
 
-
-MAX_RESTARTS = 3  # of workers that were killed, without an epoch in between
+MAX_RESTARTS = 3  # of killed workers, for each place, until another epoch is recorded
 
 
 @dataclass
 class _Slot:
-    """One place for a worker; a killed worker's place is filled again."""
+    """A place for one worker. If the worker is killed, another takes its place."""
 
     number: int
     process: ForkServerProcess
@@ -98,11 +97,11 @@ class LocalSearch:
         self.status, self._console = status, console
         self._interrupts = 0
         self._slots: list[_Slot] = []
-        self._logs: dict[int, Path] = {}  # by the number of a place, whose workers follow one another
+        self._logs: dict[int, Path] = {}  # by slot number; a slot's workers share one log
         self._failures: list[_Slot] = []
         self._restarts, self._epochs = 0, 0
-        self._look_again = 0.0  # for what others may leave
-        self._done = False  # the last worker to end found nothing left to claim
+        self._next_look = 0.0  # when to start a worker for trials that others may have left
+        self._done = False  # whether the last worker to end found nothing left to claim
 
     @property
     def interrupted(self) -> bool:
@@ -115,7 +114,7 @@ class LocalSearch:
         old_term = signal.signal(signal.SIGTERM, self._interrupt)
         try:
             status = self.status()
-            # No more than there is work for.
+            # No more workers than trials that are left.
             self._n_workers = min(self._n_workers, max(status.max_trials - status.finished, 1))
             for number in range(1, self._n_workers + 1):
                 self._slots.append(self._start(number))
@@ -132,7 +131,7 @@ class LocalSearch:
             raise WorkersFailedError(f"{_why(slot)}; the whole log is {slot.log}")
 
     def _start(self, number: int) -> _Slot:
-        if number not in self._logs:  # what fails is told here, and not in the worker
+        if number not in self._logs:  # made here, where an error can be shown to the user
             self._logs[number] = self._runs.new_log()
         log = self._logs[number]
         environment = {
@@ -174,7 +173,7 @@ class LocalSearch:
         self._console.print(progress_line(self.status()), soft_wrap=True)
 
     def _tend(self, status: Status) -> bool:
-        """Replace killed workers; False once there is nothing left to do or to wait for."""
+        """Replace killed workers. False once there is nothing left to do or to wait for."""
         epochs = sum(row.epochs for row in status.trials)
         if epochs > self._epochs:
             self._epochs, self._restarts = epochs, 0
@@ -192,7 +191,7 @@ class LocalSearch:
         return bool(self._slots) or self._others_are_at_work(status)
 
     def _others_are_at_work(self, status: Status) -> bool:
-        """Wait for trials that other workers hold; take over what they leave."""
+        """Whether to wait for trials that other workers hold. Starts a worker for what they leave."""
         if self.interrupted or self._failures or status.stopping or not self._done:
             return False
         running, waiting = status.counts["running"], status.counts["waiting"] - status.surplus
@@ -200,15 +199,16 @@ class LocalSearch:
             return bool(running)
         if not waiting and (running or not status.counts["paused"]):
             return bool(running)
-        # A worker goes on with them, or ends the search. While others are at work, they may be theirs.
-        if not running or time.monotonic() >= self._look_again:
-            self._look_again = time.monotonic() + RENEW_SECONDS
+        # A worker resumes waiting and paused trials, or ends the search. While other workers run, they
+        # may claim these trials themselves, so a worker is started now and then only.
+        if not running or time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + RENEW_SECONDS
             self._slots.append(self._start(1))
         return True
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs to share out among the workers; empty without any. Asks no CUDA, which would start."""
+    """The GPUs to divide among the workers, if any. Does not ask CUDA, which would initialise it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [word for word in visible.split(",") if word]

@@ -1,7 +1,7 @@
-"""Imports all that a worker needs: see search/forking.py.
+"""Imports all that a worker needs, in the fork server of search/forking.py.
 
-Garbage collection is off meanwhile, which saves a tenth of the time. What is there by the end is never
-collected, so that forked processes go on sharing it.
+Garbage collection is off meanwhile, which saves a tenth of the time. What is imported by then is never
+collected, so forked processes keep sharing its memory.
 """
 # ruff: noqa: F401
 
@@ -10,13 +10,10 @@ from contextlib import suppress
 
 gc.disable()
 
-# For want of memory: whoever needs them meets the same error, and somebody hears it.
+# If memory is short, the code that needs these modules meets the same error, and reports it.
 with suppress(ImportError, MemoryError, OSError):
-    import search.confirm.evidence
-    import search.confirm.plan
-    import search.slurm.job
-    import search.worker
-    import trainer.workspace
+    import search.cli.searching
+    import search.cli.training
 
 gc.freeze()
 gc.enable()

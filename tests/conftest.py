@@ -6,15 +6,18 @@ import socket
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import psutil
 import psycopg2
 import pytest
 import sqlalchemy as sa
+import typer
 from argon2 import PasswordHasher
 from sqlalchemy.engine import make_url
 
 from dashboards.web.accounts import Accounts
+from search.cli import VERBS
 from storage import database, schema
 from storage.embedded import EmbeddedPostgres
 from trainer.config import TrainConfig
@@ -25,6 +28,16 @@ SHARED = Path(os.environ.get("ATELIER_TEST_DATA", Path(__file__).parents[2] / "s
 
 PASSWORD = "correct horse battery"
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30  # bytes
+
+
+def all_verbs() -> set[str]:
+    """Every verb as it is typed, those of groups too, as in "db start"."""
+    verbs = set()
+    for name, (target, _) in VERBS.items():
+        verb = resolve_name(target)
+        group = verb.registered_commands if isinstance(verb, typer.Typer) else None
+        verbs |= {name} if group is None else {f"{name} {command.name}" for command in group}
+    return verbs
 
 
 def pytest_configure() -> None:

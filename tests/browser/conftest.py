@@ -89,7 +89,7 @@ class Process:
 
     def __init__(self, log, port, options, scheme="http", prefix=""):
         self.log, self.base = log, f"{scheme}://127.0.0.1:{port}{prefix}"
-        command = [sys.executable, "-m", "search", "dashboard", "--port", str(port), *options]
+        command = [sys.executable, "-m", "atelier_command", "dashboard", "--port", str(port), *options]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": os.getcwd()}

@@ -32,7 +32,7 @@ EXTRA_TRIALS = 2  # that are begun after the restore
 
 
 def atelier(environment: dict[str, str], *words: str) -> None:
-    subprocess.run([sys.executable, "-m", "search", *words], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "atelier_command", *words], env=environment, check=True)
 
 
 def wrong_digests(archive: Path) -> list[str]:

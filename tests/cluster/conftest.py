@@ -170,7 +170,10 @@ class Campaign:
     def command(self, *words):
         """The same as a process of its own, as a user starts it."""
         result = subprocess.run(
-            [sys.executable, "-m", "search", *words], cwd=self.folder, capture_output=True, text=True
+            [sys.executable, "-m", "atelier_command", *words],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0, result.stderr + result.stdout
         return result.stdout

@@ -47,7 +47,7 @@ def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, slow_pyth
 
     # The same in one go, with one thread as on the node.
     subprocess.run(
-        [sys.executable, "-m", "search", "train", "best.toml", *length, "--run", "whole"],
+        [sys.executable, "-m", "atelier_command", "train", "best.toml", *length, "--run", "whole"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,

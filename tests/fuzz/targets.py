@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from search.console import one_line
+from search.cli.errors import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,9 +141,9 @@ def _read_array(path: Path) -> None:
 
 
 def _read_pack(path: Path) -> None:
-    from search.cli import _pack
+    from search.cli.options import packed_trials
 
-    _pack(path.read_bytes().decode("utf-8", "surrogateescape"))
+    packed_trials(path.read_bytes().decode("utf-8", "surrogateescape"))
 
 
 def _read_dataset(path: Path) -> None:

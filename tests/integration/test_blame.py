@@ -162,7 +162,7 @@ def test_a_compiler_that_does_not_work_is_the_hosts_fault(engine, atelier, tmp_p
     text = study_text.replace("[train]", '[train]\ncompile = "network"')
     (tmp_path / "sick.toml").write_text(text)
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-P", "-m", "search", "worker", "sick.toml"]
+    command = [sys.executable, "-P", "-m", "atelier_command", "worker", "sick.toml"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == ExitCode.FAILED, result.stderr
     assert "\nerror: sick host " in result.stderr

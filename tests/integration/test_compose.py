@@ -99,7 +99,7 @@ def test_the_dashboard_starts_as_the_service_starts_it(environment, engine, tmp_
     service, port = SERVICES["dashboard"], free_port()
     variables = environment("dashboard")
     words = [str(port) if word == "8080" else word for word in service["command"]]
-    command = [sys.executable, "-m", "search", *words]
+    command = [sys.executable, "-m", "atelier_command", *words]
     # Without a user it must not start: the file's head says to add one first.
     refused = CliRunner(env=variables).invoke(app, words)
     assert refused.exit_code == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -54,6 +55,7 @@ def after(server, template, tmp_path_factory):
 @pytest.fixture(scope="module")
 def search_stage(after, demo):
     study = STUDY.format(name="tiny", trials=3, size=32, epochs=2, data=demo)
+    study += "\n[slurm.tuning]\nmemory = '1G'\n"
     return after(None, "searched", "search", "study.toml", study=study)
 
 
@@ -95,6 +97,18 @@ def trials(atelier, tmp_path, name):
     atelier("trials", name, "--csv", tmp_path / "t.csv")
     with (tmp_path / "t.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_the_script_of_its_array_is_shown_and_nothing_is_begun(searched, tmp_path, monkeypatch):
+    sinfo = tmp_path / "programs" / "sinfo"  # of a cluster that is this machine
+    sinfo.parent.mkdir()
+    sinfo.write_text("#!/bin/sh\nhostname -s\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sinfo.parent), prepend=os.pathsep)
+    script = searched("confirm", "tiny", "--top", "2", "--dry-run", "--array", "0-1").stdout
+    assert "#SBATCH --array=0-1" in script
+    assert " worker -- tiny-confirm\n" in script
+    assert "nothing of study" in searched("confirm", "tiny", "--show", code=2).stderr
 
 
 def test_the_leaders_run_again_with_the_same_fresh_seeds(

@@ -14,7 +14,7 @@ from storage import database, libpq, schema
 from storage.embedded import EmbeddedPostgres
 from storage.postgres_programs import EmbeddedPostgresError
 from storage.url import DatabaseError
-from tests.conftest import as_superuser, free_port
+from tests.conftest import all_verbs, as_superuser, free_port
 from tests.studies import fill
 
 runner = CliRunner()
@@ -181,6 +181,7 @@ LOOKING = [
     ["worker", "demo"],
     ["stop", "demo"],
     ["submit", "study.toml", "--dry-run"],
+    ["confirm", "demo", "--dry-run"],
     ["train", "none.toml"],
     ["train", "none.toml", "--submit", "--dry-run"],
     ["predict", "none.run"],
@@ -225,12 +226,8 @@ def end(words):
 
 
 def test_every_verb_makes_something_or_is_looked_at():
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for group in app.registered_groups:
-        for command in group.typer_instance.registered_commands:
-            verbs.add(f"{group.name} {command.name or command.callback.__name__}")
     looking = {" ".join(words[:2]) for words in LOOKING} | {words[0] for words in LOOKING}
-    assert {verb.rstrip("_") for verb in verbs} <= looking | MAKING
+    assert all_verbs() <= looking | MAKING
 
 
 def look_at_all(what_there_is):

@@ -125,7 +125,7 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
 def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment, tmp_path):
     """The command that a SLURM array task runs, started as SLURM starts it."""
     log = tmp_path / "worker.log"
-    command = [sys.executable, "-m", "search", "worker", study_file("killed")]
+    command = [sys.executable, "-m", "atelier_command", "worker", study_file("killed")]
     with log.open("w") as output:
         worker = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from storage import database
+from tests.conftest import all_verbs
 
 CANARY = "canary-7f3a9c"
 runner = CliRunner()
@@ -74,11 +75,7 @@ def study(study_text, tmp_path, home, monkeypatch):
 
 
 def test_no_verb_is_left_out():
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for group in app.registered_groups:
-        for command in group.typer_instance.registered_commands:
-            verbs.add(f"{group.name} {command.name or command.callback.__name__}")
-    assert {verb.rstrip("_") for verb in verbs} == set(VERBS)
+    assert all_verbs() == set(VERBS)
 
 
 def test_nothing_that_works_shows_the_password(study, engine, tmp_path, caplog, monkeypatch):

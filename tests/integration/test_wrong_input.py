@@ -535,7 +535,7 @@ def test_a_home_that_cannot_be_used(folder, study_text, tmp_path, monkeypatch):
 def test_a_full_disk(folder, tiny):
     config = {"train": tiny.model_dump(exclude_none=True)}
     (folder / "c.toml").write_text(tomli_w.dumps(config))
-    command = [sys.executable, "-m", "search", "train", str(folder / "c.toml")]
+    command = [sys.executable, "-m", "atelier_command", "train", str(folder / "c.toml")]
     with small_disk(folder / "full", "256k"):
         environment = os.environ | {"ATELIER_HOME": str(folder / "full")}
         # In a process of its own, which a write to a mapped file would end by a signal.
@@ -716,7 +716,7 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
         (["confirm", "tiny"], "has no complete trial yet"),
         (["confirm", "tiny", "--show"], "nothing of study 'tiny' is confirmed yet"),
         (["confirm", "tiny", "--json"], "nothing of study 'tiny' is confirmed yet"),
-        (["confirm", "tiny", "--array", "0-3"], "go with --submit"),
+        (["confirm", "tiny", "--array", "0-3"], "--array goes with --submit"),
         (["confirm", "tiny", "--show", "--submit"], "leave out --top, --seeds and --submit"),
         (["confirm", "nobody"], "no study 'nobody' in the database; it has: tiny"),
         (["report", "tiny"], "has no complete trial yet"),

@@ -345,7 +345,7 @@ def test_a_wrong_option_is_one_line(words, expected, see):
 
 @pytest.mark.parametrize(("words", "expected", "see"), [USAGE[2], USAGE[13]])
 def test_a_process_says_the_same(words, expected, see):
-    command = [sys.executable, "-m", "search", *words]
+    command = [sys.executable, "-m", "atelier_command", *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     [line] = result.stderr.splitlines()

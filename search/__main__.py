@@ -1,5 +1,0 @@
-"""`python -m search`: the `atelier` command."""
-
-from search.cli import main
-
-main()

@@ -1,0 +1,130 @@
+"""The `atelier` command: the table of its verbs. A verb's module is imported when the verb is called."""
+
+import logging
+import os
+import sys
+from functools import partial
+from pkgutil import resolve_name
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from search.cli.errors import errors_in_one_line
+from search.cli.process import check_arguments, check_threads, ready_streams, run
+from search.cli.version import show_versions
+from search.slurm.granted import take_granted
+from storage.ownership import private
+
+# Name: the function or the group of verbs, and its line in `atelier --help`.
+VERBS = {
+    "search": ("search.cli.searching:search", "Run a whole search on this machine."),
+    "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),
+    "confirm": ("search.cli.searching:confirm", "Rerun the best trials on fresh seeds."),
+    "submit": ("search.cli.searching:submit", "Start workers as a SLURM array job."),
+    "stop": ("search.cli.searching:stop", "Ask all workers of a study to end."),
+    "logs": ("search.cli.watching:logs", "Show the workers' logs and the last traceback."),
+    "status": ("search.cli.watching:status", "Show a study: progress, trials, workers, GPU-hours."),
+    "trials": ("search.cli.watching:trials", "List a study's trials, one a row."),
+    "plot": ("search.cli.watching:plot", "Draw the figures of the dashboard into a file."),
+    "report": ("search.cli.winning:report", "Write a study's results with figures as one page."),
+    "dashboard": ("search.cli.dashboard:dashboard", "Serve the dashboard, behind a login."),
+    "export": ("search.cli.winning:export", "Write the best configuration, for atelier train."),
+    "train": ("search.cli.winning:train", "Train one configuration to its end."),
+    "replay": ("search.cli.winning:replay", "Train a trial again, and compare every number."),
+    "predict": ("search.cli.winning:predict", "Predict a split's attributes with a trained model."),
+    "model": ("search.cli.winning:model", "Print the network's stages and their sizes."),
+    "data": ("search.cli.admin:data_app", "Make or check a dataset."),
+    "db": ("search.cli.database:db_app", "Start, check, back up, clean or upgrade the database."),
+    "user": ("search.cli.admin:user_app", "Who may log in to the dashboard."),
+}
+
+
+class Verbs(TyperGroup):
+    """A group of verbs. Here, and nowhere else, an error becomes one line and an exit code."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Read the options that stand before the verb."""
+        with errors_in_one_line():
+            check_arguments(args)
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the verb's options and arguments, and run it."""
+        with errors_in_one_line(ctx), private():
+            check_threads()
+            take_granted()
+            return super().invoke(ctx)
+
+
+class VerbsOfTheTable(Verbs):
+    """The verbs of the table, of which `--help` and completion read only the table."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import what is about to run."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else _load(name), rest
+
+
+typer_app = partial(
+    typer.Typer,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else [slurm.*] is taken for markup
+)
+
+
+def group_of_verbs(name: str) -> typer.Typer:
+    """A group like `atelier db`, with its line of the table."""
+    return typer_app(cls=Verbs, help=VERBS[name][1], add_completion=False)
+
+
+def _load(name: str) -> Any:
+    target = resolve_name(VERBS[name][0])
+    if isinstance(target, typer.Typer):
+        return get_command(target)
+    alone = typer_app(add_completion=False)
+    alone.command(name, no_args_is_help=False)(target)
+    return get_command(alone)
+
+
+app = typer_app(cls=VerbsOfTheTable, help="Hyperparameter search for a fashion-attribute model.")
+
+
+@app.callback()
+def _before_the_verb(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=show_versions,
+            help="Show the versions that a report of an issue needs.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that belong to no verb."""
+
+
+for _name, (_, _line) in VERBS.items():
+    app.command(_name, help=_line)(lambda: None)  # `_load` puts the verb in its place
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command, or the one with these arguments, with its log on stderr."""
+    # OpenBLAS makes a thread for each core as numpy is imported, and where it may not, it ends the
+    # process. Nothing here is faster for them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    ready_streams()
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S%z",  # logs are read far from the machine's clock
+        stream=sys.stderr,
+    )
+    for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torch's import sets this too, unless it is cut short.
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    run(app, arguments)

@@ -1,0 +1,153 @@
+"""The arguments and options that verbs share, and what is done with them."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from search.cli.errors import say
+from search.confirm.plan import recorded
+from search.errors import InputError
+from search.study_config import StudyConfig
+from search.toml_file import load_study_file
+from storage import database, schema
+from storage.studies import StudyEntry, study_entry, study_names
+from trainer.text import same_letters
+
+MOST_PACKED = 64
+ARRAY = "0-7%4"
+
+StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
+Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, as in train.epochs=10. May be repeated."),
+]
+Pack = Annotated[
+    str,
+    typer.Option(help=f"Trials that a worker trains at once, 1 to {MOST_PACKED}; auto: as many as fit."),
+]
+# The options of `submit`, `confirm --submit` and `train --submit`.
+Submit = Annotated[bool, typer.Option("--submit", help="Train in SLURM instead of here.")]
+Array = Annotated[
+    str | None, typer.Option(help=f"Array tasks that are submitted, as for sbatch; default: {ARRAY}.")
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(help="The file's [slurm.*] table; default: tuning, for atelier train final."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Submit nothing; print the batch script.")]
+
+
+def goes_to_slurm(submit: bool, dry_run: bool, **details: str | None) -> bool:
+    """Whether a verb submits a job instead of training here.
+
+    Raises InputError if it does not, but `details`, which describe the job, are given.
+    """
+    if submit or dry_run:
+        return True
+    for name, value in details.items():
+        if value is not None:
+            raise InputError(f"--{name} goes with --submit; add that, or leave out --{name}")
+    return False
+
+
+def load_study(
+    path: Path, data: str | None, weights: str | None, settings: list[str] | None
+) -> StudyConfig:
+    """Read a study file, with what the options change in it. Raises InputError."""
+    paths = [
+        f"train.{key}={_quoted(value)}"
+        for key, value in (("data", data), ("weights", weights))
+        if value is not None
+    ]
+    return load_study_file(path, [*(settings or []), *paths])
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> StudyConfig:
+    """A study's settings as they are on record, with other paths where the options give some."""
+    return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
+
+
+def find_study(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
+    """Find a study that exists, by its name or its file. Raises InputError."""
+    name = name_or_file
+    if name.endswith(".toml") and Path(name).is_file():
+        name = load_study_file(Path(name)).study.name
+    engine = database.look()
+    if schema.schema_revision(engine) is None:
+        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
+    schema.require_schema(engine)
+    entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
+    if entry is None:
+        names = ", ".join(study_names(engine)) or "none"
+        raise InputError(f"no study {name!r} in the database; it has: {names}")
+    return engine, entry
+
+
+def find_search(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
+    """Find a study that exists and is no confirmation of another. Raises InputError."""
+    engine, entry = find_study(name_or_file)
+    if (confirmation := recorded(entry)) is not None:
+        raise InputError(
+            f"{entry.name!r} is the confirmation of a search; name that: {confirmation.confirms}"
+        )
+    return engine, entry
+
+
+def worker_options(
+    data: str | None, weights: str | None, settings: list[str] | None, pack: str
+) -> list[str]:
+    """The same options for `atelier worker`."""
+    options = [
+        ("--data", data),
+        ("--weights", weights),
+        *(("--set", setting) for setting in settings or []),
+        ("--pack", None if pack == "1" else pack),
+    ]
+    return [word for name, value in options if value is not None for word in (name, value)]
+
+
+def packed_trials(pack: str) -> int | None:
+    """How many trials a worker trains at once; None for as many as fit. Raises InputError."""
+    if pack == "auto":
+        return None
+    if pack not in map(str, range(1, MOST_PACKED + 1)):
+        raise InputError(f"--pack {pack!r}: allowed is a number from 1 to {MOST_PACKED}, or auto")
+    return int(pack)
+
+
+def check_pack(pack: str, workers: int = 1) -> None:
+    """Raises InputError for a pack that so many workers on one machine cannot have."""
+    if packed_trials(pack) is None and workers > 1:
+        raise InputError(
+            f"--pack auto with {workers} workers: each would take all of the memory; give "
+            "--workers 1, or a number"
+        )
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError if the file cannot be written, before any work is done for it."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--output {path}: no such folder; make it first")
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a folder; give a file")
+
+
+def command(*words: str) -> str:
+    """A command that a user may copy."""
+    return shlex.join(["atelier", *words])
+
+
+def say_each(lines: list[str]) -> None:
+    """Print lines to stderr."""
+    for line in lines:
+        say(line)

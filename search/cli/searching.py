@@ -1,0 +1,252 @@
+"""The verbs that start and stop workers: search, worker, confirm, submit and stop."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from dashboards.terminal import console
+from search.cli.errors import say
+from search.cli.options import (
+    ARRAY,
+    Array,
+    Data,
+    DryRun,
+    Pack,
+    Profile,
+    Set,
+    StudyName,
+    StudyPath,
+    Submit,
+    Weights,
+    check_pack,
+    command,
+    find_search,
+    find_study,
+    goes_to_slurm,
+    load_study,
+    packed_trials,
+    recorded_study,
+    say_each,
+    worker_options,
+)
+from search.cli.winning import check_export, export_best
+from search.confirm.evidence import read_confirmation
+from search.confirm.plan import plan_confirmation
+from search.confirm.table import render
+from search.errors import InputError
+from search.exit_codes import ExitCode
+from search.local import LocalSearch, preflight
+from search.slurm.script import array_script
+from search.slurm.submit import about_environment, submit_study
+from search.study import open_study
+from search.study_config import StudyConfig
+from storage import database, schema
+from storage.paths import RunFolder
+from storage.status import Status, read_status
+from storage.studies import StudyEntry, job_in_words, request_stop
+from trainer.dataset import Dataset
+
+PROFILE = "tuning"
+
+
+def search(
+    study: StudyPath,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
+    ] = Path("best.toml"),
+    pack: Pack = "1",
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
+    """Run a whole search on this machine. The same command resumes an interrupted search."""
+    config = load_study(study, data, weights, set_)
+    check_export(output, config.study.name)
+    check_pack(pack, workers)
+    arguments = [str(study), *worker_options(data, weights, set_, pack)]
+    dataset = preflight(config)
+    engine = database.connect()
+    local, entry = _run_here(config, dataset, engine, workers, arguments)
+    status = local.status()
+    if status.best is not None:
+        export_best(engine, entry, None, output)
+    if status.budget_spent and not local.interrupted:
+        say(
+            f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and unfinished trials are "
+            "pruned; raise study.max_gpu_hours to train more"
+        )
+    elif status.finished < status.max_trials:
+        say("not finished; the same command continues it")
+        raise typer.Exit(_unfinished(local))
+    elif status.best is None:
+        say(f"error: no trial was completed; see why with: {command('logs', entry.name)}")
+        raise typer.Exit(ExitCode.FAILED)
+    else:
+        say(f"see it in the browser with: {command('dashboard')}")
+        say(f"see whether it was luck with: {command('confirm', entry.name)}")
+
+
+def _run_here(
+    config: StudyConfig, dataset: Dataset, engine: sa.Engine, workers: int, arguments: list[str]
+) -> tuple[LocalSearch, StudyEntry]:
+    """Open a study and run workers with these arguments on this machine until they end."""
+    _, entry = open_study(config, engine, schema.open_storage(engine), dataset, lead=True)
+    runs = RunFolder(entry.name, entry.created).make()
+    say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
+
+    def status() -> Status:
+        return read_status(engine, entry.study_id, entry.name)
+
+    local = LocalSearch(arguments, workers, runs, status, console())
+    local.run()
+    return local, entry
+
+
+def _unfinished(local: LocalSearch) -> ExitCode:
+    return ExitCode.INTERRUPTED if local.interrupted else ExitCode.STOPPED
+
+
+def worker(
+    study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
+    pack: Pack = "1",
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
+    """Run one worker: what a SLURM array task runs.
+
+    Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
+    """
+    if study.endswith(".toml"):
+        config = load_study(Path(study), data, weights, set_)
+    elif set_:
+        raise InputError("--set goes with a study file; a study on record has its settings")
+    else:
+        config = recorded_study(find_study(study)[1], data, weights)
+    from search.cli import training  # late: with torch, which wrong arguments need not wait for
+
+    training.work(config, packed_trials(pack))
+
+
+def confirm(
+    study: StudyName,
+    top: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="How many of the best trials; default: 5.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; default: 5.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 2,
+    show: Annotated[
+        bool, typer.Option("--show", help="Train nothing; show the results so far.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
+    submit: Submit = False,
+    array: Array = None,
+    profile: Profile = None,
+    dry_run: DryRun = False,
+    pack: Pack = "1",
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Rerun the best trials on fresh seeds, and say which one is reliably the best."""
+    to_slurm = goes_to_slurm(submit, dry_run, array=array, profile=profile)
+    if show or as_json:
+        if to_slurm or top or seeds:
+            raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
+        _show_confirmation(*find_search(study), as_json)
+        return
+    engine, entry = find_search(study)
+    config = plan_confirmation(engine, entry, top, seeds).with_paths(data, weights)
+    check_pack(pack, 1 if to_slurm else workers)
+    arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]
+    if to_slurm:
+        next_commands = [
+            command("status", "--watch", config.study.name),
+            command("confirm", "--show", entry.name),
+        ]
+        _submit_workers(config, arguments, array, profile, dry_run, next_commands)
+        return
+    local, _ = _run_here(config, preflight(config), engine, workers, arguments)
+    if not _show_confirmation(engine, entry):
+        raise typer.Exit(_unfinished(local))
+
+
+def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = False) -> bool:
+    """Print the results of a study's confirmation. Returns whether all reruns have ended."""
+    again = command("confirm", entry.name)
+    confirmation = read_confirmation(engine, entry)
+    if confirmation is None:
+        raise InputError(f"nothing of study {entry.name!r} is confirmed yet; start with: {again}")
+    if as_json:
+        typer.echo(json.dumps(confirmation.as_dict(), indent=2))
+        return confirmation.finished
+    console().print(render(confirmation), soft_wrap=True)
+    if not confirmation.finished:
+        say(f"not finished; continue with: {again}")
+    return confirmation.finished
+
+
+def submit(
+    study: StudyPath,
+    array: Array = None,
+    profile: Profile = None,
+    dry_run: DryRun = False,
+    pack: Pack = "1",
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+) -> None:
+    """Start workers as a SLURM array job, after checking what would fail there."""
+    config = load_study(study, data, weights, set_)
+    check_pack(pack)
+    arguments = [str(study.absolute()), *worker_options(data, weights, set_, pack)]
+    next_commands = [
+        command("status", "--watch", str(study)),
+        command("logs", str(study)),
+        command("stop", str(study)),
+        command("dashboard"),
+    ]
+    _submit_workers(config, arguments, array, profile, dry_run, next_commands)
+
+
+def _submit_workers(
+    config: StudyConfig,
+    arguments: list[str],
+    array: str | None,
+    profile: str | None,
+    dry_run: bool,
+    next_commands: list[str],
+) -> None:
+    """Submit an array of workers with these arguments, or print its script."""
+    array, profile = array or ARRAY, profile or PROFILE
+    if dry_run:
+        script = array_script(config, profile, array, arguments)
+        say_each(about_environment(script))
+        typer.echo(script, nl=False)
+        return
+    job = submit_study(config, profile, array, arguments)
+    typer.echo(f"job {job_in_words(job)}")
+    for next_command in next_commands:
+        typer.echo(f"  {next_command}")
+
+
+def stop(
+    study: StudyName,
+    undo: Annotated[bool, typer.Option("--undo", help="Let workers start again.")] = False,
+) -> None:
+    """Ask all workers of a study to finish their epoch, release their trial and end."""
+    engine, entry = find_study(study)
+    schema.require_fit(engine, only="writes")
+    request_stop(engine, entry.study_id, not undo)
+    if undo:
+        typer.echo(f"study {entry.name!r}: workers may start again")
+    else:
+        typer.echo(
+            f"study {entry.name!r}: its workers end after their epoch, and those in the queue when they "
+            "start; search, submit, or stop --undo lets workers start again"
+        )

@@ -1,0 +1,151 @@
+"""What the verbs do that need PyTorch: work, train, replay, predict and print_stages."""
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+import sqlalchemy as sa
+import typer
+
+from dashboards.terminal import Grid, console
+from search import predict as prediction
+from search.cli.errors import say
+from search.cli.options import say_each
+from search.confirm.evidence import cannot_win
+from search.confirm.plan import ConfirmationFile
+from search.exit_codes import ExitCode
+from search.export import Bundle, check_origin
+from search.replay import replay as replay_epochs
+from search.slurm.job import own_job
+from search.slurm.queue import probe_liveness
+from search.study import open_study
+from search.study_config import StudyConfig
+from search.train import run_to_end
+from search.worker import Worker
+from storage import database, roles, schema
+from storage.ledger import Ledger
+from storage.ownership import with_users_umask
+from storage.paths import RunFolder, image_cache
+from storage.studies import StudyEntry
+from trainer.config import TrainConfig
+from trainer.dataset import DatasetError, absent_attributes, read_dataset
+from trainer.device import prepare_process
+from trainer.metrics import EpochResult
+from trainer.model import stage_table
+from trainer.pack import pack_that_fits
+from trainer.workspace import Workspace
+
+CHALLENGE_ATTRIBUTES = 26
+
+log = logging.getLogger(__name__)
+
+
+def work(config: StudyConfig, pack: int | None) -> None:
+    """Run one worker that trains `pack` trials at once, or as many as fit. Raises typer.Exit."""
+    job = own_job()
+    prepare_process()
+    workspace = Workspace(config.shared, image_cache(), batch_sizes=config.batch_sizes)
+    owner = database.connect(patience=database.PATIENCE)
+    schema.ensure_tables(owner)
+    engine, storage, _ = roles.for_worker(owner)
+    owner.dispose()
+    study, entry = open_study(config, engine, storage, workspace.dataset)
+    if config.study.max_trials != entry.max_trials:
+        log.warning(
+            "the study has max_trials = %d on record, the file says %d: search or submit changes it",
+            entry.max_trials,
+            config.study.max_trials,
+        )
+    columns = job.columns() if job else None
+    ledger = Ledger(engine, storage, entry.study_id, probe_liveness=probe_liveness, job=columns)
+    runs = RunFolder(entry.name, entry.created).make()
+    pack = pack or pack_that_fits(config.largest, workspace)
+    log.info("trials at once: %d", pack)
+    worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, pack)
+    if isinstance(config, ConfirmationFile):
+        worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
+    if job and multiprocessing.parent_process() is None:  # else the search owns the task
+        worker.requeue = job.requeue
+    end = worker.run()
+    log.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
+    if end == ExitCode.WALL_TIME and not worker.made_progress:
+        say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
+        raise typer.Exit(ExitCode.FAILED)
+    raise typer.Exit(end)
+
+
+def train(bundle: Bundle, config: TrainConfig, folder: Path, notes: list[str]) -> ExitCode:
+    """Train to the end, or until asked to stop, and print every epoch."""
+
+    def show(result: EpochResult) -> None:
+        validated = (
+            f"val loss {result.val_loss:.4f} acc {result.val_accuracy:.4f} "
+            f"(overall {result.val_overall:.4f})  "
+        )
+        typer.echo(
+            f"epoch {result.epoch + 1}/{config.epochs}  lr {result.lr:.2e}  "
+            f"train loss {result.train_loss:.4f} acc {result.train_accuracy:.4f}  "
+            f"{validated if result.validated else ''}{result.seconds:.1f} s"
+        )
+
+    prepare_process()
+    workspace = Workspace(config, image_cache(), batch_sizes=[config.batch_size])
+    check_origin(bundle, config, workspace.dataset.fingerprint)
+    say_each(notes)
+    absent = absent_attributes(workspace.dataset.attribute_table(config))
+    say_each([f"note: {line}" for line in absent])
+    with with_users_umask():
+        return run_to_end(config, workspace, folder, show)
+
+
+def replay(engine: sa.Engine, entry: StudyEntry, config: StudyConfig, trial: int) -> tuple[int, int]:
+    """Train a trial again and print every epoch. Returns how many epochs differ, and of how many."""
+    prepare_process()
+    differing = epochs = 0
+    for epoch in replay_epochs(engine, entry, config, trial, image_cache()):
+        differing += bool(epoch.differing)
+        recorded, again = epoch.recorded, epoch.again
+        epochs = again.epoch + 1
+        typer.echo(
+            f"epoch {epochs:>3} (stream {again.stream_epoch + 1:>3})  "
+            f"recorded {recorded['val_accuracy']:.6f}  again {again.val_accuracy:.6f}  "
+            f"{'other: ' + ', '.join(epoch.differing) if epoch.differing else 'equal'}"
+        )
+    return differing, epochs
+
+
+def predict(
+    run: Path, split: str, output: Path, truth: Path | None, flip: bool, data: str | None
+) -> None:
+    """Predict a split's attributes into a file; print accuracies where the true labels are given."""
+    prepare_process()
+    predictor = prediction.Predictor(run, split, data, truth)
+    say_each(predictor.notes)
+    prediction.check_submission(output, predictor.source)
+    classes = predictor.predict(image_cache(), flip)
+    with with_users_umask():
+        prediction.write_submission(classes, output, predictor.source)
+    say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
+    if truth and predictor.learned_from:
+        say(f"note: the run learned from, or was chosen by, the images of {split}")
+    for name, accuracy in predictor.scores(classes).items():
+        typer.echo(f"{name:<27}{accuracy.value:.4f}  95 %: {accuracy.low:.4f} to {accuracy.high:.4f}")
+
+
+def print_stages(config: TrainConfig) -> None:
+    """Print the network's stages with parameters and multiply-adds, and which are trained."""
+    try:
+        outputs = len(read_dataset(config.data).attributes)
+    except DatasetError:
+        outputs = CHALLENGE_ATTRIBUTES
+        say(f"note: no dataset at hand, so the head has the challenge's {outputs} attributes")
+    rows = stage_table(config, outputs)
+    table = Grid(("stage", "", "parameters", "multiply-adds"), left=("stage", ""), gap=2)
+    for row in rows:
+        kind = "trained" if row.trained else "frozen"
+        table.add(row.name, kind, f"{row.parameters:,}", f"{row.multiply_adds:,}")
+    for kind, trained in (("trained", True), ("frozen", False)):
+        parameters = sum(row.parameters for row in rows if row.trained is trained)
+        operations = sum(row.multiply_adds for row in rows if row.trained is trained)
+        table.add("total", kind, f"{parameters:,}", f"{operations:,}", style="bold")
+    console().print(table)

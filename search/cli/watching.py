@@ -1,0 +1,144 @@
+"""The verbs that look at a study: status, trials, logs and plot."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+
+from dashboards.csv_tables import csv_text, trial_table
+from dashboards.outputs import check_overwritable
+from dashboards.plot import plot_study
+from dashboards.study_tables import (
+    progress_line,
+    render,
+    render_attempts,
+    render_trials,
+    render_workers,
+)
+from dashboards.terminal import can_redraw, console
+from search.cli.errors import say
+from search.cli.options import StudyName, find_study
+from search.errors import InputError
+from search.slurm.queue import Tasks, task_states
+from search.slurm.submit import newest_log
+from storage.ownership import with_users_umask
+from storage.paths import RunFolder, total_size
+from storage.status import Status, read_status
+from storage.studies import array_jobs
+from storage.workers import read_attempts
+
+WATCH_SECONDS, SITE_SECONDS = 2, 30
+MOST_ROWS = 40  # of trials
+
+
+def status(
+    study: StudyName,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+) -> None:
+    """Show a study: progress, trials, workers, GPU-hours."""
+    engine, entry = find_study(study)
+    runs = RunFolder(entry.name, entry.created)
+
+    # SLURM's controller and the shared disk serve the whole site. However often the study is read, they
+    # are asked twice a minute.
+    @lru_cache(maxsize=1)
+    def ask_site(array_jobs: tuple[str, ...], _: int) -> tuple[Tasks, int]:
+        return task_states(array_jobs), total_size(runs.files())
+
+    def read() -> Status:
+        status = read_status(engine, entry.study_id, entry.name)
+        half_minute = int(time.monotonic() / SITE_SECONDS)
+        tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute)
+        status.tasks, status.tasks_problem = tasks.states, tasks.problem
+        return status
+
+    if as_json:
+        typer.echo(json.dumps(read().as_dict(), indent=2))
+    elif watch:
+        with suppress(KeyboardInterrupt):
+            _watch(read, console())
+    else:
+        console().print(_tables(read()))
+
+
+def _tables(status: Status) -> Group:
+    return Group(render(status, MOST_ROWS), render_workers(status))
+
+
+def _watch(read: Callable[[], Status], console: Console) -> None:
+    """Show a study until its trials have ended: on a terminal as tables, else a line for each change."""
+    if can_redraw(console):
+        with Live(console=console) as live:
+            while (status := read()).finished < status.max_trials:
+                live.update(_tables(status))
+                time.sleep(WATCH_SECONDS)
+            live.update(_tables(status))
+        return
+    counts = None
+    while (status := read()).finished < status.max_trials:
+        if status.counts != counts:
+            console.print(progress_line(status), soft_wrap=True)
+            counts = status.counts
+        time.sleep(WATCH_SECONDS)
+    console.print(_tables(status))
+
+
+def trials(
+    study: StudyName,
+    csv: Annotated[Path | None, typer.Option(help="Write this file instead of a table.")] = None,
+) -> None:
+    """List a study's trials, one a row."""
+    engine, entry = find_study(study)
+    status = read_status(engine, entry.study_id, entry.name)
+    if not status.trials:
+        say(f"study {entry.name!r} has no trials yet")
+    elif csv is None:
+        console().print(render_trials(status))
+    else:
+        names, rows = trial_table(status.trials)
+        check_overwritable(csv, ",".join(names[:3]), "a table of trials")
+        with with_users_umask():
+            csv.write_text(csv_text(names, rows), "utf-8", newline="")
+
+
+def logs(
+    study: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Only this trial's attempts.")] = None,
+    lines: Annotated[int, typer.Option(min=0, help="How many lines of the newest log to show.")] = 20,
+) -> None:
+    """Show where the workers' logs are, the last traceback, and the end of the newest log."""
+    engine, entry = find_study(study)
+    attempts = read_attempts(engine, entry.study_id, trial)
+    # A task that ended before it claimed a trial left only its log.
+    jobs = array_jobs(engine, entry.study_id) if trial is None else []
+    newest = newest_log(jobs)
+    if not attempts and newest is None:
+        what = "any trial" if trial is None else f"trial {trial}"
+        raise InputError(f"no attempt at {what} yet, and no log of an array task")
+    console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
+
+
+def plot(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .html file.")],
+    kind: Annotated[str, typer.Option(help="curves, compare or history.")] = "curves",
+    trials: Annotated[str | None, typer.Option(help="As in 3,5-9; default: the best.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="How many of the best.")] = None,
+    by: Annotated[str | None, typer.Option(help="With compare: the hyperparameter.")] = None,
+    smooth: Annotated[
+        float, typer.Option(min=0, max=0.95, help="With curves: weight of the epochs before.")
+    ] = 0.0,
+) -> None:
+    """Draw the figures of the dashboard into a file."""
+    engine, entry = find_study(study)
+    with with_users_umask():
+        plot_study(engine, entry, kind, output, trials, top, by, smooth)
+    say(f"drawn: {output}")

@@ -1,0 +1,225 @@
+"""The verbs that use what a search found: export, report, train, predict, replay and model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from search.cli.errors import say
+from search.cli.options import (
+    Data,
+    DryRun,
+    Profile,
+    Set,
+    StudyName,
+    StudyPath,
+    Submit,
+    Weights,
+    check_output,
+    command,
+    find_search,
+    find_study,
+    goes_to_slurm,
+    load_study,
+    recorded_study,
+    say_each,
+)
+from search.confirm.evidence import read_confirmation
+from search.errors import InputError
+from search.exit_codes import ExitCode
+from search.export import (
+    Bundle,
+    changed,
+    check_overwritable,
+    choose,
+    export_trial,
+    in_words,
+    known_accuracy,
+    load_bundle,
+)
+from search.slurm.script import log_folder, run_script
+from search.slurm.submit import about_environment, submit_run
+from storage.ownership import with_users_umask
+from storage.paths import home
+from storage.status import read_status
+from storage.studies import StudyEntry, job_in_words, split_job
+from trainer.config import TrainConfig
+
+PROFILE = "final"
+
+
+def export(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
+    trial: Annotated[int | None, typer.Option(help="This trial instead of the best.")] = None,
+) -> None:
+    """Write the configuration of the confirmed winner, or of the best trial, for `atelier train`."""
+    engine, entry = find_search(study)
+    check_export(output, entry.name)
+    export_best(engine, entry, trial, output)
+
+
+def check_export(path: Path, study: str) -> None:
+    """Raises InputError if the export cannot be written, before any work is done for it."""
+    check_output(path)
+    check_overwritable(path, study)
+
+
+def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output: Path) -> None:
+    """Write the configuration of this trial, or else of the confirmed winner or the best trial."""
+    try:
+        confirmation = read_confirmation(engine, entry)
+    except InputError:
+        if trial is None:
+            raise
+        confirmation = None  # a trial that the user names needs no evidence
+    choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
+    row = choice.row
+    accuracy = known_accuracy(entry, row, confirmation)
+    with with_users_umask():
+        export_trial(engine, entry, choice, accuracy, output)
+    value = f"score {row.value:.4f}" if row.state == "complete" else row.state
+    warning = "warning: " if choice.standing == "unconfirmed" else ""
+    say(f"{warning}trial {row.number} ({value}) is {choice.words}")
+    if accuracy:
+        say(f"its average per-class accuracy is {in_words(accuracy)}")
+    elif row.state == "complete":
+        say(
+            "note: its accuracy has no interval, since its predictions are not in ATELIER_HOME "
+            f"({home()})"
+        )
+    say(f"it is in {output}; train it with: {command('train', str(output))}")
+
+
+def report(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the pages.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Write a study's results with figures as one page, in Markdown and in HTML."""
+    engine, entry = find_search(study)
+    from search.report import write_report  # late: with torch, for the table of the stages
+
+    with with_users_umask():
+        page = write_report(engine, entry, output)
+    say(f"the report is {page}, and report.md beside it")
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration, as `atelier export` writes it.")],
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Number of epochs; the warm-up keeps its length.")
+    ] = None,
+    stretch_warmup: Annotated[
+        bool, typer.Option("--stretch-warmup", help="With --epochs: scale the warm-up with it.")
+    ] = False,
+    warmup_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of warm-up.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="train, or train+val for the final run, without validation.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
+    submit: Submit = False,
+    profile: Profile = None,
+    dry_run: DryRun = False,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Train one configuration to its end. The same command resumes an interrupted run."""
+    changes = {
+        "epochs": epochs,
+        "warmup_epochs": warmup_epochs,
+        "train_on": train_on,
+        "data": data,
+        "weights": weights,
+    }
+    bundle = load_bundle(config)
+    settings, notes = changed(bundle, changes, config, stretch_warmup)
+    folder = run or config.with_suffix(".run")
+    if goes_to_slurm(submit, dry_run, profile=profile):
+        given = {key: value for key, value in changes.items() if value is not None}
+        options = given | {"run": folder.absolute()}
+        words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        words += ["--stretch-warmup"] * stretch_warmup
+        arguments = [*words, "--", str(config.absolute())]
+        _submit_run(bundle, settings, arguments, profile or PROFILE, dry_run, notes)
+        return
+    from search.cli import training  # late: with torch, which a submit does not need
+
+    end = training.train(bundle, settings, folder, notes)
+    if end != ExitCode.DONE:
+        say("not finished; the same command continues it")
+        raise typer.Exit(end)
+    say(f"the run is in {folder}; predict with: {command('predict', str(folder))}")
+
+
+def _submit_run(
+    bundle: Bundle,
+    settings: TrainConfig,
+    arguments: list[str],
+    profile: str,
+    dry_run: bool,
+    notes: list[str],
+) -> None:
+    """Submit `atelier train` with these arguments, or print its script."""
+    if dry_run:
+        script = run_script(settings, bundle.slurm, profile, arguments)
+        say_each(about_environment(script))
+        typer.echo(script, nl=False)
+        return
+    job = submit_run(bundle, settings, profile, arguments)
+    say_each(notes)
+    log = log_folder() / f"train-{split_job(job)[0]}.log"
+    typer.echo(f"job {job_in_words(job)}; its log is {log}")
+
+
+def replay(
+    study: StudyName,
+    trial: Annotated[int, typer.Option(min=0, help="The trial's number.")],
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Train a trial again, alone, as far as it was recorded, and compare every number.
+
+    Exit codes: 0 all are equal, 1 some differ.
+    """
+    engine, entry = find_study(study)
+    config = recorded_study(entry, data, weights)
+    from search.cli import training  # late: with torch, after the study is found
+
+    differing, epochs = training.replay(engine, entry, config, trial)
+    if differing:
+        say(
+            f"{differing} of {epochs} epochs differ; the same machine, with as many threads "
+            "(OMP_NUM_THREADS), gives the same"
+        )
+        raise typer.Exit(ExitCode.FAILED)
+    say(f"all {epochs} epochs are equal, bit for bit")
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")],
+    split: Annotated[str, typer.Option(help="Which images: test, val or train.")] = "test",
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("prediction.zip"),
+    scores: Annotated[
+        Path | None, typer.Option(help="File of the true labels, to print accuracies.")
+    ] = None,
+    tta: Annotated[str, typer.Option(help="none, or flip: average with the mirror image.")] = "none",
+    data: Data = None,
+) -> None:
+    """Predict a split's attributes in the challenge's form, with the run's best model."""
+    if tta not in ("none", "flip"):
+        raise InputError(f"--tta {tta!r}: allowed are none and flip")
+    check_output(output)
+    from search.cli import training  # late: with torch, after the arguments are checked
+
+    training.predict(run, split, output, scores, tta == "flip", data)
+
+
+def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+    """Print the network's stages with parameters and multiply-adds, and which are trained."""
+    config = load_study(study, data, weights, set_)
+    from search.cli import training  # late: with torch, after the study file is read
+
+    training.print_stages(config.shared)
