@@ -1,4 +1,4 @@
-"""What an epoch reports, and how it is computed. A new metric is a field and a line in this file.
+"""What an epoch reports, and how it is computed: a new metric goes here.
 
 Logits are float [images, attributes], one slice after another for each category. Targets are int64
 [images, categories]: the index inside the slice.

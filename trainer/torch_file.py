@@ -102,8 +102,7 @@ def _unknown_classes(data: bytes) -> set[str]:
     """Classes in the file that torch may not know, as MODULE.NAME. Unpickles nothing."""
     if data.startswith(b"PK"):
         return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
-    # Late: it is private to torch and may move, and only the older format needs it.
-    from torch._weights_only_unpickler import get_globals_in_pkl
+    from torch._weights_only_unpickler import get_globals_in_pkl  # late: private to torch, it may move
 
     file = io.BytesIO(data)
     return {name for _ in range(LEGACY_PICKLES) for name in get_globals_in_pkl(file)}

@@ -131,11 +131,11 @@ def _explain_os_error(error: OSError) -> str | None:
 
 def _explain_database_error(error: Exception) -> tuple[str | None, bool]:
     """The line for an error of the database, None if it is a fault of ours; and whether it may pass."""
-    # late: `atelier --help` would wait for SQLAlchemy and Optuna
-    from storage.faults import ErrorKind, classify, explain, is_transient
+    from storage import faults  # late: `atelier --help` would wait for SQLAlchemy and Optuna
 
-    line = None if classify(error) is ErrorKind.OURS else f"the database: {explain(error)}"
-    return line, is_transient(error)
+    is_ours = faults.classify(error) is faults.ErrorKind.OURS
+    line = None if is_ours else f"the database: {faults.explain(error)}"
+    return line, faults.is_transient(error)
 
 
 def _exit_code(error: Exception) -> int:
