@@ -1,4 +1,4 @@
-"""Reads what a user asks to see: trials, counts and choices, from an address or from the command line.
+"""Reads trials, counts and choices that a user asks to see, alike from an address and from a command.
 
 Text that is not understood is an error. No default takes its place.
 """

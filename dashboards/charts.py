@@ -1,4 +1,4 @@
-"""Makes figures of a study's data: the score over time, learning curves, comparisons, attributes.
+"""What is in each figure: the score over time, learning curves, comparisons, attributes.
 
 A figure is a list of panels, and a panel is a list of series. dashboards/render.py draws them, on a page
 or into a file. Nothing here reads the database.
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dashboards.wilson import wilson
 from storage.curves import Curve, EndPoint
+from storage.status import State
 
 # Readable on white and on near-black, and distinct with the common kinds of colour blindness.
 PALETTE = (
@@ -160,7 +161,7 @@ def _exponential_mean(values: list[float], weight: float) -> list[float]:
 
 def _is_cut(curve: Curve) -> bool:
     """Whether the curve ends early, at least for now."""
-    return curve.trial.state in ("paused", "pruned")
+    return curve.trial.state in (State.PAUSED, State.PRUNED)
 
 
 def _name(curve: Curve) -> str:

@@ -1,4 +1,4 @@
-"""Draws figures with Matplotlib, which needs no browser, into .png and .svg files."""
+"""Draws a figure as a .png or .svg file, with Matplotlib, which needs no browser."""
 
 import logging
 import math

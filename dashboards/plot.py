@@ -1,4 +1,4 @@
-"""Draws figures of a study into files: for `atelier plot`, for reports and for optuna-dashboard."""
+"""Saves figures of a study: for `atelier plot`, for reports and for optuna-dashboard."""
 
 import os
 import uuid

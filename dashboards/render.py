@@ -1,4 +1,4 @@
-"""Renders figures: as data for Plotly's script on a page, and into .png, .svg and .html files."""
+"""Turns a figure into a file of any kind, or into data that Plotly's script draws on a page."""
 
 import html
 import importlib.resources

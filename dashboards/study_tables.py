@@ -8,8 +8,9 @@ from rich.text import Text
 
 from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
+from storage.outcome import Outcome
 from storage.paths import home
-from storage.status import Status, parameter_names
+from storage.status import State, Status, parameter_names
 from storage.studies import job_in_words
 from storage.workers import AttemptRow
 
@@ -50,7 +51,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             "" if row.value is None else f"{row.value:.4f}",
             *(_number(row.params.get(name)) for name in names),
-            style="dim" if row.state in ("paused", "pruned") else None,
+            style="dim" if row.state in (State.PAUSED, State.PRUNED) else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
     lines = filter(None, [_spent(status), audit_line(status)])
@@ -141,7 +142,9 @@ def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int)
             row.log or "(terminal)",
         )
     parts: list[RenderableType] = [table]
-    failed = [row for row in attempts if "Traceback" in (row.reason or "") or row.outcome == "failed"]
+    failed = [
+        row for row in attempts if "Traceback" in (row.reason or "") or row.outcome == Outcome.FAILED
+    ]
     if failed:
         last = failed[-1]
         parts += [Text(f"\ntrial {last.trial}, attempt {last.attempt}:", style="bold")]

@@ -19,41 +19,15 @@ from search import forking
 from search.cli import main
 from search.errors import SearchError
 from search.exit_codes import ExitCode
-from search.slurm.granted import take_granted
-from search.study_config import StudyConfig
 from storage.embedded import EmbeddedPostgres
 from storage.leases import RENEW_SECONDS
-from storage.paths import RunFolder, home, image_cache
+from storage.paths import RunFolder, home
 from storage.postgres_programs import EmbeddedPostgresError
-from storage.status import Status
+from storage.status import State, Status
 from trainer.allocation import cpu_count
-from trainer.config import TrainConfig
-from trainer.dataset import Dataset, read_dataset
 
 POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
-
-
-def preflight(config: StudyConfig) -> Dataset:
-    """Meet the errors of dataset, images, device and network before any worker does.
-
-    Prepares the images and returns the dataset. Raises DatasetError, ModelError, DeviceError,
-    UnknownDeviceError and CallFailedError.
-    """
-    dataset = read_dataset(config.shared.data)
-    forking.start_server()  # it imports torch meanwhile; this process needs none
-    import dashboards.note  # noqa: F401  # late: a new study needs it, and now its second is free
-
-    forking.call(prepare_workspace, config.shared, config.batch_sizes, image_cache())
-    return dataset
-
-
-def prepare_workspace(config: TrainConfig, batch_sizes: set[int], cache: Path) -> None:
-    """Prepare the images and build the network once. `preflight` calls it in a forked process."""
-    from trainer.workspace import prepare_images  # late: the command itself needs no torch
-
-    take_granted()  # the fork server's parent did so for itself only
-    prepare_images(config, batch_sizes, cache)
 
 
 def work(arguments: list[str]) -> None:
@@ -194,10 +168,10 @@ class LocalSearch:
         """Whether to wait for trials that other workers hold. Starts a worker for what they leave."""
         if self.interrupted or self._failures or status.stopping or not self._done:
             return False
-        running, waiting = status.counts["running"], status.counts["waiting"] - status.surplus
+        running, waiting = status.counts[State.RUNNING], status.counts[State.WAITING] - status.surplus
         if status.budget_spent:
             return bool(running)
-        if not waiting and (running or not status.counts["paused"]):
+        if not waiting and (running or not status.counts[State.PAUSED]):
             return bool(running)
         # A worker resumes waiting and paused trials, or ends the search. While other workers run, they
         # may claim these trials themselves, so a worker is started now and then only.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import sqlalchemy as sa
@@ -18,9 +18,10 @@ from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
 from storage import curves
+from storage.database import one_moment, retrying
 from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
-from storage.workers import read_machines
+from storage.workers import Machine, read_machines
 from trainer.config import TrainConfig
 from trainer.dataset import absent_attributes
 from trainer.model import HEAD, stage_table
@@ -35,14 +36,12 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
 
     Raises InputError if no trial is complete, OutputError if it would overwrite other files, OSError.
     """
-    # The study is read once: the text and all figures have the same trials and scores.
-    status = read_status(engine, entry.study_id, entry.name)
-    confirmation = read_confirmation(engine, entry)
-    choice = choose(status, confirmation, None)
-    best = curves.read_curves(engine, entry.study_id, curves.top(status.trials, curves.COMPARED))
+    reading = _read(engine, entry)
+    best = reading.best
+    choice = choose(reading.status, reading.confirmation, None)
     compared = _compared(best)
     figures = {
-        "history.png": charts.history(curves.read_ends(engine, entry.study_id)),
+        "history.png": charts.history(reading.ends),
         "curves.png": charts.curves(best[:DRAWN], curves.category_names(entry.attributes, best)),
         **{f"compare-{name}.png": charts.compare(best, name) for name in compared},
     }
@@ -54,9 +53,9 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         _templates()
         .get_template("report.md")
         .render(
-            _facts(entry, status, choice, confirmation),
+            _facts(entry, reading.status, choice, reading.confirmation),
             compared=compared,
-            machines=read_machines(engine, entry.study_id),
+            machines=reading.machines,
         )
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -68,6 +67,30 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
+
+
+class _Reading(NamedTuple):
+    """All that a report says of a study, as of one moment."""
+
+    status: Status
+    confirmation: Confirmation | None
+    best: list[curves.Curve]
+    ends: list[curves.EndPoint]
+    machines: list[Machine]
+
+
+@retrying
+def _read(engine: sa.Engine, entry: StudyEntry) -> _Reading:
+    with one_moment(engine) as connection:
+        status = read_status(connection, entry.study_id, entry.name)
+        best = curves.top(status.trials, curves.COMPARED)
+        return _Reading(
+            status,
+            read_confirmation(connection, entry, status),
+            curves.read_curves(connection, entry.study_id, best),
+            curves.read_ends(connection, entry.study_id),
+            read_machines(connection, entry.study_id),
+        )
 
 
 def _compared(best: list[curves.Curve]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a study file may say, and what follows: space, sampler, strategy, rungs. Imports no torch."""
+"""The tables of a study file and their checks; space, sampler, strategy, rungs follow from them."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Read a study file: its TOML, the overrides of --set, and what is wrong with it in words."""
+"""Read a study file: its TOML, the overrides of --set, and where in the file an error is."""
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping

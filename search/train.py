@@ -14,7 +14,7 @@ from search.exit_codes import ExitCode
 from search.slurm.job import own_job, seconds_to_kill
 from search.stopping import Stop, on_signals
 from storage.curves import Curve
-from storage.status import TrialRow
+from storage.status import State, TrialRow
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.files import write_atomically
@@ -91,7 +91,7 @@ def _write_curve(folder: Path, results: list[EpochResult]) -> None:
     writer.writeheader()
     writer.writerows(result.columns() for result in results)
     write_atomically(folder / "curve.csv", text.getvalue().encode())
-    curve = Curve(TrialRow(0, "complete"))
+    curve = Curve(TrialRow(0, State.COMPLETE))
     for result in results:
         curve.add(result.columns())
     drawn = charts.curves([curve], [])

@@ -1,4 +1,4 @@
-"""Check what a user types into a file, and say in words what is wrong with a value."""
+"""Types of values in any file that a user writes, and the words for a wrong one."""
 
 import datetime
 import difflib

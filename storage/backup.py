@@ -1,4 +1,4 @@
-"""The database and the files that belong to it, in one archive that is taken while workers run.
+"""Back up a database with its files while workers run, and restore it.
 
 The archive is a plain tar: each table as COPY writes it, so that any PostgreSQL reads it; checkpoints,
 predictions and pictures; and, last, `manifest.json` with the SHA-256 of each. Checkpoints are held

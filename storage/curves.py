@@ -50,7 +50,7 @@ class Curve:
 
 
 @retrying
-def read_curves(engine: sa.Engine, study_id: int, trials: list[TrialRow]) -> list[Curve]:
+def read_curves(bind: sa.Engine | sa.Connection, study_id: int, trials: list[TrialRow]) -> list[Curve]:
     """The curves of these trials, in their order; one statement."""
     curves = {row.number: Curve(row) for row in trials}
     columns = [getattr(Epoch, name) for name in METRICS]
@@ -60,7 +60,7 @@ def read_curves(engine: sa.Engine, study_id: int, trials: list[TrialRow]) -> lis
         .where(TrialModel.study_id == study_id, TrialModel.number.in_(curves))
         .order_by(TrialModel.number, Epoch.epoch)
     )
-    with Session(engine) as session:
+    with Session(bind) as session:
         for row in session.execute(query):
             curves[row.number].add(row._asdict())
     return list(curves.values())
@@ -78,7 +78,7 @@ class EndPoint:
 
 
 @retrying
-def read_ends(engine: sa.Engine, study_id: int) -> list[EndPoint]:
+def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
     """The ends of a study's trials in their order; one statement."""
     start = sa.func.min(Attempt.claimed).over()
     query = (
@@ -96,7 +96,7 @@ def read_ends(engine: sa.Engine, study_id: int) -> list[EndPoint]:
     )
     # (hours, trials that the worker holds, more or less; the worker; end)
     moments: list[tuple[float, int, str, EndPoint | None]] = []
-    with Session(engine) as session:
+    with Session(bind) as session:
         for number, outcome, value, claimed, released, worker in session.execute(query):
             moments.append((float(claimed), 1, worker, None))
             if released is not None:

@@ -8,8 +8,8 @@ schema `public`, ours in the schema `atelier`.
 import logging
 import os
 import select
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +101,20 @@ retrying = retry(
     stop=lambda state: (state.seconds_since_start or 0) >= thread_patience.get(),
     reraise=True,
 )
+
+
+@contextmanager
+def one_moment(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection that shows the database as of its first statement, for several reads.
+
+    Inside it nothing is retried: the caller retries the whole.
+    """
+    token = thread_patience.set(0)
+    try:
+        with engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
+            yield connection
+    finally:
+        thread_patience.reset(token)
 
 
 def look(sessions: Sessions = WORK) -> sa.Engine:

@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: where they are, and running them as a user that is not root."""
+"""PostgreSQL's programs: find them, and run them as a user that is not root."""
 
 import os
 import pwd

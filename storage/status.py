@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from storage.clock import now, seconds_since
-from storage.database import retrying
+from storage.database import one_moment, retrying
 from storage.ledger import AUDIT
 from storage.liveness import HELD
 from storage.optuna_tables import (
@@ -182,9 +182,15 @@ class Status:
 
 
 @retrying
-def read_status(engine: sa.Engine, study_id: int, name: str) -> Status:
-    """Read a study as of one moment, with a fixed number of statements, however many trials it has."""
-    with Session(engine.execution_options(isolation_level="REPEATABLE READ")) as session:
+def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> Status:
+    """Read a study as of one moment, with a fixed number of statements, however many trials it has.
+
+    Several reads on a connection of `storage.database.one_moment` show the same moment.
+    """
+    if isinstance(bind, sa.Engine):
+        with one_moment(bind) as connection:
+            return read_status(connection, study_id, name)
+    with Session(bind) as session:
         study = session.get_one(Study, study_id)
         end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(now(), Attempt.lease_until)))
         overdue = sa.func.max(seconds_since(Attempt.lease_until)).filter(

@@ -54,10 +54,10 @@ class StudyRow:
 
 
 @retrying
-def study_entry(engine: sa.Engine, name_or_id: str | int) -> StudyEntry | None:
+def study_entry(bind: sa.Engine | sa.Connection, name_or_id: str | int) -> StudyEntry | None:
     """Look a study up by its name, or by Optuna's id."""
     key = StudyModel.study_name if isinstance(name_or_id, str) else StudyModel.study_id
-    with Session(engine) as session:
+    with Session(bind) as session:
         row = session.execute(
             sa.select(Study, StudyModel.study_name)
             .join(StudyModel, StudyModel.study_id == Study.study_id)

@@ -79,7 +79,7 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
 
 
 @retrying
-def read_machines(engine: sa.Engine, study_id: int) -> list[Machine]:
+def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machine]:
     """The machines that have worked at a study, those with most workers first."""
     slurm = Worker.slurm_job.is_not(None)
     count = sa.func.count(Worker.id.distinct())
@@ -90,8 +90,8 @@ def read_machines(engine: sa.Engine, study_id: int) -> list[Machine]:
         .group_by(Worker.host, Worker.gpu, slurm)
         .order_by(count.desc(), Worker.host)
     )
-    with engine.connect() as connection:
-        return [Machine(*row) for row in connection.execute(query)]
+    with Session(bind) as session:
+        return [Machine(*row) for row in session.execute(query)]
 
 
 @retrying

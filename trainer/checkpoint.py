@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment cannot spoil.
+"""Write and find checkpoints, so that a kill at no moment can spoil them; the newest two are kept.
 
 A checkpoint is a file such as `attempt-0001-epoch-0003-step-00000120.pt`. Its name has the attempt that
 wrote it, and the epochs and steps that the run had finished. Beside it, a file with `.sha256` at the end

@@ -1,4 +1,4 @@
-"""The arguments and options that verbs share, and what is done with them."""
+"""The arguments and options that several verbs share, and what is done with them."""
 
 import shlex
 from pathlib import Path

@@ -38,7 +38,8 @@ from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
 from search.errors import InputError
 from search.exit_codes import ExitCode
-from search.local import LocalSearch, preflight
+from search.local import LocalSearch
+from search.preflight import preflight
 from search.slurm.script import array_script
 from search.slurm.submit import about_environment, submit_study
 from search.study import open_study
@@ -179,7 +180,8 @@ def confirm(
 def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = False) -> bool:
     """Print the results of a study's confirmation. Returns whether all reruns have ended."""
     again = command("confirm", entry.name)
-    confirmation = read_confirmation(engine, entry)
+    status = read_status(engine, entry.study_id, entry.name)
+    confirmation = read_confirmation(engine, entry, status)
     if confirmation is None:
         raise InputError(f"nothing of study {entry.name!r} is confirmed yet; start with: {again}")
     if as_json:

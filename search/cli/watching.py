@@ -27,7 +27,7 @@ from search.cli.errors import say
 from search.cli.options import StudyName, find_study
 from search.errors import InputError
 from search.slurm.queue import Tasks, task_states
-from search.slurm.submit import newest_log
+from search.slurm.script import newest_log
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, total_size
 from storage.status import Status, read_status

@@ -42,7 +42,7 @@ from search.slurm.script import log_folder, run_script
 from search.slurm.submit import about_environment, submit_run
 from storage.ownership import with_users_umask
 from storage.paths import home
-from storage.status import read_status
+from storage.status import State, read_status
 from storage.studies import StudyEntry, job_in_words, split_job
 from trainer.config import TrainConfig
 
@@ -68,23 +68,24 @@ def check_export(path: Path, study: str) -> None:
 
 def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output: Path) -> None:
     """Write the configuration of this trial, or else of the confirmed winner or the best trial."""
+    status = read_status(engine, entry.study_id, entry.name)
     try:
-        confirmation = read_confirmation(engine, entry)
+        confirmation = read_confirmation(engine, entry, status)
     except InputError:
         if trial is None:
             raise
         confirmation = None  # a trial that the user names needs no evidence
-    choice = choose(read_status(engine, entry.study_id, entry.name), confirmation, trial)
+    choice = choose(status, confirmation, trial)
     row = choice.row
     accuracy = known_accuracy(entry, row, confirmation)
     with with_users_umask():
         export_trial(engine, entry, choice, accuracy, output)
-    value = f"score {row.value:.4f}" if row.state == "complete" else row.state
+    value = f"score {row.value:.4f}" if row.state == State.COMPLETE else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
-    elif row.state == "complete":
+    elif row.state == State.COMPLETE:
         say(
             "note: its accuracy has no interval, since its predictions are not in ATELIER_HOME "
             f"({home()})"

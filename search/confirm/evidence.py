@@ -1,4 +1,4 @@
-"""What a confirmation shows: who is ahead, by how much, and how sure that is."""
+"""What a confirmation shows of each candidate, and whether there is a winner."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from search.confirm.intervals import (
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
 from storage.paths import RunFolder
-from storage.status import TrialRow, read_status
+from storage.status import State, Status, TrialRow, read_status
 from storage.studies import StudyEntry, study_entry
 from trainer.predictions import Predictions
 
@@ -94,32 +94,34 @@ class Confirmation:
         }
 
 
-def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | None:
+def read_confirmation(
+    bind: sa.Engine | sa.Connection, search: StudyEntry, searched: Status
+) -> Confirmation | None:
     """What is known of a search's leaders by now. None if nobody asked for a confirmation.
 
     Raises InputError if the predictions of a complete rerun cannot be read.
     """
-    linked = study_entry(engine, search.name + SUFFIX)
+    linked = study_entry(bind, search.name + SUFFIX)
     if linked is None or (plan := recorded(linked)) is None:
         return None
-    status = read_status(engine, linked.study_id, linked.name)
-    ranking = read_status(engine, search.study_id, search.name).completed()
+    status = read_status(bind, linked.study_id, linked.name)
+    ranking = searched.completed()
     numbers = [candidate["number"] for candidate in plan.candidates]
-    searched = _searched(search, ranking, numbers)
+    predicted = _searched(search, ranking, numbers)
     evidence = _Evidence(linked, status.trials)
     candidates = []
     for number, planned in zip(numbers, plan.candidates, strict=True):
         ended = [
             row
             for row in status.trials
-            if row.params.get("candidate") == number and row.state in ("pruned", "failed")
+            if row.params.get("candidate") == number and row.state in (State.PRUNED, State.FAILED)
         ]
         given_up = [row for row in ended if row.reason == CANNOT_WIN]
         candidates.append(
             Candidate(
                 number=number,
                 params=planned["params"],
-                searched=searched.accuracy.get(number),
+                searched=predicted.accuracy.get(number),
                 seeds=len(evidence.runs.get(number, {})),
                 failed=len(ended) - len(given_up),
                 passed_over=bool(given_up),
@@ -134,7 +136,7 @@ def read_confirmation(engine: sa.Engine, search: StudyEntry) -> Confirmation | N
         max_reruns=status.max_trials,
         seeds=status.max_trials // len(candidates),
         candidates=candidates,
-        optimism=_optimism(search, searched, numbers[0], evidence),
+        optimism=_optimism(search, predicted, numbers[0], evidence),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
     )
 
@@ -203,7 +205,7 @@ class _Evidence:
         self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
         self._sizes = attribute_sizes(linked)
         for row in trials:
-            if row.state == "complete":
+            if row.state == State.COMPLETE:
                 predictions = predictions_of(linked, row.number)
                 self._labels = predictions.labels
                 runs = self.runs.setdefault(row.params["candidate"], {})

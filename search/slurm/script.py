@@ -5,7 +5,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from search.errors import InputError
@@ -14,6 +14,7 @@ from search.slurm.commands import SlurmError, call
 from search.study_config import StudyConfig
 from storage import libpq
 from storage.paths import home
+from storage.studies import split_job
 from storage.url import configured_url, database_url, is_local, server_host
 from trainer.config import TrainConfig
 
@@ -156,6 +157,12 @@ def log_pattern(folder: Path, name: str) -> str:
 def log_folder() -> Path:
     """Where array tasks write their logs."""
     return home() / "slurm"
+
+
+def newest_log(array_jobs: Iterable[str]) -> Path | None:
+    """The log that was written to last by a task of these arrays."""
+    logs = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:

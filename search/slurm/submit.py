@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -29,7 +28,7 @@ from storage.ownership import with_users_umask
 from storage.paths import make_private
 from storage.schema import open_storage
 from storage.status import read_status
-from storage.studies import enter_array_job, split_job
+from storage.studies import enter_array_job
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
 from trainer.kind import not_weights
@@ -165,9 +164,3 @@ def about_environment(script: str) -> list[str]:
         names = ", ".join(dropped[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
         lines.append(f"sbatch does not get {names}: the profile says what the job is")
     return lines
-
-
-def newest_log(array_jobs: Iterable[str]) -> Path | None:
-    """The log that was written to last by a task of these arrays."""
-    logs = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
-    return max(logs, key=lambda path: path.stat().st_mtime, default=None)

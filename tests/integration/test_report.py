@@ -2,7 +2,9 @@
 
 import sqlalchemy as sa
 
+from dashboards import charts
 from search.report import write_report
+from storage import curves, database
 from storage.studies import study_entry
 from tests.studies import fill
 
@@ -20,3 +22,22 @@ def test_a_report_reads_each_thing_once(engine, home, tmp_path):
         *("report.md", "report.html", "history.png", "curves.png"),
         *("compare-batch_size.png", "compare-weight_decay.png", "compare-dropout.png"),
     }
+
+
+def test_the_text_and_the_figures_show_one_moment(engine, home, tmp_path, monkeypatch):
+    fill(engine, ["complete"] * 3, name="filled")
+    entry = study_entry(engine, "filled")
+    ends, draw = [], charts.history
+    monkeypatch.setattr(charts, "history", lambda read: ends.extend(read) or draw(read))
+    meanwhile = database.connect()
+
+    def change(_connection, _cursor, text, *_):
+        if "trial_values" in text:  # the status is being read: before the figures' data are
+            with meanwhile.begin() as connection:
+                connection.execute(sa.text("UPDATE trial_values SET value = 0.987"))
+
+    before = {end.value for end in curves.read_ends(engine, entry.study_id)}
+    sa.event.listen(engine, "after_cursor_execute", change)
+    write_report(engine, entry, tmp_path / "report")
+    assert {end.value for end in ends} == before
+    assert {end.value for end in curves.read_ends(meanwhile, entry.study_id)} == {0.987}
