@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import search.local
 import search.trial
 from dashboards.plot import attach_curve
+from search import forking
 from search.cli import app
 from search.study import open_study
 from search.toml_file import load_study_file
@@ -29,6 +30,32 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "demo"
     write_demo(folder, train=150, val=80, test=10)
     return folder
+
+
+@pytest.fixture
+def start_process(tmp_path):
+    """Starts a function in a process of its own, with a file for its output; ends what is left."""
+    processes = []
+
+    def start(function, arguments, environment):
+        output = tmp_path / f"{len(processes)}.log"
+        output.touch()  # it is read before the process has written
+        process = forking.start(function, arguments, environment=environment, output=output)
+        process.output = output
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def end_of(process, seconds=300):
+    """The exit code of a process that ends by itself."""
+    process.join(seconds)
+    assert process.exitcode is not None, process.output.read_text()
+    return process.exitcode
 
 
 @pytest.fixture

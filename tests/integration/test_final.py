@@ -11,10 +11,10 @@ import pytest
 import tomli_w
 import torch
 
-from search import forking
 from search.cli import main
 from search.export import changed, load_bundle
 from search.toml_file import load_study_file
+from tests.integration.conftest import end_of
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
 from trainer.run import learning_rate
@@ -28,32 +28,11 @@ def config(tmp_path, tiny):
 
 
 @pytest.fixture
-def start(tmp_path, home, monkeypatch):
-    """Starts `atelier train` in a process of its own; kills what is left at the end."""
+def start(tmp_path, home, monkeypatch, start_process):
+    """Starts `atelier train` in a process of its own."""
     monkeypatch.chdir(tmp_path)
-    processes = []
-
-    def start_run(*words):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        output = tmp_path / f"{len(processes)}.log"
-        output.touch()  # it is read before the process has written
-        arguments = ["train", *map(str, words)]
-        process = forking.start(main, arguments, environment=environment, output=output)
-        process.output = output
-        processes.append(process)
-        return process
-
-    yield start_run
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def end_of(process, seconds=300):
-    """The exit code of a run that ends by itself."""
-    process.join(seconds)
-    assert process.exitcode is not None, process.output.read_text()
-    return process.exitcode
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return lambda *words: start_process(main, ["train", *map(str, words)], environment)
 
 
 def wait_for_epoch(process, number):

@@ -10,9 +10,9 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from search import forking
 from search.local import work
 from storage.tables import Attempt, Epoch
+from tests.integration.conftest import end_of
 
 COLUMNS = [
     column
@@ -41,29 +41,9 @@ def environment(engine, tmp_path):
 
 
 @pytest.fixture
-def start(tmp_path, study_file, environment):
-    """Starts `atelier worker` in a process of its own; kills what is left at the end."""
-    processes = []
-
-    def start_worker(name):
-        output = tmp_path / f"{len(processes)}.log"
-        output.touch()
-        process = forking.start(work, [study_file(name)], environment=environment, output=output)
-        process.output = output
-        processes.append(process)
-        return process
-
-    yield start_worker
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def end_of(process, seconds=120):
-    """The exit code of a worker that ends by itself."""
-    process.join(seconds)
-    assert process.exitcode is not None, process.output.read_text()
-    return process.exitcode
+def start(study_file, environment, start_process):
+    """Starts `atelier worker` in a process of its own."""
+    return lambda name: start_process(work, [study_file(name)], environment)
 
 
 def rows(engine, *columns, study="killed"):
