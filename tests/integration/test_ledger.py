@@ -20,7 +20,7 @@ from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
 from storage.liveness import is_gone, process_identity
 from storage.tables import Attempt, Epoch
-from trainer.config import EpochResult
+from trainer.metrics import EpochResult
 
 RESULT = {
     "stream_epoch": 0,
