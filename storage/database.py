@@ -111,7 +111,7 @@ def one_moment(engine: sa.Engine) -> Iterator[sa.Connection]:
     """
     token = thread_patience.set(0)
     try:
-        with engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
+        with engine.execution_options(isolation_level="REPEATABLE READ").begin() as connection:
             yield connection
     finally:
         thread_patience.reset(token)

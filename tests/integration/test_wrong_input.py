@@ -209,7 +209,7 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["dashboard", "--prefix", "a/"], "write it as in /node/login1/8080"),
         (["dashboard", "--prefix", "/../x"], "write it as in /node/login1/8080"),
         (["dashboard", "--certificate", "{study}", "--key", "{study}"], "are no PEM certificate"),
-        (["dashboard", "--prefix", "/atelier"], "a path of the dashboard's own"),
+        (["dashboard", "--prefix", "/atelier"], "begins as a path of the dashboard"),
         (["user", "remove", "nobody"], "no user 'nobody'; there are: none"),
         (["user", "add", "vera", "--role", "king", "--password-file", "{study}"], "viewer and editor"),
         (["user", "add", "vera", "--password-file", "no.txt"], "no.txt"),
