@@ -98,7 +98,7 @@ class _SobolPoint(QMCSampler):
 
 
 class ImputedStudy(optuna.Study):
-    """A study as its sampler sees it: a trial that has passed a rung counts as complete.
+    """A study as its sampler sees it: a trial that has reached a rung counts as complete.
 
     Most trials of a good search never complete. Optuna's samplers learn from complete trials alone (gp),
     or rank the others last (tpe). `imputed` says with which score such a trial is shown.
@@ -126,10 +126,11 @@ class ImputedStudy(optuna.Study):
 
 
 def imputed(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> list[FrozenTrial]:
-    """The trials; those that have passed a rung but not ended are shown as complete.
+    """The trials; those that have reached a rung but did not complete are shown as complete.
 
-    Such a trial gets its value at the last rung that it has passed. To this is added, rung by rung, what
-    the trials that went further have gained on average from there to their score.
+    These include trials that were paused or pruned at a rung, but none that ended for another reason.
+    Such a trial gets its value at the last rung that it has reached. To this is added, rung by rung,
+    what the trials that went further have gained on average from there to their score.
     """
     marks = [_marks(trial, rungs) for trial in trials]
     gains = [_mean_gain(marks, step) for step in range(len(rungs))]
