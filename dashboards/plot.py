@@ -1,6 +1,5 @@
 """Saves figures of a study: for `atelier plot`, for reports and for optuna-dashboard."""
 
-import os
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -107,9 +106,8 @@ def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> 
         curve.add(epoch)
     make_private(artifacts())
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{folder}/{trial.number}"))
-    drawn = artifacts() / f"{identity}.png"
-    render.save(charts.curves([curve], []), f"trial {trial.number}, {trial.state}", drawn)
-    os.replace(drawn, artifacts() / identity)
+    title = f"trial {trial.number}, {trial.state}"
+    render.save(charts.curves([curve], []), title, artifacts() / identity, suffix=".png")
     return {"artifact_id": identity, "filename": name, "mimetype": "image/png", "encoding": None}
 
 

@@ -4,6 +4,7 @@ import html
 import importlib.resources
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,16 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
     return trace
 
 
-def save(figure: Figure, title: str, path: Path, source: str = "") -> None:
+def save(figure: Figure, title: str, path: Path, source: str = "", suffix: str = "") -> None:
     """Draw a figure into a file of one of FORMATS. The file appears only when it is whole.
 
-    `source` is hidden in the file and says which study it comes from. Raises OSError.
+    `source` is hidden in the file and says which study it comes from. `suffix` says the format if the
+    path does not. Raises OSError.
     """
-    new = path.with_name(f".{path.name}.new{path.suffix}")
+    suffix = suffix or path.suffix
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}{suffix}")
     try:
-        if path.suffix == ".html":
+        if suffix == ".html":
             new.write_text(_page(figure, title, source), encoding="utf-8")
         else:
             from dashboards import picture  # late: Matplotlib takes half a second, and pages need none

@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from enum import Enum
+from enum import Enum, auto
 
 from dashboards.terminal import printable
 from search.claims import RefusedError, SpoiltStudyError
@@ -19,23 +19,23 @@ log = logging.getLogger(__name__)
 
 
 class Fault(Enum):
-    """What an error means: in words, how the trial's attempt ends, whether the worker ends too.
+    """What an error means: how the trial's attempt ends, and whether the worker ends too.
 
-    Without an outcome nothing is written. After "error" the trial is tried again, last of all.
+    Without an outcome nothing is written. After ERROR the trial is tried again, last of all.
     """
 
-    DATABASE = "the database is away", None, True  # the lease will end by itself
-    LEASE = "another worker holds the trial", None, False
-    MACHINE = "this machine's files, or the whole study", Outcome.RELEASED, True
-    REFUSED = "the parameters are not in the study's space", Outcome.FAILED, False
-    CROWDED = "no memory beside the other trials", Outcome.RELEASED, False  # the worker takes fewer
-    STOPPING = "the job's processes are being ended", Outcome.RELEASED, False
-    MEMORY = "no memory for the trial alone", Outcome.PRUNED, False  # so the sampler learns from it
-    HOST = "nothing works on this host", Outcome.ERROR, True
-    TRIAL = "the trial's own", Outcome.ERROR, False
-    BAD_TRIAL = "the trial's own, once too often", Outcome.FAILED, False
+    DATABASE = auto(), None, True  # it is away; the lease will end by itself
+    LEASE = auto(), None, False  # another worker holds the trial
+    MACHINE = auto(), Outcome.RELEASED, True  # this machine's files, or the whole study
+    REFUSED = auto(), Outcome.FAILED, False  # the parameters are not in the study's space
+    CROWDED = auto(), Outcome.RELEASED, False  # no memory beside the others; the worker takes fewer
+    STOPPING = auto(), Outcome.RELEASED, False  # the job's processes are being ended
+    MEMORY = auto(), Outcome.PRUNED, False  # no memory for the trial alone; so the sampler learns it
+    HOST = auto(), Outcome.ERROR, True  # nothing works on this host
+    TRIAL = auto(), Outcome.ERROR, False  # the trial's own
+    BAD_TRIAL = auto(), Outcome.FAILED, False  # the trial's own, once too often
 
-    def __init__(self, _: str, outcome: Outcome | None, ends_worker: bool) -> None:
+    def __init__(self, _: object, outcome: Outcome | None, ends_worker: bool) -> None:
         self.outcome, self._ends_worker = outcome, ends_worker
 
     def ends_worker(self, error: Exception) -> bool:
@@ -67,8 +67,11 @@ class Blame:
         self.made_progress = False  # at least one optimizer step
         self._failed_before: set[int] = set()  # trials that failed here before that
 
-    def fault(self, claim: Claim, error: Exception, in_company: bool) -> Fault:
-        """What an error of the claim's trial means; `in_company` if others are in training."""
+    def judge(self, claim: Claim, error: Exception, in_company: bool) -> Fault:
+        """What an error of the claim's trial means, which is logged. To be called once for each error.
+
+        `in_company` says whether other trials are in training.
+        """
         for types, fault in BY_TYPE:
             if isinstance(error, types):
                 return fault
@@ -79,12 +82,12 @@ class Blame:
             return Fault.STOPPING
         if is_out_of_memory(error):
             return Fault.MEMORY
-        if self._is_hosts(claim, error):
+        if self._blames_host(claim, error):
             return Fault.HOST
         is_bad = self._ledger.is_bad(claim, self._max_failures)
         return Fault.BAD_TRIAL if is_bad else Fault.TRIAL
 
-    def _is_hosts(self, claim: Claim, error: Exception) -> bool:
+    def _blames_host(self, claim: Claim, error: Exception) -> bool:
         """Whether it is the host's: a second trial fails before any has passed a step, or CUDA does."""
         if self.made_progress:
             return False

@@ -82,8 +82,8 @@ class Claims:
             self._keeper.let_go(offer.claim)
             self._ledger.withdraw(offer.claim)
 
-    def abandon(self) -> None:
-        """Wait for the claim that is being made, and leave it to the keeper of the leases."""
+    def finish_claiming(self) -> None:
+        """Wait for a claim that is being made. The keeper holds it then, as all others."""
         if self._ahead is not None:
             wait([self._ahead])
         self._ahead = None

@@ -11,6 +11,7 @@ import optuna
 
 from storage.database import retrying
 from storage.ledger import Claim, Ledger
+from storage.outcome import Outcome
 from storage.ranks import REDUCTION_FACTOR, Rank
 
 
@@ -18,8 +19,8 @@ class Decision(Enum):
     """What becomes of a trial after an epoch."""
 
     GOES_ON = "goes on"
-    PAUSED = "paused"  # with its checkpoint: it may go on later
-    PRUNED = "pruned"
+    PAUSED = Outcome.PAUSED.value  # with its checkpoint: it may go on later
+    PRUNED = Outcome.PRUNED.value
 
 
 class Strategy(Protocol):

@@ -38,9 +38,9 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the commands say what there is to say
     name, identity = config.study.name, config.identity()
-    if config.dataset_fingerprint not in (None, dataset.fingerprint):
-        raise other_dataset(name, str(config.dataset_fingerprint), dataset.fingerprint)
-    entry = studies.study_entry(engine, name) or _create(config, identity, engine, storage, dataset)
+    entry = studies.study_entry(engine, name)
+    if entry is None:
+        entry = _create(config, identity, engine, storage, dataset)
     _check_same(identity, entry, dataset.fingerprint)
     first = _recorded_first(config, entry)
     if lead:
@@ -61,7 +61,12 @@ def _create(
     storage: optuna.storages.BaseStorage,
     dataset: Dataset,
 ) -> studies.StudyEntry:
-    """Make the study, unless another process is quicker. Returns what is on record then."""
+    """Make the study, unless another process is quicker. Returns what is on record then.
+
+    Raises InputError for another dataset than the configuration's only one.
+    """
+    if config.dataset_fingerprint not in (None, dataset.fingerprint):
+        raise other_dataset(config.study.name, str(config.dataset_fingerprint), dataset.fingerprint)
     from dashboards.note import leave_note  # late: it takes a second, and most studies are made before
 
     study = optuna.create_study(

@@ -12,9 +12,9 @@ from search.score import epoch_value, score
 from search.strategy import Decision
 from storage.ledger import Claim, LeaseLost
 from storage.outcome import SPENT, STOPPED, Outcome
-from storage.status import TrialRow
+from storage.status import State, TrialRow
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Outcome as TrainingOutcome
+from trainer.loop import EpochOutcome
 from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 from trainer.run import Run
@@ -59,7 +59,7 @@ class Trial:
                 if self in worker.trials:
                     self._conclude(result)
 
-    def settle(self, outcome: TrainingOutcome) -> None:
+    def settle(self, outcome: EpochOutcome) -> None:
         """Act on what the training has brought: an epoch, an error, or None for an interruption."""
         if isinstance(outcome, Exception):
             self._charge(outcome)
@@ -150,7 +150,7 @@ class Trial:
         """End the trial, with a picture of its curve. Raises LeaseLost."""
         picture = None
         try:
-            row = TrialRow(self.claim.trial_number, outcome, value=value)
+            row = TrialRow(self.claim.trial_number, State(outcome), value=value)
             curve = [result.columns() for result in self.run.history]
             picture = attach_curve(self._worker.runs.path.name, row, curve)
         except Exception:  # any error: the trial is worth more than its picture
@@ -178,7 +178,7 @@ class Trial:
         """Put an error on record, as blame.py judges it. Raises what ends the worker."""
         worker = self._worker
         others = [trial for trial in worker.trials if trial is not self]
-        fault = worker.blame.fault(self.claim, error, in_company=bool(others))
+        fault = worker.blame.judge(self.claim, error, in_company=bool(others))
         if fault is Fault.DATABASE:
             raise error
         worker.trials[:] = others

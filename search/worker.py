@@ -143,7 +143,7 @@ class Worker:
         trials = {trial.run: trial for trial in self.trials}
         for run, outcome in train_epoch(list(trials), self._interrupt):
             trials.pop(run).settle(outcome)
-            del run, outcome  # what a run that has left held is free for the others
+            del run, outcome  # else they would live until the next one comes
         self.epoch_seconds = time.monotonic() - started
 
     def _may_go_on(self) -> bool:
@@ -165,7 +165,7 @@ class Worker:
         return self.stop.cuts_epoch(seconds_left)
 
     def _release_all(self, reason: str) -> None:
-        self.claims.abandon()
+        self.claims.finish_claiming()
         for claim in self.keeper.held():
             self.ledger.release(claim, reason=reason)
         self.trials.clear()

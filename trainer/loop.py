@@ -20,7 +20,7 @@ from trainer.workspace import Workspace
 
 Interrupt = Callable[[Run, float], bool]  # see `train_epoch`
 # What an epoch has brought a run: its result, None if it was interrupted, or an error.
-Outcome = EpochResult | Exception | None
+EpochOutcome = EpochResult | Exception | None
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
 
 def train_epoch(
     runs: Sequence[Run], interrupt: Interrupt = lambda *_: False
-) -> Iterator[tuple[Run, Outcome]]:
+) -> Iterator[tuple[Run, EpochOutcome]]:
     """Train every run to the end of its epoch, side by side where they can share the stream.
 
     They go through the first epoch of the stream that none of them has seen. Runs that were interrupted
@@ -88,7 +88,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[Run, Outcome]]:
+def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[Run, EpochOutcome]]:
     """Train the runs through one epoch of the stream, or through the rest of one, block by block.
 
     If the shared part fails, that is every run's outcome. But if memory runs out there, it is the last
@@ -119,7 +119,7 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
                 return
             pace.share_out(active)
             number += 1  # not by enumerate, which would keep the block while the next one is made
-            del features
+            del features, targets
     except Exception as error:  # of the shared part; the consumer judges it
         failed = active[-1:] if is_out_of_memory(error) else active
         yield from ((run, _without_tensors(error, run)) for run in failed)
@@ -127,7 +127,7 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
     yield from ((run, _end_epoch(run)) for run in active)
 
 
-def _end_epoch(run: Run) -> Outcome:
+def _end_epoch(run: Run) -> EpochOutcome:
     try:
         return run.end_epoch()
     except Exception as error:  # the consumer judges it

@@ -80,6 +80,7 @@ def _under(prefix: str, app: Any) -> Any:
 
     def call(environ: dict[str, Any], start_response: Any) -> Any:
         environ["SCRIPT_NAME"] = prefix
+        environ["PATH_INFO"] = environ["PATH_INFO"] or "/"
         return app(environ, start_response)
 
     # ProxyFix(x_prefix=1) would not serve: it needs a header, which not every proxy sends, and does not

@@ -58,7 +58,7 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
 
 
-class VerbsOfTheTable(Verbs):
+class LazyVerbs(Verbs):
     """The verbs of the table, of which `--help` and completion read only the table."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -89,7 +89,7 @@ def _load(name: str) -> Any:
     return get_command(alone)
 
 
-app = typer_app(cls=VerbsOfTheTable, help="Hyperparameter search for a fashion-attribute model.")
+app = typer_app(cls=LazyVerbs, help="Hyperparameter search for a fashion-attribute model.")
 
 
 @app.callback()

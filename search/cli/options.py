@@ -10,6 +10,7 @@ import typer
 from search.cli.errors import say
 from search.confirm.plan import recorded
 from search.errors import InputError
+from search.slurm.submit import about_environment
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from storage import database, schema
@@ -145,6 +146,12 @@ def check_output(path: Path) -> None:
 def command(*words: str) -> str:
     """A command that a user may copy."""
     return shlex.join(["atelier", *words])
+
+
+def print_script(script: str) -> None:
+    """Print a batch script, and on stderr what sbatch would get of this environment."""
+    say_each(about_environment(script))
+    typer.echo(script, nl=False)
 
 
 def say_each(lines: list[str]) -> None:

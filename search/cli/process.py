@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -96,10 +97,14 @@ def run(app: typer.Typer, arguments: list[str] | None) -> None:
     sys.exit(_leave(code))
 
 
-def _end_out_of_time(*_: object) -> None:
-    """End at once. Some code cannot take an exception, as torch's while it is imported."""
+def _end_out_of_time(_: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second
     say(f"error: {limits.cpu_time()}")
-    os._exit(_leave(ExitCode.FAILED))
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(ExitCode.FAILED)  # an exception would abort the process inside torch's import
+        frame = frame.f_back
+    raise SystemExit(ExitCode.FAILED)  # code that is at work may catch any other
 
 
 def _leave(code: int) -> int:

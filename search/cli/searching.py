@@ -28,8 +28,8 @@ from search.cli.options import (
     goes_to_slurm,
     load_study,
     packed_trials,
+    print_script,
     recorded_study,
-    say_each,
     worker_options,
 )
 from search.cli.winning import check_export, export_best
@@ -41,7 +41,7 @@ from search.exit_codes import ExitCode
 from search.local import LocalSearch
 from search.preflight import preflight
 from search.slurm.script import array_script
-from search.slurm.submit import about_environment, submit_study
+from search.slurm.submit import submit_study
 from search.study import open_study
 from search.study_config import StudyConfig
 from storage import database, schema
@@ -225,11 +225,10 @@ def _submit_workers(
     next_commands: list[str],
 ) -> None:
     """Submit an array of workers with these arguments, or print its script."""
-    array, profile = array or ARRAY, profile or PROFILE
+    array = ARRAY if array is None else array
+    profile = PROFILE if profile is None else profile
     if dry_run:
-        script = array_script(config, profile, array, arguments)
-        say_each(about_environment(script))
-        typer.echo(script, nl=False)
+        print_script(array_script(config, profile, array, arguments))
         return
     job = submit_study(config, profile, array, arguments)
     typer.echo(f"job {job_in_words(job)}")

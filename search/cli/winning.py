@@ -22,6 +22,7 @@ from search.cli.options import (
     find_study,
     goes_to_slurm,
     load_study,
+    print_script,
     recorded_study,
     say_each,
 )
@@ -39,7 +40,7 @@ from search.export import (
     load_bundle,
 )
 from search.slurm.script import log_folder, run_script
-from search.slurm.submit import about_environment, submit_run
+from search.slurm.submit import submit_run
 from storage.ownership import with_users_umask
 from storage.paths import home
 from storage.status import State, read_status
@@ -144,7 +145,7 @@ def train(
         words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         words += ["--stretch-warmup"] * stretch_warmup
         arguments = [*words, "--", str(config.absolute())]
-        _submit_run(bundle, settings, arguments, profile or PROFILE, dry_run, notes)
+        _submit_run(bundle, settings, arguments, PROFILE if profile is None else profile, dry_run, notes)
         return
     from search.cli import training  # late: with torch, which a submit does not need
 
@@ -165,9 +166,7 @@ def _submit_run(
 ) -> None:
     """Submit `atelier train` with these arguments, or print its script."""
     if dry_run:
-        script = run_script(settings, bundle.slurm, profile, arguments)
-        say_each(about_environment(script))
-        typer.echo(script, nl=False)
+        print_script(run_script(settings, bundle.slurm, profile, arguments))
         return
     job = submit_run(bundle, settings, profile, arguments)
     say_each(notes)

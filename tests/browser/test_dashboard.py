@@ -290,7 +290,7 @@ def test_the_first_start_prints_a_link_and_how_to_reach_it_on_a_cluster(page, st
     assert "by link, editor" in page.inner_text("header")
     page.context.clear_cookies()
     page.goto(link)
-    assert "not valid any more" in page.inner_text("[role=alert]")
+    assert "has been used" in page.inner_text("[role=alert]")
     page.goto(server.links[-1])
     page.wait_for_url(f"{server.base}/atelier/")
 
