@@ -264,7 +264,10 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
     fill(engine, ["complete"])
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
-    with backup.only_one(), pytest.raises(BackupError, match="another backup or restore is at work"):
+    with (
+        backup.one_at_a_time(),
+        pytest.raises(BackupError, match="another backup or restore is running"),
+    ):
         backup.restore(other, tmp_path / "b.tar")
 
 
