@@ -26,9 +26,7 @@ class Curve:
     trial: TrialRow
     epochs: list[int] = field(default_factory=list)  # from 0
     metrics: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METRICS})
-    categories: list[Sequence[float]] = field(
-        default_factory=list
-    )  # the categories' accuracies, a list per epoch
+    categories: list[Sequence[float]] = field(default_factory=list)  # their accuracies, a list per epoch
     hits: Sequence[int] | None = None  # correct images of each attribute, in the last epoch
 
     def add(self, epoch: Mapping[str, Any]) -> None:

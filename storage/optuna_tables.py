@@ -1,4 +1,4 @@
-"""The only file that touches Optuna's tables: its models, its storage, and writing trials its way."""
+"""The only file that imports Optuna's table models; it starts and ends trials as Optuna does."""
 
 import json
 from collections.abc import Mapping

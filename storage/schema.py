@@ -94,8 +94,8 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Create the tables and roles, or upgrade ours; several processes may do so at once.
 
     Logs a warning if workers will have all rights of this user. Raises DatabaseError if the schema is
-    newer than this program, if it is older and in use, if the tables are another user's, or if the
-    database does not fit.
+    newer than this program, or older and in use. It does so too if the tables are another user's, or
+    if the database does not fit.
     """
     require_fit(engine)
     check_schema(engine)
