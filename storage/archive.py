@@ -83,14 +83,14 @@ class _Hashing:
 def read_backup(path: Path) -> Manifest:
     """Check a whole archive against its manifest. Returns the manifest. Raises BackupError."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise BackupError(f"{path} is no file; give what atelier db backup wrote")
+        raise BackupError(f"{path} is no file; give a file that atelier db backup wrote")
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             return _check(tar, path.stat().st_size)
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise BackupError(
-            f"{path} is no whole backup: {reason}; give what atelier db backup wrote"
+            f"{path} is no whole backup: {reason}; give a file that atelier db backup wrote"
         ) from error
 
 

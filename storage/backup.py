@@ -241,7 +241,7 @@ def _needed_files(connection: sa.Connection) -> Iterator[Path]:
             yield runs.predictions(number)
     if elsewhere:
         log.warning(
-            "without the files of %s: no such folders in %s; is ATELIER_HOME that of the workers?",
+            "the backup lacks the files of %s: no such folders in %s; is it the workers' ATELIER_HOME?",
             ", ".join(sorted(elsewhere)),
             paths.home() / "runs",
         )

@@ -48,7 +48,7 @@ def explain(error: BaseException) -> str | None:
     if code == errno.EMFILE:
         return _files()
     if code == errno.ENFILE:
-        return "the machine has no open file left for anybody; end other programs, or raise fs.file-max"
+        return "the machine allows no more open files; end other programs, or raise fs.file-max"
     if code == errno.EFBIG:
         return _file_size()
     would_block = hasattr(error, "characters_written")  # a write to a full pipe, which is no limit
@@ -57,7 +57,7 @@ def explain(error: BaseException) -> str | None:
     ):
         return _processes()
     if "No usable temporary directory" in text:
-        return "no folder for temporary files can be written to; set TMPDIR to one"
+        return "no folder for temporary files is writable; set TMPDIR to one that is"
     return None
 
 
@@ -87,9 +87,9 @@ def _allowed(limit: int) -> int:
 def _memory() -> str:
     space = _allowed(resource.RLIMIT_AS)
     if space < 0:
-        return "no memory is left; end other programs, ask for more, or let fewer workers run"
+        return "no memory is left; end other programs, ask for more memory, or run fewer workers"
     return (
-        f"this shell allows a process {space / GB:.1f} GB of addresses (ulimit -v {space >> 10}); "
+        f"this shell allows a process {space / GB:.1f} GB of address space (ulimit -v {space >> 10}); "
         f"training needs about {TORCH_BYTES / GB:.0f}: say ulimit -v unlimited, or ask an administrator"
     )
 
@@ -104,7 +104,7 @@ def _files() -> str:
 def _file_size() -> str:
     size = _allowed(resource.RLIMIT_FSIZE)
     if size < 0:
-        return "a file would be larger than its file system takes; choose another place"
+        return "a file would be larger than its file system allows; choose another folder"
     return (
         f"this shell allows files of {size / 1e6:.1f} MB (ulimit -f); a search needs "
         f"{FILE_BYTES / GB:.0f} GB: say ulimit -f unlimited, or ask an administrator"
@@ -113,7 +113,5 @@ def _file_size() -> str:
 
 def _processes() -> str:
     most = _allowed(resource.RLIMIT_NPROC)
-    allowed = "the machine has none left" if most < 0 else f"this shell allows {most} (ulimit -u)"
-    return (
-        f"no further process or thread can be started: {allowed}; end others, or let fewer workers run"
-    )
+    allowed = "the machine allows no more" if most < 0 else f"this shell allows {most} (ulimit -u)"
+    return f"no further process or thread can be started: {allowed}; end programs, or run fewer workers"

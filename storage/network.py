@@ -62,7 +62,9 @@ class Network:
                 f"--listen {address!r}: allowed is one address or host name that other machines reach"
             )
         if tls and shutil.which("openssl") is None:
-            raise NetworkError("no openssl on this machine to make a certificate with; or say --no-tls")
+            raise NetworkError(
+                "no openssl on this machine to make a certificate; install it, or say --no-tls"
+            )
 
     def set_up(self, address: str, port: int, tls: bool) -> str:
         """Write the files. Returns the password: the earlier one, if there was one.

@@ -44,8 +44,8 @@ def require_own(home: Path) -> None:
         except KeyError:
             name = f"#{owner[0]}"  # as sudo takes it
         raise ForeignHomeError(
-            f"{home} is the home of the user {name}, who could not use what another makes in it; work "
-            f"as that user (sudo -u {shlex.quote(name)}), or set ATELIER_HOME to another folder"
+            f"{home} is the home of the user {name}, who could not use files of another user in it; "
+            f"work as that user (sudo -u {shlex.quote(name)}), or set ATELIER_HOME to another folder"
         )
 
 

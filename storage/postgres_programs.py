@@ -41,7 +41,7 @@ class Programs:
         """Use the programs in this folder instead of the wheel's. Raises EmbeddedPostgresError."""
         if not (programs / "initdb").is_file():
             raise EmbeddedPostgresError(
-                f"--postgres {programs}: no initdb in it; give the folder with PostgreSQL's programs"
+                f"--postgres {programs}: no initdb in it; give a folder with PostgreSQL's programs"
             )
         if self.data.is_dir() and self.folder() != programs.absolute():
             raise EmbeddedPostgresError(
@@ -93,7 +93,7 @@ class Programs:
                     raise limits.LimitError(said) from error
                 whom = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
-                    f"cannot run {program}{whom}: {error.strerror}; allow that, or set "
+                    f"cannot run {program}{whom}: {error.strerror}; allow it, or set "
                     "ATELIER_DATABASE_URL to another server"
                 ) from error
             output.seek(0)

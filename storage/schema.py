@@ -146,7 +146,7 @@ def _refuse_if_held(connection: sa.Connection) -> None:
     held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > {NOW}"
     if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
         raise DatabaseError(
-            f"workers of the older Atelier hold {number} trials; let them end first: "
+            f"workers of an older Atelier hold {number} trials; let them end first: "
             "atelier stop STUDY, with the version that they run"
         )
 

@@ -50,7 +50,7 @@ def database_url(make: bool = True) -> URL:
         )
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise DatabaseError(
-            f"ATELIER_DATABASE_URL names {url.get_backend_name()}; only PostgreSQL is served: "
+            f"ATELIER_DATABASE_URL names {url.get_backend_name()}; allowed is only PostgreSQL: "
             "postgresql://USER@HOST:5432/DATABASE"
         )
     _refuse_unprotected(url)
