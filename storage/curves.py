@@ -94,22 +94,22 @@ def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
         .where(Attempt.study_id == study_id)
     )
-    # (hours, trials that the worker holds, more or less; the worker; end)
-    moments: list[tuple[float, int, str, EndPoint | None]] = []
+    # A claim or an end: hours, +1 or -1 trial that the worker holds, the worker, a finished trial's end
+    changes: list[tuple[float, int, str, EndPoint | None]] = []
     with Session(bind) as session:
         for number, outcome, value, claimed, released, worker in session.execute(query):
-            moments.append((float(claimed), 1, worker, None))
+            changes.append((float(claimed), 1, worker, None))
             if released is not None:
                 end = EndPoint(number, outcome, value, float(released), 0.0)
-                moments.append((end.hours, -1, worker, end if outcome in FINISHED else None))
+                changes.append((end.hours, -1, worker, end if outcome in FINISHED else None))
     ends, held, spent, last = [], Counter[str](), 0.0, 0.0
-    for hours, change, worker, maybe in sorted(moments, key=lambda moment: moment[:2]):
+    for hours, step, worker, finished in sorted(changes, key=lambda change: change[:2]):
         spent += sum(count > 0 for count in held.values()) * (hours - last)
-        held[worker] += change
+        held[worker] += step
         last = hours
-        if maybe is not None:
-            maybe.gpu_hours = spent
-            ends.append(maybe)
+        if finished is not None:
+            finished.gpu_hours = spent
+            ends.append(finished)
     return ends
 
 

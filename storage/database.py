@@ -230,9 +230,9 @@ def settings_of(connection: Any, sessions: Sessions) -> dict[str, str]:
 
 def other_settings(present: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
     """The problem with a session whose settings differ from those it asked for; None if none does."""
-    wrong = [
+    differences = [
         f"{name} = {present[name]!r} instead of {value!r}"
         for name, value in asked.items()
         if present[name] != value
     ]
-    return f"gives sessions with {', '.join(wrong)}; {NO_POOLER}" if wrong else None
+    return f"gives sessions with {', '.join(differences)}; {NO_POOLER}" if differences else None

@@ -123,7 +123,7 @@ class EmbeddedPostgres:
                         "this PostgreSQL was built without TLS; start a new home with one that has it "
                         "(--postgres FOLDER), or say --no-tls: only the password stays secret then"
                     )
-                self._refuse_if_used("the server has to start anew")
+                self._refuse_if_used("the server has to restart")
                 password = self.network.set_up(address, port, tls)
                 for file in self.network.server_files:
                     self._programs.give_to_server(file)
@@ -189,8 +189,8 @@ class EmbeddedPostgres:
                         raise
                 yield
         except OSError as error:
-            if said := limits.explain(error):
-                raise limits.LimitError(said) from error
+            if explanation := limits.explain(error):
+                raise limits.LimitError(explanation) from error
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
@@ -265,9 +265,9 @@ class EmbeddedPostgres:
                     not is_transient(error) or self._process.has_lost_its_socket()
                 )
                 if final or time.monotonic() > deadline:
-                    what = "says" if final else "does not answer"
+                    verb = "says" if final else "does not answer"
                     raise EmbeddedPostgresError(
-                        f"the server in {self.home} runs but {what}: {reason(error)}; "
+                        f"the server in {self.home} runs but {verb}: {reason(error)}; "
                         f"read {self._log}, then try: atelier db stop --force"
                     ) from error
             time.sleep(0.1)
@@ -323,9 +323,9 @@ class EmbeddedPostgres:
         )
         if result.returncode != 0:
             # Skip what earlier starts have written to the log.
-            said = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
+            output = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
             raise EmbeddedPostgresError(
-                f"PostgreSQL did not start: {last_lines(said)}; read the log {self._log}; "
+                f"PostgreSQL did not start: {last_lines(output)}; read the log {self._log}; "
                 f"{self._programs.remedy()}"
             )
 

@@ -28,10 +28,7 @@ def _owner(home: Path) -> tuple[int, int] | None:
     """
     try:
         status = home.stat()
-    except (
-        FileNotFoundError,
-        PermissionError,
-    ):  # a folder above it is closed: nobody can make files there
+    except (FileNotFoundError, PermissionError):  # the latter: a folder above it is closed to us
         return None
     return None if status.st_uid in (os.geteuid(), 0) else (status.st_uid, status.st_gid)
 

@@ -69,9 +69,8 @@ class Programs:
         if os.geteuid() == 0:
             group = pwd.getpwnam(SYSTEM_USER).pw_gid
             identity = {"user": SYSTEM_USER, "group": group, "extra_groups": []}
-        elif (
-            os.getuid() == 0
-        ):  # root acts as the home's owner; the server must have that user as its real one
+        elif os.getuid() == 0:
+            # Root acts as the home's owner; the server must have that user as its real user too.
             identity = {"user": os.geteuid(), "group": os.getegid()}
         # A file, not a pipe: the server inherits it from pg_ctl, and would never close a pipe.
         # A new session, so that Ctrl-C in the terminal does not reach the server.
@@ -89,11 +88,11 @@ class Programs:
                     start_new_session=True,
                 )
             except OSError as error:  # its message may not name the program or the user
-                if said := limits.explain(error):
-                    raise limits.LimitError(said) from error
-                whom = f" as the user {identity['user']}" if identity else ""
+                if explanation := limits.explain(error):
+                    raise limits.LimitError(explanation) from error
+                as_user = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
-                    f"cannot run {program}{whom}: {error.strerror}; allow it, or set "
+                    f"cannot run {program}{as_user}: {error.strerror}; allow it, or set "
                     "ATELIER_DATABASE_URL to another server"
                 ) from error
             output.seek(0)
@@ -143,10 +142,10 @@ class Programs:
         try:
             wheel.ensure_user_exists(SYSTEM_USER)
         except (OSError, KeyError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
+            output = getattr(error, "stderr", None) or str(error)
             raise EmbeddedPostgresError(
                 f"PostgreSQL does not run as root, and the user {SYSTEM_USER} cannot be made: "
-                f"{last_lines(said)}; make it, or work as another user than root"
+                f"{last_lines(output)}; make it, or work as another user than root"
             ) from error
         let_pass(self.data)
 

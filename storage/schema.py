@@ -126,9 +126,7 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
             with engine.begin() as connection:
                 if revision not in (None, head_revision()):
                     _refuse_if_held(connection)
-                if not connection.dialect.has_schema(
-                    connection, SCHEMA
-                ):  # an administrator may have made it
+                if not connection.dialect.has_schema(connection, SCHEMA):  # else an administrator's
                     connection.execute(sa.schema.CreateSchema(SCHEMA))
                 show_optunas_tables(connection)
                 config = _alembic()
