@@ -1,1 +1,1 @@
-"""Where things are kept: the database, the ledger of who trains what, and the run folder."""
+"""What is kept: the database, the record of who trains which trial, the run folder, and backups."""

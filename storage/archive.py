@@ -1,4 +1,4 @@
-"""The form of a backup: a tar of tables and files; its last member is a manifest of their digests."""
+"""Write and check a backup's archive: a tar of tables and files, and last a manifest of digests."""
 
 import hashlib
 import io
@@ -17,9 +17,9 @@ from storage.tables import Base
 FORMAT = 1
 MANIFEST = "manifest.json"
 LONGEST_MANIFEST = 1 << 26  # bytes
-# Of a file in the archive: below the home folder, no part of it hidden or a way up.
+# The name of a file in the archive: below the home folder, and no part of it begins with a dot.
 FILE = re.compile(r"files/(runs|artifacts)(/[^./\0][^/\0]*)+")
-# Parents first; a database has its own record of the versions.
+# Parents first. Not Optuna's table of versions: each database writes its own.
 TABLES = [
     table
     for base in (OptunaBase, Base)
@@ -29,7 +29,7 @@ TABLES = [
 
 
 class BackupError(ValueError):
-    """There is no such backup, or it cannot be used here; the message is one line."""
+    """A backup cannot be made or used; the message is one line."""
 
 
 class Member(pydantic.BaseModel, extra="forbid", strict=True):
@@ -40,7 +40,7 @@ class Member(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class Manifest(pydantic.BaseModel, extra="forbid", strict=True):
-    """What an archive holds, and what made it."""
+    """The members of an archive, and the versions that made it."""
 
     format: int
     created: str
@@ -51,14 +51,14 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class Writer:
-    """Adds to an archive and keeps the list."""
+    """Adds members to an archive, and lists them for the manifest."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
         self.members: dict[str, Member] = {}
 
     def add(self, name: str, file: IO[bytes]) -> None:
-        """From its beginning to its present end."""
+        """Add a whole file under this name, as long as it is now."""
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = file.seek(0, os.SEEK_END), 0o600
         file.seek(0)
@@ -81,21 +81,21 @@ class _Hashing:
 
 
 def read_backup(path: Path) -> Manifest:
-    """The manifest of an archive, all of which has been read and is what it says. Raises BackupError."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise BackupError(f"{path} is no file; give what atelier db backup wrote")
+    """Check a whole archive against its manifest. Returns the manifest. Raises BackupError."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise BackupError(f"{path} is no file; give a file that atelier db backup wrote")
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             return _check(tar, path.stat().st_size)
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise BackupError(
-            f"{path} is no whole backup: {reason}; give what atelier db backup wrote"
+            f"{path} is no whole backup: {reason}; give a file that atelier db backup wrote"
         ) from error
 
 
 def _check(tar: tarfile.TarFile, archive_bytes: int) -> Manifest:
-    """Raises ValueError, TarError."""
+    """The manifest, if it agrees with the members. Raises ValueError, TarError."""
     members = _contents(tar, archive_bytes)
     if MANIFEST not in members or members[MANIFEST].size > LONGEST_MANIFEST:
         raise ValueError(f"it has no {MANIFEST}")
@@ -109,7 +109,7 @@ def _check(tar: tarfile.TarFile, archive_bytes: int) -> Manifest:
     tables = {f"tables/{name}" for name in manifest.columns}
     if unknown := {name for name in members.keys() - tables if not FILE.fullmatch(name)}:
         raise ValueError(f"{min(unknown)!r} is no table and no file of a study")
-    # A table that has columns must be there, too.
+    # A table that the manifest has columns of must be a member too.
     names = manifest.members.keys() | members.keys() | tables
     if wrong := {name for name in names if not _agree(manifest.members.get(name), members.get(name))}:
         raise ValueError(f"{len(wrong)} files are not what the manifest says, first {min(wrong)!r}")
@@ -121,10 +121,10 @@ def _agree(stated: Member | None, present: Member | None) -> bool:
 
 
 def _contents(tar: tarfile.TarFile, archive_bytes: int) -> dict[str, Member]:
-    """All that is in it, by name. Raises ValueError, TarError."""
+    """All members by name, with the digests of their content. Raises ValueError, TarError."""
     members = {}
     for entry in tar:
-        # Sparse files and links are none of ours, nor is an entry that claims more than there is.
+        # We write no sparse files and no links. An entry may also claim more bytes than the archive has.
         is_whole = entry.offset_data + entry.size <= archive_bytes
         if entry.type != tarfile.REGTYPE or entry.issparse() or not is_whole:
             raise ValueError(f"{entry.name!r} is no whole file")
@@ -137,6 +137,7 @@ def _contents(tar: tarfile.TarFile, archive_bytes: int) -> dict[str, Member]:
 
 
 def open_member(tar: tarfile.TarFile, entry: tarfile.TarInfo | str) -> io.BufferedReader:
+    """Open a member for reading."""
     file = tar.extractfile(entry)
     assert isinstance(file, io.BufferedReader)  # `_contents` takes regular files only
     return file

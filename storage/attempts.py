@@ -1,4 +1,4 @@
-"""The attempts at one trial: the open one, a further one, and how one ends; callers hold the locks."""
+"""Open, lock and close the attempts at a trial, within the caller's transaction."""
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -10,7 +10,7 @@ from storage.tables import Attempt
 
 
 def lock_open_attempt(session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
-    """A trial's open attempt, locked, and whether its lease lasts; None if there is none."""
+    """Lock a trial's open attempt. Returns it, and whether its lease lasts; None without one."""
     row = session.execute(
         sa.select(Attempt, Attempt.lease_until > now())
         .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
@@ -22,7 +22,7 @@ def lock_open_attempt(session: Session, trial_id: int) -> tuple[Attempt, bool] |
 def open_attempt(
     session: Session, study_id: int, trial_id: int, worker_id: str | None, lease_seconds: float
 ) -> int:
-    """Enter a worker's attempt at a trial that has no open one. Returns its number."""
+    """Add a worker's attempt at a trial without an open attempt. Returns its number."""
     last = session.scalar(sa.select(sa.func.max(Attempt.number)).where(Attempt.trial_id == trial_id))
     number = (last or 0) + 1
     session.execute(
@@ -46,6 +46,6 @@ def close_attempt(attempt: Attempt, outcome: Outcome, reason: str | None) -> Non
 
 
 def close_lost_attempt(attempt: Attempt) -> None:
-    """End the attempt of a worker that is gone, at the last moment that it is known to have lived."""
+    """End a gone worker's attempt, as of its last renewal: until then it surely lived."""
     attempt.released = attempt.renewed
-    attempt.outcome, attempt.reason = Outcome.LOST, "the worker ended without a word"
+    attempt.outcome, attempt.reason = Outcome.LOST, "the worker ended without signing off"

@@ -1,13 +1,14 @@
 """Back up a database with its files while workers run, and restore it.
 
-The archive is a plain tar: each table as COPY writes it, so that any PostgreSQL reads it; checkpoints,
-predictions and pictures; and, last, `manifest.json` with the SHA-256 of each. Checkpoints are held
-before the tables are read, and tables in one snapshot: so no checkpoint is newer than its trial's
-parameters, and what a worker has trained since is trained again. Files are written once and never
-changed; what is held is a hard link, which no deletion takes away.
+The archive is a plain tar. It has each table as COPY writes it, so that any PostgreSQL reads it; then
+checkpoints, predictions and pictures; and last `manifest.json` with the SHA-256 of each member.
 
-A restored database is another incarnation: attempts that were open are lost, and a worker of the time
-before gets nothing more to do.
+Files are written once and never changed. So a hard link holds a file for the backup, even if the file
+is deleted meanwhile. Checkpoints are held first; then all tables are read in one snapshot. So the tables
+know every trial that has a checkpoint in the backup. Epochs after the checkpoint are trained again.
+
+A restored database is a new incarnation: attempts that were open are lost, and workers from before the
+restore get no more trials.
 """
 
 import io
@@ -56,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def back_up(engine: sa.Engine, path: Path) -> Manifest:
-    """Write an archive, read it again, and only then give it its name.
+    """Write an archive under a temporary name, check it, and then rename it.
 
     Raises BackupError, DatabaseError.
     """
@@ -67,21 +68,21 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
         raise BackupError(f"{path}: no such folder; make it first")
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        # Opened by whoever asks for it; what is needed in the home meanwhile is its owner's.
+        # The archive belongs to the calling user; temporary files in the home belong to its owner.
         with (
             private(),
             new.open("xb") as file,
             as_owner(paths.home()),
-            only_one(),
+            one_at_a_time(),
             hold_files() as hold,
         ):
             with tarfile.open(fileobj=file, mode="w") as tar:
                 writer = Writer(tar)
                 columns, needed = dump_tables(engine, writer)
                 hold()
-                for file_held in (path for place in needed for path in _files(place)):
-                    with file_held.open("rb") as content:
-                        writer.add(f"files/{file_held.relative_to(_hold_folder())}", content)
+                for held in (held for place in needed for held in _files(place)):
+                    with held.open("rb") as content:
+                        writer.add(f"files/{held.relative_to(_hold_folder())}", content)
                 manifest = Manifest(
                     format=FORMAT,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,22 +104,22 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
 def restore(engine: sa.Engine, path: Path) -> Manifest:
     """Fill an empty database and the home folder from an archive, as a new incarnation.
 
-    Raises BackupError, DatabaseError; then there is no study in the database.
+    Raises BackupError, DatabaseError; then the database has no study still.
     """
     manifest = read_backup(path)
     require_own(paths.home())
     _refuse_unless_it_fits(engine, manifest)
     schema.upgrade(engine, manifest.schema_revision)
-    with only_one():
+    with one_at_a_time():
         _fill(engine, path, manifest)
     schema.upgrade(engine)
     return manifest
 
 
 def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
-    """Raises BackupError."""
+    """Load the tables and move the files into place, in one transaction. Raises BackupError."""
     staging = paths.home() / ".restore"
-    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # the rest of a restore that was killed
     make_private(staging)
     try:
         with tarfile.open(path, mode="r:") as tar, engine.begin() as connection:
@@ -130,7 +131,7 @@ def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     with target.open("xb") as file, open_member(tar, name) as source:
                         shutil.copyfileobj(source, file)
-            connection.execute(sa.delete(Worker))  # of studies that have been deleted
+            connection.execute(sa.delete(Worker))  # they worked at studies that were deleted
             _load(connection, tar, manifest)
             _begin_incarnation(connection)
             _put_in_place(staging / "files")
@@ -143,13 +144,13 @@ def _hold_folder() -> Path:
 
 
 @contextmanager
-def only_one() -> Iterator[None]:
-    """Let one process at a time save or fill this home. Raises BackupError."""
+def one_at_a_time() -> Iterator[None]:
+    """Let only one process at a time back up or restore this home. Raises BackupError."""
     lock = FileLock(paths.home() / "backup.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BackupError("another backup or restore is at work; wait for its end") from None
+        raise BackupError("another backup or restore is running; wait for its end") from None
     try:
         yield
     finally:
@@ -158,23 +159,22 @@ def only_one() -> Iterator[None]:
 
 @contextmanager
 def hold_files() -> Iterator[Callable[[], None]]:
-    """Keep all files that are there now for a backup; calling what it gives adds those that came since.
+    """Hold all present files for a backup. The function that it yields adds the newer results.
 
-    Those are results only: a checkpoint that came after the tables were read may be of a trial that
-    they do not know.
+    It adds no newer checkpoints: the tables may have been read before their trials began.
     """
     home, folder = paths.home(), _hold_folder()
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # the rest of a backup that was killed
         make_private(folder)
 
         def matching(*patterns: str) -> list[Path]:
-            found = [*files_in(home / "runs"), *files_in(artifacts())]
-            return [path for path in found if any(path.match(pattern) for pattern in patterns)]
+            files = [*files_in(home / "runs"), *files_in(artifacts())]
+            return [path for path in files if any(path.match(pattern) for pattern in patterns)]
 
         def hold(source: Path) -> None:
             target = folder / source.relative_to(home)
-            # A leading dot is a file that is being written.
+            # A leading dot marks a file that is still being written.
             if source.is_file() and not source.name.startswith(".") and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):  # it has just been deleted
@@ -203,7 +203,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def dump_tables(engine: sa.Engine, writer: Writer) -> tuple[dict[str, list[str]], list[Path]]:
-    """Add all tables as of one moment. Returns their columns, and where what they know of is held."""
+    """Add all tables, read in one snapshot. Returns their columns, and the held paths they need."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
         _prepare_copy(connection)
         columns = {}
@@ -224,7 +224,7 @@ def _files(held: Path) -> list[Path]:
 
 
 def _needed_files(connection: sa.Connection) -> Iterator[Path]:
-    """Folders of checkpoints, predictions and pictures: those that the rest of a search may need."""
+    """The files and folders that a search needs to go on, or a report: of the studies in the tables."""
     query = (
         sa.select(StudyModel.study_name, Study.created, TrialModel.number, TrialModel.state)
         .join(Study, Study.study_id == StudyModel.study_id)
@@ -241,7 +241,7 @@ def _needed_files(connection: sa.Connection) -> Iterator[Path]:
             yield runs.predictions(number)
     if elsewhere:
         log.warning(
-            "without the files of %s: no such folders in %s; is ATELIER_HOME that of the workers?",
+            "the backup lacks the files of %s: no such folders in %s; is it the workers' ATELIER_HOME?",
             ", ".join(sorted(elsewhere)),
             paths.home() / "runs",
         )
@@ -252,7 +252,7 @@ def _needed_files(connection: sa.Connection) -> Iterator[Path]:
 
 
 def _prepare_copy(connection: sa.Connection) -> None:
-    """Let it take its time, and be the same text on every server: no number is rounded."""
+    """Set no timeouts for COPY, and let every server write the same text, without rounding numbers."""
     for setting in (
         "statement_timeout = 0",
         "idle_in_transaction_session_timeout = 0",
@@ -265,7 +265,7 @@ def _prepare_copy(connection: sa.Connection) -> None:
 def _copy(
     connection: sa.Connection, table: sa.Table, names: list[str], way: str, file: IO[bytes]
 ) -> None:
-    """Raises BackupError."""
+    """Copy a table to a file, or from it. Raises BackupError."""
     columns = ", ".join(connection.dialect.identifier_preparer.quote_identifier(name) for name in names)
     cursor: Any = connection.connection.cursor()  # psycopg2's
     with cursor:
@@ -278,11 +278,11 @@ def _copy(
 
 
 def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
-    """Raises BackupError, DatabaseError."""
+    """Raises BackupError or DatabaseError unless this database can take the backup."""
     if manifest.optuna != optuna.__version__:
         raise BackupError(
             f"the backup was made with Optuna {manifest.optuna}, this is {optuna.__version__}; install "
-            f"that one, restore, and then upgrade (optuna storage upgrade)"
+            f"{manifest.optuna}, restore, and then upgrade (optuna storage upgrade)"
         )
     if not schema.knows(manifest.schema_revision):
         raise BackupError(
@@ -299,7 +299,7 @@ def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
 
 
 def _refuse_unless_empty(connection: sa.Connection) -> None:
-    """Raises BackupError."""
+    """Raises BackupError if the database has studies."""
     if studies := connection.scalar(sa.select(sa.func.count()).select_from(StudyModel)):
         raise _occupied(connection.engine, f"{studies} studies")
 
@@ -312,7 +312,7 @@ def _occupied(engine: sa.Engine, what: str) -> BackupError:
 
 
 def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -> None:
-    """Raises BackupError."""
+    """Fill the tables from the archive. Raises BackupError."""
     _prepare_copy(connection)
     for table in TABLES:
         if str(table) not in manifest.columns:
@@ -326,7 +326,7 @@ def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -
 
 
 def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
-    """Let the next row of a table with numbered rows come after those that were loaded."""
+    """Let the table's sequence, if it has one, go on after the rows that were loaded."""
     key = table.primary_key.columns[0].name
     sequence = connection.exec_driver_sql(f"SELECT pg_get_serial_sequence('{table}', '{key}')").scalar()
     if sequence is not None:
@@ -335,7 +335,7 @@ def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
 
 
 def _begin_incarnation(connection: sa.Connection) -> None:
-    """Workers that the tables know of hold nothing any more, and get nothing."""
+    """End the attempts and workers of before: they hold no trial now, and get no more."""
     connection.execute(
         sa.update(Attempt)
         .where(Attempt.released.is_(None))
@@ -347,7 +347,7 @@ def _begin_incarnation(connection: sa.Connection) -> None:
 
 
 def _put_in_place(files: Path) -> None:
-    """Move run folders and pictures to where they belong. Raises BackupError."""
+    """Move the restored run folders and pictures into the home. Raises BackupError."""
     home = paths.home()
     for folder in sorted(files.glob("runs/*")):
         target = home / folder.relative_to(files)

@@ -1,4 +1,4 @@
-"""Epochs and ends of many trials, read from the database as columns that can be drawn."""
+"""Read learning curves and the ends of trials from the database, ready for plots."""
 
 import math
 from collections import Counter
@@ -14,8 +14,8 @@ from storage.optuna_tables import TrialModel, TrialValueModel
 from storage.status import FINISHED, TrialRow
 from storage.tables import Attempt, Epoch
 
-DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: unless somebody chooses; at most
-COMPARED = 60  # trials of a comparison
+DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: by default, and at most
+COMPARED = 60  # trials in a comparison
 METRICS = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_overall")
 
 
@@ -26,8 +26,8 @@ class Curve:
     trial: TrialRow
     epochs: list[int] = field(default_factory=list)  # from 0
     metrics: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METRICS})
-    categories: list[Sequence[float]] = field(default_factory=list)  # accuracies, a list per epoch
-    hits: Sequence[int] | None = None  # right images of each attribute, in the last epoch
+    categories: list[Sequence[float]] = field(default_factory=list)  # their accuracies, a list per epoch
+    hits: Sequence[int] | None = None  # correct images of each attribute, in the last epoch
 
     def add(self, epoch: Mapping[str, Any]) -> None:
         """Append an epoch, given the columns of the table `epoch`."""
@@ -41,7 +41,7 @@ class Curve:
     def gap(self) -> float | None:
         """Training minus validation accuracy at the last epoch: what over-fitting costs.
 
-        None before the first epoch, and if one of the two is not known.
+        None before the first epoch, or if one of the two is not finite.
         """
         if not self.epochs:
             return None
@@ -74,12 +74,12 @@ class EndPoint:
     outcome: str  # complete, pruned or failed
     value: float | None
     hours: float  # since the study's first claim
-    gpu_hours: float  # also of the trials that were in work at that moment
+    gpu_hours: float  # counts the trials that ran at that moment too
 
 
 @retrying
 def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
-    """The ends of a study's trials in their order; one statement."""
+    """The ends of a study's trials in order of time; one statement."""
     start = sa.func.min(Attempt.claimed).over()
     query = (
         sa.select(
@@ -94,33 +94,33 @@ def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
         .where(Attempt.study_id == study_id)
     )
-    # (hours, trials that the worker holds, more or less; the worker; end)
-    moments: list[tuple[float, int, str, EndPoint | None]] = []
+    # A claim or an end: hours, +1 or -1 trial that the worker holds, the worker, a finished trial's end
+    changes: list[tuple[float, int, str, EndPoint | None]] = []
     with Session(bind) as session:
         for number, outcome, value, claimed, released, worker in session.execute(query):
-            moments.append((float(claimed), 1, worker, None))
+            changes.append((float(claimed), 1, worker, None))
             if released is not None:
                 end = EndPoint(number, outcome, value, float(released), 0.0)
-                moments.append((end.hours, -1, worker, end if outcome in FINISHED else None))
+                changes.append((end.hours, -1, worker, end if outcome in FINISHED else None))
     ends, held, spent, last = [], Counter[str](), 0.0, 0.0
-    for hours, change, worker, maybe in sorted(moments, key=lambda moment: moment[:2]):
+    for hours, step, worker, finished in sorted(changes, key=lambda change: change[:2]):
         spent += sum(count > 0 for count in held.values()) * (hours - last)
-        held[worker] += change
+        held[worker] += step
         last = hours
-        if maybe is not None:
-            maybe.gpu_hours = spent
-            ends.append(maybe)
+        if finished is not None:
+            finished.gpu_hours = spent
+            ends.append(finished)
     return ends
 
 
-def category_names(attributes: list[dict[str, Any]], some: list[Curve]) -> list[str]:
-    """Of the categories whose accuracies are on record; numbers, for a study that has no names."""
+def category_names(attributes: list[dict[str, Any]], curves: list[Curve]) -> list[str]:
+    """The names of the categories in these curves; numbers if the study has no names on record."""
     names = list(dict.fromkeys(row["category"] for row in attributes))
-    width = max((len(row) for curve in some for row in curve.categories), default=0)
+    width = max((len(row) for curve in curves for row in curve.categories), default=0)
     return names if len(names) == width else [f"category {number + 1}" for number in range(width)]
 
 
 def top(trials: list[TrialRow], count: int, states: set[str] | None = None) -> list[TrialRow]:
-    """The best trials that have epochs, of the given states; a finished one by its score."""
-    able = [row for row in trials if row.epochs and (not states or row.state in states)]
-    return sorted(able, key=lambda row: (-row.worth, row.number))[:count]
+    """The best trials with epochs, of the given states or all: by their score, or last accuracy."""
+    candidates = [row for row in trials if row.epochs and (not states or row.state in states)]
+    return sorted(candidates, key=lambda row: (-row.worth, row.number))[:count]

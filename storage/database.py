@@ -1,8 +1,8 @@
-"""The one database: where it is, how to reach it, and which schema it must have.
+"""Connect to the database with SQLAlchemy, retry while it is away, and check each new session.
 
-`ATELIER_DATABASE_URL` names any PostgreSQL 14+. Without it the home folder's own server is used: one
-that listens (`database.url` says where), or an embedded one that is started. Optuna's tables are in the
-schema `public`, ours in the schema `atelier`.
+`ATELIER_DATABASE_URL` names any PostgreSQL 14+. Without it the home folder's own server is used. That
+server listens at the address in `database.url`, or is embedded and started when needed. Optuna's
+tables are in the schema `public`, ours in the schema `atelier`.
 """
 
 import logging
@@ -37,17 +37,17 @@ from storage.postgres_programs import EmbeddedPostgresError
 from storage.url import DatabaseError, configured_url, database_url, shown
 
 log = logging.getLogger(__name__)
-PATIENCE = 600  # seconds that work goes on trying while the database is away
+PATIENCE = 600  # seconds of retrying while the database is away
 
-# The same for what this thread does: somebody who waits for a page has less of it.
+# The same for this thread: somebody who waits for a page gets an error sooner.
 thread_patience: ContextVar[float] = ContextVar("thread_patience", default=PATIENCE)
 
 
 @dataclass(frozen=True)
 class Sessions:
-    """What every new session with the database is asked to be, and is checked to be."""
+    """The settings that every new session asks for, and that are checked then."""
 
-    settings: Mapping[str, str]  # the server's, each value as SHOW writes it
+    settings: Mapping[str, str]  # PostgreSQL's settings; each value as SHOW writes it
     connect_timeout: int = 10  # seconds
     checked: bool = True
 
@@ -56,22 +56,22 @@ class Sessions:
         return replace(self, settings={**self.settings, **settings})
 
     def arguments(self) -> dict[str, Any]:
-        """What libpq is told."""
+        """The connection parameters for libpq."""
         return {
             "connect_timeout": self.connect_timeout,
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
-            "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data wait for an answer
+            "tcp_user_timeout": 60000,  # ms; keepalives do not run while sent data is not acknowledged
             "application_name": "atelier",
-            "client_encoding": "utf8",  # names are in any language
+            "client_encoding": "utf8",  # names may be in any language
             "options": " ".join(f"-c {name}={value}" for name, value in self.settings.items()),
         }
 
 
 WORK = Sessions(
     {
-        # By default a role named as our schema would find our tables before Optuna's.
+        # By default a role with our schema's name would find our tables before Optuna's.
         "search_path": "public",
         # A stopped process must not hold a row lock for ever.
         "statement_timeout": "1min",
@@ -79,21 +79,22 @@ WORK = Sessions(
     }
 )
 
-# For pages: nobody waits a minute for one.
+# For web pages: nobody waits a minute for a page.
 PAGES = replace(WORK.having(statement_timeout="15s"), connect_timeout=3)
 
-# They say nothing about the trial that was at work.
+# Errors of the database: they are not the trial's fault.
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, DatabaseError)
 
 
 def _revive(_: object) -> None:
-    """Start the embedded server again if it has crashed; one that was stopped stays so."""
+    """Start the embedded server again after a crash; a server that was stopped stays stopped."""
     if configured_url() is None:
         with suppress(EmbeddedPostgresError):
             EmbeddedPostgres(home()).revive()
 
 
-# Every operation that uses it may be repeated after a lost reply: rows are keyed, not appended.
+# Every function with this decorator may run again after a lost reply: its rows have keys, so the second
+# run adds none.
 retrying = retry(
     before_sleep=_revive,
     retry=retry_if_exception(is_transient),
@@ -105,9 +106,9 @@ retrying = retry(
 
 @contextmanager
 def one_moment(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A connection that shows the database as of its first statement, for several reads.
+    """A connection whose reads all show the database as of the first one.
 
-    Inside it nothing is retried: the caller retries the whole.
+    Reads inside it are not retried one by one: the caller retries the whole block.
     """
     token = thread_patience.set(0)
     try:
@@ -118,14 +119,14 @@ def one_moment(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 def look(sessions: Sessions = WORK) -> sa.Engine:
-    """An engine on a database that has been used before: looking makes nothing. Raises DatabaseError."""
+    """An engine on an existing database; none is made here. Raises DatabaseError."""
     return connect(database_url(make=False), sessions=sessions)
 
 
 def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WORK) -> sa.Engine:
-    """An engine on a database that answers, within so many seconds.
+    """An engine on a database that has answered; `patience` is how many seconds it may take.
 
-    Raises DatabaseError, also for sessions that are not what they were asked to be.
+    Raises DatabaseError, also if a session has other settings than it asked for.
     """
     engine = make_engine(url or database_url(), sessions)
     try:
@@ -157,20 +158,20 @@ def make_engine(url: URL, sessions: Sessions) -> sa.Engine:
 
 
 def follow_failovers(engine: sa.Engine, sessions: Sessions) -> None:
-    if "default_transaction_read_only" not in sessions.settings:  # else it was asked for
+    if "default_transaction_read_only" not in sessions.settings:  # else read-only is wanted
         sa.event.listen(engine, "handle_error", _leave_read_only)
 
 
 def _leave_read_only(context: sa.engine.ExceptionContext) -> None:
-    """Connect anew after a failover: an idle session stays with the server that is a standby now."""
+    """Connect again after a failover: an idle session is still with the server that is now a standby."""
     if sqlstate(context.original_exception) == READ_ONLY:
         context.is_disconnect = True
 
 
 def _refuse_hung_up(connection: Any, *_: object) -> None:
-    """What a ping would find, without a round trip: an idle connection with something to read.
+    """Refuse a pooled connection that the server has closed, without the round trip of a ping.
 
-    That is the server's goodbye; the pool then connects anew.
+    An idle connection with data to read has got the server's goodbye. The pool then connects again.
     """
     if not connection.closed:
         poll = select.poll()
@@ -181,7 +182,7 @@ def _refuse_hung_up(connection: Any, *_: object) -> None:
 
 
 def pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
-    # Two are kept; a page server's threads may need some more for a moment.
+    # Two connections are kept. The web server's threads may need more for a moment.
     return {
         "pool_pre_ping": ping,
         "pool_size": 2,
@@ -191,9 +192,9 @@ def pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
 
 
 def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
-    """Makes connections, and hands out none whose session is not what was asked for.
+    """A function that connects, and checks that the session has the settings it asked for.
 
-    A pooler may drop all that a session asks for, and say nothing.
+    A pooler between us and PostgreSQL may drop these settings silently.
     """
     positional, named = sa.make_url(url).get_dialect()().create_connect_args(url)
     named = {**named, **sessions.arguments()}
@@ -202,9 +203,9 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
         connection = libpq.connect(*positional, **named)
         try:
             if sessions.checked:
-                found = settings_of(connection, sessions)
-                if wrong := other_settings(found, sessions.settings):
-                    raise DatabaseError(f"the database at {shown(url)} {wrong}")
+                present = settings_of(connection, sessions)
+                if problem := other_settings(present, sessions.settings):
+                    raise DatabaseError(f"the database at {shown(url)} {problem}")
         except BaseException:
             connection.close()
             raise
@@ -214,20 +215,24 @@ def _creator(url: URL, sessions: Sessions) -> Callable[[], Any]:
 
 
 def settings_of(connection: Any, sessions: Sessions) -> dict[str, str]:
-    """What a session of the driver's, in no transaction, really has of what was asked for."""
+    """The values that the session really has of the settings it asked for.
+
+    The connection is the driver's, and in no transaction.
+    """
     connection.autocommit = True  # spares two round trips, and some poolers have no transactions
     with connection.cursor() as cursor:
         query = "SELECT name, current_setting(name) FROM unnest(%s) AS name"
         cursor.execute(query, [list(sessions.settings)])
-        found = dict(cursor.fetchall())
+        present = dict(cursor.fetchall())
     connection.autocommit = False
-    return found
+    return present
 
 
-def other_settings(found: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
-    wrong = [
-        f"{name} = {found[name]!r} instead of {value!r}"
+def other_settings(present: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
+    """The problem with a session whose settings differ from those it asked for; None if none does."""
+    differences = [
+        f"{name} = {present[name]!r} instead of {value!r}"
         for name, value in asked.items()
-        if found[name] != value
+        if present[name] != value
     ]
-    return f"gives sessions with {', '.join(wrong)}; {NO_POOLER}" if wrong else None
+    return f"gives sessions with {', '.join(differences)}; {NO_POOLER}" if differences else None

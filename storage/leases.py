@@ -1,4 +1,4 @@
-"""Renewing the leases of what a worker holds."""
+"""Renew a worker's leases from a thread while it trains."""
 
 import threading
 import time
@@ -9,10 +9,10 @@ RENEW_SECONDS = 30.0
 
 
 class LeaseKeeper:
-    """Renews claims from a thread of its own until the `with` block ends.
+    """Renews claims from its own thread until the `with` block ends.
 
-    It outlives any database error: `Ledger.renew` retries with back-off, and after that the next
-    turn tries again.
+    No database error ends it. `Ledger.renew` retries with back-off, and after that the next round
+    tries again.
     """
 
     def __init__(self, ledger: Ledger, every: float = RENEW_SECONDS) -> None:
@@ -23,20 +23,20 @@ class LeaseKeeper:
         self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
 
     def hold(self, claim: Claim) -> None:
-        """Renew this one from now on, until its attempt is closed."""
-        self._lost.discard(claim)  # an equal one, that was withdrawn
+        """Renew the claim from now on, until its attempt is closed."""
+        self._lost.discard(claim)  # an equal claim may have been withdrawn
         self._held.add(claim)
 
     def let_go(self, claim: Claim) -> None:
-        """Renew it no more."""
+        """Stop renewing the claim."""
         self._held.discard(claim)
 
     def held(self) -> list[Claim]:
-        """The claims that it renews; some may have ended by now."""
+        """The claims that are renewed; some may have ended by now."""
         return list(self._held)
 
     def has_lost(self, claim: Claim) -> bool:
-        """Whether another worker holds the trial."""
+        """Whether another worker has taken over the trial."""
         return claim in self._lost
 
     def __enter__(self) -> "LeaseKeeper":
@@ -55,5 +55,5 @@ class LeaseKeeper:
                     if claim in self._held:
                         self._held.discard(claim)
                         self._lost.add(claim)
-                except Exception:  # whatever the database does, the leases must go on while we live
+                except Exception:  # the renewing must go on after any error of the database
                     time.sleep(1)

@@ -1,11 +1,11 @@
-"""Who holds which trial, and what it has done: claim, renew, record, finish, release.
+"""Every write of a worker for its trials: claim, renew, record an epoch, finish, release.
 
-Optuna samples and remembers; this module owns the life of a trial. A worker holds a trial by an
+Optuna samples and keeps the trials; this module decides who trains them. A worker holds a trial by an
 *attempt* with a lease, and a unique index allows one open attempt per trial.
 
 Every write is fenced in its own transaction: it locks its attempt, which must still be open. Otherwise
-the worker has been replaced and gets LeaseLost. What Optuna must know of an epoch or an end is written
-to Optuna's tables in that same transaction.
+another worker has taken over the trial, and this one gets LeaseLost. Epochs and ends are written to
+Optuna's tables in the same transaction.
 
 Rows are keyed by (trial, epoch) and (trial, attempt). So an operation may be repeated after a lost
 reply: the second time it changes nothing.
@@ -55,13 +55,13 @@ from storage.trial_queue import TrialQueue
 from storage.usage import IS_SPENT
 
 LEASE_SECONDS = 120.0
-REFUSED = " (refused)"  # how the names of a refused trial's parameters end
+REFUSED = " (refused)"  # the names of a refused trial's parameters end so
 
-# The user attribute of an audited trial: {"epoch", "verdict"} of when its strategy would first have
-# stopped it.
+# The user attribute of an audited trial: the "epoch" after which its strategy would first have stopped
+# it, and the "verdict" then.
 AUDIT = "atelier:audit"
 
-# How a trial may end. One that is only released stays RUNNING for Optuna and waits for a worker.
+# Optuna's state for each outcome that ends a trial. A released trial stays RUNNING until it goes on.
 END_STATES = {
     Outcome.COMPLETE: TrialState.COMPLETE,
     Outcome.PRUNED: TrialState.PRUNED,
@@ -69,19 +69,19 @@ END_STATES = {
 }
 
 
-class LeaseLost(Exception):  # noqa: N818  # it is an event, not a fault
-    """Another worker holds the trial now; this one must stop and write nothing more."""
+class LeaseLost(Exception):  # noqa: N818  # an event, not an error
+    """Another worker holds the trial now; the loser must stop and write nothing more."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A hold on a trial: what every write has to show."""
+    """A worker's hold on a trial; every write must present it."""
 
     trial_id: int
     trial_number: int
     attempt: int
-    last_epoch: int  # the last one on record, -1 before the first
-    promoted: bool = False  # it was paused after that epoch, and goes on
+    last_epoch: int  # on record; -1 before the first
+    promoted: bool = False  # whether it was paused after that epoch and goes on now
 
 
 def _lost(claim: Claim) -> LeaseLost:
@@ -89,10 +89,10 @@ def _lost(claim: Claim) -> LeaseLost:
 
 
 class Ledger:
-    """The trials of one study, as one worker (or an onlooker) sees them.
+    """The trials of one study, for one worker or for a process that only reads.
 
-    `probe_liveness` says which holders are alive and which are gone. Where it cannot say, the lease
-    decides. `job` are the columns of this worker's SLURM job.
+    `probe_liveness` says which holders are alive and which are gone. If it cannot say, the lease
+    decides. `job` has the columns of this worker's SLURM job.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Ledger:
 
     @retrying
     def register(self, gpu: str | None = None, log: str | None = None) -> str:
-        """Enter this process as a worker. Returns its id, which is new for every process."""
+        """Put this process on record as a worker. Returns its id; every process gets a new one."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
         values = {
             "id": self.worker_id,
@@ -129,7 +129,7 @@ class Ledger:
 
     @retrying
     def sign_off(self, reason: str) -> None:
-        """Note that this worker stops, and why."""
+        """Record that this worker stops, and why."""
         with self.engine.begin() as connection:
             connection.execute(
                 sa.update(Worker)
@@ -145,15 +145,15 @@ class Ledger:
     ) -> Claim | None:
         """Take the next trial. Returns None if there is none for this worker.
 
-        That is also so if the budget is spent, if `stop_reason` gives one, or if the study was deleted.
-        `promotes` says whether a paused trial may go on. `held` are Optuna's ids of the trials that this
-        worker has in hand; another one of its own is from a claim whose reply was lost.
+        There is none if the budget is spent, if `stop_reason` gives a reason, or if the study was
+        deleted. `promotes` says whether a paused trial may go on. `held` are Optuna's ids of the trials
+        that this worker trains. It may have another open attempt, from a claim whose reply was lost.
 
-        Claims of a study follow one another, because the study's row is locked. So any number of workers
-        neither overshoots the budget nor takes a trial twice. The claim that finds nothing more to do,
-        for itself or anybody, tells Optuna that the paused trials are pruned.
+        A lock on the study's row lets only one claim at a time run. So many workers do not overshoot the
+        budget, and do not take a trial twice. When no worker has anything more to do, the claim prunes
+        the paused trials.
         """
-        liveness = self._probe_liveness(self._holders())  # before the lock: it may take its time
+        liveness = self._probe_liveness(self._holders())  # before the lock: it may be slow
         with Session(self.engine) as session, session.begin():
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
@@ -162,7 +162,7 @@ class Ledger:
             spent = bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
             if spent:
                 close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)
-            # Asked before the queue is read: what a worker releases meanwhile must not end as well.
+            # Asked before the queue is read: else a trial that is released meanwhile may be pruned.
             is_over = not queue.somebody_is_at_work()
             take_first = partial(self._take_first, session, liveness, held)
             claim = None
@@ -172,7 +172,7 @@ class Ledger:
                     or take_first(queue.enqueued())
                     or take_first(queue.promoted(promotes))
                     or take_first(self._new_trials(queue))
-                    # Last of all, so that a host on which everything fails meets different trials.
+                    # Late, so that a host on which everything fails tries different trials first.
                     or take_first(queue.failed())
                     or take_first(queue.rest_of_paused(is_over))
                 )
@@ -183,7 +183,7 @@ class Ledger:
     def _new_trials(self, queue: TrialQueue) -> list[int]:
         if not queue.allows_new():
             return []
-        # In a transaction of its own: if we die before the commit of the claim, the trial is RUNNING
+        # In a separate transaction. If we die before the claim is committed, the trial is RUNNING
         # without an attempt, and the next claim takes it.
         return [self.storage.create_new_trial(self.study_id)]
 
@@ -203,9 +203,9 @@ class Ledger:
         return None
 
     def _take(self, session: Session, trial_id: int, liveness: Liveness) -> Claim | None:
-        """Hold the trial, unless it is finished or its holder lives.
+        """Claim the trial, unless it is finished or its holder is alive.
 
-        The rows are locked before they are judged, in the order in which `finish` locks them.
+        The rows are locked before they are read, in the same order as in `finish`.
         """
         row = lock_open_attempt(session, trial_id)
         trial = session.get_one(TrialModel, trial_id, with_for_update=True, populate_existing=True)
@@ -259,9 +259,9 @@ class Ledger:
     def _renew(
         self, claim: Claim, statement: sa.TextClause = recording.RENEW, **entries: Any
     ) -> str | None:
-        """Prolong the lease, and enter what the statement enters. Raises LeaseLost.
+        """Prolong the lease, and run what else the statement does. Raises LeaseLost.
 
-        Returns why all workers are to stop.
+        Returns why all workers are to stop, or None.
         """
         parameters = entries | {
             "study_id": self.study_id,
@@ -283,10 +283,10 @@ class Ledger:
 
     @retrying
     def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> str | None:
-        """Enter one epoch, tell Optuna what it is worth, prolong the lease. Raises LeaseLost.
+        """Record an epoch, report its value to Optuna, and prolong the lease. Raises LeaseLost.
 
         `result` has the columns that trainer.metrics.EpochResult.columns gives. Returns why all workers
-        of the study are to stop, if they are: STOPPED or SPENT.
+        of the study are to stop: STOPPED or SPENT; or None.
         """
         stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
         return self._renew(
@@ -300,7 +300,7 @@ class Ledger:
 
     @retrying
     def stream_epochs(self, claim: Claim) -> list[int]:
-        """The epochs of the stream that the trial's epochs on record went through."""
+        """The stream's epochs that the trial has trained on, by its epochs on record."""
         if claim.last_epoch < 0:
             return []
         query = sa.select(Epoch.stream_epoch).where(Epoch.trial_id == claim.trial_id)
@@ -309,7 +309,7 @@ class Ledger:
 
     @retrying
     def rank(self, epoch: int, value: float) -> Rank:
-        """The rank of a trial that was worth this much after an epoch."""
+        """The rank of a trial with this value after an epoch."""
         query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
             Epoch.study_id == self.study_id, Epoch.epoch == epoch
         )
@@ -328,8 +328,8 @@ class Ledger:
     ) -> None:
         """End the trial for Optuna and the attempt, with `value` as its score. Raises LeaseLost.
 
-        `violated` names a constraint that the trial does not satisfy; samplers learn from it.
-        `artifact` is a file that goes with the trial, in optuna.artifacts' form.
+        `violated` names a constraint that the trial violates; samplers learn from it. `artifact`
+        describes a file of the trial, in optuna.artifacts' form.
         """
         attributes: dict[str, Any] = {}  # as Trial.set_constraint and upload_artifact would write them
         if violated is not None:
@@ -339,7 +339,7 @@ class Ledger:
         with Session(self.engine) as session, session.begin():
             attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt is not None and attempt.outcome == outcome:
-                return  # our own earlier call, whose reply was lost
+                return  # an earlier call did it, and its reply was lost
             attempt = self._fence(session, claim)
             trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
             ended_elsewhere = trial.state.is_finished()
@@ -354,9 +354,9 @@ class Ledger:
 
     @retrying
     def refuse(self, claim: Claim, reason: str) -> None:
-        """End a trial whose parameters are none of the study's. Raises LeaseLost.
+        """Fail a trial whose parameters do not fit the study. Raises LeaseLost.
 
-        They get other names: Optuna lets no trial have another distribution than an earlier one.
+        The parameters are renamed: Optuna allows only one distribution per name in a study.
         """
         name = TrialParamModel.param_name
         with Session(self.engine) as session, session.begin():
@@ -370,39 +370,39 @@ class Ledger:
 
     @retrying
     def note_audit(self, claim: Claim, epoch: int, verdict: str) -> None:
-        """Note when a trial would have been stopped, if that was not noted before. Raises LeaseLost."""
+        """Record when a trial would have been stopped, unless that is on record. Raises LeaseLost."""
         with Session(self.engine) as session, session.begin():
             self._fence(session, claim)
-            noted = json.dumps({"epoch": epoch, "verdict": verdict})
-            row = {"trial_id": claim.trial_id, "key": AUDIT, "value_json": noted}
+            note = json.dumps({"epoch": epoch, "verdict": verdict})
+            row = {"trial_id": claim.trial_id, "key": AUDIT, "value_json": note}
             session.execute(insert(TrialUserAttributeModel).values(row).on_conflict_do_nothing())
 
     @retrying
     def release(self, claim: Claim, outcome: Outcome = Outcome.RELEASED, reason: str = "") -> bool:
-        """Give the trial back, unfinished, for the next worker. Returns False if it was lost."""
+        """Give the unfinished trial back to the next worker. Returns False if the claim was lost."""
         with Session(self.engine) as session, session.begin():
             attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt is None or attempt.worker_id != self.worker_id:
                 return False
             if attempt.released is None:
                 close_attempt(attempt, outcome, reason)
-            return attempt.outcome == outcome  # also of our own earlier call, whose reply was lost
+            return attempt.outcome == outcome  # also after an earlier call whose reply was lost
 
     @retrying
     def withdraw(self, claim: Claim) -> None:
-        """Undo a claim of which nothing has come. Nothing to do if it was lost."""
+        """Delete a claim's attempt that recorded nothing. Does nothing if the claim was lost."""
         with self.engine.begin() as connection:
             connection.execute(sa.delete(Attempt).where(self._is_open(claim)))
 
     @retrying
     def stop_reason(self) -> str | None:
-        """Why this worker gets nothing more to do; None if it may."""
+        """Why this worker gets no more trials; None if it may get some."""
         with Session(self.engine) as session:
             return self._stop_reason(session)
 
     def _stop_reason(self, session: Session) -> str | None:
         study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
-        # A restored database has other workers: of this one it has no row, or one that has ended.
+        # A restored database does not have this worker, or has it as stopped.
         worker = sa.select(Worker.id).where(Worker.id == self.worker_id, Worker.stopped.is_(None))
         stopped, registered = session.execute(
             sa.select(study.scalar_subquery(), worker.scalar_subquery())
@@ -413,24 +413,25 @@ class Ledger:
 
     @retrying
     def is_bad(self, claim: Claim, max_failures: int) -> bool:
-        """Whether a trial that fails now is to blame, and not this host.
+        """Whether the trial is to blame for failing now, and not this host.
 
-        It has failed on another host too; or, where no other host could try it, `max_failures` times.
+        It is if it failed on another host too. If no other host could try it, `max_failures` failures
+        decide.
         """
-        charged = (
+        failures = (
             sa.select(Worker.host)
             .join(Attempt, Attempt.worker_id == Worker.id)
             .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == Outcome.ERROR)
         )
         with Session(self.engine) as session:
-            hosts = session.scalars(charged).all()
+            hosts = session.scalars(failures).all()
             if {*hosts} - {host()}:
                 return True
             return len(hosts) >= max_failures and hosts_at_work(session, self.study_id) <= {host()}
 
     @retrying
     def excuse(self) -> None:
-        """Charge no trial with what has failed in this worker: it was the host's fault."""
+        """Charge this worker's failures to its host, not to the trials."""
         with self.engine.begin() as connection:
             connection.execute(
                 sa.update(Attempt)
@@ -440,7 +441,7 @@ class Ledger:
 
     @retrying
     def has_only_failed(self) -> bool:
-        """Whether every trial of the study has failed, and there is one."""
+        """Whether the study has trials, and all have failed."""
         query = sa.select(TrialModel.state).where(TrialModel.study_id == self.study_id).distinct()
         with self.engine.connect() as connection:
             return set(connection.scalars(query)) == {TrialState.FAIL}

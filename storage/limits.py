@@ -1,6 +1,6 @@
-"""What the shell and the machine allow a process, and which errors come of it.
+"""Limits of the shell and the machine (ulimit): check them, and explain errors that they cause.
 
-Nothing here imports anything large: it explains why there is no memory for an import.
+This file imports nothing large: it must work where memory is too short for another import.
 """
 
 import errno
@@ -8,8 +8,8 @@ import re
 import resource
 
 GB, UNLIMITED = 1e9, resource.RLIM_INFINITY
-FILES, FILE_BYTES = 1024, 1 << 30  # that a search with its server needs
-FEWEST_FILES, LEAST_FILE_BYTES = 128, 64 << 20  # without which the server does not start
+FILES, FILE_BYTES = 1024, 1 << 30  # what a search with its server needs
+FEWEST_FILES, LEAST_FILE_BYTES = 128, 64 << 20  # with less the server does not start
 LEAST_BYTES = 256 << 20  # of address space; with less, libraries end the process themselves
 TORCH_BYTES = 8 * 10**9  # of address space that a worker maps
 # What the dynamic linker, glibc, OpenMP and Python say.
@@ -18,19 +18,19 @@ _NO_THREAD = re.compile(r"can't start new thread|pthread_create|Thread creation 
 
 
 class LimitError(RuntimeError):
-    """A process may not have what this needs; the message is one line."""
+    """A limit is too low for this command; the message is one line."""
 
-    exit_code = 1  # the place's fault, not the input's
+    exit_code = 1  # the machine's fault, not the input's
 
 
 def check_process() -> None:
-    """That any command can run. Raises LimitError."""
+    """Check that any command can run. Raises LimitError."""
     if 0 <= _allowed(resource.RLIMIT_AS) < LEAST_BYTES:
         raise LimitError(_memory())
 
 
 def check_server() -> None:
-    """That a PostgreSQL can be started from here. Raises LimitError."""
+    """Check that PostgreSQL can be started from this shell. Raises LimitError."""
     if 0 <= _allowed(resource.RLIMIT_NOFILE) < FEWEST_FILES:
         raise LimitError(_files())
     if 0 <= _allowed(resource.RLIMIT_FSIZE) < LEAST_FILE_BYTES:
@@ -38,7 +38,7 @@ def check_server() -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """What is needed, if an error comes of a limit; None for any other. In one line."""
+    """What is needed after an error that a limit caused, in one line; None for any other error."""
     text = str(error)
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or code == errno.ENOMEM:
@@ -48,21 +48,21 @@ def explain(error: BaseException) -> str | None:
     if code == errno.EMFILE:
         return _files()
     if code == errno.ENFILE:
-        return "the machine has no open file left for anybody; end other programs, or raise fs.file-max"
+        return "the machine allows no more open files; end other programs, or raise fs.file-max"
     if code == errno.EFBIG:
         return _file_size()
-    would_block = hasattr(error, "characters_written")  # a write to a pipe that is full
+    would_block = hasattr(error, "characters_written")  # a write to a full pipe, which is no limit
     if (code == errno.EAGAIN and not would_block) or (
         isinstance(error, RuntimeError) and _NO_THREAD.search(text)
     ):
         return _processes()
     if "No usable temporary directory" in text:
-        return "no folder for temporary files can be written to; set TMPDIR to one"
+        return "no folder for temporary files is writable; set TMPDIR to one that is"
     return None
 
 
 def why_killed() -> str:
-    """What may have killed a process that said nothing, as a question."""
+    """A question that names what may have killed a process that left no message."""
     seconds = _allowed(resource.RLIMIT_CPU)
     time = "" if seconds < 0 else f", and CPU time (ulimit -t is {seconds} s)"
     space = _allowed(resource.RLIMIT_AS)
@@ -71,10 +71,10 @@ def why_killed() -> str:
 
 
 def cpu_time() -> str:
-    """What is said when the CPU time is used up."""
+    """The message for a process that has used up its CPU time."""
     return (
         "the CPU time that this shell allows a process (ulimit -t) is used up: say ulimit -t unlimited, "
-        "ask an administrator, or let a job of SLURM's do it"
+        "ask an administrator, or run it in a SLURM job"
     )
 
 
@@ -87,9 +87,9 @@ def _allowed(limit: int) -> int:
 def _memory() -> str:
     space = _allowed(resource.RLIMIT_AS)
     if space < 0:
-        return "no memory is left; end other programs, ask for more, or let fewer workers run"
+        return "no memory is left; end other programs, ask for more memory, or run fewer workers"
     return (
-        f"this shell allows a process {space / GB:.1f} GB of addresses (ulimit -v {space >> 10}); "
+        f"this shell allows a process {space / GB:.1f} GB of address space (ulimit -v {space >> 10}); "
         f"training needs about {TORCH_BYTES / GB:.0f}: say ulimit -v unlimited, or ask an administrator"
     )
 
@@ -104,7 +104,7 @@ def _files() -> str:
 def _file_size() -> str:
     size = _allowed(resource.RLIMIT_FSIZE)
     if size < 0:
-        return "a file would be larger than its file system takes; choose another place"
+        return "a file would be larger than its file system allows; choose another folder"
     return (
         f"this shell allows files of {size / 1e6:.1f} MB (ulimit -f); a search needs "
         f"{FILE_BYTES / GB:.0f} GB: say ulimit -f unlimited, or ask an administrator"
@@ -113,7 +113,5 @@ def _file_size() -> str:
 
 def _processes() -> str:
     most = _allowed(resource.RLIMIT_NPROC)
-    allowed = "the machine has none left" if most < 0 else f"this shell allows {most} (ulimit -u)"
-    return (
-        f"no further process or thread can be started: {allowed}; end others, or let fewer workers run"
-    )
+    allowed = "the machine allows no more" if most < 0 else f"this shell allows {most} (ulimit -u)"
+    return f"no further process or thread can be started: {allowed}; end programs, or run fewer workers"

@@ -1,4 +1,4 @@
-"""Which process a worker is, and whether it still lives."""
+"""Identify worker processes, and find out which holders of trials are still alive."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from storage.tables import Attempt, Worker
 
 
 def process_identity(pid: int | None = None) -> str:
-    """Names a process so that a later one with the same pid has another name.
+    """A name for a process; a later process with the same pid has another one.
 
     Raises psutil.NoSuchProcess.
     """
@@ -38,20 +38,20 @@ def _machine() -> str:
 
 def _start_time(pid: int) -> str:
     try:
-        # In ticks since the boot: unlike the time of day, no correction of the clock changes it.
+        # In ticks since the boot: setting the machine's clock does not change it.
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
     except OSError:
         return f"{psutil.Process(pid).create_time():.2f}"
 
 
 def is_gone(process: str) -> bool:
-    """True if the process ran on this machine and has ended; False when nobody here can know."""
+    """True if the process ran on this machine and has ended; False if it lives, or ran elsewhere."""
     machine, pid, _ = process.rsplit(":", 2)
     if machine != _machine():
         return False
     try:
         if psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
-            return True  # killed, and its parent has not noticed yet
+            return True  # it has ended, but its parent has not waited for it
         return process_identity(int(pid)) != process
     except psutil.NoSuchProcess:
         return True
@@ -59,7 +59,7 @@ def is_gone(process: str) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """The worker that holds a trial, told apart from later processes of the same job."""
+    """A worker that holds a trial; a later process of the same job is another holder."""
 
     worker_id: str
     process: str
@@ -68,15 +68,15 @@ class Holder:
     slurm_restarts: int
 
 
-# A trial whose holder has given a sign of life lately.
+# Selects attempts at trials that a worker holds: its lease lasts.
 HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > now())
 
-# What is known about holders, by worker id: True for alive, False for gone, absent if nobody can say.
+# By worker id: True for an alive holder, False for a gone one; without an entry if nobody can say.
 Liveness = Mapping[str, bool]
 
 
 def probe_this_host(holders: Iterable[Holder]) -> dict[str, bool]:
-    """The verdicts that this machine can give: who has ended on it."""
+    """The liveness that this machine can tell: False for workers that have ended on it."""
     return {holder.worker_id: False for holder in holders if is_gone(holder.process)}
 
 

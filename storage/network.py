@@ -1,7 +1,7 @@
-"""How the embedded server is reached from other machines: address, password, certificate.
+"""Serve the embedded server to other machines: its address, password, certificate and access rules.
 
-Its files lie in the home folder. `database.url` is what every machine that shares the folder connects
-to; it holds no secret, but names `database.pass` (mode 600), which libpq reads by itself.
+The files lie in the home folder. Every machine that shares the folder connects to the URL in
+`database.url`. That file holds no secret: it names `database.pass` (mode 600), which libpq reads.
 """
 
 import os
@@ -15,9 +15,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 ROLE = "atelier"
-VIEWER, WORKER = "atelier_viewer", "atelier_worker"  # nobody logs in as these: see storage.database
+VIEWER, WORKER = "atelier_viewer", "atelier_worker"  # roles without a login: see storage.roles
 DATABASE = "atelier"
-# Who reaches the socket, in a folder of mode 0700, is trusted. From the network one role may log in.
+# The socket needs no password: its folder has mode 0700. From the network only one role may log in.
 ACCESS = """\
 local all all trust
 {kind} {database} {role} all scram-sha-256
@@ -25,11 +25,11 @@ local all all trust
 
 
 class NetworkError(ValueError):
-    """The server cannot serve the network so; the message is one line."""
+    """The server cannot be set up for the network; the message is one line."""
 
 
 class Network:
-    """The network side of one home's server."""
+    """The network settings of one home's server."""
 
     def __init__(self, home: Path) -> None:
         self._url, self._passfile = home / "database.url", home / "database.pass"
@@ -38,7 +38,7 @@ class Network:
 
     @property
     def url(self) -> URL | None:
-        """Where the server is to be found; None for one that serves this machine only.
+        """The URL for other machines; None if the server serves this machine only.
 
         Raises NetworkError.
         """
@@ -50,22 +50,24 @@ class Network:
             raise NetworkError(
                 f"{self._url}: holds no URL; delete it, then: atelier db start --listen ADDRESS"
             ) from None
-        # The home may have moved. Earlier versions wrote where it was, and no mode for --no-tls.
+        # The home may have moved: use the present paths. Earlier versions wrote no sslmode for --no-tls.
         files = {key: str(self._files[key]) for key in self._files.keys() & url.query}
         return url.update_query_dict({"sslmode": "disable", **url.query, **files})
 
     @staticmethod
     def check(address: str, tls: bool) -> None:
-        """Raises NetworkError for what `set_up` could not do."""
+        """Raises NetworkError if `set_up` could not use this address, or make a certificate."""
         if not re.fullmatch(r"[A-Za-z0-9.:_-]+", address) or address in ("0.0.0.0", "::"):
             raise NetworkError(
                 f"--listen {address!r}: allowed is one address or host name that other machines reach"
             )
         if tls and shutil.which("openssl") is None:
-            raise NetworkError("no openssl on this machine to make a certificate with; or say --no-tls")
+            raise NetworkError(
+                "no openssl on this machine to make a certificate; install it, or say --no-tls"
+            )
 
     def set_up(self, address: str, port: int, tls: bool) -> str:
-        """Write the files. Returns the password, which is the same as before if there was one.
+        """Write the files. Returns the password: the earlier one, if there was one.
 
         Raises NetworkError.
         """
@@ -84,17 +86,18 @@ class Network:
         return password
 
     def set_url(self, url: URL | None) -> None:
-        """Serve the network there; with None, this machine only."""
+        """Write the URL for other machines; None makes the server serve this machine only."""
         if url is None:
             self._url.unlink(missing_ok=True)
         else:
             names = {key: Path(str(url.query[key])).name for key in self._files.keys() & url.query}
-            new = self._url.with_name(f".{self._url.name}")  # other machines read it at any moment
+            # Other machines may read the file at any moment.
+            new = self._url.with_name(f".{self._url.name}")
             new.write_text(url.update_query_dict(names).render_as_string() + "\n", "utf-8")
             new.replace(self._url)
 
     def server_settings(self) -> dict[str, str]:
-        """PostgreSQL's own settings for it."""
+        """The settings that PostgreSQL is started with for the network."""
         url = self.url
         if url is None:
             return {"listen_addresses": ""}
@@ -119,7 +122,7 @@ class Network:
 
     @property
     def server_files(self) -> list[Path]:
-        """What the server's user must be able to read, and of the key be the owner."""
+        """Files that the server's user must be able to read; it must own the key."""
         return [path for path in (self._certificate, self._key) if path.exists()]
 
     def _make_certificate(self, address: str) -> None:
@@ -127,15 +130,8 @@ class Network:
         _write_private(self._key, "")
         result = subprocess.run(
             [
-                *(
-                    "openssl",
-                    "req",
-                    "-x509",
-                    "-newkey",
-                    "ec",
-                    "-pkeyopt",
-                    "ec_paramgen_curve:prime256v1",
-                ),
+                *("openssl", "req", "-x509"),
+                *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
                 *("-nodes", "-days", "3650", "-subj", "/CN=atelier"),
                 *("-addext", f"subjectAltName={kind}:{address}"),
                 *("-keyout", str(self._key), "-out", str(self._certificate)),

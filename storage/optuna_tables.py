@@ -1,4 +1,4 @@
-"""The one door to Optuna's tables: its models, its storage on our engine, a trial as it writes one."""
+"""The only file that imports Optuna's table models; it starts and ends trials as Optuna does."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def show_optunas_tables(connection: sa.Connection) -> None:
-    """Let other programs, as optuna-dashboard, find Optuna's tables before ours: see WORK."""
+    """Let programs such as optuna-dashboard find Optuna's tables before ours: see WORK."""
     role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
     if role == SCHEMA:
         database = connection.dialect.identifier_preparer.quote_identifier(name)
@@ -72,7 +72,7 @@ def optuna_storage(
 
 
 def begin_trial(trial: TrialModel) -> None:
-    """Let an enqueued trial run, as Study.ask does."""
+    """Start an enqueued trial: write what Study.ask writes."""
     trial.state = TrialState.RUNNING
     trial._datetime_start_utc = _utc_now()
 
@@ -84,7 +84,7 @@ def end_trial(
     value: float | None,
     system_attributes: Mapping[str, Any],
 ) -> None:
-    """Write what Study.tell writes, and system attributes."""
+    """End a trial: write what Study.tell writes, and system attributes."""
     trial.state = state
     trial._datetime_complete_utc = _utc_now()
     if value is not None:

@@ -1,23 +1,23 @@
-"""How an attempt at a trial may end, and the reasons that programs look for."""
+"""The outcomes of an attempt at a trial, and the reasons of them that programs look for."""
 
 from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """How a worker's attempt at a trial has ended, as the database has it."""
+    """How a worker's attempt at a trial has ended; the values are the database's."""
 
     # These end the trial.
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAILED = "failed"
-    # After these somebody goes on with it.
-    PAUSED = "paused"  # at a rung, until its strategy lets it go on
+    # After these the trial may go on in another attempt.
+    PAUSED = "paused"  # at a rung, until the strategy promotes it
     RELEASED = "released"
     ERROR = "error"  # an exception; the trial is tried again
-    LOST = "lost"  # the worker ended without a word
+    LOST = "lost"  # the worker ended without signing off
 
 
 RESTORED = "the database was restored from a backup"
-SICK_HOST = "sick host"  # how the reason of a worker begins that could do nothing on its host
+SICK_HOST = "sick host"  # the reason of a worker whose host is at fault begins so
 STOPPED = "atelier stop"
 SPENT = "the study's GPU-hours are spent"

@@ -1,7 +1,7 @@
-"""Whose a home is: what is made in it is that user's alone, whoever makes it and whatever the umask.
+"""Who owns a home: make all files in it that user's, and closed to other users.
 
-Umask and user are the process's, not a thread's: `private` begins in the main thread, around a whole
-command.
+The umask and the user belong to the process, not to a thread. So enter `private` in the main thread,
+around a whole command.
 """
 
 import os
@@ -12,45 +12,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PRIVATE = 0o077  # the umask: nothing for others
-_users_umask: int | None = None  # while `private` has set another
-_turn = threading.RLock()  # of who acts as another user, which is the whole process's
+PRIVATE = 0o077  # the umask: no access for others
+_users_umask: int | None = None  # the user's umask, while `private` has set PRIVATE
+_turn = threading.RLock()  # one thread at a time: acting as another user changes the whole process
 
 
 class ForeignHomeError(RuntimeError):
-    """The home is another user's; the message is one line and says what to do next."""
+    """The home belongs to another user; the message is one line and says what to do next."""
 
 
 def _owner(home: Path) -> tuple[int, int] | None:
-    """The user and group of a home that is another user's; None for one of our own, or for none.
+    """The other user that owns a home, and its group; None if the home is ours or does not exist.
 
-    A home that root owns counts as everybody's: containers mount such folders.
+    A home that root owns counts as ours: containers mount such folders.
     """
     try:
-        found = home.stat()
-    except (FileNotFoundError, PermissionError):  # a folder above is closed: nothing can be made there
+        status = home.stat()
+    except (FileNotFoundError, PermissionError):  # the latter: a folder above it is closed to us
         return None
-    return None if found.st_uid in (os.geteuid(), 0) else (found.st_uid, found.st_gid)
+    return None if status.st_uid in (os.geteuid(), 0) else (status.st_uid, status.st_gid)
 
 
 def require_own(home: Path) -> None:
-    """That files which are made in the home from here on are its owner's. Raises ForeignHomeError."""
+    """Require that files made in the home will belong to its owner. Raises ForeignHomeError."""
     if owner := _owner(home):
         try:
             name = pwd.getpwuid(owner[0]).pw_name
         except KeyError:
             name = f"#{owner[0]}"  # as sudo takes it
         raise ForeignHomeError(
-            f"{home} is the home of the user {name}, who could not use what another makes in it; work "
-            f"as that user (sudo -u {shlex.quote(name)}), or set ATELIER_HOME to another folder"
+            f"{home} is the home of the user {name}, who could not use files of another user in it; "
+            f"work as that user (sudo -u {shlex.quote(name)}), or set ATELIER_HOME to another folder"
         )
 
 
 @contextmanager
 def as_owner(home: Path) -> Iterator[None]:
-    """What root makes in the `with` block is the home's owner's, as if that user made it; and private.
+    """In the `with` block root acts as the home's owner, and new files are private.
 
-    Raises ForeignHomeError for another user than root.
+    Raises ForeignHomeError if the home is another user's and this process is not root.
     """
     owner = _owner(home)
     if owner is None:
@@ -63,23 +63,23 @@ def as_owner(home: Path) -> Iterator[None]:
         groups, group = os.getgroups(), os.getegid()
         try:
             try:
-                # The groups too: programs that the owner's files name may be run.
+                # Drop root's groups too: the owner's files may name programs that we run.
                 os.setgroups([owner[1]])
                 os.setegid(owner[1])
                 os.seteuid(owner[0])
-            except OSError:  # root of a container that knows no such user
+            except OSError:  # a container's root, where that user does not exist
                 require_own(home)
             yield
         finally:
             os.seteuid(0)
             os.setegid(group)
-            with suppress(OSError):  # it was not allowed before, either
+            with suppress(OSError):  # changing the groups was not allowed before, either
                 os.setgroups(groups)
 
 
 @contextmanager
 def private() -> Iterator[None]:
-    """What is made in the `with` block is open to nobody else, but for `with_users_umask`."""
+    """New files in the `with` block are closed to other users, except within `with_users_umask`."""
     global _users_umask
     before, outermost = os.umask(PRIVATE), _users_umask is None
     if outermost:
@@ -94,7 +94,7 @@ def private() -> Iterator[None]:
 
 @contextmanager
 def with_users_umask() -> Iterator[None]:
-    """Files that are made in the `with` block get the user's own umask: they lie outside the home."""
+    """New files in the `with` block get the user's umask again: for files outside the home."""
     if _users_umask is None:
         yield
         return
@@ -106,7 +106,7 @@ def with_users_umask() -> Iterator[None]:
 
 
 def let_pass(path: Path) -> None:
-    """Let every user pass through the folders above, if they know what they look for. Raises OSError."""
+    """Let every user pass through the folders above a path, not list them. Raises OSError."""
     for folder in path.absolute().parents:
         mode = folder.stat().st_mode
         if mode & 0o011 != 0o011:
@@ -114,7 +114,7 @@ def let_pass(path: Path) -> None:
 
 
 def _forget_turn() -> None:
-    """In a forked child: another thread may have been acting as another user."""
+    """Make a new lock in a forked child: a thread of the parent may have held the old one."""
     global _turn
     _turn = threading.RLock()
 

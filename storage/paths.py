@@ -1,4 +1,4 @@
-"""The run folder: every path of a study on disk. Nobody else puts a file name together."""
+"""Build every path in the home and in a study's run folder: no other file does."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from storage.ownership import private, require_own
 
-# What of a path is below a home, wherever that was: of a worker's log, or that of an array's task.
+# An absolute path of a worker's log or an array task's log; the group is its part below the home.
 _FORMER = re.compile(r"/.*/(runs/[^/]+-\d{8}-\d{6}/logs/[^/]+|slurm/[^/]+)")
 
 
 def total_size(files: Iterable[Path]) -> int:
-    """Bytes of files, as far as they are still there."""
+    """The bytes of the files; deleted files count nothing."""
     size = 0
     for path in files:
         with suppress(FileNotFoundError):
@@ -25,8 +25,8 @@ def total_size(files: Iterable[Path]) -> int:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files below a folder; some may come and go meanwhile."""
-    # Unlike Path.rglob it is not surprised by a folder that has just been removed.
+    """All files below a folder; files may come and go meanwhile."""
+    # Path.rglob fails on a folder that has just been removed; os.walk does not.
     return [Path(top, name) for top, _, names in os.walk(folder) for name in names]
 
 
@@ -38,42 +38,42 @@ def make_private(folder: Path) -> None:
 
 
 def path_to_record(path: Path) -> str:
-    """A path for the database: one below the home is kept relative to it, so that it moves along."""
-    own = home()
+    """A path as text for the database: relative to the home if below it, so that the home can move."""
+    base = home()
     if ".." in path.parts:
         path = path.resolve()
-    for base in (own, own.resolve()):
-        if path.is_relative_to(base):
-            return f"./{path.relative_to(base)}"
+    for folder in (base, base.resolve()):
+        if path.is_relative_to(folder):
+            return f"./{path.relative_to(folder)}"
     return str(path)
 
 
 def path_from_record(text: str) -> Path:
-    """The path that was put on record. Earlier versions wrote where it was, in a home of that time."""
+    """The path for a text from the database. Earlier versions wrote absolute paths, in an old home."""
     if former := _FORMER.fullmatch(text):
-        own = home() / former[1]
-        return own if own.exists() else Path(text)
+        path = home() / former[1]
+        return path if path.exists() else Path(text)
     return home() / text if text.startswith("./") else Path(text)
 
 
 class RunFolder:
     """`.atelier/runs/<study>-<when it was created>`: a folder per trial, and the workers' logs.
 
-    The time keeps a study of another database, or a deleted one, with the same name apart.
+    The time tells studies with the same name apart, such as a deleted one or another database's.
     """
 
     def __init__(self, study_name: str, created: datetime) -> None:
-        # Percent-encoding keeps any name one harmless path part; a leading dot would hide it.
+        # Percent-encoding makes any name one valid path part. Dots too: a leading dot would hide it.
         part = quote(study_name, safe=" ").replace(".", "%2E")
         self.path = home() / "runs" / f"{part}-{created.astimezone(UTC):%Y%m%d-%H%M%S}"
 
     def make(self) -> "RunFolder":
-        """Make the folder, for its owner alone: predictions are nobody else's."""
+        """Make the folder so that only its owner may enter: predictions are private."""
         make_private(self.path)
         return self
 
     def files(self) -> list[Path]:
-        """All that is in it; some may come and go meanwhile."""
+        """All files in it; files may come and go meanwhile."""
         return files_in(self.path)
 
     def checkpoints(self, trial_number: int) -> Path:
@@ -81,7 +81,7 @@ class RunFolder:
         return self.path / f"trial-{trial_number:05d}"
 
     def predictions(self, trial_number: int) -> Path:
-        """The file of a complete trial's predictions, of every epoch."""
+        """The file with a complete trial's predictions of every epoch."""
         return self.path / "predictions" / f"trial-{trial_number:05d}.npz"
 
     @property
@@ -90,9 +90,9 @@ class RunFolder:
         return self.path / "logs"
 
     def new_log(self) -> Path:
-        """An empty log, of a name that no other worker's has, in this home or another of the study.
+        """Make an empty log; no other worker of the study has its name, in this home or another.
 
-        A log on record is looked for in whatever home is at hand: it must not be somebody else's.
+        A log on record is looked up below the present home, and must not be another worker's there.
         """
         make_private(self.logs)
         path = self.logs / f"worker-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.log"
@@ -101,17 +101,17 @@ class RunFolder:
 
 
 def artifacts() -> Path:
-    """Where the pictures are that optuna-dashboard shows with a trial."""
+    """The folder of the pictures that optuna-dashboard shows with a trial."""
     return home() / "artifacts"
 
 
 def image_cache() -> Path:
-    """Where prepared images are kept, for all studies. Raises ForeignHomeError."""
+    """The folder of prepared images, for all studies. Raises ForeignHomeError."""
     require_own(home())
     return home() / "cache"
 
 
 def home() -> Path:
-    """The folder for everything that Atelier keeps beside the database: `.atelier`, if unset."""
-    # A ~ that no shell has seen, as from a file of settings.
+    """The folder for all that Atelier keeps outside the database: ATELIER_HOME, or `.atelier`."""
+    # No shell has expanded a ~ that comes from a file of settings.
     return Path(os.path.expanduser(os.environ.get("ATELIER_HOME") or ".atelier")).absolute()

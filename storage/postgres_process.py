@@ -1,4 +1,4 @@
-"""The process of a PostgreSQL server: whether it runs, what it notes, and what a crash leaves of it."""
+"""Observe the PostgreSQL server's process: whether it runs, its pid file, and the remains of a crash."""
 
 import os
 import time
@@ -16,25 +16,25 @@ class ServerProcess:
 
     def is_running(self) -> bool:
         """Whether the server of this home runs on this machine."""
-        # Not `pg_ctl status`: after a crash any process may have the pid in postmaster.pid.
+        # Not `pg_ctl status`: after a crash, another program may have the pid in postmaster.pid.
         try:
             return self._serves(psutil.Process(int(self.notes()[0])))
         except (OSError, ValueError, IndexError, psutil.Error):
             return False
 
     def notes(self) -> list[str]:
-        """The server's own notes: 0 the pid, 3 the port, 4 the socket folder (late)."""
+        """The lines of postmaster.pid: 0 is the pid, 3 the port, 4 the socket folder (written late)."""
         return os.fsdecode((self.data / "postmaster.pid").read_bytes()).splitlines()
 
     def _serves(self, process: psutil.Process) -> bool:
-        """Whether it is a PostgreSQL, or a process of one, that works in the data folder."""
+        """Whether it is a process of a PostgreSQL that works in the data folder."""
         try:
             return process.name() == "postgres" and os.path.samefile(process.cwd(), self.data)
         except (OSError, psutil.Error):
             return False
 
     def has_lost_its_socket(self) -> bool:
-        """Whether somebody has removed it from under a server that serves: waiting brings none back."""
+        """Whether somebody deleted the socket of a running server: waiting does not bring it back."""
         with suppress(OSError, ValueError, IndexError):
             _, _, _, port, folder, *_, state = self.notes()
             lost = not Path(folder, f".s.PGSQL.{port}").is_socket()
@@ -42,23 +42,23 @@ class ServerProcess:
         return False
 
     def sweep_after_crash(self) -> None:
-        """Wait for, then remove, what PostgreSQL itself would stumble over after a crash."""
-        family = [process for process in psutil.process_iter() if self._serves(process)]
+        """Wait for the processes that a crash left, then remove lock files that prevent a new start."""
+        remaining = [process for process in psutil.process_iter() if self._serves(process)]
         with suppress(OSError, ValueError, IndexError, psutil.Error):
             server = psutil.Process(int(self.notes()[0]))
-            if server.name() == "postgres":  # dying, it has no folder any more
-                family.append(server)
+            if server.name() == "postgres":  # while it dies, it has no working folder
+                remaining.append(server)
         deadline = time.monotonic() + 10
-        while any(map(is_alive, family)) and time.monotonic() < deadline:
+        while any(map(is_alive, remaining)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if not any(self._serves(process) for process in family):
-            self._remove_strangers_locks()
+        if not any(self._serves(process) for process in remaining):
+            self._remove_stale_locks()
 
-    def _remove_strangers_locks(self) -> None:
-        """PostgreSQL does not start while a process of its user has the pid in its lock files.
+    def _remove_stale_locks(self) -> None:
+        """Remove lock files whose pid now belongs to another program.
 
-        After a crash that may be any process. Without such a process the files stay: PostgreSQL
-        itself judges them best.
+        PostgreSQL does not start while a process of its user has that pid. If no process has it, the
+        files stay: PostgreSQL removes them itself.
         """
         with suppress(OSError, ValueError, IndexError):
             lines = self.notes()
@@ -70,7 +70,7 @@ class ServerProcess:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it may still hold something; a zombie, for which nobody has waited yet, holds nothing."""
+    """Whether a process may still hold resources; a zombie holds none."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

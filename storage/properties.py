@@ -1,4 +1,4 @@
-"""What a server, a database and its user must have for us, and who may do what in it."""
+"""Check that a PostgreSQL database fits Atelier, and give the roles their rights in it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,13 +28,13 @@ class Property(NamedTuple):
     """One thing about a database."""
 
     name: str
-    found: str
-    problem: str | None = None  # with what to do; it goes on after "the database at ..."
+    value: str
+    problem: str | None = None  # and what to do; the sentence begins with "the database at ..."
 
 
 def properties(connection: sa.Connection) -> Iterator[Property]:
-    """What has to be right before tables are made, or written to."""
-    found = _row(
+    """What must be right before Atelier makes tables or writes to them."""
+    answer = _row(
         connection,
         """
         SELECT current_setting('server_version') AS version,
@@ -46,45 +46,45 @@ def properties(connection: sa.Connection) -> Iterator[Property]:
     )
     yield Property(
         "server",
-        f"PostgreSQL {found.version}",
-        f"is PostgreSQL {found.version}; allowed is {MINIMUM_SERVER}+"
-        if found.major < MINIMUM_SERVER
+        f"PostgreSQL {answer.version}",
+        f"is PostgreSQL {answer.version}; allowed is {MINIMUM_SERVER}+"
+        if answer.major < MINIMUM_SERVER
         else None,
     )
     yield Property(
         "encoding",
-        found.encoding,
-        f"has the encoding {found.encoding}, which cannot hold every name; make another with: CREATE "
+        answer.encoding,
+        f"has the encoding {answer.encoding}, which cannot hold every name; make another with: CREATE "
         "DATABASE name ENCODING 'UTF8' TEMPLATE template0; what is in this one moves with: atelier db "
         "backup and restore"
-        if found.encoding != "UTF8"
+        if answer.encoding != "UTF8"
         else None,
     )
     yield Property(
         "writes",
-        "no" if found.read_only else "yes",
+        "no" if answer.read_only else "yes",
         "takes no writes (a standby, or default_transaction_read_only); give the primary"
-        if found.read_only
+        if answer.read_only
         else None,
     )
     grants = "; ".join(_missing_grants(connection))
     yield Property(
         "rights",
-        f"enough for {found.me}",
-        f"gives {found.me} too few rights; let its owner or an administrator run: {grants}"
+        f"enough for {answer.me}",
+        f"gives {answer.me} too few rights; let its owner or an administrator run: {grants}"
         if grants
         else None,
     )
 
 
 def _missing_grants(connection: sa.Connection) -> Iterator[str]:
-    """Statements that let this user make the tables, or see those that are there."""
-    found = _row(
+    """SQL statements that would let this user make the tables, or read the existing ones."""
+    answer = _row(
         connection,
         """
         SELECT quote_ident(current_user) AS me, quote_ident(current_database()) AS database,
             public IS NULL AS no_public, ours IS NULL AS no_schema,
-            -- Not by to_regclass, which is an error where the schema may not be looked into.
+            -- Not to_regclass: it fails if this user may not look into the schema.
             NOT EXISTS (
                 SELECT FROM pg_class WHERE relnamespace = public AND relname = 'studies'
             ) AS makes_optunas,
@@ -100,29 +100,29 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
         """,
         schema=SCHEMA,
     )
-    if found.no_public:
+    if answer.no_public:
         yield "CREATE SCHEMA public"
-    if not found.sees_public:
-        yield f"GRANT USAGE ON SCHEMA public TO {found.me}"
-    if found.makes_optunas and not found.fills_public:
-        yield f"GRANT CREATE ON SCHEMA public TO {found.me}"
-    if found.no_schema:
-        if not found.makes_schemas:
-            yield f"GRANT CREATE ON DATABASE {found.database} TO {found.me}"
+    if not answer.sees_public:
+        yield f"GRANT USAGE ON SCHEMA public TO {answer.me}"
+    if answer.makes_optunas and not answer.fills_public:
+        yield f"GRANT CREATE ON SCHEMA public TO {answer.me}"
+    if answer.no_schema:
+        if not answer.makes_schemas:
+            yield f"GRANT CREATE ON DATABASE {answer.database} TO {answer.me}"
         return
-    if not found.sees_schema:
-        yield f"GRANT {'USAGE ON SCHEMA ' + SCHEMA if found.makes_ours else WORKER} TO {found.me}"
-    if found.makes_ours and not found.fills_schema:
-        yield f"GRANT CREATE ON SCHEMA {SCHEMA} TO {found.me}"
+    if not answer.sees_schema:
+        yield f"GRANT {'USAGE ON SCHEMA ' + SCHEMA if answer.makes_ours else WORKER} TO {answer.me}"
+    if answer.makes_ours and not answer.fills_schema:
+        yield f"GRANT CREATE ON SCHEMA {SCHEMA} TO {answer.me}"
 
 
 def tables(connection: sa.Connection) -> Property:
-    """Whether all tables of this version are there, and a worker of this user may work with them."""
+    """Whether all tables of this version exist, and whether this user's workers may use them."""
     names = [f"public.{name}" for name in OptunasBase.metadata.tables] + list(Base.metadata.tables)
     role = (
         WORKER if why_without(connection, WORKER) is None else _row(connection, "SELECT current_user")[0]
     )
-    found = _row(
+    answer = _row(
         connection,
         """
         SELECT array(SELECT name FROM unnest(:names) AS name WHERE to_regclass(name) IS NULL) AS missing,
@@ -136,17 +136,17 @@ def tables(connection: sa.Connection) -> Property:
         role=role,
     )
     problem = None
-    if found.missing:
+    if answer.missing:
         problem = (
-            f"has no table {', '.join(found.missing)} any more; restore a backup: atelier db restore"
+            f"has no table {', '.join(answer.missing)} any more; restore a backup: atelier db restore"
         )
-    elif found.denied:
-        problem = f"gives {role} no {', '.join(found.denied)}; let their owner run: atelier db upgrade"
+    elif answer.denied:
+        problem = f"gives {role} no {', '.join(answer.denied)}; let their owner run: atelier db upgrade"
     return Property("tables", f"{len(names)}, open to {role}", problem)
 
 
 def is_owner(connection: sa.Connection) -> bool:
-    """Whether there are tables of ours that are this user's, or those of a role that it is in."""
+    """Whether this user, or a role that it is a member of, owns Atelier's tables."""
     query = """
         SELECT bool_or(pg_has_role(relowner, 'USAGE')) FROM pg_class
         WHERE relnamespace = to_regnamespace(:schema) AND relname = 'alembic_version'
@@ -155,44 +155,44 @@ def is_owner(connection: sa.Connection) -> bool:
 
 
 def why_without(connection: sa.Connection, *roles: str) -> str | None:
-    """Why this user may not act as each of the roles, and who can change that; None if it may."""
+    """Why this user cannot act as all of the roles, and who can change that; None if it can."""
     query = """
-        SELECT array(SELECT name FROM known WHERE oid IS NULL) AS missing,
-            -- Since 16 a member may be kept from acting as the role.
+        SELECT array(SELECT name FROM wanted WHERE oid IS NULL) AS missing,
+            -- Since PostgreSQL 16 a member needs the SET option to act as the role.
             array(
-                SELECT name FROM known WHERE NOT coalesce(pg_has_role(oid, CASE
+                SELECT name FROM wanted WHERE NOT coalesce(pg_has_role(oid, CASE
                     WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER' ELSE 'SET'
                 END), false)
-            ) AS foreign_,
-            -- The role is the server's, its rights are this database's.
+            ) AS not_usable,
+            -- Roles belong to the whole server, their rights to this database.
             array(
-                SELECT name FROM known
+                SELECT name FROM wanted
                 WHERE NOT coalesce(
-                    has_schema_privilege(known.oid, to_regnamespace(:schema)::oid, 'USAGE'), false
+                    has_schema_privilege(wanted.oid, to_regnamespace(:schema)::oid, 'USAGE'), false
                 )
-            ) AS powerless,
+            ) AS without_rights,
             quote_ident(current_user) AS me,
             (SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user) AS makes_roles
     """
-    known = (
+    wanted = (
         "SELECT name, pg_roles.oid FROM unnest(:roles) AS name LEFT JOIN pg_roles ON rolname = name "
         "ORDER BY name"
     )
-    found = _row(connection, f"WITH known AS ({known}) {query}", roles=list(roles), schema=SCHEMA)
-    if not (found.foreign_ or found.powerless):
+    answer = _row(connection, f"WITH wanted AS ({wanted}) {query}", roles=list(roles), schema=SCHEMA)
+    if not (answer.not_usable or answer.without_rights):
         return None
     owner = is_owner(connection)
     upgrade = f"{'run' if owner else 'let the owner of the tables run'}: atelier db upgrade"
-    if owner and found.makes_roles and found.foreign_ == found.missing:
+    if owner and answer.makes_roles and answer.not_usable == answer.missing:
         statements = []  # the upgrade does all of it
     else:
-        statements = [f"CREATE ROLE {name} NOLOGIN" for name in found.missing]
-        statements += [f"GRANT {name} TO {found.me}" for name in found.foreign_]
+        statements = [f"CREATE ROLE {name} NOLOGIN" for name in answer.missing]
+        statements += [f"GRANT {name} TO {answer.me}" for name in answer.not_usable]
     todo = [f"let an administrator run: {'; '.join(statements)}"] if statements else []
-    todo += [upgrade] if found.powerless else []
-    lacks = " and has no CREATEROLE" if statements and owner and not found.makes_roles else ""
-    names = " or ".join(dict.fromkeys(found.foreign_ + found.powerless))
-    return f"{found.me} cannot act as {names}{lacks}; {', then '.join(todo)}"
+    todo += [upgrade] if answer.without_rights else []
+    no_createrole = " and has no CREATEROLE" if statements and owner and not answer.makes_roles else ""
+    names = " or ".join(dict.fromkeys(answer.not_usable + answer.without_rights))
+    return f"{answer.me} cannot act as {names}{no_createrole}; {', then '.join(todo)}"
 
 
 def make_roles(connection: sa.Connection) -> None:
@@ -206,7 +206,9 @@ def make_roles(connection: sa.Connection) -> None:
                     run(f"GRANT {role} TO CURRENT_USER")
                 for right in (f"USAGE ON {_EVERYWHERE}", *rights):
                     run(f"GRANT {right} TO {role}")
-        except DBAPIError as error:  # not allowed, or just made for another database of the server
+        except (
+            DBAPIError
+        ) as error:  # not allowed, or another database of the server has just made the role
             if is_transient(error):
                 raise
 

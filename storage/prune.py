@@ -1,10 +1,10 @@
-"""Files that a study no longer needs, and the run folders of studies that were deleted.
+"""Find files that a study no longer needs, and run folders of deleted studies; remove them.
 
 `atelier db prune` removes them. A worker with no work left also removes leftover checkpoints.
 
-Kept are the checkpoints of every unfinished trial, so that it can be resumed. Kept too are the
-predictions of the best trials and of those that are being confirmed: `atelier confirm` and `report`
-compute from them. A study may have been deleted elsewhere, as in optuna-dashboard.
+The checkpoints of every unfinished trial are kept, so that it can be resumed. The predictions of the
+best trials and of those that are being confirmed are kept too: `atelier confirm` and `report` compute
+from them. Users may also delete studies elsewhere, such as in optuna-dashboard.
 """
 
 import os
@@ -23,18 +23,18 @@ from storage.paths import RunFolder, home
 from storage.studies import study_entry, study_names
 from storage.usage import TRAINED_HERE
 
-ABANDONED_SECONDS = 86400.0  # a file that somebody is writing is younger
+ABANDONED_SECONDS = 86400.0  # a file that is still being written is younger
 
 
 def superfluous(
     engine: sa.Engine, study_id: int, runs: RunFolder, keep: int | None, always: Iterable[int] = ()
 ) -> Iterator[Path]:
-    """Files that may go, in no order.
+    """Files that may be removed, in no order.
 
-    `keep` is how many of the best trials keep their predictions; None: all. Those of the trials
-    `always` keep them too.
+    `keep` is how many of the best trials keep their predictions; None for all. The trials in `always`
+    keep them too.
     """
-    files = runs.files()  # before the trials are read: a later file may be of one that begins meanwhile
+    files = runs.files()  # before the trials are read: later files may be a newer trial's
     ranked = _ranked(engine, study_id)
     complete = [number for number, _, trained_here in ranked if trained_here]
     unfinished = [number for number, state, _ in ranked if not state.is_finished()]
@@ -49,25 +49,25 @@ def superfluous(
         elif path.match("trial-*/attempt-*"):
             may_go = path.parent not in resumable or path.suffix == ".damaged"
         else:
-            may_go = False  # logs, and what a user has put there
+            may_go = False  # logs, and a user's own files
         if may_go:
             yield path
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files, and the folders that are empty then."""
+    """Remove files, and then their folders if these are empty."""
     for path in paths:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # it has others
+        with suppress(OSError):  # the folder has other files
             path.parent.rmdir()
 
 
 def forgotten(engine: sa.Engine) -> list[Path]:
-    """Run folders of studies that this database does not have, and that nobody has written to for a day.
+    """Run folders without a study in this database, to which nobody has written for a day.
 
-    Of another database that shares the home they may be in use all the same: only its user knows.
+    They may belong to another database that shares the home. Only the user can know that.
     """
-    folders = sorted((home() / "runs").glob("*"))  # before the studies are read: a later one is new
+    folders = sorted((home() / "runs").glob("*"))  # before the studies are read: later folders are new
     entries = [study_entry(engine, name) for name in study_names(engine)]
     in_use = {RunFolder(entry.name, entry.created).path for entry in entries if entry is not None}
     return [
@@ -84,7 +84,7 @@ def _is_at_rest(folder: Path) -> bool:
 
 @retrying
 def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState, bool]]:
-    """The trials' numbers, states, and whether they are complete by our work; the best first."""
+    """The trials' numbers, states, and whether our workers completed them; the best first."""
     query = (
         sa.select(TrialModel.number, TrialModel.state, TRAINED_HERE)
         .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
@@ -96,7 +96,7 @@ def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState, boo
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody has written to it for long, as after its writer was killed."""
+    """Whether nobody has written to a file for long: perhaps its writer was killed."""
     with suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
     return False

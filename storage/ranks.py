@@ -1,4 +1,4 @@
-"""A trial's rank after an epoch, among all trials of its study that have been there."""
+"""Rank a trial after an epoch, among all trials of its study that have reached it."""
 
 from dataclasses import dataclass
 
@@ -26,10 +26,10 @@ ORDER BY epoch DESC, better, trial_id
 
 @dataclass(frozen=True)
 class Rank:
-    """A trial's place at an epoch, among the trials that have been there."""
+    """A trial's place at an epoch, among the trials that have reached it."""
 
-    better: int  # how many were worth more
-    peers: int  # how many there are, itself included
+    better: int  # how many have a higher value
+    peers: int  # how many there are, with the trial itself
 
     @property
     def is_among_the_best(self) -> bool:

@@ -1,4 +1,4 @@
-"""The statement of a worker at work: it renews its lease and records an epoch, in one round trip."""
+"""The SQL statement that renews a lease and records an epoch, in one round trip."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from storage.usage import IS_SPENT
 
 _LEASE_END = f"{NOW} + make_interval(secs => :lease_seconds)"
 
-# The UPDATE of `held` is the fence: it finds the attempt only while that is open, and keeps it locked
-# until the whole statement is done. Where it finds none, nothing is entered and there is no answer.
+# The UPDATE of `held` is the fence. It finds the attempt only while that is open, and locks it until the
+# whole statement is done. If it finds none, nothing is recorded and no row is returned.
 _RENEWAL = f"""
 held AS (
     UPDATE atelier.attempt
@@ -32,7 +32,7 @@ FROM held
 """
 RENEW = sa.text(f"WITH {_RENEWAL} {_ANSWER}")
 
-# As the table has them, so that a new metric is added there only.
+# All columns of the table, so that a new metric is added only there.
 _COLUMNS = [column for column in Epoch.__table__.columns if column.name != "recorded"]
 RECORD = sa.text(f"""
 WITH {_RENEWAL}, epoch_entry AS (
@@ -50,14 +50,17 @@ WITH {_RENEWAL}, epoch_entry AS (
 
 
 def lease_end(seconds: float) -> sa.TextClause:
-    """When a lease ends that begins now."""
+    """The end of a lease that begins now."""
     return sa.text(_LEASE_END).bindparams(lease_seconds=seconds)
 
 
 def run(
     engine: sa.Engine, statement: sa.TextClause, parameters: Mapping[str, Any]
 ) -> tuple[bool, bool] | None:
-    """Whether the study is stopped, and whether its budget is spent; None if the claim is lost."""
+    """Run the statement. Returns whether the study is stopped, and whether its budget is spent.
+
+    Returns None if the claim is lost.
+    """
     with autocommitting(engine) as connection:
         answer = connection.execute(statement, parameters).one_or_none()
     return None if answer is None else (bool(answer.stopped), bool(answer.spent))
@@ -65,9 +68,9 @@ def run(
 
 @contextmanager
 def autocommitting(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A connection for a single statement, which spares the round trips of BEGIN and COMMIT."""
+    """A connection for a single statement, without the round trips of BEGIN and COMMIT."""
     with engine.connect() as connection:
-        # Not by SQLAlchemy's isolation level, whose reset is a round trip too.
+        # Not through SQLAlchemy's isolation level: resetting that is a round trip too.
         driver: Any = connection.connection.dbapi_connection
         driver.autocommit = True
         try:

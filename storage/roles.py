@@ -1,4 +1,4 @@
-"""Ways into a database with fewer rights than its owner's."""
+"""Connect to a database as the viewer or worker role, which have fewer rights than its owner."""
 
 import logging
 from typing import NamedTuple
@@ -13,27 +13,26 @@ from storage.properties import is_owner, why_without
 
 
 class Restricted(NamedTuple):
-    """Ways into a database with fewer rights than its owner's."""
+    """A connection with fewer rights than the owner's."""
 
     engine: sa.Engine
     storage: optuna.storages.BaseStorage
-    has_role: bool  # a role sees to it; else nothing does, or the connection's own setting
+    has_role: bool  # whether a role limits the rights; if not, at most a setting of the connection does
 
 
 def read_only(engine: sa.Engine) -> Restricted:
-    """Look at the same database as the role `atelier_viewer`, which may only SELECT.
+    """Connect to the same database as the role `atelier_viewer`, which may only SELECT.
 
-    Where this user may not act as the role, transactions are read-only because the connection asks for
-    it.
+    If this user may not act as the role, the connection asks for read-only transactions instead.
     """
     return _restricted(engine, VIEWER, PAGES.having(default_transaction_read_only="on"))
 
 
 @retrying
 def for_worker(engine: sa.Engine) -> Restricted:
-    """Work in the same database as the role `atelier_worker`: it deletes no study and alters no table.
+    """Connect to the same database as the role `atelier_worker`, which can only fill tables.
 
-    Where this user may not act as the role, the worker has this user's rights, and says so.
+    If this user may not act as the role, the worker has this user's rights, and logs that.
     Raises DatabaseError.
     """
     work = _restricted(engine, WORKER, WORK)
@@ -41,7 +40,7 @@ def for_worker(engine: sa.Engine) -> Restricted:
         with engine.connect() as connection:
             owner = is_owner(connection)
             why = why_without(connection, WORKER)
-        # The owner was told when the tables were made.
+        # The owner was warned when the tables were made, so a log line is enough.
         log.log(logging.INFO if owner else logging.WARNING, "with all rights of this user: %s", why)
     return work
 
@@ -50,5 +49,5 @@ def _restricted(engine: sa.Engine, role: str, sessions: Sessions) -> Restricted:
     with engine.connect() as connection:
         has_role = why_without(connection, role) is None
     sessions = sessions.having(role=role) if has_role else sessions
-    other = make_engine(engine.url, sessions)
-    return Restricted(other, optuna_storage(engine, sessions, make_tables=False), has_role)
+    restricted = make_engine(engine.url, sessions)
+    return Restricted(restricted, optuna_storage(engine, sessions, make_tables=False), has_role)

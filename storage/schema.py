@@ -1,4 +1,4 @@
-"""Optuna's tables and ours: made, checked, and brought up to this version."""
+"""Make Optuna's tables and ours, check their versions, and upgrade them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,18 +29,18 @@ _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the ta
 
 
 def examine(engine: sa.Engine) -> Iterator[Property]:
-    """What is to be known about the database, for one who asks whether it can be used.
+    """All checks of `atelier db check`: whether the database can be used.
 
-    `engine` may have sessions that are not checked: they are here.
+    The engine's sessions need not be checked ones: this checks their settings too.
     """
     with engine.connect() as connection:
-        found = settings_of(connection.connection.driver_connection, WORK)
+        present = settings_of(connection.connection.driver_connection, WORK)
         general = list(properties(connection))
     yield from general
     for name, asked in WORK.settings.items():
-        yield Property(name, found[name], other_settings(found, {name: asked}))
-    if any(each.problem for each in general if each.name == "rights"):
-        return  # the rest may not be seen
+        yield Property(name, present[name], other_settings(present, {name: asked}))
+    if any(check.problem for check in general if check.name == "rights"):
+        return  # this user may not read what the other checks need
     revision = schema_revision(engine)
     if revision is None:
         yield Property("schema", "none yet; the first search, submit or worker makes the tables")
@@ -59,14 +59,14 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
 
 
 def require_fit(engine: sa.Engine, only: str | None = None) -> None:
-    """Raises DatabaseError for the first thing about the database that forbids us to write to it.
+    """Raises DatabaseError for the first property of the database that prevents writing to it.
 
-    `only` names the property that matters.
+    With `only`, no other property is checked.
     """
     with engine.connect() as connection:
-        for each in properties(connection):
-            if each.problem and only in (None, each.name):
-                raise DatabaseError(f"the database at {shown(engine.url)} {each.problem}")
+        for check in properties(connection):
+            if check.problem and only in (None, check.name):
+                raise DatabaseError(f"the database at {shown(engine.url)} {check.problem}")
 
 
 @retrying
@@ -80,7 +80,7 @@ def open_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
 def ensure_tables(engine: sa.Engine) -> None:
     """Give an empty database Optuna's tables and ours.
 
-    Raises DatabaseError if there are tables of another version, or if nothing can be written.
+    Raises DatabaseError if there are tables of another version, or if the database takes no writes.
     """
     require_fit(engine)
     if schema_revision(engine) is None:
@@ -91,11 +91,11 @@ def ensure_tables(engine: sa.Engine) -> None:
 
 @retrying
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Create the tables and roles, or bring ours up to date; safe for processes that start at once.
+    """Create the tables and roles, or upgrade ours; several processes may do so at once.
 
-    Says so if workers will not be able to have fewer rights than this user. Raises DatabaseError if the
-    schema is newer than this program, or older and in use, or not this user's, or if the database is
-    not fit for tables of ours.
+    Logs a warning if workers will have all rights of this user. Raises DatabaseError if the schema is
+    newer than this program, or older and in use. It does so too if the tables are another user's, or
+    if the database does not fit.
     """
     require_fit(engine)
     check_schema(engine)
@@ -108,7 +108,8 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     except SQLAlchemyError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
-        raise DatabaseError(f"{reason(error)}; {by_owner}") from error  # of Optuna's tables
+        # The error is about Optuna's tables.
+        raise DatabaseError(f"{reason(error)}; {by_owner}") from error
     with engine.connect() as connection:
         why = why_without(connection, WORKER, VIEWER)
     if why is not None:
@@ -125,7 +126,7 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
             with engine.begin() as connection:
                 if revision not in (None, head_revision()):
                     _refuse_if_held(connection)
-                if not connection.dialect.has_schema(connection, SCHEMA):  # an administrator's, perhaps
+                if not connection.dialect.has_schema(connection, SCHEMA):  # else an administrator's
                     connection.execute(sa.schema.CreateSchema(SCHEMA))
                 show_optunas_tables(connection)
                 config = _alembic()
@@ -137,13 +138,13 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
 
 
 def _refuse_if_held(connection: sa.Connection) -> None:
-    """Raises DatabaseError while trials are held; until the transaction ends, none can be claimed."""
-    # As text: the tables are of an older version than the models.
+    """Raises DatabaseError while workers hold trials. Locks claims out until the transaction ends."""
+    # SQL as text: the tables are older than the models.
     connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")
     held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > {NOW}"
     if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
         raise DatabaseError(
-            f"workers of the older Atelier hold {number} trials; let them end first: "
+            f"workers of an older Atelier hold {number} trials; let them end first: "
             "atelier stop STUDY, with the version that they run"
         )
 
@@ -159,13 +160,13 @@ def check_schema(engine: sa.Engine) -> None:
 
 
 def knows(revision: str) -> bool:
-    """Whether this program can make tables of that schema."""
+    """Whether this program can make the tables of that schema revision."""
     script = ScriptDirectory.from_config(_alembic())
     return revision in (migration.revision for migration in script.walk_revisions())
 
 
 def require_schema(engine: sa.Engine) -> str:
-    """The schema's revision. Raises DatabaseError unless it is the one that this program wants."""
+    """The schema's revision. Raises DatabaseError unless this program wants that revision."""
     check_schema(engine)
     revision = schema_revision(engine)
     if revision is None:

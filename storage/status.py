@@ -1,4 +1,4 @@
-"""A study as of one moment: its trials, what they have cost, and who is at work."""
+"""Read a study's status as of one moment: its trials, their cost, and who works at them."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from storage.workers import WorkerRow, read_workers
 
 
 class State(StrEnum):
-    """What a trial is shown as, in the order in which they are listed. Optuna's own are TrialState."""
+    """A trial's state as we show it, in the order of the lists. Optuna's states are TrialState."""
 
     RUNNING = "running"
     WAITING = "waiting"  # for a worker
@@ -47,7 +47,7 @@ FINISHED = (State.COMPLETE, State.PRUNED, State.FAILED)
 NOTED_EPOCHS = """
 SELECT * FROM unnest(CAST(:trial_ids AS int[]), CAST(:epochs AS int[])) AS noted (trial_id, epoch)
 """
-# What a trial is shown as that is not running, by Optuna's state.
+# The State of a trial that is not running, by Optuna's state.
 _END_STATES = {
     TrialState.COMPLETE: State.COMPLETE,
     TrialState.PRUNED: State.PRUNED,
@@ -71,7 +71,7 @@ class TrialRow:
     worker: str | None = None  # host:pid of the holder
     renewed: float | None = None  # seconds since the holder last renewed its lease
     reason: str | None = None  # of the last attempt's end
-    audit: str | None = None  # what would have been done with it, were it not audited
+    audit: str | None = None  # what would have happened to it without the audit
 
     @property
     def resumed(self) -> bool:
@@ -80,13 +80,13 @@ class TrialRow:
 
     @property
     def worth(self) -> float:
-        """The score of a trial that has one, else its last accuracy; 0 for NaN and for nothing."""
+        """The trial's score, else its last accuracy; 0 without both, and for NaN."""
         value = self.accuracy if self.value is None else self.value
         return 0.0 if value is None or math.isnan(value) else value
 
     @property
     def words(self) -> str:
-        """The state in words: a trial that waits, or goes on, after an interruption has not failed."""
+        """The state in words; an interrupted trial that waits or was resumed is not called failed."""
         why = (self.reason or "").strip().splitlines()
         if self.state == State.WAITING:
             return f"waiting to go on, after: {why[0]}" if why else "waiting for a worker"
@@ -101,7 +101,7 @@ class TrialRow:
 
 @dataclass
 class Status:
-    """A whole study. Counts are of trials; `gpu_hours` is what workers have held trials for."""
+    """A whole study. `counts` are of trials; `gpu_hours` is the time that workers held trials."""
 
     study: str
     max_trials: int
@@ -110,40 +110,42 @@ class Status:
     counts: dict[str, int]
     gpu_hours: float
     seconds: float  # from the first claim to now, or to the last release
-    stopping: bool  # `atelier stop` was said
+    stopping: bool  # after `atelier stop`
     array_jobs: list[str]  # SLURM's ids
     workers: list[WorkerRow]
     trials: list[TrialRow]
-    overdue_seconds: float | None  # since the end of the oldest lease whose trial nobody has taken over
-    surplus: int  # waiting trials that somebody enqueued, and for which the budget has no place
-    sick_hosts: list[str]  # why workers could do nothing there, of hosts on which none has begun since
+    overdue_seconds: float | None  # since the oldest lease ended whose trial nobody has taken over
+    surplus: int  # enqueued trials for which the budget has no place
+    sick_hosts: list[str]  # why workers failed on hosts where none has begun since
     disk_bytes: int | None = None  # of its run folder
-    tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if it does not answer
-    tasks_problem: str | None = None  # why these may not be all
+    tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if SLURM does not answer
+    tasks_problem: str | None = None  # why the counts in `tasks` may be incomplete
 
     @property
     def finished(self) -> int:
+        """How many trials are complete, pruned or failed."""
         return sum(self.counts[state] for state in FINISHED)
 
     @property
     def best(self) -> TrialRow | None:
+        """The best complete trial; None before there is one."""
         return next(iter(self.completed()), None)
 
     def completed(self) -> list[TrialRow]:
-        """The complete trials, the best first.
+        """The complete trials that have trained all epochs, the best first.
 
-        Without those that somebody else has told or added: only our workers train all epochs.
+        Trials that others finished with Study.tell or add_trial have no epochs.
         """
         complete = [row for row in self.ranked() if row.state == State.COMPLETE]
         return [row for row in complete if row.value is not None and row.epochs == self.max_epochs]
 
     def ranked(self) -> list[TrialRow]:
-        """The trials, those in work first, then the best."""
+        """The trials by state, running ones first; in each state the best first."""
         return sorted(self.trials, key=lambda row: (STATES.index(row.state), -row.worth, row.number))
 
     @property
     def gpu_hours_saved(self) -> float:
-        """What paused and pruned trials would still have taken, at their own seconds per epoch."""
+        """What the rest of paused and pruned trials would have cost, at their own seconds per epoch."""
         cut = [row for row in self.trials if row.state in (State.PAUSED, State.PRUNED) and row.epochs]
         return sum((self.max_epochs - r.epochs) * r.seconds / r.epochs for r in cut) / 3600
 
@@ -154,24 +156,24 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """With the present workers, at what a trial has taken; None before the first is finished."""
-        ended = self.finished + self.counts[State.PAUSED]  # most of which go no further
+        """An estimate from the cost per trial so far; None without workers, or before the first end."""
+        ended = self.finished + self.counts[State.PAUSED]  # most paused trials do not go on
         if not ended or not self.workers:
             return None
-        each = self.gpu_hours * 3600 / ended
-        left = each * max(self.max_trials - ended, 0) / self.processes
+        seconds_per_trial = self.gpu_hours * 3600 / ended
+        left = seconds_per_trial * max(self.max_trials - ended, 0) / self.processes
         if self.processes == 1:
             return left
-        # The last worker is still busy when the others find nothing more to do.
+        # At the end the last worker still trains while the others have nothing to do.
         return left + max((row.seconds for row in self.completed()), default=0.0) / 2
 
     @property
     def processes(self) -> int:
-        """How many workers are at work."""
+        """How many worker processes hold a trial."""
         return len({row.worker for row in self.workers})
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: the form of `--json`, which stays stable."""
+        """The form of `--json`, which programs rely on: it stays stable."""
         best = self.best
         return asdict(self) | {
             "finished": self.finished,
@@ -183,9 +185,9 @@ class Status:
 
 @retrying
 def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> Status:
-    """Read a study as of one moment, with a fixed number of statements, however many trials it has.
+    """Read a study as of one moment; the number of statements does not grow with its trials.
 
-    Several reads on a connection of `storage.database.one_moment` show the same moment.
+    On a connection of `storage.database.one_moment`, several reads show the same moment.
     """
     if isinstance(bind, sa.Engine):
         with one_moment(bind) as connection:
@@ -196,7 +198,7 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
         overdue = sa.func.max(seconds_since(Attempt.lease_until)).filter(
             Attempt.released.is_(None),
             Attempt.lease_until <= now(),
-            # Nobody takes one over that somebody else has ended.
+            # Nobody takes over a trial that was ended elsewhere, as in optuna-dashboard.
             Attempt.trial_id.in_(
                 sa.select(TrialModel.trial_id).where(
                     TrialModel.study_id == study_id,
@@ -239,7 +241,7 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
 
 
 def _sick_hosts(study_id: int) -> sa.ScalarSelect[list[str]]:
-    """The reasons of the workers that ended last on hosts where none is at work."""
+    """Why hosts are sick: the reasons of the last workers there, of hosts where none is at work."""
     at_work = (
         sa.select(Worker.host)
         .join(Attempt, Attempt.worker_id == Worker.id)
@@ -312,9 +314,9 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
 
 
 def _audits(session: Session, study_id: int) -> dict[int, str]:
-    """What would have been done with audited trials, by Optuna's id.
+    """What would have happened to audited trials without the audit, by Optuna's id.
 
-    One that would have been paused may be among the best by now, and then it would have gone on.
+    Left out are trials that would have been paused, but are among the best by now: they would go on.
     """
     query = (
         sa.select(TrialUserAttributeModel.trial_id, TrialUserAttributeModel.value_json)
@@ -322,7 +324,7 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
         .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
     )
     noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
-    by_now = read_ranks(
+    present_ranks = read_ranks(
         session,
         study_id,
         NOTED_EPOCHS,
@@ -332,7 +334,7 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
     return {
         trial_id: f"{note['verdict']} after {note['epoch'] + 1} epochs"
         for trial_id, note in noted.items()
-        if note["verdict"] != Outcome.PAUSED or not by_now[trial_id].is_among_the_best
+        if note["verdict"] != Outcome.PAUSED or not present_ranks[trial_id].is_among_the_best
     }
 
 
@@ -355,7 +357,7 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> T
     )
 
 
-_distribution = lru_cache(optuna.distributions.json_to_distribution)  # there are few different ones
+_distribution = lru_cache(optuna.distributions.json_to_distribution)  # few distributions differ
 
 
 def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The studies on record, their array jobs, and what may be done to them."""
+"""Read and change the record of studies: settings, budgets, stop requests and array jobs."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,14 +34,14 @@ class StudyEntry:
 
     @property
     def places(self) -> dict[str, str]:
-        """Where the dataset and the weights are, for the present home."""
+        """The paths of the dataset and the weights, in the present home."""
         places = self.settings.get("places", {})
         return {name: str(path_from_record(path)) for name, path in places.items()}
 
 
 @dataclass
 class StudyRow:
-    """One line about a study."""
+    """A study's line in the list of studies."""
 
     study_id: int
     name: str
@@ -80,7 +80,7 @@ def study_entry(bind: sa.Engine | sa.Connection, name_or_id: str | int) -> Study
 
 @retrying
 def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
-    """Put a study on record, unless it is there. Returns what is on record."""
+    """Put a study on record, unless it is there already. Returns what is on record."""
     row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
     with engine.begin() as connection:
         connection.execute(insert(Study).values(row).on_conflict_do_nothing())
@@ -91,40 +91,40 @@ def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
 
 @retrying
 def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
-    """Change what a study may spend, or where its files are."""
+    """Change columns of a study, such as its budget or its stop request."""
     with engine.begin() as connection:
         connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
 
 
 @retrying
 def request_stop(engine: sa.Engine, study_id: int, stop: bool = True) -> None:
-    """Ask all workers of a study to stop, also those to come; or take that back."""
+    """Ask all workers of a study to stop, also later ones; with `stop` false take the request back."""
     update_study(engine, study_id, stop_requested=now() if stop else None)
 
 
 @retrying
 def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> None:
-    """Note a SLURM array that was submitted for a study."""
+    """Record a SLURM array job that was submitted for a study."""
     row = {"study_id": study_id, "job": job, "array": array}
     with engine.begin() as connection:
         connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
 
 
 def split_job(job: str) -> tuple[str, str]:
-    """The number of an array on record and its cluster, which is empty for this machine's."""
+    """Split an array job on record into its number and its cluster (empty for the default cluster)."""
     number, _, cluster = job.partition(";")  # as sbatch --parsable prints it
     return number, cluster
 
 
 def job_in_words(job: str) -> str:
-    """An array on record for people to read."""
+    """An array job on record, in words for people."""
     number, cluster = split_job(job)
     return f"{number} of cluster {cluster}" if cluster else number
 
 
 @retrying
 def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
-    """SLURM's ids of the arrays that were submitted for a study, oldest first."""
+    """SLURM's ids of the array jobs of a study, oldest first."""
     with engine.connect() as connection:
         return list(
             connection.scalars(
@@ -135,7 +135,7 @@ def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
 
 @retrying
 def study_names(engine: sa.Engine) -> list[str]:
-    """The studies on record, oldest first."""
+    """The names of the studies on record, oldest first."""
     with engine.connect() as connection:
         return list(
             connection.scalars(
@@ -193,7 +193,7 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
 
 @retrying
 def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
-    """Whether there is a trial with Optuna's id."""
+    """Whether Optuna has a trial with this id."""
     with engine.connect() as connection:
         query = sa.select(sa.literal(1)).where(TrialModel.trial_id == trial_id)
         return connection.scalar(query) is not None
@@ -209,9 +209,9 @@ def is_held(engine: sa.Engine, trial_id: int) -> bool:
 
 @retrying
 def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
-    """Let no worker begin any more, unless one holds a trial of the study. Returns whether it is so.
+    """Stop a study unless a worker holds one of its trials. Returns whether it is stopped now.
 
-    What is to be deleted must be stopped first. A claim takes this lock before it takes Optuna's.
+    A study must be stopped before it is deleted. The lock of its row keeps claims out meanwhile.
     """
     with Session(engine) as session, session.begin():
         study = session.get(Study, study_id, with_for_update=True)
@@ -224,7 +224,7 @@ def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
 
 @retrying
 def epochs_of(engine: sa.Engine, study_id: int, trial_number: int) -> list[dict[str, Any]]:
-    """The epochs of a trial on record, in order: the columns of the table `epoch`."""
+    """A trial's epochs on record, in order; each with all columns of the table `epoch`."""
     query = (
         sa.select(Epoch.__table__)
         .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)

@@ -1,4 +1,4 @@
-"""The end of a study of which nothing goes on: what is left is closed, and Optuna is told."""
+"""End a study: close the attempts of gone workers, and prune the paused trials in Optuna."""
 
 from collections.abc import Collection, Iterable
 
@@ -21,9 +21,10 @@ def close_the_dead(
     worker_id: str | None,
     held: Collection[int],
 ) -> None:
-    """Close the attempts of workers that ended without a word: nobody will take their trials.
+    """Close the attempts of workers that ended without signing off: nobody will take their trials.
 
-    So with our own attempts at trials that are not `held`: those are of claims whose reply was lost.
+    This worker's own attempts at trials that are not `held` are closed too. They are from claims whose
+    reply was lost.
     """
     for trial_id in trial_ids:
         row = lock_open_attempt(session, trial_id)
@@ -35,7 +36,7 @@ def close_the_dead(
 
 
 def prune_the_rest(session: Session, study_id: int, spent: bool) -> None:
-    """Tell Optuna that what is paused will not go on; nothing will, if the GPU-hours are spent."""
+    """Prune the paused trials; if the GPU-hours are spent, all trials in state RUNNING."""
     ending = sa.select(TrialModel).where(
         TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING
     )

@@ -1,6 +1,6 @@
-"""Our tables, in the schema `atelier` beside Optuna's.
+"""Define Atelier's tables, in the schema `atelier` beside Optuna's.
 
-Rows go when the study or trial of Optuna's that they describe is deleted (migration 0003).
+Their rows are deleted with the study or trial in Optuna's tables that they describe (migration 0003).
 """
 
 from datetime import datetime
@@ -14,7 +14,7 @@ SCHEMA = "atelier"
 
 
 class Base(DeclarativeBase):
-    """All times are the database's clock."""
+    """The base of all tables. All times are by the database's clock."""
 
     type_annotation_map = {  # noqa: RUF012  # SQLAlchemy's own form
         datetime: DateTime(timezone=True),
@@ -28,7 +28,7 @@ class Base(DeclarativeBase):
 
 
 class Study(Base):
-    """What a study may spend, and what its trials have in common."""
+    """A study's budget, and the settings that its trials share."""
 
     __tablename__ = "study"
     __table_args__ = {"schema": SCHEMA}  # noqa: RUF012
@@ -69,13 +69,13 @@ class Worker(Base):
     host: Mapped[str]
     pid: Mapped[int]
     process: Mapped[str]  # tells this process from a later one with the same pid
-    slurm_cluster: Mapped[str | None]  # set where the process is the job, and lives as long
+    slurm_cluster: Mapped[str | None]  # set if the process is the whole job, so both end together
     slurm_job: Mapped[str | None]
     slurm_array_job: Mapped[str | None]
     slurm_array_task: Mapped[str | None]
     slurm_restarts: Mapped[int] = mapped_column(server_default="0")  # a requeued job keeps its id
     gpu: Mapped[str | None]
-    log: Mapped[str | None]  # path of the file that its output goes to: see storage.paths.path_to_record
+    log: Mapped[str | None]  # its log file: see storage.paths.path_to_record
     started: Mapped[datetime] = mapped_column(server_default=func.now())
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
     stopped: Mapped[datetime | None]
@@ -102,11 +102,11 @@ class Attempt(Base):
     lease_until: Mapped[datetime]
     released: Mapped[datetime | None]
     outcome: Mapped[str | None]  # a storage.outcome.Outcome
-    reason: Mapped[str | None]  # in words; the traceback of a failed attempt
+    reason: Mapped[str | None]  # in words; a traceback for a failed attempt
 
 
 class Epoch(Base):
-    """One epoch of one trial: what trainer.metrics.EpochResult.columns gives, and its worth."""
+    """One epoch of one trial: the columns of trainer.metrics.EpochResult.columns, and its value."""
 
     __tablename__ = "epoch"
     __table_args__ = (

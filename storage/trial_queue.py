@@ -1,4 +1,4 @@
-"""Which trials of a study may be claimed next, and in which order."""
+"""Choose which trials of a study may be claimed next, and in which order."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -15,7 +15,7 @@ from storage.ranks import Rank, read_ranks
 from storage.tables import Attempt, Study, Worker
 from storage.usage import TRAINED_HERE
 
-# Trials whose last attempt has paused them: nobody has taken them since.
+# Trials that are paused: their last attempt ended so.
 PAUSED_TRIALS = f"""
 SELECT trial_id
 FROM atelier.attempt AS pause
@@ -30,8 +30,8 @@ FROM atelier.epoch
 WHERE trial_id IN ({PAUSED_TRIALS})
 GROUP BY trial_id
 """
-# Trials that may wait for a worker; first our own, from a claim whose reply was lost. Their holders
-# are judged again under a lock: this spares those that are surely at work.
+# Trials that may wait for a worker; this worker's own come first, from a claim whose reply was lost.
+# `Ledger.claim` checks each holder again under a lock. This query only skips trials surely in work.
 UNFINISHED_TRIALS = f"""
 SELECT trials.trial_id
 FROM trials
@@ -49,9 +49,9 @@ ORDER BY coalesce(attempt.worker_id = :worker_id, false) DESC, trials.number
 
 
 class TrialQueue:
-    """What a worker may claim, read under the lock of the study's row. Trials are Optuna's ids.
+    """The trials that a worker may claim, as Optuna's ids. The caller has locked the study's row.
 
-    Each list is read when it is asked for: most claims need only the first.
+    Each list is read only when a claim asks for it: most claims need only the first.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrialQueue:
 
     @cached_property
     def unfinished(self) -> list[int]:
-        """Trials that were begun and that nobody seems to hold, without the paused ones."""
+        """Trials that were begun, are not paused, and seem to have no holder."""
         parameters = {
             "study_id": self._study.study_id,
             "worker_id": self._worker_id,
@@ -80,12 +80,12 @@ class TrialQueue:
         return [trial_id for trial_id in self.unfinished if trial_id not in self._failures]
 
     def enqueued(self) -> list[int]:
-        """Trials that somebody has enqueued by hand, if the budget has a place for one."""
+        """Trials that a user enqueued, if the budget has a place for one."""
         begun = self._trial_count - len(self._waiting)
         return self._waiting if begun < self._study.max_trials else []
 
     def promoted(self, promotes: Callable[[Rank], bool]) -> list[int]:
-        """Paused trials that the strategy lets go on now."""
+        """Paused trials that the strategy promotes now."""
         return [trial_id for trial_id, rank in self._paused.items() if promotes(rank)]
 
     def allows_new(self) -> bool:
@@ -93,11 +93,11 @@ class TrialQueue:
         return self._trial_count < self._study.max_trials
 
     def failed(self) -> list[int]:
-        """Unfinished trials that have failed, those last that have failed on this host.
+        """Unfinished trials that have failed; last those that failed on this host.
 
-        One that has failed here is for a host that has not tried it, while such a host is at work.
+        While a host is at work that has not tried a trial, the trial is left to that host.
         """
-        others = hosts_at_work(self._session, self._study.study_id) - {self._host}
+        other_hosts = hosts_at_work(self._session, self._study.study_id) - {self._host}
         failures = {
             trial_id: self._failures[trial_id]
             for trial_id in self.unfinished
@@ -106,21 +106,21 @@ class TrialQueue:
         may_try = [
             trial_id
             for trial_id, hosts in failures.items()
-            if self._host not in hosts or others <= hosts
+            if self._host not in hosts or other_hosts <= hosts
         ]
         return sorted(may_try, key=lambda trial_id: self._host in failures[trial_id])
 
     def rest_of_paused(self, is_over: bool) -> list[int]:
-        """Paused trials that go on because nothing else can: the best first.
+        """Paused trials that go on because no other trial can; the best first.
 
-        A budget in GPU-hours is there to be spent. And a small search may have nobody in the top third
-        at a rung, but must not end with nothing.
+        With a budget in GPU-hours all of it is spent. A small search may have no trial in the top
+        third at a rung, yet it must end with a complete trial.
         """
         may_go_on = self._study.max_gpu_seconds is not None or (is_over and not self._has_complete())
         return list(self._paused) if may_go_on else []
 
     def somebody_is_at_work(self) -> bool:
-        """Whether an attempt is open at a trial that nobody has ended otherwise."""
+        """Whether a trial has an open attempt, and has not been ended elsewhere."""
         query = (
             sa.select(Attempt.trial_id)
             .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
@@ -131,7 +131,7 @@ class TrialQueue:
 
     @cached_property
     def _failures(self) -> dict[int, set[str]]:
-        """The hosts on which trials have failed, by trial; also where that was excused."""
+        """The hosts on which trials have failed, by trial; with those that `Ledger.excuse` excused."""
         failed = (Attempt.outcome == Outcome.ERROR) | Attempt.reason.startswith(SICK_HOST)
         query = (
             sa.select(Attempt.trial_id, Worker.host)
@@ -157,7 +157,7 @@ class TrialQueue:
 
     @cached_property
     def _paused(self) -> dict[int, Rank]:
-        """Their ranks at the epoch where they wait: the furthest first, then the best."""
+        """The ranks of paused trials at their last epochs; the latest epoch first, then the best."""
         return read_ranks(self._session, self._study.study_id, LAST_EPOCHS_OF_PAUSED)
 
     def _has_complete(self) -> bool:

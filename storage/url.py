@@ -1,4 +1,4 @@
-"""Which database is meant: from the environment, or the home's own server."""
+"""Find the database's URL: from the environment, or from the home's own server."""
 
 import ipaddress
 import os
@@ -17,13 +17,13 @@ class DatabaseError(RuntimeError):
 
 
 def configured_url() -> str | None:
-    """The URL from the environment, or of a server that `atelier db start --listen` has set up."""
+    """The URL from the environment, or of the server that `atelier db start --listen` set up."""
     url = EmbeddedPostgres(home()).network.url
     return os.environ.get("ATELIER_DATABASE_URL") or (url and url.render_as_string(hide_password=False))
 
 
 def database_url(make: bool = True) -> URL:
-    """The configured URL, else that of the embedded server, which is started, and made if need be.
+    """The configured URL, or the embedded server's; that server is started, and with `make` also made.
 
     Raises DatabaseError (also if there is no database and `make` is false), ForeignHomeError,
     LimitError.
@@ -50,7 +50,7 @@ def database_url(make: bool = True) -> URL:
         )
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise DatabaseError(
-            f"ATELIER_DATABASE_URL names {url.get_backend_name()}; only PostgreSQL is served: "
+            f"ATELIER_DATABASE_URL names {url.get_backend_name()}; allowed is only PostgreSQL: "
             "postgresql://USER@HOST:5432/DATABASE"
         )
     _refuse_unprotected(url)
@@ -58,7 +58,7 @@ def database_url(make: bool = True) -> URL:
 
 
 def server_host(url: URL) -> str:
-    """The host that libpq will connect to, or several with commas; empty for the default socket."""
+    """The host that libpq will connect to; commas separate several; empty for the default socket."""
     host = url.query.get("hostaddr") or url.query.get("host", url.host)
     if isinstance(host, tuple):  # `host=` was given several times
         host = ",".join(host)
@@ -68,15 +68,15 @@ def server_host(url: URL) -> str:
 
 
 def is_local(hosts: str) -> bool:
-    """Whether the way to all of them never leaves this machine."""
+    """Whether connections to all of these hosts stay on this machine."""
     return all(
-        host == "" or host.startswith("/") or is_loopback(host)  # the first two are sockets in a folder
+        host == "" or host.startswith("/") or is_loopback(host)  # the first two are Unix sockets
         for host in hosts.split(",")
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
+    """Whether a host name or address is the loopback, so only this machine reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -84,16 +84,16 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_unprotected(url: URL) -> None:
-    """Raises DatabaseError if libpq could send a remote server everything in clear, unasked.
+    """Raises DatabaseError if libpq might fall back to an unencrypted connection to a remote server.
 
-    Its default, `prefer`, does so wherever the server, or somebody in between, declines TLS.
+    Its default, `prefer`, does so when the server, or an attacker in between, refuses TLS.
     """
     mode = str(url.query.get("sslmode", "prefer"))
     if mode in ("prefer", "allow") and not is_local(server_host(url)):
         raise DatabaseError(
-            f"the way to the database on {server_host(url)} may be in clear (sslmode={mode}); add to "
-            "ATELIER_DATABASE_URL ?sslmode=verify-full&sslrootcert=FILE, or, on a network that you "
-            "trust, ?sslmode=disable"
+            f"the connection to the database on {server_host(url)} may be unencrypted (sslmode={mode}); "
+            "add to ATELIER_DATABASE_URL ?sslmode=verify-full&sslrootcert=FILE, or, on a network that "
+            "you trust, ?sslmode=disable"
         )
 
 

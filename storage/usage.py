@@ -1,4 +1,4 @@
-"""What a study has spent, as SQL."""
+"""SQL for the GPU time that a study has spent, and whether its budget is used up."""
 
 import sqlalchemy as sa
 
@@ -7,7 +7,7 @@ from storage.optuna_tables import TrialModel
 from storage.outcome import Outcome
 from storage.tables import Attempt
 
-# A trial that was completed by a worker, and not told or added by somebody else.
+# Whether a worker completed the trial: others may add finished trials with Study.tell or add_trial.
 TRAINED_HERE = sa.exists().where(
     Attempt.trial_id == TrialModel.trial_id, Attempt.outcome == Outcome.COMPLETE
 )
@@ -28,12 +28,12 @@ FROM (
 
 
 def gpu_seconds(study_id: int) -> sa.ScalarSelect[float]:
-    """The same as part of another statement."""
+    """GPU_SECONDS as a part of another statement."""
     query = sa.text(GPU_SECONDS).bindparams(study_id=study_id)
     return query.columns(sa.column("seconds", sa.Double)).scalar_subquery()
 
 
-# Whether a study that has a budget in GPU-hours has used it up. Without a budget nothing is summed.
+# Whether a study has used up its budget in GPU-hours. Without a budget this sums nothing.
 IS_SPENT = f"""
 SELECT CASE WHEN max_gpu_seconds IS NULL THEN false ELSE ({GPU_SECONDS}) >= max_gpu_seconds END
 FROM atelier.study

@@ -1,4 +1,4 @@
-"""Workers as they are shown: who holds a trial now, who held one before, and on which machines."""
+"""Read which workers hold a study's trials, which held them before, and on which machines."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from storage.tables import Attempt, Worker
 class WorkerRow:
     """One trial that a worker holds. Times are seconds."""
 
-    worker: str  # the process's id; it may hold several trials
+    worker: str  # the worker's id; it may hold several trials
     host: str
     pid: int
     job: str | None  # SLURM's, as in 12_3
@@ -30,7 +30,7 @@ class WorkerRow:
 
 @dataclass
 class Machine:
-    """Where trials of a study have run."""
+    """A machine on which a study's trials ran."""
 
     host: str
     gpu: str | None
@@ -52,7 +52,7 @@ class AttemptRow:
 
 
 def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
-    """Workers with a living lease."""
+    """The trials that workers hold now."""
     query = (
         sa.select(
             Worker, TrialModel.number, seconds_since(Attempt.renewed), seconds_since(Worker.started)
@@ -80,7 +80,7 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
 
 @retrying
 def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machine]:
-    """The machines that have worked at a study, those with most workers first."""
+    """The machines that a study's trials ran on; those with most workers first."""
     slurm = Worker.slurm_job.is_not(None)
     count = sa.func.count(Worker.id.distinct())
     query = (

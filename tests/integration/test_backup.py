@@ -264,7 +264,10 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
     fill(engine, ["complete"])
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
-    with backup.only_one(), pytest.raises(BackupError, match="another backup or restore is at work"):
+    with (
+        backup.one_at_a_time(),
+        pytest.raises(BackupError, match="another backup or restore is running"),
+    ):
         backup.restore(other, tmp_path / "b.tar")
 
 
@@ -302,7 +305,7 @@ def test_rows_that_postgresql_refuses_are_no_traceback(engine, home, elsewhere, 
 def test_a_backup_from_another_home_says_so(engine, home, tmp_path, caplog):
     fill(engine, ["complete"], epochs=2, name="s")
     backup.back_up(engine, tmp_path / "b.tar")
-    assert "without the files of s" in caplog.text
+    assert "lacks the files of s" in caplog.text
 
 
 def test_folders_that_come_and_go_do_not_end_a_backup(engine, home, tmp_path):

@@ -118,7 +118,7 @@ def test_a_search_in_a_home_goes_nowhere_else(names, home, give_data, other_serv
     server.stop()
     assert what_is_on(other_server) == before
     assert not any(name in os.environ for name in names)  # nor do children get them
-    lines = [one.message for one in caplog.records if "not heeded" in one.message]
+    lines = [one.message for one in caplog.records if ": ignored;" in one.message]
     told = ", ".join(sorted(TOLD & {*names}))  # what would have led elsewhere, or kept us from going
     assert [line.partition(":")[0] for line in lines] == [told] * bool(told)
 

@@ -254,7 +254,7 @@ def test_a_limit_of_threads_is_told_from_a_fault_of_ours(tmp_path):
 
 def test_a_folder_for_temporary_files_that_is_none():
     line = one_line(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"))
-    assert line == "no folder for temporary files can be written to; set TMPDIR to one"
+    assert line == "no folder for temporary files is writable; set TMPDIR to one that is"
     assert one_line(ValueError("a fault of ours")) is None
 
 

@@ -139,7 +139,7 @@ def test_a_wrong_array_is_refused(array):
         (None, [], "reachable on this machine only"),
         ("postgresql://u:secret@h/d?sslmode=disable", [], "holds a password"),
         ("postgresql://u@h/d?password=secret&sslmode=disable", [], "holds a password"),
-        ("postgresql://u@h/d", [], "may be in clear"),
+        ("postgresql://u@h/d", [], "may be unencrypted"),
         ("postgresql://u@localhost/d", [], "on a compute node is another machine"),
         ("postgresql://u@127.0.0.1/d", [], "on a compute node is another machine"),
         ("postgresql://u@/d?host=/tmp/socket", [], "on a compute node is another machine"),
