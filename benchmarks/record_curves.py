@@ -129,8 +129,8 @@ class Recorder:
                 done.writelines(json.dumps(row) + "\n" for row in future.result())
                 done.flush()
         table = self._table()
-        wanted = [run in {*runs} for run in self._runs(table)]
-        return table[wanted].sort_values(["seed", "configuration", "epoch"])
+        is_of_runs = [run in {*runs} for run in self._runs(table)]
+        return table[is_of_runs].sort_values(["seed", "configuration", "epoch"])
 
     @staticmethod
     def _runs(table: pd.DataFrame) -> Iterator[tuple[int, int]]:

@@ -317,9 +317,8 @@ def atelier(
 ) -> list[Simulated]:
     """Our own workers on the study that `file` names."""
     storage = optuna_tables.optuna_storage(engine)
-    sampler = OnTable(
-        file.make_sampler(first=[]), replay
-    )  # none, because rivals are not told where to begin
+    # No first configurations, because rivals get none either.
+    sampler = OnTable(file.make_sampler(first=[]), replay)
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )

@@ -122,15 +122,15 @@ class Dataset:
 
     def training_rows(self, config: TrainConfig) -> np.ndarray:
         """Indices of the images that a run learns from, equal for every seed. Raises DatasetError."""
-        images, wanted = len(self.split(config.train_on)), config.train_images
-        if wanted is None:
+        images, limit = len(self.split(config.train_on)), config.train_images
+        if limit is None:
             return np.arange(images)
-        if wanted > images:
+        if limit > images:
             raise DatasetError(
-                f"train_images = {wanted}: the dataset has {images} training images; allowed is 1 to "
+                f"train_images = {limit}: the dataset has {images} training images; allowed is 1 to "
                 f"{images}"
             )
-        return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
+        return np.sort(np.random.default_rng(0).permutation(images)[:limit])
 
     def attribute_table(self, config: TrainConfig) -> list[dict[str, str | int]]:
         """Name, category and number of images of every attribute, in the order of the network's outputs.

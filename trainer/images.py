@@ -1,4 +1,4 @@
-"""Load an image as viewers show it: upright, in sRGB, on white; or say why that is impossible."""
+"""Load an image as viewers show it: upright, in sRGB, on white. Or say why that is impossible."""
 
 import hashlib
 import io
@@ -90,8 +90,8 @@ def _check(path: Path, image: Image.Image) -> None:
         raise ImageError(f"{path}: {size} pixels, allowed are {MOST_PIXELS:,} in all; make it smaller")
     if image.mode not in (*GREY, *COLOUR, *SIXTEEN_BITS) or _is_odd_grey(image):
         raise ImageError(
-            f"{path}: pixels of mode {image.mode} whose brightness on a screen is open; save it in grey "
-            "or RGB, with 8 bits"
+            f"{path}: pixels of mode {image.mode} whose look on a screen is not defined; "
+            "save it in grey or RGB, with 8 bits"
         )
     # In a JPEG, pictures after the first are previews, or the other half of a stereo picture.
     frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)

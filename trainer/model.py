@@ -27,7 +27,7 @@ HEAD = (512, 128)  # hidden widths of the report's prediction head
 
 
 class ModelError(ValueError):
-    """The backbone, its stage or its weights cannot be used; the message is one line."""
+    """The backbone, its stage or its weights cannot be used. The message is one line."""
 
 
 class Dropout(nn.Module):
@@ -84,13 +84,13 @@ class Backbone:
         )
 
     def problem(self, config: TrainConfig, images: int) -> str | None:
-        """Why the network cannot take so many training images of the config's size; None if it can.
+        """Why the network cannot take so many training images of the config's size. None if it can.
 
         Only shapes go through the network. Nothing is computed.
         """
-        both = nn.ModuleList(self.split(config.trainable))
-        tensors = [*both.parameters(), *both.buffers()]  # replaced, not copied: a network has 100 MB
-        trunk, tail = copy.deepcopy(both, {id(tensor): tensor.to("meta") for tensor in tensors})
+        stages = nn.ModuleList(self.split(config.trainable))
+        tensors = [*stages.parameters(), *stages.buffers()]  # replaced, not copied: a network has 100 MB
+        trunk, tail = copy.deepcopy(stages, {id(tensor): tensor.to("meta") for tensor in tensors})
         trunk.train(config.frozen_batchnorm == "train")
         tail.train()
         try:

@@ -64,8 +64,8 @@ class ModelFiles:
             return
         earlier = [past.val_accuracy for past in run.history if past.epoch < result.epoch]
         is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
-        names = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
-        for name in (name for name, wanted in names.items() if wanted):
+        is_changed = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
+        for name in (name for name, changed in is_changed.items() if changed):
             self._folder.mkdir(parents=True, exist_ok=True)
             data = self._bytes(run, result)
             write_atomically(self._folder / f"{name}.safetensors", data)

@@ -55,7 +55,7 @@ def load_weights(
             f"cannot be read ({error.strerror or error}); mend that, or give another file"
         ) from None
     if file.is_ours and file.is_of_another(backbone):
-        raise WeightsError(f"is a run's of {_few([file.of_what])}; give weights of {backbone}")
+        raise WeightsError(f"is from a run with {_few([file.of_what])}; give weights of {backbone}")
     candidates = [c for spelling in spellings for c in _candidates(file.tensors, spelling)]
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
@@ -70,7 +70,7 @@ def load_weights(
     taken.fill()
     unused = [name.removeprefix(taken.prefix) for name in file.tensors if name not in taken.used]
     if taken.prefix or taken.spelling is not spellings[0] or not set(unused) <= set(usual_names):
-        of = f" (it says that it is of {_few([file.of_what])})" if file.is_of_another(backbone) else ""
+        of = f" (the file names {_few([file.of_what])})" if file.is_of_another(backbone) else ""
         rest = f"; not used: {_few(unused)}" if unused else ""
         log.info("weights = %r%s: the backbone's are %s%s", str(path), of, taken.place, rest)
 
@@ -268,8 +268,8 @@ def _why_nothing_fits(file: _File, backbone: str, candidates: list[_Candidate]) 
     if file.modules:
         return f"holds a whole {_few(file.modules[:1])}, not its weights; save them {ANEW}"
     if file.is_a_checkpoint and not file.is_of_another(backbone):
-        return "is a checkpoint with no more than a run's trained part; give the run's best.safetensors"
-    of = f"says that it is of {_few([file.of_what])}, and " if file.is_of_another(backbone) else ""
+        return "is a checkpoint and has only a run's trained part; give the run's best.safetensors"
+    of = f"names {_few([file.of_what])} as its backbone, and " if file.is_of_another(backbone) else ""
     return f"{of}{_miss(file, candidates)}; give weights of {backbone}"
 
 
@@ -278,9 +278,8 @@ def _miss(file: _File, candidates: list[_Candidate]) -> str:
     if not file.tensors:
         return "holds no tensors"
     if not candidates:
-        return (
-            f"has none of the backbone's tensors, but {_few(list(file.tensors)) or 'one without a name'}"
-        )
+        names = _few(list(file.tensors)) or "a tensor without a name"
+        return f"has none of the backbone's tensors, but {names}"
     nearest = min(candidates, key=lambda candidate: len(candidate.missing) + len(candidate.unfit))
     if nearest.missing:
         lacking, needed = len(nearest.missing), len(nearest.needed)
