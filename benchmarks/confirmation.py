@@ -2,11 +2,15 @@
 
     python -m benchmarks.confirmation [--studies 400] [--spread 1]
 
-Each simulated study has TRIALS configurations whose true scores are known, a validation set with the
-class counts of FashionDataset, and noise of the size measured on real runs (docs/confirm.md): images
-that are hard for every network or for one, seeds that shift a network's accuracies, and images that
-change sides from seed to seed. The search sees each configuration once; the five that look best are
-confirmed on five fresh seeds by the code that `atelier confirm` runs.
+Each simulated study has TRIALS configurations with known true scores. Its validation set has the class
+counts of FashionDataset. Its noise is as large as on real runs (docs/confirm.md):
+
+- Images are hard for every network, or for one.
+- Seeds shift a network's accuracies.
+- Predictions of images change from seed to seed.
+
+The search trains each configuration once. The five that look best are confirmed on five fresh seeds, by
+the code that `atelier confirm` runs.
 """
 
 import argparse
@@ -32,15 +36,15 @@ COUNTS = (
 )
 IMAGES = 1000
 TRIALS, TOP, SEEDS = 40, 5, 5
-# On the scale of a probit: what is right has a positive sum.
-SPREAD, ATTRIBUTE_SPREAD = 0.06, 0.06  # of configurations, in all attributes and in each
-HARD_FOR_ALL, HARD_FOR_ONE, CHURN = 0.98, 0.15, 0.12  # images; the sum of their squares is 1
-SEED, ATTRIBUTE_SEED = 0.005, 0.01  # what a seed does to all attributes and to each
-SHARED_SEED = 0.012  # what it does to all configurations
+# On the scale of a probit. A prediction is right if its terms have a positive sum.
+SPREAD, ATTRIBUTE_SPREAD = 0.06, 0.06  # between configurations, in all attributes together and in each
+HARD_FOR_ALL, HARD_FOR_ONE, CHURN = 0.98, 0.15, 0.12  # of images; the squares add up to 1
+SEED, ATTRIBUTE_SEED = 0.005, 0.01  # a seed's effect on all attributes together and on each
+SHARED_SEED = 0.012  # a seed's effect on all configurations
 
 
 class SimulatedStudy:
-    """Configurations with known true scores, and runs of them with noise."""
+    """Configurations with known true scores, and noisy runs of them."""
 
     def __init__(self, random: np.random.Generator, spread: float) -> None:
         self._random = random
@@ -48,8 +52,10 @@ class SimulatedStudy:
         self._attributes = self.labels + np.cumsum([0, *SIZES[:-1]])
         base = norm.ppf(np.clip(random.normal(0.6, 0.15, len(COUNTS)), 0.2, 0.9))
         # A few are bad, many are close to the best.
-        whole = -random.exponential(spread * SPREAD, (TRIALS, 1))
-        self._levels = base + whole + random.normal(0, spread * ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
+        overall = -random.exponential(spread * SPREAD, (TRIALS, 1))
+        self._levels = (
+            base + overall + random.normal(0, spread * ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
+        )
         # The images' noise has variance 1, so a level's true accuracy has a closed form.
         seeds = SEED**2 + ATTRIBUTE_SEED**2 + SHARED_SEED**2
         self.truth = norm.cdf(self._levels / math.sqrt(1 + seeds)).mean(1)
@@ -59,7 +65,7 @@ class SimulatedStudy:
         self._shared = random.normal(0, SHARED_SEED, SEEDS + 1)
 
     def run(self, trial: int, seed: int) -> np.ndarray:
-        """Hits [images, categories] of a configuration with a seed."""
+        """Train a configuration with a seed. Returns its hits [images, categories]."""
         random = self._random
         shift = self._shared[seed] + random.normal(0, SEED)
         levels = self._levels[trial] + shift + random.normal(0, ATTRIBUTE_SEED, len(COUNTS))
@@ -77,41 +83,44 @@ def _labels(random: np.random.Generator) -> np.ndarray:
 
 
 def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, float | list[bool]]:
-    """One search and its confirmation, compared with the truth."""
+    """Do one search and its confirmation, and compare them with the truth."""
     searched = [study.run(trial, 0) for trial in range(TRIALS)]
-    seen = np.array([per_class_accuracy(run, study.labels, SIZES) for run in searched])
-    top = np.argsort(-seen)[:TOP]
+    searched_scores = np.array([per_class_accuracy(run, study.labels, SIZES) for run in searched])
+    top = np.argsort(-searched_scores)[:TOP]
     truth = study.truth[top]
     runs: list[dict[int, np.ndarray]] = [{} for _ in top]
     alive = set(range(TOP))
     for seed in range(1, SEEDS + 1):
         if seed > LEAST_SEEDS:
-            known = compare(runs, study.labels, SIZES)
-            alive = {index for index in alive if known[index].best >= DROPPED}
+            interim = compare(runs, study.labels, SIZES)
+            alive = {index for index in alive if interim[index].best >= DROPPED}
         for index in sorted(alive):
             runs[index][seed] = study.run(top[index], seed)
     estimates = compare(runs, study.labels, SIZES)
-    means = np.array([one.score.value for one in estimates])
+    means = np.array([estimate.score.value for estimate in estimates])
     leader = int(means.argmax())
     others = [i for i in range(TOP) if i != leader]
     won = estimates[leader].best >= WINS
     errors = means - truth
     spreads = [
-        np.std([per_class_accuracy(run, study.labels, SIZES) for run in some.values()], ddof=1)
-        for some in runs
+        np.std([per_class_accuracy(run, study.labels, SIZES) for run in by_seed.values()], ddof=1)
+        for by_seed in runs
     ]
     flips = seed_flips(runs, study.labels, SIZES)
     luck = selection_bias(searched, study.labels, SIZES, flips)
     return {
-        "score covered": [_holds(one.score, t) for one, t in zip(estimates, truth, strict=True)],
+        "score covered": [
+            _holds(estimate.score, true_score)
+            for estimate, true_score in zip(estimates, truth, strict=True)
+        ],
         "difference covered": [_holds(estimates[i].behind, truth[leader] - truth[i]) for i in others],
         "winner declared": won,
         "exported at least as good as the naive one": truth[leader if won else 0] >= truth[0],
         "declared winner at least as good": truth[leader] >= truth[0] if won else math.nan,
         "leader at least as good": truth[leader] >= truth[0],
         "leader's gain": truth[leader] - truth[0],
-        "optimism": seen[top[0]] - truth[0],
-        "reported optimism": seen[top[0]] - means[0] + luck,
+        "optimism": searched_scores[top[0]] - truth[0],
+        "reported optimism": searched_scores[top[0]] - means[0] + luck,
         "of it by the images": luck,
         "error of a score": float(abs(errors).mean()),
         "error of a difference": float(abs(errors[leader] - np.delete(errors, leader)).mean()),
@@ -128,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--studies", type=int, default=400)
     parser.add_argument(
-        "--spread", type=float, default=1.0, help="of the configurations, times the real"
+        "--spread", type=float, default=1.0, help="of the configurations, as a multiple of the real one"
     )
     options = parser.parse_args()
     random = np.random.default_rng(0)
@@ -143,11 +152,11 @@ def main() -> None:
 
 def _mean(values: Sequence[float | list[bool]]) -> tuple[float, float]:
     """Mean and standard error over studies."""
-    each = np.array([np.mean(value) for value in values])
-    each = each[~np.isnan(each)]  # what has no value in a study
-    if not len(each):
+    by_study = np.array([np.mean(value) for value in values])
+    by_study = by_study[~np.isnan(by_study)]  # some studies have no such value
+    if not len(by_study):
         return math.nan, math.nan
-    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
+    return float(by_study.mean()), float(by_study.std(ddof=1) / math.sqrt(len(by_study)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""What the service costs beside the training: per trial-epoch, and with 200 workers on one database.
+"""What the service costs on top of training: per trial-epoch, and with 200 workers on one database.
 
     python -m benchmarks.control_plane [--trials 100 --trials 1000 --trials 5000] [--epoch 0.4]
 
-First: a real worker (claim, sample, checkpoint, record, prune, tell) in studies of so many finished
-trials, with a pause of --epoch seconds in the place of each epoch's training; the seconds of a
-trial-epoch that are not that pause. The checkpoint is a small network's: its cost is the disk's.
-Sizes alternate. Then: 200 simulated workers, each with a connection of its own, that claim, record and
-prune; 100 records a second in all, and as fast as they can. The server is an embedded PostgreSQL in a
-temporary folder.
+A real worker runs in studies of --trials finished trials. It claims, samples, saves checkpoints,
+records, prunes and tells. A pause of --epoch seconds replaces each epoch's training. The cost is the
+time of a trial-epoch without that pause. The checkpoint is that of a small network, so its cost is the
+disk's. The sizes take turns.
+
+Apart from that, 200 simulated workers claim, record and prune, each with its own connection. They write
+100 records a second in all, and after that as many as they can.
+
+The server is an embedded PostgreSQL in a temporary folder.
 """
 
 import argparse
@@ -37,9 +40,9 @@ from trainer.predictions import Predictions
 from trainer.run import Run
 from trainer.workspace import Workspace
 
-ROUNDS, NEW_TRIALS = 5, 6  # in each size: rounds of so many trials
+ROUNDS, NEW_TRIALS = 5, 6  # for each size: rounds, and trials in a round
 WORKERS, PROCESSES = 200, 4
-RATE, SECONDS = 100, 30.0  # records per second; of each load
+RATE, SECONDS = 100, 30.0  # records per second, and how long each load lasts
 LABELS = np.zeros((1000, 6), np.uint8)  # of the validation images
 
 
@@ -64,7 +67,7 @@ def result(epoch: int, value: float) -> EpochResult:
 
 
 class Pause:
-    """Stands for the training of an epoch."""
+    """Replaces `train_epoch`: an epoch is a pause."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.epochs, self.began = seconds, 0, 0.0
@@ -115,18 +118,18 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             outside = time.perf_counter() - pause.began - pause.epochs * epoch
             costs[size].append(1000 * outside / pause.epochs)
             starts[size].append(pause.began - started)
-    print(f"ms per trial-epoch beside an epoch of {epoch} s (median of {ROUNDS}, lowest to highest):")
-    flat = statistics.median(costs[sizes[0]])
+    print(f"ms per trial-epoch on top of an epoch of {epoch} s (median of {ROUNDS}, lowest to highest):")
+    smallest = statistics.median(costs[sizes[0]])
     for size, values in costs.items():
         middle = statistics.median(values)
         print(
             f"  {size:>5} finished trials: {middle:.1f} ({min(values):.1f} to {max(values):.1f}), "
-            f"{middle / flat:.2f}x; first suggestion, once per worker: {max(starts[size]):.1f} s"
+            f"{middle / smallest:.2f}x; first suggestion, once per worker: {max(starts[size]):.1f} s"
         )
 
 
 class Simulated(threading.Thread):
-    """A worker that trains nothing: 12 epochs a trial, a rung at the sixth."""
+    """A worker that trains nothing. A trial has 12 epochs, with a rung at the sixth."""
 
     def __init__(self, study_id: int, storage: optuna.storages.BaseStorage, pause: float) -> None:
         super().__init__(daemon=True)
@@ -165,7 +168,9 @@ def simulate(
         worker.start()
     for worker in workers:
         worker.join()
-    pipe.send([[t for w in workers for t in w.claims], [t for w in workers for t in w.records]])
+    claims = [seconds for worker in workers for seconds in worker.claims]
+    records = [seconds for worker in workers for seconds in worker.records]
+    pipe.send([claims, records])
 
 
 def many_workers(pause: float, name: str) -> None:
@@ -173,9 +178,9 @@ def many_workers(pause: float, name: str) -> None:
     context = multiprocessing.get_context("spawn")
     started, pipes, processes = time.perf_counter(), [], []
     for _ in range(PROCESSES):
-        mine, theirs = context.Pipe()
-        pipes.append(mine)
-        arguments = (study_id, pause, WORKERS // PROCESSES, theirs)
+        receiver, sender = context.Pipe()
+        pipes.append(receiver)
+        arguments = (study_id, pause, WORKERS // PROCESSES, sender)
         processes.append(context.Process(target=simulate, args=arguments))
         processes[-1].start()
     answers = [pipe.recv() for pipe in pipes]
@@ -183,7 +188,7 @@ def many_workers(pause: float, name: str) -> None:
         process.join()
     print(f"{WORKERS} workers, {name} ({time.perf_counter() - started:.0f} s with their start):")
     for kind, index in (("claims", 0), ("records", 1)):
-        times = sorted(t for answer in answers for t in answer[index])
+        times = sorted(seconds for answer in answers for seconds in answer[index])
         print(
             f"  {len(times) / SECONDS:.1f} {kind}/s, p50 {1000 * times[len(times) // 2]:.0f} ms, "
             f"p99 {1000 * times[int(0.99 * len(times))]:.0f} ms"

@@ -2,9 +2,10 @@
 
     python -m benchmarks.dashboard [--trials 1000] [--trials 10000]
 
-The server is a real `atelier dashboard` on an embedded PostgreSQL in a temporary folder. For every page:
-the median and the 95th percentile of 40 requests after 3 to warm up, the bytes sent, and the ratio to
-optuna-dashboard's own study data, which the same server is asked for in turn, at every fourth turn.
+The server is a real `atelier dashboard` on an embedded PostgreSQL in a temporary folder. Each page is
+asked for 3 times to warm up, and then 40 times. The table has the median and the 95th percentile of the
+40, and the bytes sent. The last column compares the median with that of optuna-dashboard's own study
+data. The same server is asked for that at every fourth turn.
 """
 
 import argparse
@@ -43,9 +44,9 @@ def measure(sizes: list[int]) -> None:
         studies[size] = fill(engine, states, name=f"{size} trials")
     engine.dispose()
     Accounts().put("vera", "viewer", "correct horse battery")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as free_port:
+        free_port.bind(("127.0.0.1", 0))
+        port = free_port.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "atelier_command", "dashboard", "--port", str(port)]
     )
@@ -56,9 +57,9 @@ def measure(sizes: list[int]) -> None:
             for page in PAGES:
                 ours, theirs = [], []
                 for turn in range(WARM_UP + REQUESTS):
-                    one = ask(port, cookie, f"/atelier/studies/{study}{page}")
+                    answer = ask(port, cookie, f"/atelier/studies/{study}{page}")
                     if turn >= WARM_UP:
-                        ours.append(one)
+                        ours.append(answer)
                     if turn % 4 == 0:
                         theirs.append(ask(port, cookie, f"/api/studies/{study}"))
                 times = sorted(seconds for seconds, _ in ours)
@@ -89,7 +90,7 @@ def log_in(port: int) -> str:
 
 
 def ask(port: int, cookie: str, path: str) -> tuple[float, int]:
-    """Seconds and bytes of one request."""
+    """Send one request. Returns its seconds and the bytes of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     start = time.perf_counter()
     connection.request("GET", path, headers={"Cookie": cookie, "Accept-Encoding": "gzip"})

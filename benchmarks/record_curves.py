@@ -1,14 +1,15 @@
-"""A table of real learning curves, on which searches are simulated (search_efficiency.py).
+"""Record a table of real learning curves, on which search_efficiency.py simulates searches.
 
     python -m benchmarks.record_curves --data FOLDER --lite0 FILE --work FOLDER -o curves.parquet
 
-Configurations are the first of Optuna's QMC sampler in the space of studies/fashion.toml. Each trains
-the report's head for 30 epochs, by the project's own loop, on the frozen trunk of tf_efficientnet_lite0
-and IMAGES of the training images. The trunk's output is computed once, for VIEWS augmented epochs; then
-each epoch draws one of them for each image, so that a run takes seconds. The REPEATED best
-configurations are trained with SEEDS seeds: what another seed brings is the noise in which a search has
-to find the best. A row is an epoch of a run. What is done is kept in --work: the same command goes on
-where it stopped.
+Optuna's QMC sampler draws the configurations from the space of studies/fashion.toml. Each trains the
+report's head for 30 epochs by the project's own loop. The frozen trunk is tf_efficientnet_lite0, and
+IMAGES of the training images are used. The trunk's output is computed once, for VIEWS augmented epochs.
+Each epoch then draws one of these views for each image, so a run takes only seconds.
+
+The REPEATED best configurations are trained with SEEDS seeds. How a seed changes a result is the noise
+in which a search has to find the best. Each row of the table is an epoch of a run. Finished runs are
+kept in --work, so the same command goes on where it stopped.
 """
 
 import argparse
@@ -43,7 +44,7 @@ CONFIGURATIONS, REPEATED, SEEDS = 400, 64, 3
 
 
 class Views(Workspace):
-    """Serves augmented images' trunk output from a file, in place of the trunk's work."""
+    """A workspace that reads the trunk's output for augmented images from a file."""
 
     def __init__(self, file: StudyConfig, work: Path) -> None:
         super().__init__(file.shared, work / "cache")
@@ -66,7 +67,7 @@ class Views(Workspace):
     def train_blocks(
         self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
     ) -> Iterator[Block]:
-        """One epoch in the order of (seed, epoch), each image in a view that they draw."""
+        """One epoch in the order of (seed, epoch), which also draw a view for each image."""
         order = self.stream.order(seed, epoch)
         drawn = np.random.default_rng([seed, epoch, VIEWS]).integers(VIEWS, size=len(order))
         for start in range(first * block, len(order), block):
@@ -76,22 +77,22 @@ class Views(Workspace):
 
 
 def configurations(file: StudyConfig) -> list[dict[str, Any]]:
-    """Parameters by configuration."""
+    """The parameters of each configuration."""
     sampler = optuna.samplers.QMCSampler(seed=0, warn_independent_sampling=False)
     study = optuna.create_study(sampler=sampler)
-    found = []
+    parameters = []
     for _ in range(CONFIGURATIONS):
         trial = study.ask(file.distributions())
-        found.append(trial.params)
+        parameters.append(trial.params)
         study.tell(trial, 0.0)
-    return found
+    return parameters
 
 
-_workspace: Views  # of a process of the pool
+_workspace: Views  # of this process of the pool
 
 
 def _begin(file: StudyConfig, work: Path) -> None:
-    global _workspace  # a process has one
+    global _workspace  # each process of the pool has one
     torch.set_num_threads(1)
     _workspace = Views(file, work)
 
@@ -103,7 +104,7 @@ def _record(file: StudyConfig, number: int, seed: int, params: dict[str, Any]) -
 
 
 class Recorder:
-    """Runs that are done, in a file, and a pool of processes for the others."""
+    """Keeps finished runs in a file, and trains the others in a pool of processes."""
 
     def __init__(self, file: StudyConfig, done: Path, pool: ProcessPoolExecutor) -> None:
         self._file, self._done, self._pool = file, done, pool
@@ -112,24 +113,24 @@ class Recorder:
 
     def _table(self) -> pd.DataFrame:
         rows = [json.loads(line) for line in self._done.read_text().splitlines()]
-        # The rate of the epoch goes, that of the configuration comes.
+        # The configuration's learning rate replaces that of the epoch.
         return pd.DataFrame([row | self._params[row["configuration"]] for row in rows], columns=COLUMNS)
 
     def record(self, runs: list[tuple[int, int]]) -> pd.DataFrame:
-        """Runs by configuration and seed. Returns a row per epoch."""
-        known = {*self._runs(self._table())}
+        """Train runs, given by configuration and seed. Returns a row per epoch."""
+        finished = {*self._runs(self._table())}
         futures = [
             self._pool.submit(_record, self._file, number, seed, self._params[number])
             for number, seed in runs
-            if (number, seed) not in known
+            if (number, seed) not in finished
         ]
         with self._done.open("a") as done:
             for future in as_completed(futures):
                 done.writelines(json.dumps(row) + "\n" for row in future.result())
                 done.flush()
         table = self._table()
-        wanted = [run in {*runs} for run in self._runs(table)]
-        return table[wanted].sort_values(["seed", "configuration", "epoch"])
+        is_of_runs = [run in {*runs} for run in self._runs(table)]
+        return table[is_of_runs].sort_values(["seed", "configuration", "epoch"])
 
     @staticmethod
     def _runs(table: pd.DataFrame) -> Iterator[tuple[int, int]]:
@@ -152,7 +153,7 @@ def main() -> None:
     }
     file = load_study_file(
         Path("studies/fashion.toml"),
-        [f"train.{name}={json.dumps(one)}" for name, one in settings.items()],
+        [f"train.{name}={json.dumps(value)}" for name, value in settings.items()],
     )
     options.work.mkdir(exist_ok=True)
     Views(file, options.work)  # once, before the pool
@@ -161,7 +162,7 @@ def main() -> None:
         recorder = Recorder(file, options.work / "runs.jsonl", pool)
         table = recorder.record([(number, 0) for number in range(CONFIGURATIONS)])
         scores = table.groupby("configuration").val_accuracy.agg(
-            lambda one: score([*one], "mean-last-5")
+            lambda curve: score([*curve], "mean-last-5")
         )
         best = scores.nlargest(REPEATED).index
         again = recorder.record([(number, seed) for seed in range(1, SEEDS) for number in best])

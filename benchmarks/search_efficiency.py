@@ -1,15 +1,15 @@
-"""How many epochs of training a search needs until it has found the best configuration, simulated.
+"""Simulate how many epochs of training a search needs until it has found the best configuration.
 
     python -m benchmarks.search_efficiency [--replays 50] [--figure FILE.svg]
 
-Searches are replayed on recorded learning curves (record_curves.py, data/curves.parquet): an epoch takes
-one unit of simulated time, and its numbers are looked up. All else is real: `atelier`'s searches run
-the worker's own code, claims, epochs and decisions on PostgreSQL; a rival is a script of Optuna's ask
-and tell. What a sampler suggests becomes the nearest configuration of the table that the search has not
-had; a configuration with several seeds gets one of them by chance.
+Searches are replayed on recorded learning curves (record_curves.py, data/curves.parquet). An epoch
+takes one unit of simulated time, and its numbers are looked up. All else is real. Our searches run the
+worker's own code, with claims, epochs and decisions on PostgreSQL. Each rival is a script with Optuna's
+ask and tell. A sampler's suggestion is replaced by the nearest configuration of the table that the
+search has not tried. A configuration with several seeds gets one of them at random.
 
-A search is done when the trial that it would export, the complete one with the highest score as it saw
-it, is in truth (the mean over the seeds) within TARGET of the table's best.
+A search would export its complete trial with the highest score. A trial's true score is the mean over
+the seeds. The search is done when the true score of that trial is within TARGET of the table's best.
 """
 
 import argparse
@@ -61,11 +61,11 @@ OURS = {  # changes to studies/fashion.toml
     "TPE, promote": [],
     "GP, promote": ["study.sampler=gp"],
 }
-MOST_EPOCHS = 12_000  # all of the table
+MOST_EPOCHS = 12_000  # as many as the whole table has
 
 
 class Table:
-    """Recorded learning curves by configuration: how a trial goes, and what it is worth in truth."""
+    """Recorded learning curves and true scores, by configuration."""
 
     def __init__(self, path: Path, space: dict[str, BaseDistribution]) -> None:
         rows = pd.read_parquet(path).sort_values(["configuration", "seed", "epoch"])
@@ -73,11 +73,11 @@ class Table:
         configurations = rows.drop_duplicates("configuration")
         self.params = configurations[[*space]].to_dict("records")
         self.curves = [
-            np.array([curve.val_accuracy.to_numpy() for _, curve in one.groupby("seed")])
-            for _, one in rows.groupby("configuration")
+            np.array([curve.val_accuracy.to_numpy() for _, curve in runs.groupby("seed")])
+            for _, runs in rows.groupby("configuration")
         ]
         scores = [[score([*curve], "mean-last-5") for curve in seeds] for seeds in self.curves]
-        self.truth = np.array([np.mean(one) for one in scores])
+        self.truth = np.array([np.mean(by_seed) for by_seed in scores])
         self._places = np.array([self._place(params) for params in self.params])
         self._numbers = {self._key(params): number for number, params in enumerate(self.params)}
 
@@ -85,36 +85,36 @@ class Table:
         return tuple(params[name] for name in self.space)
 
     def _place(self, params: dict[str, Any]) -> np.ndarray:
-        """In the unit cube."""
+        """Where a configuration is in the unit cube."""
         transform = _SearchSpaceTransform(self.space, transform_0_1=True)
         return transform.transform(params)
 
     def number(self, params: dict[str, Any]) -> int:
-        """Of the configuration with exactly these parameters."""
+        """The number of the configuration with exactly these parameters."""
         return self._numbers[self._key(params)]
 
     def nearest(self, params: dict[str, Any], besides: set[int]) -> int:
-        """The number of a configuration."""
+        """The number of the configuration that is nearest to these parameters, except `besides`."""
         distances = ((self._places - self._place(params)) ** 2).sum(1)
         distances[[*besides]] = np.inf
         return int(distances.argmin())
 
 
 class Replay:
-    """One search's way over the table."""
+    """One simulated search: what it has tried, trained and found."""
 
     def __init__(self, table: Table, random: np.random.Generator) -> None:
         self.table = table
         self._random = random
         self._tried: set[int] = set()
         self._curves: dict[int, np.ndarray] = {}
-        self.epochs = 0  # that were trained
-        self.regret = math.inf  # of the trial that would be exported
-        self.found = math.inf  # epochs until a trial within TARGET was complete, seen as best or not
+        self.epochs = 0  # trained so far
+        self.regret = math.inf  # how far the trial that would be exported is from the table's best
+        self.epochs_to_target = math.inf  # until a trial within TARGET was complete, exported or not
         self._best = -math.inf
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The nearest configuration that it has not had."""
+        """Take the nearest configuration that the search has not tried. Returns its parameters."""
         number = self.table.nearest(params, self._tried)
         self._tried.add(number)
         curves = self.table.curves[number]
@@ -123,28 +123,28 @@ class Replay:
 
     @property
     def is_over(self) -> bool:
-        """Whether the table has no further configuration."""
+        """Whether the search has tried every configuration of the table."""
         return len(self._tried) == len(self.table.params)
 
     def curve(self, params: dict[str, Any]) -> np.ndarray:
-        """How a configuration goes in this search."""
+        """The learning curve of a configuration in this search."""
         return self._curves[self.table.number(params)]
 
     def train(self, params: dict[str, Any], epoch: int) -> float:
-        """An epoch's value."""
+        """Train an epoch. Returns its value."""
         self.epochs += 1
         curve = self.curve(params)
         if epoch + 1 == len(curve):
             regret = float(self.table.truth.max() - self.table.truth[self.table.number(params)])
             if regret <= TARGET:
-                self.found = min(self.found, self.epochs)
-            if (seen := score([*curve], "mean-last-5")) > self._best:
-                self._best, self.regret = seen, regret
+                self.epochs_to_target = min(self.epochs_to_target, self.epochs)
+            if (trial_score := score([*curve], "mean-last-5")) > self._best:
+                self._best, self.regret = trial_score, regret
         return float(curve[epoch])
 
 
 class OnTable(BaseSampler):
-    """Another sampler, whose suggestions become configurations of the table."""
+    """A sampler that turns another one's suggestions into configurations of the table."""
 
     def __init__(self, inner: BaseSampler, replay: Replay) -> None:
         self._inner, self._replay = inner, replay
@@ -163,14 +163,14 @@ class Simulated(Protocol):
     """A worker in simulated time."""
 
     def begin(self) -> bool:
-        """Take up a trial where it has none. Returns whether it has one."""
+        """Take a trial if the worker has none. Returns whether it has one then."""
 
     def end_epoch(self) -> None:
-        """Let the trial's epoch be over."""
+        """End the trial's current epoch."""
 
 
 class Script:
-    """What people write with Optuna: ask, report, should_prune, tell."""
+    """A worker as people write it with Optuna: ask, report, should_prune, tell."""
 
     def __init__(self, study: optuna.Study, replay: Replay) -> None:
         self._study, self._replay = study, replay
@@ -196,7 +196,7 @@ class Script:
 
 
 class TableRun:
-    """In place of trainer.run.Run: its epochs are looked up."""
+    """Replaces trainer.run.Run: its epochs are looked up in the table."""
 
     def __init__(
         self, config: TrainConfig, workspace: Any, checkpoints: object, stream_epochs: Sequence[int]
@@ -207,10 +207,10 @@ class TableRun:
         self.history = [_result(epoch, curve[epoch]) for epoch in stream_epochs]
 
     def save(self) -> None:
-        """There is nothing to keep."""
+        """Do nothing: there is nothing to keep."""
 
     def train(self) -> EpochResult:
-        """The next epoch."""
+        """Look up the next epoch. Returns its result."""
         epoch = len(self.history)
         self.history.append(_result(epoch, self._replay.train(self._params, epoch)))
         return self.history[-1]
@@ -236,23 +236,23 @@ def _result(epoch: int, value: float) -> EpochResult:
 
 
 class _AtOnce(Executor):
-    """In place of the worker's thread."""
+    """Replaces the worker's thread: what is submitted runs at once."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*arguments, **named))
+        future.set_result(function(*arguments, **keywords))
         return future
 
 
 class Atelier:
-    """The project's own worker, on the table."""
+    """The project's own worker, trained on the table."""
 
     def __init__(
         self, file: StudyConfig, study: optuna.Study, engine: sa.Engine, runs: RunFolder, replay: Replay
     ) -> None:
         dataset = SimpleNamespace(attribute_table=lambda _: [])
         workspace = SimpleNamespace(dataset=dataset, config=None, device_name=None, replay=replay)
-        # No lease ends: time is simulated, and nobody renews.
+        # No lease may end, because time is simulated and nobody renews.
         trials = ledger.Ledger(engine, study._storage, study._study_id, lease_seconds=1e9)
         trials.register()
         self.worker = Worker(file, study, trials, workspace, runs, executor=_AtOnce())
@@ -269,7 +269,7 @@ def _train_epoch(runs: Sequence[TableRun], _: object) -> Iterator[tuple[TableRun
         yield run, run.train()
 
 
-# What is looked up, or not worth drawing, in this process's workers.
+# This process's workers look their epochs up, and draw no curves.
 search.trial.Run, search.worker.train_epoch = TableRun, _train_epoch
 search.trial.attach_curve = lambda *_: None
 
@@ -281,16 +281,16 @@ def simulate(
     target: float = TARGET,
     at: Callable[[float], None] = lambda _: None,
 ) -> float:
-    """Epochs trained until the search is done; infinite if it never is.
+    """Simulate a search. Returns the epochs trained until it is done, or infinity if it never is.
 
-    `at` is called with the time, in epochs, before anything happens at it.
+    `at` is called with the time, in epochs, before anything happens at that time.
     """
     order = itertools.count()
     queue: list[tuple[float, int, Simulated]] = []
 
     def begin(worker: Simulated, now: float) -> None:
         if worker.begin():
-            # Machines differ a little, so that nobody goes in step.
+            # Machines differ a little, so no two workers stay in step.
             heapq.heappush(queue, (now + random.uniform(0.9, 1.1), next(order), worker))
 
     at(0.0)
@@ -307,7 +307,7 @@ def simulate(
 
 
 def script(sampler: BaseSampler, pruner: BasePruner, replay: Replay) -> list[Simulated]:
-    """Workers that share a study of Optuna's."""
+    """Workers of Optuna that share a study."""
     study = optuna.create_study(direction="maximize", sampler=OnTable(sampler, replay), pruner=pruner)
     return [Script(study, replay) for _ in range(WORKERS)]
 
@@ -315,9 +315,10 @@ def script(sampler: BaseSampler, pruner: BasePruner, replay: Replay) -> list[Sim
 def atelier(
     file: StudyConfig, engine: sa.Engine, replay: Replay, workers: int = WORKERS
 ) -> list[Simulated]:
-    """Workers of a study of ours; `file` names it."""
+    """Our own workers on the study that `file` names."""
     storage = optuna_tables.optuna_storage(engine)
-    sampler = OnTable(file.make_sampler(first=[]), replay)  # rivals are not told where to begin
+    # No first configurations, because rivals get none either.
+    sampler = OnTable(file.make_sampler(first=[]), replay)
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )
@@ -337,7 +338,7 @@ def atelier(
 
 
 def strategies() -> dict[str, Callable[[sa.Engine, Replay, str], list[Simulated]]]:
-    """Who competes, the reference first: what makes the workers of a replay, whose name is given."""
+    """All competitors, the reference first: how to make the workers of a replay with a given name."""
     rivals = {
         "random": (RandomSampler, NopPruner),
         "TPE, median": (TPESampler, MedianPruner),
@@ -355,22 +356,26 @@ def _script(
 
 
 def _atelier(settings: list[str], engine: sa.Engine, replay: Replay, name: str) -> list[Simulated]:
-    whole = [*settings, f"study.name={name}", f"study.max_trials={len(replay.table.params)}"]
-    return atelier(load_study_file(STUDY, whole), engine, replay)
+    all_settings = [
+        *settings,
+        f"study.name={name}",
+        f"study.max_trials={len(replay.table.params)}",
+    ]
+    return atelier(load_study_file(STUDY, all_settings), engine, replay)
 
 
 def replay_once(name: str, number: int, home: Path) -> tuple[float, float]:
-    """Epochs of one replay until the best is found, and until it was trained. For any process."""
+    """Epochs of one replay until the search is done, and until a trial within TARGET was complete."""
     replay = Replay(_table(), np.random.default_rng([number, 0]))
     workers = strategies()[name](_engine(home), replay, f"replay {number} of {name}".replace(":", ""))
-    return simulate(workers, replay, np.random.default_rng([number, 1])), replay.found
+    return simulate(workers, replay, np.random.default_rng([number, 1])), replay.epochs_to_target
 
 
 @cache
 def _engine(home: Path) -> sa.Engine:
-    """For this process, which is made quiet."""
+    """The engine of this process, which is made quiet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")  # Optuna's, of its experimental parts
+    warnings.simplefilter("ignore")  # Optuna warns about its experimental parts
     os.environ["ATELIER_HOME"] = str(home)
     torch.set_num_threads(1)
     return database.connect()
@@ -382,7 +387,7 @@ def _table() -> Table:
 
 
 def efficiency(home: Path, replays: int, figure: Path | None) -> None:
-    """Prints epochs until the best is found, by strategy."""
+    """Print for each strategy how many epochs it takes until the best is found."""
     context = multiprocessing.get_context("spawn")
     names = [*strategies()]
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
@@ -390,50 +395,52 @@ def efficiency(home: Path, replays: int, figure: Path | None) -> None:
             name: [pool.submit(replay_once, name, number, home) for number in range(replays)]
             for name in names
         }
-        found: dict[str, np.ndarray] = {}
+        epochs_by_name: dict[str, np.ndarray] = {}
         for name, futures in jobs.items():
-            found[name], trained = np.array([future.result() for future in futures]).T
-            epochs = _interval(found[name])
-            never = int(np.isinf(found[name]).sum())
+            epochs, epochs_to_target = np.array([future.result() for future in futures]).T
+            epochs_by_name[name] = epochs
+            never = int(np.isinf(epochs).sum())
             times = [
-                f"{_interval(found[name], found[rival])} times fewer than {rival}"
+                f"{_interval(epochs, epochs_by_name[rival])} times fewer than {rival}"
                 for rival in names[:2]
-                if rival in found and rival != name and never < replays / 2
+                if rival in epochs_by_name and rival != name and never < replays / 2
             ]
-            print(f"{name}: {epochs} epochs, never in {never} of {replays} replays", flush=True)
-            print(f"    such a trial was complete after {_interval(trained)}", flush=True)
+            print(
+                f"{name}: {_interval(epochs)} epochs, never in {never} of {replays} replays", flush=True
+            )
+            print(f"    such a trial was complete after {_interval(epochs_to_target)}", flush=True)
             for line in times:
                 print(f"    {line}", flush=True)
     if figure:
-        draw(found, figure)
+        draw(epochs_by_name, figure)
 
 
 def _interval(epochs: np.ndarray, rival: np.ndarray | None = None) -> str:
-    """The median, or how many times the rival's it is less, with a 95 % interval by the bootstrap."""
+    """The median with a 95 % bootstrap interval. With a rival, the rival's median divided by it."""
     random = np.random.default_rng(0)
 
     def median(values: np.ndarray, resample: bool) -> float:
-        # Not interpolated: infinity is a value here.
+        # Not interpolated, because a value can be infinite.
         drawn = random.choice(values, len(values)) if resample else values
         return float(np.quantile(drawn, 0.5, method="lower"))
 
     def once(resample: bool) -> float:
-        own = median(epochs, resample)
-        return own if rival is None else median(rival, resample) / own
+        middle = median(epochs, resample)
+        return middle if rival is None else median(rival, resample) / middle
 
     low, high = np.quantile([once(True) for _ in range(2000)], [0.025, 0.975], method="nearest")
     digits = 0 if rival is None else 2
     return f"{once(False):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def draw(found: dict[str, np.ndarray], path: Path) -> None:
-    """The share of replays that are done, over the epochs."""
+def draw(epochs_by_name: dict[str, np.ndarray], path: Path) -> None:
+    """Draw the share of replays that are done, over the epochs."""
     _, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, epochs in found.items():
-        known = np.sort(epochs[np.isfinite(epochs)])
-        share = np.arange(1, len(known) + 1) / len(epochs)
+    for name, epochs in epochs_by_name.items():
+        finite = np.sort(epochs[np.isfinite(epochs)])
+        share = np.arange(1, len(finite) + 1) / len(epochs)
         style = "-" if name.startswith("atelier") else "--"
-        axes.step([0, *known], [0, *share], style, where="post", label=name)
+        axes.step([0, *finite], [0, *share], style, where="post", label=name)
     axes.set(xlabel="GPU-epochs", ylabel="searches that have found it", xlim=(0, 4000), ylim=(0, 1))
     axes.legend(fontsize=8)
     plt.savefig(path, dpi=120)
@@ -448,9 +455,9 @@ CREATE FUNCTION simulated.clock_timestamp() RETURNS timestamptz
 
 
 def crowd(home: Path, workers: int, epochs: int) -> None:
-    """Prints how well many workers are kept busy, and a budget of so many epochs for each is kept.
+    """Print how busy many workers are, and how well a budget of `epochs` for each worker is kept.
 
-    An epoch takes a minute, on a clock that the ledger takes for the database's.
+    An epoch takes a minute. The ledger reads a simulated clock in place of the database's.
     """
     engine = _engine(home)
     with engine.begin() as connection:
@@ -459,13 +466,13 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
     sa.event.listen(engine, "connect", lambda raw, _: _use_simulated_clock(raw))
     file = load_study_file(STUDY, [f"study.max_gpu_hours={workers * epochs / 60}"])
     replay = Replay(_table(), np.random.default_rng(0))
-    everybody = atelier(file, engine, replay, workers)
+    all_workers = atelier(file, engine, replay, workers)
     entry = studies.study_entry(engine, file.study.name)
     assert entry is not None  # it was just entered
-    moments: list[tuple[int, bool]] = []
+    moments: list[tuple[int, bool]] = []  # idle workers, and whether there was something to do
 
     def at(now: float) -> None:
-        """Set the clock, and see who has nothing to do, and whether there is something."""
+        """Set the clock, and note how many workers are idle and whether there is something to do."""
         shift = "UPDATE simulated.clock SET now = beginning + make_interval(secs => :seconds)"
         with engine.begin() as connection:
             connection.execute(sa.text(shift), {"seconds": now * 60})
@@ -475,7 +482,7 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
             more = status.counts["waiting"] + status.counts["paused"] + status.max_trials - begun
             moments.append((workers - status.processes, more > 0 and not status.budget_spent))
 
-    simulate(everybody, replay, np.random.default_rng(1), target=-math.inf, at=at)
+    simulate(all_workers, replay, np.random.default_rng(1), target=-math.inf, at=at)
     status = read_status(engine, entry.study_id, entry.name)
     over = (status.gpu_hours - workers * epochs / 60) * 60
     idle = sum(count for count, something_to_do in moments if something_to_do)
@@ -487,7 +494,7 @@ def crowd(home: Path, workers: int, epochs: int) -> None:
 
 
 def _use_simulated_clock(connection: Any) -> None:
-    connection.autocommit = True  # else a rollback would take it back
+    connection.autocommit = True  # otherwise a rollback would undo the setting
     with connection.cursor() as cursor:
         cursor.execute("SET search_path = simulated, pg_catalog, public")
     connection.autocommit = False

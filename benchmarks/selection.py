@@ -1,13 +1,13 @@
-"""Which score picks the configuration that does best, and what confirmation adds, on unseen images.
+"""Which score picks the configuration that does best on unseen images, and what confirmation adds.
 
     python -m benchmarks.selection STUDY... [--draws 400]
 
-Each STUDY is a search by random sampling without a pruner, whose trials were rerun on fresh seeds, as
+Each STUDY is a search by random sampling without a pruner. Its trials were rerun on fresh seeds, as
 benchmarks/selection.toml says.
 
-So no decision has seen a validation image, and the images can be cut into halves, by image and alike in
-their attributes, as often as one likes. One half plays the validation set: some trials are searched and
-the leaders confirmed on it. The other half, with the fresh seeds, is the truth.
+So no decision has seen a validation image. The images are cut into two halves with similar attributes,
+differently in each draw. The first half is the validation set: some trials are searched and the leaders
+confirmed on it. The other half, with the fresh seeds, is the truth.
 """
 
 import argparse
@@ -32,32 +32,32 @@ from trainer.predictions import Predictions
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial of a search, and its reruns on fresh seeds."""
+    """The predictions of a trial of a search, and of its reruns on fresh seeds."""
 
     searched: Predictions
     reruns: list[Predictions]
 
 
 def read_trials(engine: sa.Engine, name: str) -> tuple[StudyEntry, list[Trial]]:
-    """A search's record, and its complete trials that were rerun."""
+    """A search's record, and its trials that were rerun to the end."""
     reruns: dict[int, list[Predictions]] = defaultdict(list)
-    found = {}
+    entries = {}
     for study in (name, name + SUFFIX):
         entry = study_entry(engine, study)
         if entry is None:
             raise SystemExit(f"no study {study!r} in the database")
-        found[study] = entry
-    again = found[name + SUFFIX]
-    for row in read_status(engine, again.study_id, again.name).completed():
-        reruns[row.params["candidate"]].append(predictions_of(again, row.number))
-    search = found[name]
-    return search, [Trial(predictions_of(search, n), some) for n, some in reruns.items()]
+        entries[study] = entry
+    rerun_study = entries[name + SUFFIX]
+    for row in read_status(engine, rerun_study.study_id, rerun_study.name).completed():
+        reruns[row.params["candidate"]].append(predictions_of(rerun_study, row.number))
+    search = entries[name]
+    return search, [Trial(predictions_of(search, number), runs) for number, runs in reruns.items()]
 
 
 def half(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A mask of half the images: of two that are alike in their attributes, one."""
+    """A mask of half the images. It has one of each pair with similar attributes."""
     order = random.permutation(len(labels))
-    # Rare attributes first, so that they are shared out evenly.
+    # Rare attributes come first, so that both halves get the same number.
     counts = [np.bincount(column)[column] for column in labels.T]
     rarest = np.min(counts, 0)
     order = order[np.lexsort([*labels[order].T, np.argmin(counts, 0)[order], rarest[order]])]
@@ -68,7 +68,7 @@ def half(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 class Half:
-    """The scores that trials would have had, had only some images been there."""
+    """The scores that trials would have had with only some of the validation images."""
 
     def __init__(self, entry: StudyEntry, labels: np.ndarray, mask: np.ndarray) -> None:
         self.sizes, self.mask, self.labels = attribute_sizes(entry), mask, labels[mask]
@@ -78,11 +78,11 @@ class Half:
         self._images = images
 
     def metric(self, predictions: Predictions) -> float:
-        """Average per-class accuracy, the mean of the last five epochs."""
+        """Average per-class accuracy, as a mean over the last five epochs."""
         return per_class_accuracy(hits(predictions)[self.mask], self.labels, self.sizes)
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
-        """Every kind of score."""
+        """The trial's score of every kind."""
         epochs = [
             self._epoch(classes[self.mask], log_probs[self.mask])
             for classes, log_probs in zip(predictions.classes, predictions.log_probs, strict=True)
@@ -106,10 +106,11 @@ class Half:
 def measure(
     trials: list[Trial], entry: StudyEntry, mask: np.ndarray
 ) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
-    """One search on the images of the mask, judged by the others.
+    """Do one search on the images of the mask, and judge it by the other images.
 
-    Returns by kind of score its pick's true score, how far that is behind the best one, and the rank
-    correlation of score and truth; and by kind of estimate what it says of its trial and the truth.
+    First returns three numbers for each kind of score: the true score of its pick, how far that is
+    behind the best, and the rank correlation of score and truth. Then returns two numbers for each kind
+    of estimate: the estimate for a trial, and the truth.
     """
     labels = trials[0].searched.labels
     seen, unseen = Half(entry, labels, mask), Half(entry, labels, ~mask)
@@ -122,16 +123,16 @@ def measure(
         picks[kind] = (pick, truth.max() - pick, float(spearmanr(values, truth).statistic))
     values = np.array([row["mean-last-5"] for row in scores])
     top = np.argsort(-values)[:TOP]
-    known = compare(
+    confirmed = compare(
         [dict(enumerate(hits(run)[mask] for run in trials[i].reruns)) for i in top],
         seen.labels,
         seen.sizes,
     )
-    leader = max(range(len(known)), key=lambda i: known[i].score.value)
+    leader = max(range(len(confirmed)), key=lambda i: confirmed[i].score.value)
     return picks, {
         "naive: the search's maximum": (values[top[0]], truth[top[0]]),
-        "the same trial, confirmed": (known[0].score.value, truth[top[0]]),
-        "the leader, confirmed": (known[leader].score.value, truth[top[leader]]),
+        "the same trial, confirmed": (confirmed[0].score.value, truth[top[0]]),
+        "the leader, confirmed": (confirmed[leader].score.value, truth[top[leader]]),
     }
 
 
@@ -139,14 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("study", nargs="+")
     parser.add_argument("--draws", type=int, default=400)
-    parser.add_argument("--trials", type=int, default=40, help="of each draw's search")
+    parser.add_argument("--trials", type=int, default=40, help="that the search of each draw has")
     options = parser.parse_args()
     engine = database.connect()
     entries, trials = [], []
     for name in options.study:
-        entry, some = read_trials(engine, name)
+        entry, study_trials = read_trials(engine, name)
         entries.append(entry)
-        trials += some
+        trials += study_trials
     if len({entry.dataset for entry in entries}) > 1:
         raise SystemExit("the studies are of different datasets")
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""An embedded PostgreSQL in a folder that is gone afterwards, for benchmarks."""
+"""An embedded PostgreSQL in a temporary folder, for benchmarks."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from storage.embedded import EmbeddedPostgres
 
 @contextmanager
 def temporary_home() -> Iterator[Path]:
-    """Makes ATELIER_HOME a temporary folder with a running server, for this process and its children."""
+    """Set ATELIER_HOME, for this process and its children, to a temporary folder with a server."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ATELIER_HOME"] = folder
         os.environ.pop("ATELIER_DATABASE_URL", None)

@@ -1,13 +1,14 @@
-"""How fast training is, against the report's loop as its author wrote it; one command, all sides.
+"""How fast training is, compared with the report's loop as its author wrote it.
 
     python -m benchmarks.speed --data DIR --lite0 FILE.safetensors [--rounds 5] [--only PART]
 
-`throughput`: SE-ResNeXt50 at 224, batch 128: trial-images per second of the baseline, of one trial and
-of packs, and how much of the bare kernels' bound (the trunk once and K tails) they reach.
-`augmentation`: images per second on one core, against the report's PIL pipeline.
+`throughput`: trial-images per second of SE-ResNeXt50 at 224 with batch 128: the baseline, one trial, and
+packs. Also the share that they reach of the bare kernels' bound: the trunk once and K tails.
+`augmentation`: images per second on one core, compared with the report's PIL pipeline.
 `memory`: a worker's peak with batch 256.
 `trials`: trials per hour of studies/fashion-cpu.toml with the weights --lite0, drawn to --figure.
-Sides alternate in every round; ratios are of the same round, their median with the lowest and highest.
+All sides take turns in every round. A ratio compares two sides of one round. The median of the rounds is
+shown, with the lowest and the highest.
 """
 
 import argparse
@@ -49,7 +50,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ReportsImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The training images through the report's transform, from JPEG to normalised tensor."""
+    """The training images after the report's transform, from JPEG to normalised tensor."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -76,7 +77,7 @@ class ReportsImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Baseline:
-    """The report's loop: nothing is told that it is frozen but by `requires_grad`."""
+    """The report's loop. Only `requires_grad` says what is frozen."""
 
     def __init__(self, config: TrainConfig) -> None:
         dataset = ReportsImages(config.data)
@@ -95,9 +96,9 @@ class Baseline:
         )
         self.model = nn.Sequential(net, head).train()
         self.loss = AttributeLoss(sizes, class_weights(labels, sizes), config.epsilon)
-        trained = [one for one in self.model.parameters() if one.requires_grad]
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
-        # Without an end: its processes are as busy in every round as in the middle of an epoch.
+        # It has no end, so its processes are as busy in every round as in the middle of an epoch.
         sampler = RandomSampler(dataset, replacement=True, num_samples=10**7)
         self.batches = iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=2))
 
@@ -121,7 +122,7 @@ def spread(values: list[float], unit: str = "") -> str:
 
 def throughput(data: str, rounds: int) -> None:
     threads = prepare_process()
-    trainer.workspace.COMPILED_PIXELS = 0  # as in an epoch of all images
+    trainer.workspace.COMPILED_PIXELS = 0  # compiled, as in an epoch of all images
     config = TrainConfig(
         data=data,
         backbone="seresnext50_32x4d",
@@ -134,7 +135,7 @@ def throughput(data: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
         packs = {size: [Run(config, workspace) for _ in range(size)] for size in PACKS}
-        lone, baseline = Run(config, workspace), Baseline(config)
+        single, baseline = Run(config, workspace), Baseline(config)
         images = torch.randn(IMAGES, 3, 224, 224).to(memory_format=torch.channels_last)
         features = workspace.runtime.features(workspace.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
         targets = workspace.train_targets[:BATCH]
@@ -145,7 +146,7 @@ def throughput(data: str, rounds: int) -> None:
                     workspace.frozen(part)
 
         def tail() -> None:
-            lone.train_step(features, targets)
+            single.train_step(features, targets)
 
         list(train_epoch(packs[1]))  # compiles
         tail()
@@ -166,18 +167,18 @@ def throughput(data: str, rounds: int) -> None:
     print(f"SE-ResNeXt50 at 224, batch {BATCH}, {threads} threads, trial-images/s:")
     print(f"  baseline {spread(measured['baseline'])}")
     for size in PACKS:
-        mine, bound = measured[f"pack {size}"], measured[f"bound {size}"]
-        times = [a / b for a, b in zip(mine, measured["baseline"], strict=True)]
-        share = [100 * a / b for a, b in zip(mine, bound, strict=True)]
+        rates, bound = measured[f"pack {size}"], measured[f"bound {size}"]
+        times = [a / b for a, b in zip(rates, measured["baseline"], strict=True)]
+        share = [100 * a / b for a, b in zip(rates, bound, strict=True)]
         print(
-            f"  --pack {size}: {spread(mine)}, {spread(times, 'x')} the baseline, "
+            f"  --pack {size}: {spread(rates)}, {spread(times, 'x')} the baseline, "
             f"{spread(share, ' %')} of the bare kernels"
         )
 
 
 def augmentation(data: str, rounds: int) -> None:
     prepare_process()
-    theirs = ReportsImages(data)
+    reports_images = ReportsImages(data)
     config = TrainConfig(data=data, backbone="resnet10t", weights="none", trainable="head")
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
@@ -188,7 +189,10 @@ def augmentation(data: str, rounds: int) -> None:
             workspace.runtime.normalise(next(blocks)[0])
 
         rates = [
-            (128 / seconds(lambda k=k: [theirs[128 * k + i] for i in range(128)]), 256 / seconds(ours))
+            (
+                128 / seconds(lambda k=k: [reports_images[128 * k + i] for i in range(128)]),
+                256 / seconds(ours),
+            )
             for k in range(rounds)
         ]
     pil, batched = zip(*rates, strict=True)
@@ -204,7 +208,7 @@ def memory(data: str, pack: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
         runs = [Run(config, workspace) for _ in range(pack)]
-        for _ in range(3):  # all that is kept from one epoch to the next is there in the second
+        for _ in range(3):  # from the second on, all that stays from epoch to epoch is there
             list(train_epoch(runs))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(f"a worker's peak at --pack {pack}, batch 256: {peak:.2f} GiB")
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--pack", type=int, help=argparse.SUPPRESS)  # a process of `memory`
+    parser.add_argument("--pack", type=int, help=argparse.SUPPRESS)  # for the processes of `memory`
     options = parser.parse_args()
     if options.pack:
         memory(options.data, options.pack)
@@ -275,7 +279,7 @@ def main() -> None:
 
 
 def again(*words: str, threads: str | None = None) -> None:
-    """One part in a process of its own, whose memory and threads are its own."""
+    """Measure one part in another process, with its own memory and threads."""
     environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], env=environment, check=True)
 

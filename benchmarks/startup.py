@@ -1,10 +1,11 @@
-"""How long commands take to begin, beside a Python that imports what they build on.
+"""How long commands take to begin, compared with a Python that imports the same libraries.
 
     python benchmarks/startup.py
 
-The login node's commands run beside `import torch`. `atelier search` with two workers runs up to its
-first optimizer step, beside the import of torch, torchvision, timm and Optuna. Each runs five times, in
-turns with what it is compared to, on the embedded database of a folder of its own. Figures are medians.
+The login node's commands are compared with `import torch`. `atelier search` with two workers runs up to
+its first optimizer step. It is compared with the import of torch, torchvision, timm and Optuna. Each
+runs five times, in turns with what it is compared with. All use the embedded database of a temporary
+folder. The figures are medians.
 """
 
 import os
@@ -46,7 +47,7 @@ class Place:
         self.environment = os.environ | {"PYTHONPATH": os.getcwd(), "ATELIER_HOME": str(self.home)}
 
     def seconds(self, command: list[str], **environment: str) -> float:
-        """Until the command has ended."""
+        """The seconds until the command has ended."""
         started = time.perf_counter()
         subprocess.run(
             command,
@@ -58,7 +59,7 @@ class Place:
         return time.perf_counter() - started
 
     def seconds_to_first_step(self, name: str) -> float:
-        """Until a worker of a new search has made a step; then the search is stopped."""
+        """The seconds until a worker of a new search has made a step. The search is stopped then."""
         command = [*ATELIER, "search", str(DEMO), "--data", "data", "--set", f"study.name={name}"]
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -121,9 +122,9 @@ def login_node(place: Place) -> dict[str, float]:
 
 
 def in_turns(timed: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median seconds of each."""
+    """Measure all in turns. Returns the median seconds of each."""
     rounds = [{name: measure() for name, measure in timed.items()} for _ in range(RUNS)]
-    return {name: statistics.median(one[name] for one in rounds) for name in timed}
+    return {name: statistics.median(times[name] for times in rounds) for name in timed}
 
 
 def show(base: str, timed: dict[str, float]) -> None:

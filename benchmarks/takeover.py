@@ -1,10 +1,10 @@
-"""How long a trial is left alone when its worker dies where nobody can see it: on another host.
+"""How long a trial waits for another worker after its own died on another host.
 
     python -m benchmarks.takeover [--trials 200]
 
-Each of so many processes holds a trial with the default lease and renewal, and is killed at a random
-moment; one other worker, which cannot tell who lives, asks for a trial as often as a worker with a free
-place does. Nothing is trained. The server is an embedded PostgreSQL in a temporary folder.
+Each of --trials processes holds a trial, with the default lease and renewal. Each is killed at a random
+moment. One more worker asks for a trial as often as a worker with a free place does. It cannot tell
+which processes live. Nothing is trained. The server is an embedded PostgreSQL in a temporary folder.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from storage.ledger import LEASE_SECONDS, Ledger
 from storage.tables import Attempt, Worker
 from tests.studies import fill
 
-SPREAD = 300.0  # seconds in which the processes are killed
+SPREAD = 300.0  # seconds until all processes have been killed
 
 
 def hold(study_id: int, storage: optuna.storages.BaseStorage, ready: Semaphore) -> None:
-    """Claim a trial and keep it until the end of this process."""
+    """Claim a trial, and hold it until this process ends."""
     ledger = Ledger(database.connect(), storage, study_id, probe_liveness=lambda _: {})
     ledger.register()
     claim = ledger.claim()
@@ -46,7 +46,7 @@ def hold(study_id: int, storage: optuna.storages.BaseStorage, ready: Semaphore) 
 
 
 def kill(holders: list[BaseProcess], died: dict[int, datetime]) -> None:
-    """Kill one after another, at random moments."""
+    """Kill the holders one after another, at random moments. `died` gets the moments by process id."""
     deaths = sorted(random.uniform(0, SPREAD) for _ in holders)
     for holder, before, death in zip(holders, [0.0, *deaths], deaths, strict=False):
         time.sleep(death - before)
@@ -74,22 +74,28 @@ def main() -> None:
             ready.acquire()
         died: dict[int, datetime] = {}
         threading.Thread(target=kill, args=(holders, died), daemon=True).start()
-        other = Ledger(engine, storage, study_id, probe_liveness=lambda _: {})
-        other.register()
+        successor = Ledger(engine, storage, study_id, probe_liveness=lambda _: {})
+        successor.register()
         taken: list[int] = []
         while len(taken) < count:
             time.sleep(RENEW_SECONDS)
-            while claim := other.claim(taken):
+            while claim := successor.claim(taken):
                 taken.append(claim.trial_id)
-        new = aliased(Attempt)
+        next_attempt = aliased(Attempt)
         query = (
-            sa.select(Worker.pid, new.claimed)
+            sa.select(Worker.pid, next_attempt.claimed)
             .join(Attempt, Attempt.worker_id == Worker.id)
-            .join(new, (new.trial_id == Attempt.trial_id) & (new.number == Attempt.number + 1))
+            .join(
+                next_attempt,
+                (next_attempt.trial_id == Attempt.trial_id)
+                & (next_attempt.number == Attempt.number + 1),
+            )
             .where(Attempt.outcome == "lost")
         )
         with engine.connect() as connection:
-            waits = sorted((at - died[pid]).total_seconds() for pid, at in connection.execute(query))
+            waits = sorted(
+                (claimed - died[pid]).total_seconds() for pid, claimed in connection.execute(query)
+            )
     print(
         f"{len(waits)} trials taken over after {waits[0]:.0f} to {waits[-1]:.0f} s: median "
         f"{statistics.median(waits):.0f}, p95 {waits[math.ceil(0.95 * len(waits)) - 1]:.0f} "

@@ -1,9 +1,9 @@
 """The report's random augmentation, for a batch of images at once, on any device.
 
-Each image has parameters of its own, drawn from (seed, epoch) for the whole split, so an image looks the
-same in whichever block, process or order it is made. The arithmetic is that of torchvision's transforms
-on PIL images (Pillow's Blend.c, Convert.c and Geometry.c), rounding included: the bytes are the same,
-compiled or not, on a CPU or a GPU.
+Each image has its own parameters. They are drawn from (seed, epoch) for the whole split, so an image
+looks the same in every block, process and order. The arithmetic is that of torchvision's transforms on
+PIL images (Pillow's Blend.c, Convert.c and Geometry.c), rounding included. The bytes are the same on a
+CPU and a GPU, compiled or not.
 """
 
 import itertools
@@ -29,17 +29,17 @@ AS_EAGER: dict[str, str | int | bool | Callable[..., Any]] = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,
 }
-# Pixels that a CPU works on at once, so that they stay in its cache; uncompiled steps leave
-# intermediate results, of four bytes each, there too.
+# A CPU works on so many pixels at once, so that they stay in its cache. Uncompiled steps keep so many
+# intermediate results there too, of four bytes a pixel.
 CACHED_PIXELS, TEMPORARIES = 1 << 20, 5
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for n images, on the host."""
+    """The random parameters of n images, on the host."""
 
     order: np.ndarray  # int [n, 4]: a permutation of STEPS for each image
-    factors: np.ndarray  # float32 [n, 4], by step; of hue in whole 255ths of a turn
+    factors: np.ndarray  # float32 [n, 4], one per step; hue's is in whole 255ths of a turn
     flip: np.ndarray  # bool [n]
     # int32 [n, 6]: output pixel (x, y) shows source pixel (a x + b y + c, d x + e y + f) >> 16.
     affine: np.ndarray
@@ -49,7 +49,7 @@ class Draws:
 
 
 def draw(seed: int, epoch: int, images: int, size: int) -> Draws:
-    """The parameters of every image of a split in one epoch; images are `size` pixels wide and high."""
+    """Draw the parameters of every image of a split for one epoch. Images are `size` x `size` pixels."""
     generator = np.random.default_rng([seed, epoch, 1])  # [seed, epoch] draws the order
     uniform = generator.random((images, 13))
     between = 2 * uniform - 1
@@ -70,46 +70,48 @@ def draw(seed: int, epoch: int, images: int, size: int) -> Draws:
 def affine(
     angle: np.ndarray, shear: np.ndarray, scale: np.ndarray, shift: np.ndarray, size: int
 ) -> np.ndarray:
-    """`Draws.affine` for a rotation and an x shear in degrees, a scale, and a shift [n, 2] in pixels.
+    """The matrices of `Draws.affine`, in Pillow's fixed point.
 
-    The inverse of: shear, rotate, scale about the centre, shift; in Pillow's fixed point.
+    Angle and shear (along x) are in degrees, shift [n, 2] is in pixels. An image is sheared, rotated,
+    scaled about its centre and shifted. The matrix undoes this: it leads from an output pixel to its
+    source.
     """
     sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
     slope = np.tan(np.radians(shear))
     linear = np.stack([cosine - slope * sine, sine + slope * cosine, -sine, cosine], 1)
     linear = linear.reshape(-1, 2, 2) / scale[:, None, None]
     middle = np.full(2, size / 2)
-    # Pixel centres are at halves.
+    # A pixel's centre is half a pixel from its corner.
     offset = middle - np.einsum("nij,nj->ni", linear, middle + shift - 0.5)
     return np.floor(65536 * np.dstack([linear, offset]).reshape(-1, 6) + 0.5).astype(np.int32)
 
 
 def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Towards black.
+    """Blend with black.
 
-    This and the next three take whole numbers, float32 [n, 3, h, w], to others; factors are float32
-    [n, 1, 1, 1]. What is computed in whole numbers there is exact in float32.
+    All four steps take and return images as float32 [n, 3, h, w] with whole numbers. Factors are float32
+    [n, 1, 1, 1]. What Pillow computes in whole numbers is exact in float32.
     """
     return _blend(torch.zeros_like(factors), images, factors)
 
 
 def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Towards the image's mean luma, rounded."""
+    """Blend with the image's mean luma, rounded."""
     luma = _luma(images)
     mean = luma.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / luma[0].numel()
     return _blend((mean + 0.5).floor().float(), images, factors)
 
 
 def saturation(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Towards each pixel's luma."""
+    """Blend with each pixel's luma."""
     return _blend(_luma(images), images, factors)
 
 
 def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Around the colour circle by 255ths of a turn, through Pillow's HSV in bytes.
+    """Turn the colour circle by 255ths of a turn, through Pillow's HSV in bytes.
 
-    Pillow works in double precision and rounds to float in between; the order of the steps here gives
-    the same in floats (a test compares all colours).
+    Pillow works in double precision and rounds to float in between. The order of the steps here gives
+    the same result in floats. A test compares all colours.
     """
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -124,11 +126,12 @@ def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     sector = torch.where(reddest, 0.0, torch.where(greenest, 2.0, 4.0))
     plus = torch.where(reddest, from_blue, torch.where(greenest, from_red, from_green))
     minus = torch.where(reddest, from_green, torch.where(greenest, from_blue, from_red))
-    # One of the two is 1, the darkest channel's. Sector and 1 add up exactly, so one sum is rounded.
+    # Plus or minus is exactly 1: the darkest channel's. Sector and 1 add up exactly, so only the other
+    # sum is rounded.
     sixth = torch.where(minus == 1, (sector - 1) + plus, (sector + 1) - minus)
     turn = torch.where(sixth < 0, 1 + sixth / 6, sixth / 6)
     whole = (turn * 255).floor()
-    whole = torch.where(turn * 256 - whole < turn, whole - 1, whole)  # that product was rounded up
+    whole = torch.where(turn * 256 - whole < turn, whole - 1, whole)  # turn * 255 was rounded up
     angle = torch.where(chroma == 0, 0.0, whole) + turns.squeeze(1)
     angle = (angle - 256 * (angle / 256).floor()) * 6 / 255
     grey = (chroma / value.clamp(min=1) * 255).floor() / 255
@@ -140,7 +143,7 @@ def hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     rising = _rounded(value * (1 - grey * (1 - part)))
 
     def channel(first: int) -> torch.Tensor:
-        """One that is highest in sector `first` and the next, counted around the circle."""
+        """The channel that is highest in sector `first` and in the sector after it."""
         where = sector - first
         where = torch.where(where < 0, where + 6, where)
         sides = torch.where(where == 2, falling, torch.where(where == 5, rising, low))
@@ -154,7 +157,7 @@ def _blend(base: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> t
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """ITU-R 601-2 in whole numbers, [n, 1, h, w]."""
+    """The brightness by ITU-R 601-2, in whole numbers: [n, 1, h, w]."""
     red, green, blue = images.unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) / 0x10000).floor().unsqueeze(1)
 
@@ -164,9 +167,10 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def sources(matrices: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
-    """Which pixel, y s + x, is shown at each place of a flipped and moved image; -1 for none.
+    """The source pixel of each pixel of a flipped and moved image: int32 [n, size, size].
 
-    int32 [n, 6] as in `Draws.affine` and bool [n] to int32 [n, s, s].
+    A source pixel is the number y * size + x, or -1 outside the image. `matrices` are those of
+    `Draws.affine`, int32 [n, 6], and `flip` is bool [n].
     """
     across = torch.arange(size, device=matrices.device, dtype=torch.int32)
     down = across.view(-1, 1)
@@ -182,8 +186,8 @@ STEPS = (brightness, contrast, saturation, hue)
 
 
 def groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.ndarray, int]]:
-    """The images that take a step together, and the step's number, in an order that is each image's."""
-    if one_by_one:  # in place
+    """Which images take which step next. Every image gets its steps in its own order."""
+    if one_by_one:  # slices, which copy nothing
         for image, steps in enumerate(order.tolist()):
             yield from ((slice(image, image + 1), step) for step in steps)
     else:
@@ -194,34 +198,34 @@ def groups(order: np.ndarray, one_by_one: bool) -> Iterator[tuple[slice | np.nda
 
 
 class Augmentation:
-    """Applies draws to images; `compiled` fuses each step's arithmetic, which gives the same bytes."""
+    """Applies draws to images. `compiled` fuses each step's arithmetic; the bytes stay the same."""
 
     def __init__(self, compiled: bool) -> None:
         self._compiled = compiled
         self._fused: dict[str, Callable[..., torch.Tensor]] = {}
 
     def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """uint8 [n, 3, s, s] on any device to the same, another tensor."""
+        """Augment images, uint8 [n, 3, s, s] on any device. Returns a new tensor of that form."""
         if images.device.type != "cpu":
             return self._augmented(images, draws, one_by_one=False)
         pixels = CACHED_PIXELS * (1 if self._compiled else 1 / TEMPORARIES)
         images_at_once = max(round(pixels / images[0, 0].numel()), 1)
-        # Groups pay only where several images share a step.
+        # Grouping is only faster if several images share a step.
         one_by_one = self._compiled or images_at_once < len(STEPS) ** 2
         starts = range(0, len(images), images_at_once)
         parts = [slice(start, start + images_at_once) for start in starts]
         return torch.cat([self._augmented(images[part], draws[part], one_by_one) for part in parts])
 
     def _augmented(self, images: torch.Tensor, draws: Draws, one_by_one: bool) -> torch.Tensor:
-        def there(values: np.ndarray) -> torch.Tensor:
+        def to_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(images.device, non_blocking=True)
 
         jittered = images.float()
-        factors = there(draws.factors).view(-1, 4, 1, 1, 1)
-        for chosen, number in groups(draws.order, one_by_one):
-            rows = chosen if isinstance(chosen, slice) else there(chosen)
+        factors = to_device(draws.factors).view(-1, 4, 1, 1, 1)
+        for images_of_group, number in groups(draws.order, one_by_one):
+            rows = images_of_group if isinstance(images_of_group, slice) else to_device(images_of_group)
             jittered[rows] = self._run(STEPS[number], jittered[rows], factors[rows, number])
-        shown = self._run(sources, there(draws.affine), there(draws.flip), images.shape[-1])
+        shown = self._run(sources, to_device(draws.affine), to_device(draws.flip), images.shape[-1])
         index = shown.flatten(1).unsqueeze(1)
         pixels = jittered.byte().flatten(2).gather(2, index.clamp(min=0).long().expand(-1, 3, -1))
         return pixels.mul_(index >= 0).view_as(images)
@@ -232,7 +236,7 @@ class Augmentation:
                 self._fused[step.__name__] = torch.compile(step, dynamic=True, options=AS_EAGER)
             try:
                 return self._fused[step.__name__](*arguments)
-            except Exception as error:  # no compiler, a full disk, a killed compiler: the ways are many
+            except Exception as error:  # no compiler, a full disk, a killed compiler, and more
                 if is_out_of_memory(error):
                     raise
                 log.warning("the augmentation runs uncompiled: %s", repr(error).splitlines()[0])

@@ -10,24 +10,23 @@ from trainer.dataset import ATTRIBUTES, LEARNED, Dataset, Finding, Split, examin
 from trainer.images import ImageError, image_digest
 from trainer.text import as_on_disk, read_lines
 
-Row = tuple[Split, int]  # an image's place: its split, and its index in it
+Row = tuple[Split, int]  # where an image is listed: its split, and its index there
 
 
 def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
-    """The dataset as far as it can be read, and all findings.
+    """Read the dataset as far as possible, and collect all findings.
 
-    An error keeps a search from beginning or, in a folder without labels, a prediction. All else is a
-    warning.
+    An error prevents a search or, in a folder without labels, a prediction. All else is a warning.
     """
     present = listed_splits(folder)
     labelled = any((as_on_disk(folder) / "split" / f"{name}_attr.txt").is_file() for name in LEARNED)
-    wanted = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
-    dataset, findings = examine(folder, [*wanted], labelled)
+    splits = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
+    dataset, findings = examine(folder, [*splits], labelled)
     if dataset is not None:
         if labelled and all(name in dataset.splits for name in LEARNED) and not findings:
             findings += _absent(dataset)
         findings += _of_images(dataset)
-    if labelled:  # a search does not look at the test split
+    if labelled:  # a search does not use the test split
         findings = [replace(f, is_error=f.is_error and not _is_of_test(f)) for f in findings]
     return dataset, sorted(findings, key=lambda finding: not finding.is_error)
 
@@ -37,53 +36,60 @@ def _is_of_test(finding: Finding) -> bool:
 
 
 def summary(findings: list[Finding]) -> str:
-    """How many there are of each kind, errors apart from warnings."""
-    words = []
+    """Say how many findings there are of each kind, first the errors and then the warnings."""
+    parts = []
     for name, is_error in (("errors", True), ("warnings", False)):
         kinds = Counter(f.kind for f in findings if f.is_error is is_error)
-        each = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
+        by_kind = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
         number = "1 " + name[:-1] if kinds.total() == 1 else f"{kinds.total() or 'no'} {name}"
-        words.append(number + (f" ({each})" if each else ""))
-    return ", ".join(words)
+        parts.append(number + (f" ({by_kind})" if by_kind else ""))
+    return ", ".join(parts)
 
 
 def _of_images(dataset: Dataset) -> Iterator[Finding]:
-    equal: dict[bytes, list[Row]] = defaultdict(list)
+    rows_by_digest: dict[bytes, list[Row]] = defaultdict(list)
     for split in dataset.splits.values():
         for index, path in enumerate(split.paths):
             file = dataset.folder / path
             if not os.path.isfile(file):
-                continue  # the reader has found that
+                continue  # `examine` has reported that
             try:
-                equal[image_digest(file)].append((split, index))
+                rows_by_digest[image_digest(file)].append((split, index))
             except ImageError as error:
                 yield Finding(_place(dataset, (split, index)), "broken images", str(error))
-    for first, *others in equal.values():
-        for other in others:
-            yield from _repeated(dataset, first, other)
+    for first, *repeats in rows_by_digest.values():
+        for repeat in repeats:
+            yield from _repeated(dataset, first, repeat)
 
 
-def _repeated(dataset: Dataset, first: Row, other: Row) -> Iterator[Finding]:
-    """What there is to say of two rows with the same image."""
-    (split, index), (other_split, other_index) = first, other
-    there = f"{split.name}.txt:{index + 1}"
-    if split is not other_split:
+def _repeated(dataset: Dataset, first: Row, repeat: Row) -> Iterator[Finding]:
+    """The findings about two rows with the same image."""
+    (split, index), (repeat_split, repeat_index) = first, repeat
+    first_place = f"{split.name}.txt:{index + 1}"
+    if split is not repeat_split:
         kind, text = (
             "images in two splits",
-            f"the image of {there} too, so {other_split.name} is not unseen",
+            f"the image of {first_place} too, so {repeat_split.name} is not unseen",
         )
-    elif Path(split.paths[index]) == Path(other_split.paths[other_index]):
-        kind, text = "images listed twice", f"listed in {there} already"
+    elif Path(split.paths[index]) == Path(repeat_split.paths[repeat_index]):
+        kind, text = "images listed twice", f"listed in {first_place} already"
     else:
-        kind, text = "equal images", f"the same image as {there}, byte for byte, under another name"
-    yield Finding(_place(dataset, other), kind, text, is_error=False)
-    if split.labels is None or other_split.labels is None:
+        kind, text = (
+            "equal images",
+            f"the same image as {first_place}, byte for byte, under another name",
+        )
+    yield Finding(_place(dataset, repeat), kind, text, is_error=False)
+    if split.labels is None or repeat_split.labels is None:
         return
-    columns = zip(dataset.names, split.labels[index], other_split.labels[other_index], strict=True)
-    differing = [f"{names[mine]}, not {names[its]}" for names, its, mine in columns if its != mine]
+    columns = zip(dataset.names, split.labels[index], repeat_split.labels[repeat_index], strict=True)
+    differing = [
+        f"{names[label]}, not {names[first_label]}"
+        for names, first_label, label in columns
+        if first_label != label
+    ]
     if differing:
-        text = f"other labels than {there}, the same image: {'; '.join(differing)}"
-        yield Finding(_place(dataset, other, "_attr"), "contradicting labels", text, is_error=False)
+        text = f"other labels than {first_place}, the same image: {'; '.join(differing)}"
+        yield Finding(_place(dataset, repeat, "_attr"), "contradicting labels", text, is_error=False)
 
 
 def _place(dataset: Dataset, row: Row, suffix: str = "") -> str:

@@ -1,12 +1,12 @@
-"""Write and find checkpoints, so that a kill at no moment can spoil them; the newest two are kept.
+"""Write and find checkpoints so that a kill at any moment spoils none. The newest two are kept.
 
 A checkpoint is a file such as `attempt-0001-epoch-0003-step-00000120.pt`. Its name has the attempt that
-wrote it, and the epochs and steps that the run had finished. Beside it, a file with `.sha256` at the end
-of its name has its digest, in the form of `sha256sum -c`. Both are written under a temporary name and
-moved into place, the digest last: a file without a digest does not count.
+wrote it, and the epochs and steps that the run had finished. A second file has `.sha256` at the end of
+its name, and holds the digest in the form of `sha256sum -c`. Both are written under a temporary name and
+moved into place, the digest last. A checkpoint without a digest does not count.
 
-The newest checkpoint is the last attempt's. So a late write of a worker that was replaced counts as
-older than its successor's. One older checkpoint is kept. If the newest is damaged, it is renamed to
+The newest checkpoint is that of the last attempt. So a worker that was replaced cannot write a newer one
+than its successor. One older checkpoint is kept. If the newest is damaged, it is renamed to
 `.damaged`, and the run goes on from the older one.
 """
 
@@ -32,14 +32,14 @@ KEPT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit the configuration or cannot be read; the message is one line."""
+    """A checkpoint does not fit the configuration or cannot be read. The message is one line."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own.
+    """The checkpoints of one run, in their own folder.
 
-    `attempt` counts the workers that have worked on the run. `before_save` is called before each write,
-    and prevents it by raising an error.
+    `attempt` counts the workers that have worked on the run. `before_save` is called before each write.
+    It prevents the write by raising an error.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Checkpoints:
         self._last_saved: Path | None = None
 
     def save(self, epochs: int, step: int, state: State) -> Path:
-        """Write the state after so many epochs and steps; of the older ones the latest is kept."""
+        """Write the state after so many epochs and steps. Only the latest older checkpoint is kept."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         name = f"attempt-{self._attempt:04d}-epoch-{epochs:04d}-step-{step:08d}.pt"
@@ -59,16 +59,16 @@ class Checkpoints:
             self._before_save()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            _digest_path(path).unlink(missing_ok=True)  # for a moment it would belong to other data
+            _digest_path(path).unlink(missing_ok=True)  # else it would belong to other data for a moment
             write_atomically(path, data)
         write_atomically(_digest_path(path), f"{digest}  {path.name}\n".encode())
-        older = [other for other in self._files() if other < path]
-        for other in older[: 1 - KEPT]:
-            _remove(other)
+        older = [checkpoint for checkpoint in self._files() if checkpoint < path]
+        for checkpoint in older[: 1 - KEPT]:
+            _remove(checkpoint)
         return path
 
     def latest(self) -> State | None:
-        """The newest undamaged state; None if there is none."""
+        """The newest undamaged state. None if there is none."""
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[State]:
@@ -79,7 +79,8 @@ class Checkpoints:
         for path in reversed(self._files()):
             try:
                 data = path.read_bytes()
-                expected = _digest_path(path).read_bytes().split()[:1]  # damaged, it may be no text
+                # Compared as bytes, because a damaged file may be no text.
+                expected = _digest_path(path).read_bytes().split()[:1]
             except FileNotFoundError:
                 continue  # another worker has just replaced it
             if expected == [hashlib.sha256(data).hexdigest().encode()]:
@@ -91,10 +92,10 @@ class Checkpoints:
                 _remove(path)
 
     def withdraw(self) -> None:
-        """Remove what was saved last, because the run had another worker by then."""
+        """Remove the last saved checkpoint, because another worker had taken the run by then."""
         if self._last_saved is not None:
             _remove(self._last_saved)
-            with suppress(OSError):  # it has other files
+            with suppress(OSError):  # the folder has other files
                 self.folder.rmdir()
 
     def clear(self) -> None:
@@ -106,9 +107,9 @@ class Checkpoints:
         return sorted(path.with_suffix("") for path in self.folder.glob("attempt-*.pt.sha256"))
 
     def _sweep(self) -> None:
-        """Remove leftovers of a save that was killed, but nothing of a later attempt."""
-        bare = set(self.folder.glob("attempt-*.pt")) - set(self._files())
-        for leftover in [*self.folder.glob(".attempt-*"), *bare]:
+        """Remove what a killed save left behind, but nothing of a later attempt."""
+        without_digest = set(self.folder.glob("attempt-*.pt")) - set(self._files())
+        for leftover in [*self.folder.glob(".attempt-*"), *without_digest]:
             if leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}":
                 leftover.unlink(missing_ok=True)
 

@@ -10,19 +10,19 @@ from trainer.text import as_on_disk
 
 
 def _no_boolean(value: object) -> object:
-    if isinstance(value, bool):  # which Python takes for 1 or 0
+    if isinstance(value, bool):  # Python takes True for 1 and False for 0
         raise PydanticKnownError("float_type")
     return value
 
 
-# Numbers as a user may type them: True and False are refused.
+# Numbers that a user types. True and False are refused.
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
 Real = Annotated[float, BeforeValidator(_no_boolean)]
-Number = Annotated[float | int, BeforeValidator(_no_boolean)]  # stays what it is
+Number = Annotated[float | int, BeforeValidator(_no_boolean)]  # keeps its type
 
 
 class TrainConfig(BaseModel):
-    """Every setting of one run; the values below are those of the report's search.
+    """Every setting of one run. The defaults are those of the report's search.
 
     `lr`, `batch_size`, `weight_decay`, `dropout` and `epsilon` are the five that a study tunes.
     """
@@ -31,11 +31,11 @@ class TrainConfig(BaseModel):
 
     data: str  # folder of the dataset
     backbone: str = "seresnext50_32x4d.gluon_in1k"  # timm name, ResNet or EfficientNet family
-    weights: str = "timm"  # "timm": by the name's tag; a file's path; or "none"
+    weights: str = "timm"  # "timm" for those of the name's tag, a file's path, or "none"
     trainable: str = "layer4"  # the first trained stage, or "head"
     frozen_batchnorm: Literal["eval", "train"] = "eval"  # "train": batch statistics below `trainable`
     image_size: Whole = Field(224, ge=32, le=1024)  # pixels, square
-    augment: Literal["report", "none"] = "report"  # random part of the training transform
+    augment: Literal["report", "none"] = "report"  # the random part of the training transform
     train_images: Whole | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
 
@@ -50,14 +50,15 @@ class TrainConfig(BaseModel):
     epsilon: Real = Field(0.01, ge=0, lt=1)  # label smoothing
     smoothing: Literal["report", "uniform"] = "report"
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on CUDA, else fp32
     allow_tf32: bool = True
-    # "auto": the augmentation, where that pays, which changes no number; "network": trunk and tail too
+    # "auto" compiles the augmentation where that saves time, and changes no number.
+    # "network" compiles trunk and tail too.
     compile: Literal["auto", "network", "none"] = "auto"
 
     @property
     def validates(self) -> bool:
-        """Whether there is a validation split that the run does not train on."""
+        """Whether the run leaves the validation split out of its training."""
         return self.train_on == "train"
 
     @field_validator("data", "weights")

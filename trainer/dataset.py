@@ -1,9 +1,13 @@
 """Read a dataset's folder, and fingerprint it to tell one dataset from another.
 
-`img/*.jpg`; `split/{train,val,test}.txt` with one image path a line; `split/{train,val}_attr.txt` with
-one 0-based attribute index per category a line; `split/list_attr_cloth.txt` with the number of
-attributes, a head, and the attributes with the numbers of their categories. Nothing here has a fixed
-size, so the full DeepFashion set reads the same way.
+- `img/*.jpg`: the images.
+- `split/{train,val,test}.txt`: the path of one image in each line.
+- `split/{train,val}_attr.txt`: the labels of one image in each line. A label is the index, from 0, of an
+  attribute inside its category.
+- `split/list_attr_cloth.txt`: the number of attributes, a head, and each attribute with the number of
+  its category.
+
+Nothing here has a fixed size, so the full DeepFashion set is read in the same way.
 """
 
 import hashlib
@@ -34,24 +38,24 @@ CATEGORY_NAMES = {
 
 ATTRIBUTES = "list_attr_cloth.txt"
 HEAD = re.compile(r"\S*name\s+\S*type", re.IGNORECASE)  # attribute_name attribute_type
-MOST_DIGITS = 9  # of a label
-MOST_OF_A_TYPE = 256  # attributes: predictions are kept in bytes
+MOST_DIGITS = 9  # in a label
+MOST_OF_A_TYPE = 256  # attributes of one type, because predictions are kept in bytes
 LEARNED = ("train", "val")  # the splits of a search
-MISSING = "missing files"  # a finding's kind
+MISSING = "missing files"  # the kind of a finding
 
 
 class DatasetError(ValueError):
-    """The dataset is missing or broken; the message is one line and names file and line."""
+    """The dataset is missing or broken. The message is one line and names file and line."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something that is wrong or worth knowing about a dataset."""
 
-    place: str  # a file; with its line, if it has one, as in train.txt:3
+    place: str  # a file, with a line if there is one, as in train.txt:3
     kind: str  # in the plural, for a summary
     text: str
-    is_error: bool = True  # the dataset cannot be used as it is
+    is_error: bool = True  # else a warning: the dataset can be used as it is
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}"
@@ -59,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, in file order. `labels` is int64 [images, categories] or None."""
+    """The images of one split, in file order. `labels` is int64 [images, categories] or None."""
 
     name: str
     paths: tuple[str, ...]
@@ -81,7 +85,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over labels, lists and image bytes: equal data has an equal fingerprint."""
+        """SHA-256 over labels, lists and image bytes. Equal data has an equal fingerprint."""
         return self._digests[0]
 
     def images_digest(self, split: Split) -> str:
@@ -91,21 +95,21 @@ class Dataset:
     @cached_property
     def _digests(self) -> tuple[str, dict[str, str]]:
         """The digest of everything, and of each split's images."""
-        whole = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
+        of_everything = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
         images = {}
         for split in self.splits.values():
             labels = b"" if split.labels is None else split.labels.tobytes()
-            whole.update(f"{split.name}:{len(split)}".encode() + labels)
+            of_everything.update(f"{split.name}:{len(split)}".encode() + labels)
             of_images = hashlib.sha256()
             for path in split.paths:
                 data = (self.folder / path).read_bytes()
-                whole.update(same_letters(path).encode() + data)
+                of_everything.update(same_letters(path).encode() + data)
                 of_images.update(hashlib.sha256(data).digest())
             images[split.name] = of_images.hexdigest()[:16]
-        return whole.hexdigest(), images
+        return of_everything.hexdigest(), images
 
     def split(self, name: str) -> Split:
-        """One split, or several as one, as in "train+val"."""
+        """One split by its name, or several joined, as in "train+val"."""
         parts = [self.splits[part] for part in name.split("+")]
         if len(parts) == 1:
             return parts[0]
@@ -117,30 +121,32 @@ class Dataset:
         )
 
     def training_rows(self, config: TrainConfig) -> np.ndarray:
-        """Indices of the images that a run learns from; the same for every seed. Raises DatasetError."""
-        images, wanted = len(self.split(config.train_on)), config.train_images
-        if wanted is None:
+        """Indices of the images that a run learns from, equal for every seed. Raises DatasetError."""
+        images, limit = len(self.split(config.train_on)), config.train_images
+        if limit is None:
             return np.arange(images)
-        if wanted > images:
+        if limit > images:
             raise DatasetError(
-                f"train_images = {wanted}: the dataset has {images} training images; allowed is 1 to "
+                f"train_images = {limit}: the dataset has {images} training images; allowed is 1 to "
                 f"{images}"
             )
-        return np.sort(np.random.default_rng(0).permutation(images)[:wanted])
+        return np.sort(np.random.default_rng(0).permutation(images)[:limit])
 
     def attribute_table(self, config: TrainConfig) -> list[dict[str, str | int]]:
-        """Every attribute in the order of the outputs: name, category, and how many images have it.
+        """Name, category and number of images of every attribute, in the order of the network's outputs.
 
-        `images` are those of the validation split, `train_images` those that a run learns from.
+        `images` counts the validation images, `train_images` the images that a run learns from.
         """
-        kinds = [
-            kind for kind, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
+        categories = [
+            name for name, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
         ]
         val = self.counts(self.split("val"))
         train = self.counts(self.split(config.train_on), self.training_rows(config))
         return [
-            {"name": name, "category": kind, "images": images, "train_images": train_images}
-            for name, kind, images, train_images in zip(self.attributes, kinds, val, train, strict=True)
+            {"name": name, "category": category, "images": images, "train_images": train_images}
+            for name, category, images, train_images in zip(
+                self.attributes, categories, val, train, strict=True
+            )
         ]
 
     @property
@@ -161,20 +167,20 @@ class Dataset:
 
 
 def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The consequences of attributes without images, in sentences; `table` is an attribute table."""
+    """A sentence for each split in which attributes have no image. `table` is an attribute table."""
     lines = []
-    for split, key, so in (
+    for split, key, consequence in (
         ("training", "train_images", "no network can learn it"),
         ("validation", "images", "the score leaves it out"),
     ):
-        # A study of an earlier version does not know how many training images there are.
+        # A study of an earlier version has no numbers of training images.
         if names := [str(row["name"]) for row in table if row.get(key) == 0]:
-            lines.append(f"no {split} image has {', '.join(names)}: {so}")
+            lines.append(f"no {split} image has {', '.join(names)}: {consequence}")
     return lines
 
 
 def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: bool = True) -> Dataset:
-    """Read lists and labels of some splits of a dataset, not its images; without `labelled` no labels.
+    """Read the lists and labels of some splits, but no images. Labels are read if `labelled` is True.
 
     Raises DatasetError with the first finding.
     """
@@ -185,9 +191,9 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
     advice = f"list all with: atelier data check {folder}"
     if findings[0].kind == MISSING:
         more, advice = "", "name the dataset's folder with --data"
-        if (able := listed_splits(Path(folder))) and dataset is not None:
-            use = f"is only good for: atelier predict --split {' or '.join(able)}"
-            advice = f"without it the folder {use}" if labelled else f"it has {', '.join(able)}"
+        if (usable := listed_splits(Path(folder))) and dataset is not None:
+            use = f"is only good for: atelier predict --split {' or '.join(usable)}"
+            advice = f"without it the folder {use}" if labelled else f"it has {', '.join(usable)}"
     raise DatasetError(f"{findings[0]}{more}; {advice}")
 
 
@@ -200,13 +206,13 @@ def listed_splits(folder: Path) -> list[str]:
 def examine(
     folder: Path, splits: Sequence[str], labelled: bool = True
 ) -> tuple[Dataset | None, list[Finding]]:
-    """The dataset with these splits, as far as it can be read, and what is wrong with its text files."""
+    """Read the dataset with these splits as far as possible, and what is wrong in its text files."""
     reader = _Reader(as_on_disk(folder))
     return reader.read(splits, labelled), reader.findings
 
 
 def read_labels(path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray:
-    """The labels of so many images, int64 [images, categories]. Raises DatasetError."""
+    """Read the labels of so many images: int64 [images, categories]. Raises DatasetError."""
     reader = _Reader(path.parent)
     labels = reader.labels(path, images, sizes)
     if reader.findings or labels is None:
@@ -219,37 +225,37 @@ def _list(folder: Path, split: str) -> Path:
 
 
 class _Reader:
-    """Reads the text files of a dataset folder, and gathers what is wrong with them."""
+    """Reads the text files of a dataset folder, and collects what is wrong with them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.findings: list[Finding] = []
-        self._names: dict[Path, dict[str, list[str]]] = {}  # of folders, see `_on_disk`
+        self._names: dict[Path, dict[str, list[str]]] = {}  # the names in each folder, for `_on_disk`
 
     def _add(self, place: str, kind: str, text: str) -> None:
         self.findings.append(Finding(place, kind, text))
 
     def read(self, splits: Sequence[str], labelled: bool) -> Dataset | None:
-        """The dataset with these splits; None without its attributes."""
+        """The dataset with these splits. None if its attributes cannot be read."""
         folder = self._folder
         if not folder.is_dir():
-            found = "the folder does not exist"
+            problem = "the folder does not exist"
             if folder.exists():
-                found = f"it is {kind_of(folder) or 'a file'}, not a folder"
-            self._add(f"no dataset at {folder}", MISSING, found)
+                problem = f"it is {kind_of(folder) or 'a file'}, not a folder"
+            self._add(f"no dataset at {folder}", MISSING, problem)
             return None
         rows = self._attributes(folder / "split" / ATTRIBUTES)
         if rows is None:
             return None
-        kinds = Counter(kind for _, kind in rows)  # in the order of the file
-        sizes = tuple(kinds.values())
-        found_splits = [self._split(name, sizes, labelled) for name in splits]
+        counts = Counter(kind for _, kind in rows)  # in the order of the file
+        sizes = tuple(counts.values())
+        read_splits = [self._split(name, sizes, labelled) for name in splits]
         return Dataset(
             folder,
             tuple(name for name, _ in rows),
-            tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in kinds),
+            tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in counts),
             sizes,
-            {split.name: split for split in found_splits if split is not None},
+            {split.name: split for split in read_splits if split is not None},
         )
 
     def _lines(self, path: Path) -> list[str] | None:
@@ -264,7 +270,7 @@ class _Reader:
         return None
 
     def _attributes(self, path: Path) -> list[tuple[str, str]] | None:
-        """Names and types, in the order of the outputs; None if the list cannot be relied on."""
+        """Names and types in the order of the network's outputs. None if the list has a fault."""
         lines = self._lines(path)
         if lines is None:
             return None
@@ -287,35 +293,35 @@ class _Reader:
             self._add(f"{listing}:1", "missing images", "no images in it")
         paths = []
         for number, path in enumerate(listed, 1):
-            real = self._on_disk(path) if path else None
-            if real is None:
-                found = path or "(empty line)"
-                self._add(f"{listing}:{number}", "missing images", f"no such image: {found}")
-            paths.append(real or path)
-        labelling = listing.with_name(f"{name}_attr.txt")
-        # The public part of the challenge comes without the test split's.
-        wanted = labelled and (name != "test" or labelling.exists())
-        labels = self.labels(labelling, len(paths), sizes) if wanted else None
+            path_on_disk = self._on_disk(path) if path else None
+            if path_on_disk is None:
+                listed_path = path or "(empty line)"
+                self._add(f"{listing}:{number}", "missing images", f"no such image: {listed_path}")
+            paths.append(path_on_disk or path)
+        label_file = listing.with_name(f"{name}_attr.txt")
+        # The public part of the challenge has no labels of the test split.
+        has_labels = labelled and (name != "test" or label_file.exists())
+        labels = self.labels(label_file, len(paths), sizes) if has_labels else None
         return Split(name, tuple(paths), labels)
 
     def _on_disk(self, path: str) -> str | None:
-        """A listed path as it is on disk, where it may differ in what other systems take for the same.
+        """A listed path in the spelling that it has on disk.
 
-        That is a backslash, upper and lower case, and the form of accents. None if there is no such
-        file, or if there are several.
+        The list may have backslashes, other upper and lower case, or another Unicode form of accents,
+        because it may come from another system. None if no file fits, or if several do.
         """
-        if os.path.isfile(self._folder / path):  # False too for what cannot be a path
+        if os.path.isfile(self._folder / path):  # also False for a text that cannot be a path
             return path
-        found = ""
+        real_path = ""
         for part in path.replace("\\", "/").split("/"):
-            place = self._folder / found
+            place = self._folder / real_path
             names = self._names_in(place).get(same_letters(part).casefold(), [])
             if os.path.exists(place / part):
                 names = [part]
             if len(names) != 1:
                 return None
-            found = os.path.join(found, names[0])
-        return found if os.path.isfile(self._folder / found) else None
+            real_path = os.path.join(real_path, names[0])
+        return real_path if os.path.isfile(self._folder / real_path) else None
 
     def _names_in(self, place: Path) -> dict[str, list[str]]:
         if place not in self._names:
@@ -325,7 +331,7 @@ class _Reader:
         return self._names[place]
 
     def labels(self, path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray | None:
-        """int64 [images, categories]; None if something is wrong with them."""
+        """The labels, int64 [images, categories]. None if something is wrong with them."""
         rows = self._lines(path)
         if rows is None:
             return None
@@ -371,8 +377,8 @@ def _faults_of_attributes(rows: list[tuple[int, str, str]]) -> Iterator[tuple[in
     last, lines, counts = 0, dict[tuple[str, int], int](), Counter[int]()
     for line, name, text in rows:
         if not name or not _is_number(text):
-            found = f"{name} {text}".strip()
-            yield line, f"found {found!r}, allowed is a name and the number of its type"
+            row = f"{name} {text}".strip()
+            yield line, f"found {row!r}, allowed is a name and the number of its type"
             continue
         kind = int(text)
         if (first := lines.setdefault((name, kind), line)) != line:
@@ -394,7 +400,8 @@ def _is_number(text: str) -> bool:
 
 
 def _elsewhere(folder: Path) -> str:
-    """Where the dataset is, if the folder is the one around it or one inside; a part of a message."""
-    inside = sorted(one.parents[1] for one in folder.glob(f"*/split/{ATTRIBUTES}"))
-    found = [*inside, *(one for one in folder.parents[:1] if (one / "split" / ATTRIBUTES).is_file())]
-    return f"; did you mean {found[0]}?" if found else ""
+    """A hint for a message, if the dataset is one folder further in or out."""
+    inside = sorted(path.parents[1] for path in folder.glob(f"*/split/{ATTRIBUTES}"))
+    outside = [parent for parent in folder.parents[:1] if (parent / "split" / ATTRIBUTES).is_file()]
+    datasets = [*inside, *outside]
+    return f"; did you mean {datasets[0]}?" if datasets else ""

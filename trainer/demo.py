@@ -1,7 +1,7 @@
 """A generated dataset of drawn garments, in the layout of the real one.
 
-Every picture shows its six attributes by shape or pattern, never by hue alone (training changes
-hues), so a small network can learn them without anything to download.
+Every picture shows its six attributes by shape or pattern, never by hue alone, because training changes
+hues. A small network can learn them, and nothing has to be downloaded.
 """
 
 import os
@@ -23,7 +23,7 @@ CATEGORIES = {
     "fabric": ("denim", "chiffon", "cotton", "leather", "faux", "knit"),
     "fit": ("tight", "loose", "conventional"),
 }
-# How often each attribute occurs, in the order above: unequal, as in real life.
+# How often each attribute occurs, in the order above. They are unequal, as in real data.
 SHARES = (
     (4, 4, 3, 2, 2, 12, 1.5),
     (4, 3, 6),
@@ -39,7 +39,7 @@ Point = tuple[float, float]
 
 
 def write_demo(folder: Path, train: int = 1000, val: int = 400, test: int = 100, seed: int = 0) -> None:
-    """Write a dataset with so many images per split; the same seed gives the same bytes.
+    """Write a dataset with so many images per split. The same seed gives the same bytes.
 
     Raises DatasetError if the folder exists and is not empty.
     """
@@ -49,7 +49,7 @@ def write_demo(folder: Path, train: int = 1000, val: int = 400, test: int = 100,
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
-    # Moved into place when it is whole, so that a killed run leaves no half dataset.
+    # Moved into place when it is complete, so that a killed process leaves no half dataset.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:
         _write(temporary, {"train": train, "val": val, "test": test}, seed)
@@ -83,22 +83,23 @@ def _write(folder: Path, sizes: dict[str, int], seed: int) -> None:
 
 
 def draw_labels(size: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [size, 6]. Each attribute gets one image and then its exact share, so that even a small
-    split has all.
+    """Draw the labels of a split: int64 [size, 6].
+
+    Each attribute gets one image first, and then its exact share. So even a small split has all of them.
     """
     columns = []
     for shares in SHARES:
-        one_each = np.arange(len(shares))[:size]
-        rest = size - len(one_each)
+        each_once = np.arange(len(shares))[:size]
+        rest = size - len(each_once)
         quota = np.cumsum(shares) / np.sum(shares) * rest
         column = np.searchsorted(quota, np.arange(rest) + 0.5)
-        columns.append(rng.permutation(np.concatenate([one_each, column])))
+        columns.append(rng.permutation(np.concatenate([each_once, column])))
     return np.stack(columns, 1)
 
 
 @dataclass(frozen=True)
 class _Body:
-    """Where the garment is: x from the middle, y from the top, in pixels."""
+    """Where the garment is, in pixels. x counts from the garment's middle, y from the picture's top."""
 
     middle: float
     top: float  # shoulders
@@ -109,13 +110,13 @@ class _Body:
     hem_y: float
 
     def mirrored(self, points: list[Point]) -> list[Point]:
-        """A closed outline from its right half, as offsets from the middle."""
+        """A closed outline, given its right half as offsets from the middle."""
         left = [(-x, y) for x, y in reversed(points)]
         return [(self.middle + x, y) for x, y in points + left]
 
 
 def photograph(label: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
-    """The drawn garment as a picture of about 3:4, in one of many sizes, as the real ones come."""
+    """The drawn garment as a picture of about 3:4. Its size varies, as that of real photographs does."""
     picture = draw_garment(label, rng)
     width = int(rng.integers(150, 226))
     height = min(300, max(200, round(width * rng.uniform(1.28, 1.38))))
@@ -123,7 +124,7 @@ def photograph(label: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
 
 
 def draw_garment(label: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
-    """One picture, RGB. `label` is an index per category, in the order of CATEGORIES."""
+    """Draw one picture, in RGB. `label` has an index per category, in the order of CATEGORIES."""
     texture, sleeve, length, neckline, fabric, fit = label
     shade = rng.uniform(165, 245)
     background = tuple(int(shade + rng.uniform(-10, 10)) for _ in range(3))
@@ -225,7 +226,7 @@ def _fabric_edge(mask: Image.Image, fabric: int, rng: np.random.Generator) -> Im
 
 
 def _cloth(texture: int, fabric: int, rng: np.random.Generator) -> Image.Image:
-    """The cloth as a full picture, to be cut out by the garment's mask."""
+    """The cloth as a full picture. The garment's mask cuts it out."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
     base = rng.uniform(70, 200, 3)
     if fabric == 0:
@@ -237,7 +238,7 @@ def _cloth(texture: int, fabric: int, rng: np.random.Generator) -> Image.Image:
     pattern = _texture(texture, x, y, rng)
     contrast = np.where(base > 128, -1, 1) * rng.uniform(60, 95)
     light = _fabric(fabric, x, y, rng) + rng.normal(0, NOISE, (HEIGHT, WIDTH))
-    # Channel by channel, in single precision: a picture with three of them leaves the CPU's cache.
+    # Channel by channel and in single precision, because all three do not fit into the CPU's cache.
     light, pattern = light.astype(np.float32), pattern.astype(np.float32)
     channels = [
         (light + np.float32(colour) + pattern * np.float32(change)).clip(0, 255).astype(np.uint8)
@@ -247,7 +248,7 @@ def _cloth(texture: int, fabric: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How much of the second colour there is, in [-1, 1], at each pixel."""
+    """The share of the second colour at each pixel, from about -1 to 1.5."""
     period = rng.uniform(0.9, 1.15)
     if kind == 0:  # floral: five petals around scattered centres
         return _stamps(x, y, 26 * period, 9, rng, petals=5)
@@ -282,7 +283,7 @@ def _stamps(
 
 
 def _fabric(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the material adds to the brightness, -255 to 255."""
+    """What the material adds to each pixel's brightness, -255 to 255."""
     if kind == 0:  # denim: fine twill and a bright seam
         seam = 70 * (abs(x - WIDTH / 2 - 2) < 1.5) * ((y % 8) < 5)
         return np.asarray(16 * np.sin((x + 2 * y) * 2 * np.pi / 5) + seam)

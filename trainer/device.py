@@ -21,61 +21,61 @@ DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
 
 
 class DeviceError(RuntimeError):
-    """This machine lacks the device that was asked for; the message is one line."""
+    """This machine lacks the device that was asked for. The message is one line."""
 
-    exit_code = 1  # the machine's fault, not the input's: another machine may have the device
+    exit_code = 1  # not the input's fault, because another machine may have the device
 
 
 class UnknownDeviceError(ValueError):
-    """ATELIER_DEVICE says something else than cuda or cpu; the message is one line."""
+    """ATELIER_DEVICE is neither cuda nor cpu. The message is one line."""
 
 
 def pick_device() -> torch.device:
-    """The device that ATELIER_DEVICE names, cuda or cpu; else a GPU if there is one, else the CPU.
+    """The device that ATELIER_DEVICE names, cuda or cpu. Else a GPU if there is one, else the CPU.
 
-    A GPU that was granted or is present is never ignored silently. It is tried, so that a broken one is
-    found before there is work to lose. Raises DeviceError, UnknownDeviceError.
+    A GPU that was granted or is present is never ignored silently. It is tried, so that a broken GPU is
+    noticed before there is work to lose. Raises DeviceError, UnknownDeviceError.
     """
-    wanted = os.environ.get(DEVICE, "")
-    if wanted not in ("", "cuda", "cpu"):
+    named = os.environ.get(DEVICE, "")
+    if named not in ("", "cuda", "cpu"):
         raise UnknownDeviceError(
-            f"{DEVICE}={wanted!r}: allowed are cuda and cpu; CUDA_VISIBLE_DEVICES says which GPU"
+            f"{DEVICE}={named!r}: allowed are cuda and cpu; CUDA_VISIBLE_DEVICES says which GPU"
         )
-    if wanted == "cpu":
+    if named == "cpu":
         note_cpu(f"{DEVICE}=cpu")
         return torch.device("cpu")
-    asked = f"{DEVICE}=cuda" if wanted else sign_of_gpu()
-    if asked is None:
+    sign = f"{DEVICE}=cuda" if named else sign_of_gpu()
+    if sign is None:
         if not torch.cuda.is_available():
             note_cpu("no GPU here")
             return torch.device("cpu")
-        asked = "torch sees one"
+        sign = "torch sees one"
     try:
         torch.ones(1, device="cuda").add(1).item()
-    except Exception as error:  # a driver that is absent, old or broken: each has an error of its own
+    except Exception as error:  # an absent, an old and a broken driver raise different errors
         raise DeviceError(
             f"{socket.gethostname()} has no GPU that torch can use: {said(error)}; a GPU was asked for "
-            f"({asked}); mend that, use another machine, or train on the CPU with {DEVICE}=cpu"
+            f"({sign}); mend that, use another machine, or train on the CPU with {DEVICE}=cpu"
         ) from error
     return torch.device("cuda")
 
 
 @cache
 def note_cpu(why: str) -> None:
-    """Once in a process."""
+    """Log once in a process that it trains on the CPU, and why."""
     log.info("training on the CPU of %s: %s", socket.gethostname(), why)
 
 
 def prepare_process() -> int:
-    """Let torch use the CPUs that this process was given, and keep the memory that it frees.
+    """Let torch use the CPUs that this process was given, and reuse the memory that it frees.
 
     Returns the number of threads.
     """
     torch.set_num_threads(number("OMP_NUM_THREADS") or cpu_count())
-    # glibc gives a large tensor's memory back to the kernel at once, and the next tensor pays for that
-    # in page faults: on a CPU, 40 % of an epoch's time. The very largest still go back: they are few,
-    # and would leave holes that nothing else fits.
-    with suppress(OSError, AttributeError):  # not glibc
+    # glibc gives a large tensor's memory back to the kernel at once. The next tensor pays for that in
+    # page faults, which took 40 % of an epoch's time on a CPU. The memory of the very largest tensors
+    # still goes back: they are few, and would leave holes that nothing else fits.
+    with suppress(OSError, AttributeError):  # raised without glibc
         libc = ctypes.CDLL(None)
         # Older versions refuse more than 32 MiB.
         if libc.mallopt(M_MMAP_THRESHOLD, 64 << 20) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
@@ -86,21 +86,21 @@ def prepare_process() -> int:
 def release_memory() -> None:
     """Give unused memory between the tensors back to the kernel.
 
-    Called once an epoch: the gaps that one phase leaves are often too small for the next phase.
+    This is called once an epoch, because the gaps after one phase are often too small for the next.
     """
-    with suppress(OSError, AttributeError):  # not glibc
+    with suppress(OSError, AttributeError):  # raised without glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process may use in total: of a GPU's memory, else of the node's."""
+    """Bytes that this process may use in total, of the GPU's memory or else of the node's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return memory_limit() or psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: of a GPU's memory, else of the process's."""
+    """The most bytes in use so far, of the GPU's memory or else of the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
 """Find what was not finite first, when the loss of an epoch is not finite.
 
-This happens at the epoch's end, from the kept losses and logits, so it costs the steps nothing. The
-trunk's output is not kept: for one step it is computed again.
+This happens at the epoch's end, from the losses and logits that were kept, so no step becomes slower.
+The trunk's output is not kept. It is computed again for the one step that matters.
 """
 
 import copy
@@ -24,24 +24,24 @@ class _Finding(NamedTuple):
 def first_not_finite(
     run: "Run", losses: torch.Tensor, logits: torch.Tensor, val_logits: torch.Tensor | None
 ) -> str:
-    """What it was, where, and what to do, in one line. The run must be at the end of that epoch.
+    """Say in one line what was not finite, where, and what to do. The run must be at the epoch's end.
 
-    `losses` float [steps] and `logits` float [images, attributes] are those of the epoch's steps, in
-    their order; `val_logits` float [images, attributes] are the validation's, where there is one.
+    `losses`, float [steps], and `logits`, float [images, attributes], come from the epoch's steps, in
+    their order. `val_logits`, float [images, attributes], come from the validation, if there was one.
     """
     steps = torch.nonzero(~losses.isfinite()).flatten().tolist()
     if steps:
-        found = _in_step(run, steps[0], logits)
+        finding = _in_step(run, steps[0], logits)
     elif not losses.sum().isfinite():
-        found = _Finding("the sum of the steps' losses", "in training", _remedy(run, run.step))
+        finding = _Finding("the sum of the steps' losses", "in training", _remedy(run, run.step))
     else:
-        assert val_logits is not None  # all else is finite
-        found = _in_validation(run, val_logits)
-    return f"first {found.what}, {found.where}; {found.remedy}"
+        assert val_logits is not None  # everything else is finite
+        finding = _in_validation(run, val_logits)
+    return f"first {finding.what}, {finding.where}; {finding.remedy}"
 
 
 def _in_step(run: "Run", step: int, logits: torch.Tensor) -> _Finding:
-    """`step` is the one of the epoch, from 0; the logits are the whole epoch's."""
+    """`step` is the number of the step in the epoch, from 0. `logits` are those of the whole epoch."""
     assert run.stream_epoch is not None
     workspace = run.workspace
     where = f"in step {step + 1} of {run.steps_per_epoch}"
@@ -59,15 +59,15 @@ def _in_step(run: "Run", step: int, logits: torch.Tensor) -> _Finding:
 
 
 def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
-    """After the epoch's last step; the logits are those of all validation images."""
+    """`logits` are those of all validation images, after the epoch's last step."""
     workspace = run.workspace
     where, remedy = f"in the validation after step {run.steps_per_epoch}", _remedy(run, run.step)
     if logits.isfinite().all():
         losses = run.loss.of_split(logits.to(run.device), workspace.val_targets)
         return _Finding(_loss_of(run, losses), where, remedy)
     usable = torch.cat([_usable(part) for part in workspace.val_features(run.runnable_trunk)])
-    if found := _of_trunk(run, usable, workspace.dataset.split("val").paths, where):
-        return found
+    if finding := _of_trunk(run, usable, workspace.dataset.split("val").paths, where):
+        return finding
     parts = {"weights": run.tail.parameters(), "BatchNorms' running statistics": run.tail.buffers()}
     for name, tensors in parts.items():
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -76,7 +76,7 @@ def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
 
 
 def _of_trunk(run: "Run", usable: torch.Tensor, names: Sequence[str], where: str) -> _Finding | None:
-    """`usable` says of each of the named images whether its features are finite: bool [images]."""
+    """`usable`, bool [images], says for each of the named images whether its features are finite."""
     broken = list(compress(names, (~usable).tolist()))
     if not broken:
         return None
@@ -88,10 +88,10 @@ def _of_trunk(run: "Run", usable: torch.Tensor, names: Sequence[str], where: str
 
 
 def _features(run: "Run", step: int) -> torch.Tensor:
-    """The trunk's output for the images of one step of the epoch, computed again."""
+    """Compute the trunk's output again, for the images of one step of the epoch."""
     assert run.stream_epoch is not None
     block, within = divmod(step, run.steps_per_block)
-    # A copy, because training mode changes the running statistics.
+    # Of a copy, because training mode changes the running statistics.
     trunk = copy.deepcopy(run.trunk).train() if run.owns_trunk else run.runnable_trunk
     blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block_size, block)
     features, _ = next(blocks)
@@ -99,7 +99,7 @@ def _features(run: "Run", step: int) -> torch.Tensor:
 
 
 def _remedy(run: "Run", steps: int) -> str:
-    """What to do if trained numbers overflow after so many steps of the run."""
+    """What to do if trained weights overflow after so many steps of the run."""
     if steps and run.rate(steps - 1) > 0:
         return "training diverged: lower lr or weight_decay"
     decay = "lower weight_decay, or " if steps else ""
@@ -111,7 +111,7 @@ def _numbers(run: "Run") -> str:
 
 
 def _loss_of(run: "Run", losses: torch.Tensor) -> str:
-    """`losses` are float [categories]."""
+    """`losses` is float [categories]."""
     return f"the loss of {_categories(run, losses.isfinite())}, while the logits are finite"
 
 
@@ -121,14 +121,14 @@ def _logits_of(run: "Run", logits: torch.Tensor) -> str:
 
 
 def _categories(run: "Run", finite: torch.Tensor) -> str:
-    """The names of the categories that are not finite; `finite` is bool [categories]."""
+    """The names of the categories that are not finite. `finite` is bool [categories]."""
     categories = run.workspace.dataset.categories
     names = list(compress(categories, (~finite).tolist()))
-    if len(names) in (0, len(categories)):  # 0: it is their mean that overflows
+    if len(names) in (0, len(categories)):  # 0: only their mean overflows
         return "every category"
     return ("category " if len(names) == 1 else "categories ") + ", ".join(names)
 
 
 def _usable(features: torch.Tensor) -> torch.Tensor:
-    """Whether an image's features are finite: bool [images], in main memory."""
+    """Whether each image's features are finite: bool [images], in main memory."""
     return features.flatten(1).isfinite().all(1).cpu()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write to a temporary name in the same folder, fsync, and move into place."""
-    # Not the pid: another host on a shared file system may have the same.
+    # Not the process id, because another host on a shared file system may use the same one.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:

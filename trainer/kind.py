@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 SAFETENSORS, TORCH = "a safetensors file", "a file of torch.save"
-LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
-PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")  # of pickles
-TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # of torch.save's older format
+LONGEST_HEADER = 100_000_000  # bytes in a safetensors file's header
+PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")  # the protocols of pickle
+TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # in torch.save's older format
 UNPACK = "(unpack it first)"
 POINTER = b"version https://git-lfs.github.com/"
 PNG, JPEG, GIF, WEBP, AVIF = IMAGES = (
@@ -17,7 +17,7 @@ PNG, JPEG, GIF, WEBP, AVIF = IMAGES = (
     "a WebP image",
     "an AVIF image",
 )
-# The signs of other files that people give by mistake: where they stand, their bytes, the kind.
+# How to tell other files that people give by mistake: a sign's position, its bytes, the kind of file.
 SIGNS = (
     (0, POINTER, "a Git LFS pointer (run: git lfs pull)"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
@@ -43,7 +43,7 @@ SIGNS = (
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is by its bytes, whatever its name, as in "a Git LFS pointer (run: git lfs pull)".
+    """What a file is by its bytes, not its name, such as "a Git LFS pointer (run: git lfs pull)".
 
     None for an unknown kind. Reads the first bytes, and a zip archive's list of members.
     Raises OSError.
@@ -61,7 +61,7 @@ def kind_of(path: Path) -> str | None:
     for start, sign, kind in SIGNS:
         if head.startswith(sign, start):
             return kind
-    # The first two fields of its protobuf: the version, and one of four texts.
+    # Its protobuf begins with the version and one of four texts.
     if head[:1] == b"\x08" and head[1:2] < b"\x20" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a"):
         return "an ONNX model"
     return _kind_of_text(head.removeprefix(b"\xef\xbb\xbf").lstrip().lower())
@@ -97,9 +97,9 @@ def _kind_of_zip(file: BinaryIO) -> str:
 
 
 def not_weights(path: Path) -> str | None:
-    """Why a path cannot be a file of weights, in words to go after the path; None if it can.
+    """Say why a path cannot be a file of weights. None if it can be one.
 
-    Does not read the whole file. Raises OSError.
+    The words go after the path in a message. Does not read the whole file. Raises OSError.
     """
     if path.is_dir():
         return "is a folder; give the file of weights in it"

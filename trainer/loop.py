@@ -1,9 +1,9 @@
 """The training loop: passes of one or more runs over the stream of images, an epoch each.
 
-`train` yields one EpochResult per epoch of a run. Its consumer decides after each whether to go on; the
-epoch's checkpoint is on disk by then. `train_epoch` trains several runs side by side: they share the
-stream and the trunk's work, and each gets the numbers that it would get alone. The loop knows nothing of
-trials, databases or clusters.
+`train` yields one EpochResult per epoch of a run. Its consumer decides after each epoch whether to go
+on. The epoch's checkpoint is on disk by then. `train_epoch` trains several runs side by side. They
+share the stream and the trunk's work, and each gets the numbers that it would get alone. The loop knows
+nothing of trials, databases or clusters.
 """
 
 import traceback
@@ -33,15 +33,15 @@ def train(
 ) -> Iterator[EpochResult]:
     """Train a run to its end and yield every epoch's result. Raises CheckpointError.
 
-    With `checkpoints` it goes on from the latest and first yields the epochs that this one remembers, so
-    the consumer sees the whole curve. It is the same curve, bit for bit, as without an interruption (on
-    one machine, with as many threads).
+    With `checkpoints` the run goes on from the latest. It first yields the epochs in that checkpoint,
+    so the consumer sees the whole curve. The curve is the same, bit for bit, as without an
+    interruption, on one machine with as many threads.
 
     - `interrupt` is that of `train_epoch`. Once it returns True, the iteration ends with a checkpoint
       in the middle of the epoch.
     - `keep` is called with every new result, before its checkpoint is written. So what it keeps is never
       older than the checkpoint.
-    - `stream_epochs` are the epochs of the stream to go through, for a run that was once in a pack.
+    - `stream_epochs` are the epochs of the stream to go through, for a run that began in a pack.
     """
     run = Run(config, workspace, checkpoints, stream_epochs)
     yield from list(run.history)
@@ -62,8 +62,8 @@ def train_epoch(
 ) -> Iterator[tuple[Run, EpochOutcome]]:
     """Train every run to the end of its epoch, side by side where they can share the stream.
 
-    They go through the first epoch of the stream that none of them has seen. Runs that were interrupted
-    inside an epoch first end that one.
+    They go through the first epoch of the stream that none of them has seen. A run that was interrupted
+    inside an epoch ends that epoch first.
 
     `interrupt` is asked after each step of a run, with an estimate of the seconds until the results.
     Once it returns True, all runs stop where they are. An exception from `interrupt` or from a run's own
@@ -80,7 +80,7 @@ def train_epoch(
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that can share one pass over the stream, together."""
+    """Group the runs that can share one pass over the stream."""
     groups: dict[object, list[Run]] = defaultdict(list)
     for run in runs:
         alone = id(run) if run.owns_trunk else None
@@ -89,10 +89,10 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[Run, EpochOutcome]]:
-    """Train the runs through one epoch of the stream, or through the rest of one, block by block.
+    """Train the runs through one epoch of the stream, or through the rest of it, block by block.
 
-    If the shared part fails, that is every run's outcome. But if memory runs out there, it is the last
-    run's alone; the others have no outcome and stay inside their epoch.
+    If the shared part fails, the error is every run's outcome. But if memory runs out there, the error
+    is only the last run's outcome. The others have no outcome and stay inside their epoch.
     """
     release_memory()
     epoch = max(run.next_stream_epoch for run in runs)
@@ -118,9 +118,9 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
             if not active:
                 return
             pace.share_out(active)
-            number += 1  # not by enumerate, which would keep the block while the next one is made
+            number += 1  # not by enumerate, which would keep the block in memory
             del features, targets
-    except Exception as error:  # of the shared part; the consumer judges it
+    except Exception as error:  # in the shared part; the consumer decides what it means
         failed = active[-1:] if is_out_of_memory(error) else active
         yield from ((run, _without_tensors(error, run)) for run in failed)
         return
@@ -130,12 +130,12 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
 def _end_epoch(run: Run) -> EpochOutcome:
     try:
         return run.end_epoch()
-    except Exception as error:  # the consumer judges it
+    except Exception as error:  # the consumer decides what it means
         return _without_tensors(error, run)
 
 
 def _without_tensors(error: Exception, run: Run) -> Exception:
-    """The error, after its traceback and its run have let go of the device's memory."""
+    """Release the device memory that the error's traceback and its run hold. Returns the error."""
     traceback.clear_frames(error.__traceback__)
     run.optimizer.zero_grad(set_to_none=True)
     return error

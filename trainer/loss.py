@@ -1,7 +1,7 @@
 """The report's loss: weighted cross-entropy with label smoothing, over all categories.
 
-Logits are float [images, attributes], the categories' slices one after the other; targets are int64
-[images, categories] with an index inside the slice.
+Logits are float [images, attributes], one slice after another for each category. Targets are int64
+[images, categories]: the index inside the slice.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# w_i = N / (220 N_i): the report's class weights (section II); 220 is its own constant.
+# w_i = N / (220 N_i): the report's class weights (section II). The constant 220 is the report's.
 WEIGHT_SCALE = 220
 
 
@@ -20,7 +20,7 @@ def class_counts(targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
 
 
 def class_weights(targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """N / (220 N_i), float32 [attributes]; an attribute without images gets weight 0."""
+    """N / (220 N_i), float32 [attributes]. An attribute without images gets weight 0."""
     counts = class_counts(targets, sizes)
     weights = len(targets) / (WEIGHT_SCALE * counts.clamp(min=1).double())
     return torch.where(counts > 0, weights, 0.0).float()
@@ -30,10 +30,12 @@ def class_weights(targets: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor
 class AttributeLoss:
     """Weighted cross-entropy with label smoothing, averaged over the categories.
 
-    A slice's loss is sum_i sum_c w_c t_ic (-log p_ic) / sum_i w_{y_i}: at epsilon 0 this is
-    `cross_entropy(weight=w)`, and the denominator stays the same at every epsilon, because Adam's L2
-    term makes the loss's scale matter. `smoothing` says what t is for a one-hot y:
-    "report": y (1 - e) + e/2 (the report, section V); "uniform": y (1 - e) + e/classes (PyTorch).
+    A slice's loss is sum_i sum_c w_c t_ic (-log p_ic) / sum_i w_{y_i}. At epsilon 0 this is
+    `cross_entropy(weight=w)`. The denominator is the same at every epsilon, because Adam's L2 term makes
+    the loss's scale matter. `smoothing` says what t is for a one-hot y:
+
+    - "report": y (1 - e) + e/2 (the report, section V).
+    - "uniform": y (1 - e) + e/classes (PyTorch).
     """
 
     sizes: tuple[int, ...]
@@ -45,9 +47,9 @@ class AttributeLoss:
         return self.by_category(logits, targets).mean()
 
     def of_split(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The same of images that the weights were not made from, float [categories].
+        """The slices' losses for images that the weights were not made from: float [categories].
 
-        A category is left at 0 where none of its images has an attribute with a weight: its loss is 0/0.
+        A category's loss is 0/0 if no image has an attribute with a weight. Such a category gets 0.
         """
         weights = torch.split(self.weights, [*self.sizes])
         weighted = [
@@ -56,7 +58,7 @@ class AttributeLoss:
         return torch.where(torch.stack(weighted), self.by_category(logits, targets), 0.0)
 
     def by_category(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The slices' losses, float [categories]; their mean is the loss."""
+        """The slices' losses, float [categories]. Their mean is the loss."""
         sizes = [*self.sizes]
         parts = torch.split(logits.float(), sizes, 1)
         weights = torch.split(self.weights, sizes)
@@ -75,5 +77,5 @@ class AttributeLoss:
 
 
 def one_hot(target: torch.Tensor, classes: int) -> torch.Tensor:
-    """bool [images, classes]. Unlike PyTorch's, it does not wait for the device to check the values."""
+    """One-hot rows, bool [images, classes]. PyTorch's own would wait for the device to check values."""
     return target.unsqueeze(1) == torch.arange(classes, device=target.device)

@@ -23,7 +23,7 @@ class EpochResult:
     """
 
     epoch: int  # from 0
-    stream_epoch: int  # of the stream of training images: more than `epoch` if it joined a pack late
+    stream_epoch: int  # of the stream of training images; above `epoch` if the run joined a pack late
     lr: float  # of the epoch's last step
     train_loss: float
     train_accuracy: float  # average per-class accuracy, with dropout and augmentation
@@ -33,11 +33,11 @@ class EpochResult:
     val_category: tuple[float, ...] = ()  # plain accuracy of each category
     val_hits: tuple[int, ...] = ()  # correctly predicted images of each attribute
     val_log_loss: float = math.nan  # mean over attributes of their images' mean -ln p(true attribute)
-    seconds: float  # of the device: its share, where runs go side by side
+    seconds: float  # of the device; the run's share, if several go side by side
     images: int  # training images seen
-    peak_memory: int  # bytes, of the device where it counts them, else of the process
+    peak_memory: int  # bytes of the GPU's memory, on a CPU of the process
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
-    # For a loss that is not finite: what was not finite first, and what to do. Not stored.
+    # If a loss is not finite: what was not finite first, and what to do. This is not stored.
     cause: str | None = field(default=None, compare=False)
 
     @property
@@ -51,12 +51,14 @@ class EpochResult:
         return bool(self.val_category)
 
     def columns(self) -> dict[str, Any]:
-        """The numbers, as the table `epoch` and a checkpoint hold them."""
+        """The fields that the table `epoch` and a checkpoint store."""
         return {name: getattr(self, name) for name in COLUMNS}
 
 
-COLUMNS = tuple(one.name for one in fields(EpochResult) if one.name not in ("predictions", "cause"))
-# The columns that come out equal, bit for bit, when the epoch is trained again.
+COLUMNS = tuple(
+    column.name for column in fields(EpochResult) if column.name not in ("predictions", "cause")
+)
+# The columns that are equal, bit for bit, when the epoch is trained again.
 REPEATABLE = tuple(
     name for name in COLUMNS if name not in ("epoch", "stream_epoch", "seconds", "images", "peak_memory")
 )
@@ -85,7 +87,7 @@ def validation_metrics(
 
 
 def per_class_accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]) -> float:
-    """The challenge's metric: the mean over the attributes of their own accuracy."""
+    """The challenge's metric: the mean of the attributes' accuracies."""
     classes, _ = _predict(logits, targets, sizes)
     return float(_mean_over_attributes(classes == targets, targets, sizes))
 
@@ -93,7 +95,7 @@ def per_class_accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple
 def _predict(
     logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes, int64, and ln of the true classes' probability; both [images, categories]."""
+    """Predicted classes (int64) and ln of the true classes' probability, both [images, categories]."""
     slices = torch.split(logits.float(), [*sizes], 1)
     log_probs = [
         F.log_softmax(part, 1).gather(1, target.unsqueeze(1))
@@ -105,7 +107,7 @@ def _predict(
 def _mean_over_attributes(
     values: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
 ) -> torch.Tensor:
-    """The mean of values [images, categories] by true attribute, then over the attributes that occur."""
+    """Average values [images, categories] by true attribute, then over the attributes that occur."""
     counts = class_counts(targets, sizes)
     sums = _sums_by_attribute(values, targets, sizes)
     present = counts > 0
@@ -115,9 +117,9 @@ def _mean_over_attributes(
 def _sums_by_attribute(
     values: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
 ) -> torch.Tensor:
-    """The values [images, categories] added up by true attribute: float64 [attributes]."""
+    """Add up values [images, categories] by true attribute: float64 [attributes]."""
     columns = zip(targets.T, values.double().T, sizes, strict=True)
-    # Not bincount, whose sums on CUDA depend on the order of the threads.
+    # Not with bincount, because its sums on CUDA depend on the order of the threads.
     return torch.cat(
         [(one_hot(target, size) * value.unsqueeze(1)).sum(0) for target, value, size in columns]
     )

@@ -1,7 +1,7 @@
 """The network, cut in two: a frozen trunk and a trained tail.
 
-Below the first trained stage nothing learns, so it runs in eval mode and without gradient, and its
-output for the validation images is computed once. Four fifths of the multiply-adds are there.
+The trunk is all below the first trained stage. Nothing learns there, so it runs in eval mode and without
+gradient. Its output for the validation images is computed once. It has four fifths of the multiply-adds.
 """
 
 import copy
@@ -27,18 +27,18 @@ HEAD = (512, 128)  # hidden widths of the report's prediction head
 
 
 class ModelError(ValueError):
-    """The backbone, its stage or its weights cannot be used; the message is one line."""
+    """The backbone, its stage or its weights cannot be used. The message is one line."""
 
 
 class Dropout(nn.Module):
-    """Dropout that draws from a generator of its own, so that a trial's masks are its own."""
+    """Dropout with its own generator, so that no other trial changes a trial's masks."""
 
     def __init__(self, p: float, generator: torch.Generator) -> None:
         super().__init__()
         self.p, self.generator = p, generator
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape; the identity in eval mode."""
+        """x may have any shape. In eval mode it is returned as it is."""
         if not self.training or self.p == 0:
             return x
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
@@ -46,7 +46,7 @@ class Dropout(nn.Module):
 
 
 def make_head(features: int, outputs: int, dropout: float, generator: torch.Generator) -> nn.Module:
-    """The report's head, features-512-128-outputs."""
+    """The report's head: features-512-128-outputs."""
     return nn.Sequential(
         nn.Linear(features, HEAD[0]),
         Dropout(dropout, generator),
@@ -59,7 +59,7 @@ def make_head(features: int, outputs: int, dropout: float, generator: torch.Gene
 
 @dataclass
 class Backbone:
-    """The stages below the head by name, in order, and how its images are normalised."""
+    """The stages below the head, by name and in order, and how images are normalised for them."""
 
     stages: "OrderedDict[str, nn.Module]"
     features: int  # width of the last stage
@@ -68,11 +68,11 @@ class Backbone:
 
     @property
     def cuts(self) -> list[str]:
-        """What `trainable` may be: the first trained stage, or the head alone."""
+        """The allowed values of `trainable`: the first trained stage, or the head alone."""
         return [*(name for name in self.stages if name != "pool"), "head"]
 
     def split(self, trainable: str) -> tuple[nn.Sequential, nn.Sequential]:
-        """(trunk, trained stages); the head is not in either. Raises ModelError."""
+        """The trunk and the trained stages. The head is in neither. Raises ModelError."""
         if trainable not in self.cuts:
             raise ModelError(f"trainable = {trainable!r}: allowed is one of {', '.join(self.cuts)}")
         # a module's name holds no dot
@@ -84,13 +84,13 @@ class Backbone:
         )
 
     def problem(self, config: TrainConfig, images: int) -> str | None:
-        """What a stage says of so many training images of the config's size; None if it takes them.
+        """Why the network cannot take so many training images of the config's size. None if it can.
 
-        Only their shapes go through the network: nothing is computed.
+        Only shapes go through the network. Nothing is computed.
         """
-        both = nn.ModuleList(self.split(config.trainable))
-        tensors = [*both.parameters(), *both.buffers()]  # not copied: a network is 100 MB
-        trunk, tail = copy.deepcopy(both, {id(one): one.to("meta") for one in tensors})
+        stages = nn.ModuleList(self.split(config.trainable))
+        tensors = [*stages.parameters(), *stages.buffers()]  # replaced, not copied: a network has 100 MB
+        trunk, tail = copy.deepcopy(stages, {id(tensor): tensor.to("meta") for tensor in tensors})
         trunk.train(config.frozen_batchnorm == "train")
         tail.train()
         try:
@@ -101,7 +101,7 @@ class Backbone:
 
 
 def saved_names(trunk: nn.Module, tail: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of both by their names in a file of a run, which are not copies."""
+    """The tensors of both, by their names in a run's files. They are not copied."""
     return {
         f"{part}.{name}": tensor
         for part, module in (("trunk", trunk), ("tail", tail))
@@ -110,9 +110,9 @@ def saved_names(trunk: nn.Module, tail: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fold_batchnorm(trunk: nn.Module, size: int) -> nn.Module:
-    """A copy for inference in which convolutions do the work of the BatchNorms behind them.
+    """A copy for inference, in which each convolution does the work of the BatchNorm behind it.
 
-    `size` is that of its images, in pixels. The outputs differ by rounding only.
+    `size` is the images' width and height in pixels. The outputs differ only by rounding.
     """
     folded = copy.deepcopy(trunk).eval()
     outputs: list[tuple[torch.Tensor, nn.Conv2d]] = []
@@ -135,11 +135,12 @@ def fold_batchnorm(trunk: nn.Module, size: int) -> nn.Module:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-    rests = {norm: getattr(norm, "act", nn.Identity()) for _, norm in behind}  # timm's have one inside
+    # A BatchNorm of timm has its activation inside, which remains.
+    activations = {norm: getattr(norm, "act", nn.Identity()) for _, norm in behind}
     for parent in list(folded.modules()):
         for name, child in parent.named_children():
-            if child in rests:
-                setattr(parent, name, rests[child])
+            if child in activations:
+                setattr(parent, name, activations[child])
     return folded
 
 
@@ -170,12 +171,12 @@ def load_backbone(config: TrainConfig) -> Backbone:
 
 
 def _fill(backbone: Backbone, model: nn.Module, config: TrainConfig) -> None:
-    """Load a file's weights, if it is one's, and look at the values. Raises ModelError."""
-    named: Tensors = model.state_dict(keep_vars=True)  # as timm names them, classifier and all
+    """Load the weights if they come from a file, and check the values. Raises ModelError."""
+    named: Tensors = model.state_dict(keep_vars=True)  # by timm's names, the classifier too
     cuts = [backbone.split(cut) for cut in backbone.cuts]
     saved = [saved_names(trunk, nn.Sequential(stages)) for trunk, stages in cuts]
-    ours = {id(tensor) for tensor in saved[0].values()}
-    needed = {name: tensor for name, tensor in named.items() if id(tensor) in ours}
+    of_backbone = {id(tensor) for tensor in saved[0].values()}
+    needed = {name: tensor for name, tensor in named.items() if id(tensor) in of_backbone}
     try:
         if config.weights != "timm":
             load_weights(Path(config.weights), config.backbone, [needed, *saved], named.keys())
@@ -186,7 +187,7 @@ def _fill(backbone: Backbone, model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_size(config: TrainConfig, backbone: Backbone) -> None:
-    """That a network takes images of the configuration's size. Raises ModelError."""
+    """Check that the network takes images of the configuration's size. Raises ModelError."""
     if problem := backbone.problem(config, 2):
         raise ModelError(
             f"image_size = {config.image_size}: {config.backbone} takes no images of that size "
@@ -195,15 +196,15 @@ def check_size(config: TrainConfig, backbone: Backbone) -> None:
 
 
 def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: Iterable[int]) -> None:
-    """That a network learns from every batch that these batch sizes make of so many images.
+    """Check that these batch sizes cut so many images into batches that the network can learn from.
 
-    Raises ModelError for a last batch of one image whose BatchNorms have one value per channel.
+    Raises ModelError if the last batch has one image and a BatchNorm gets one value per channel from it.
     """
     wrong = [str(size) for size in sorted(set(sizes)) if images % size == 1 % size]
     if not wrong or backbone.problem(config, 1) is None:
         return
     changes = {"image_size": 2 * config.image_size, "frozen_batchnorm": "eval", "trainable": "head"}
-    others = [
+    other_ways = [
         f", or {key} = {value!r}"
         for key, value in changes.items()
         if backbone.problem(config.model_copy(update={key: value}), 1) is None
@@ -211,14 +212,14 @@ def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: I
     raise ModelError(
         f"batch_size = {' or '.join(wrong)}: the last batch of {images} training images has 1 image, of "
         f"which a BatchNorm of {config.backbone} gets 1 value per channel, at image_size = "
-        f"{config.image_size}; allowed is another batch_size or train_images{''.join(others)}"
+        f"{config.image_size}; allowed is another batch_size or train_images{''.join(other_ways)}"
     )
 
 
 def _create(config: TrainConfig) -> nn.Module:
     check_backbone(config.backbone)
-    # Drawn weights stand in for a file: they depend neither on the run's seed nor on what the process
-    # drew before.
+    # Random weights depend neither on the run's seed nor on what the process drew before, as a file's
+    # weights would not.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if config.weights != "timm":
@@ -229,7 +230,7 @@ def _create(config: TrainConfig) -> nn.Module:
 
 
 def check_backbone(name: str) -> None:
-    """Raises ModelError unless timm knows the name."""
+    """Check that timm has a model of this name. Raises ModelError."""
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), 3)
@@ -245,7 +246,7 @@ def check_backbone(name: str) -> None:
 def _create_pretrained(name: str) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub client raises many kinds of errors when it is offline
+    except Exception as error:  # offline, the hub client raises errors of many kinds
         raise ModelError(
             f"weights = 'timm': cannot get {name} ({type(error).__name__}); on a machine without "
             "internet give a file as weights, or fill the cache beforehand"
@@ -255,7 +256,7 @@ def _create_pretrained(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One line of `atelier model`: multiply-adds are per image."""
+    """One line of `atelier model`. Multiply-adds are per image."""
 
     name: str
     trained: bool
@@ -264,7 +265,7 @@ class StageRow:
 
 
 def stage_table(config: TrainConfig, outputs: int) -> list[StageRow]:
-    """Parameters and multiply-adds of every stage, on an image of the config's size."""
+    """Parameters and multiply-adds of every stage, for an image of the config's size."""
     backbone = load_backbone(config.model_copy(update={"weights": "none"}))
     check_size(config, backbone)
     stages = OrderedDict(backbone.stages)

@@ -28,18 +28,18 @@ FORMAT = 1
 
 
 class Description(BaseModel):
-    """The metadata of a model file."""
+    """The metadata of a model file, as JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: TrainConfig
-    epoch: int  # from 0: after which the weights were taken
-    val_accuracy: float | None  # then; None without validation
+    epoch: int  # from 0; the weights are those at its end
+    val_accuracy: float | None  # of that epoch; None without validation
     attributes: list[str]
     categories: list[str]
     sizes: list[PositiveInt]  # attributes of each category
     format: int = FORMAT
-    reader: int = 1  # the version of the reader of images that the network learned with
+    reader: int = 1  # version of the image reader that the network learned with
 
     @model_validator(mode="after")
     def _each_attribute_has_a_category(self) -> Self:
@@ -51,21 +51,21 @@ class Description(BaseModel):
 class ModelFiles:
     """best.safetensors and last.safetensors of a run, in its folder.
 
-    `keep` goes with trainer.loop.train, which calls it before the epoch's checkpoint is written. Best is
-    the highest average per-class accuracy; a run without validation has only the last.
+    Give `keep` to trainer.loop.train, which calls it before the epoch's checkpoint is written. The best
+    epoch has the highest average per-class accuracy. A run without validation has only last.safetensors.
     """
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self._folder, self._dataset = folder, dataset
 
     def keep(self, run: Run, result: EpochResult) -> None:
-        """Write the files that this epoch changes; none for a network that has diverged."""
+        """Write the files that this epoch changes. A network that has diverged changes none."""
         if not result.finite:
             return
         earlier = [past.val_accuracy for past in run.history if past.epoch < result.epoch]
         is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
-        names = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
-        for name in (name for name, wanted in names.items() if wanted):
+        is_changed = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
+        for name in (name for name, changed in is_changed.items() if changed):
             self._folder.mkdir(parents=True, exist_ok=True)
             data = self._bytes(run, result)
             write_atomically(self._folder / f"{name}.safetensors", data)
@@ -99,10 +99,10 @@ class SavedModel:
             ) from None
         except safetensors.SafetensorError as error:
             kind = kind_of(path)
-            found = (
+            fault = (
                 f"is {kind}" if kind not in (None, SAFETENSORS) else f"cannot be read ({said(error)})"
             )
-            raise ModelError(f"{path}: {found}; give a run of: atelier train") from None
+            raise ModelError(f"{path}: {fault}; give a run of: atelier train") from None
         if text is None:
             raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
         self.description = _described(path, text)
@@ -117,21 +117,25 @@ class SavedModel:
         self._tail = nn.Sequential(stages, head)
         for name, module in (("trunk", self._trunk), ("tail", self._tail)):
             prefix = f"{name}."
-            own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+            tensors = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in state.items()
+                if key.startswith(prefix)
+            }
             try:
-                module.load_state_dict(own)
+                module.load_state_dict(tensors)
             except RuntimeError as error:
                 raise ModelError(
                     f"{path}: its tensors are not those of its configuration ({reason(error)}); give a "
                     "run of: atelier train"
                 ) from None
             self._runtime.place(module).eval()
-        if wrong := not_finite(saved_names(self._trunk, self._tail)):
-            raise ModelError(f"{path}: {wrong}; give a run of: atelier train that did not diverge")
+        if problem := not_finite(saved_names(self._trunk, self._tail)):
+            raise ModelError(f"{path}: {problem}; give a run of: atelier train that did not diverge")
         self._frozen = self._runtime.freeze(self._trunk)
 
     def check(self, dataset: Dataset) -> None:
-        """Raises ModelError unless the dataset has the attributes that the network was trained on."""
+        """Check that the dataset has the attributes that the network learned. Raises ModelError."""
         if dataset.attributes != tuple(self.description.attributes):
             raise ModelError(
                 f"{dataset.folder} has other attributes than the run was trained on; give its dataset "
@@ -139,9 +143,9 @@ class SavedModel:
             )
 
     def predict(self, dataset: Dataset, split: Split, cache: Path, flip: bool = False) -> np.ndarray:
-        """The attributes of a split's images in file order, int64 [images, categories].
+        """Predict the attributes of a split's images, in file order: int64 [images, categories].
 
-        With `flip`, from the mean logits of an image and its mirror image. Raises ImageError.
+        With `flip`, the logits of an image and of its mirror image are averaged. Raises ImageError.
         """
         path = prepared_images(dataset, split, self.config.image_size, cache)
         parts = []
@@ -159,16 +163,16 @@ class SavedModel:
 
 
 def _described(path: Path, text: str) -> Description:
-    """Raises ModelError."""
+    """Read the metadata. Raises ModelError."""
     try:
         values = json.loads(text)
-        found = values["format"]
-        if found == FORMAT:
+        file_format = values["format"]
+        if file_format == FORMAT:
             return Description(**values)
-    except (LookupError, RecursionError, TypeError, ValueError) as error:  # pydantic's is a ValueError
+    except (LookupError, RecursionError, TypeError, ValueError) as error:  # ValueError: pydantic's too
         raise ModelError(
             f"{path}: its configuration cannot be read ({reason(error)}); give a run of: atelier train"
         ) from None
     raise ModelError(
-        f"{path}: has format {found!r}, this version reads {FORMAT}; use the version that wrote it"
+        f"{path}: has format {file_format!r}, this version reads {FORMAT}; use the version that wrote it"
     )

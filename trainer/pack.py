@@ -10,13 +10,14 @@ from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# More runs are not worth it: the trunk's share of the work is small by then, and each epoch takes long.
+# More runs gain little, because the trunk's share of the work is small by then. And each epoch gets
+# slower.
 MOST_SIDE_BY_SIDE = 8
-FILLED = 0.9  # of the memory; the rest is for fragments and for later batches
+FILLED = 0.9  # share of the memory to use; the rest is for fragments and for later batches
 
 
 def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
-    """How many runs fit, judged by one step and one evaluation of a run with the largest needs."""
+    """How many runs fit, after one step and one evaluation of the run that needs the most memory."""
     run = Run(largest, workspace)
     if run.owns_trunk:
         log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")

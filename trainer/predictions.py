@@ -13,26 +13,27 @@ import numpy as np
 
 from trainer.files import write_atomically
 
-# Of a file's arrays: 1,000 images of 6 categories are 18 kB an epoch. A zip can claim any number.
+# Limit of a file's unpacked arrays, because a zip can claim any size. An epoch with 1,000 images of 6
+# categories has 18 kB.
 MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of one or more epochs; images in file order."""
+    """The predictions of one or more epochs, with the images in file order."""
 
     labels: np.ndarray  # uint8 [images, categories], the true index inside each category
-    classes: np.ndarray  # uint8 [epochs, images, categories], the predicted one
-    log_probs: np.ndarray  # float16 [epochs, images, categories], ln of the true one's probability
+    classes: np.ndarray  # uint8 [epochs, images, categories], the predicted index
+    log_probs: np.ndarray  # float16 [epochs, images, categories], ln of the true index's probability
 
     @classmethod
     def join(cls, parts: "Sequence[Predictions]") -> "Predictions":
-        """The epochs of all parts, in their order."""
+        """Join the epochs of all parts, in their order."""
         classes = np.concatenate([part.classes for part in parts])
         return cls(parts[0].labels, classes, np.concatenate([part.log_probs for part in parts]))
 
     def save(self, path: Path) -> None:
-        """Write an .npz file; its folder is made. Raises OSError."""
+        """Write an .npz file, and make its folder if needed. Raises OSError."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, labels=self.labels, classes=self.classes, log_probs=self.log_probs)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
-        """Raises OSError, ValueError if it is no such file, or damaged."""
+        """Read a file of `save`. Raises OSError, and ValueError for a damaged or another file."""
         data = path.read_bytes()
         try:
             return cls._read(io.BytesIO(data))

@@ -27,15 +27,16 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights")
-# Settings in which the runs of one process may differ from its workspace.
+# Settings that may differ between a run and the workspace of its process.
 PER_RUN = ("seed", *TUNABLE)
 FORMAT = 3  # of `Run.state`
 
 
 def learning_rate(position: float, config: TrainConfig) -> float:
-    """The rate at `position`, in epochs from the start: linear from 0, then a cosine to 0.
+    """The rate at `position`, in epochs from the start.
 
-    The schedule always spans `config.epochs`; a pruned trial is a prefix of it.
+    It rises linearly from 0, and then falls to 0 as a cosine. The schedule always spans
+    `config.epochs`. A pruned trial goes through its beginning.
     """
     if position < config.warmup_epochs:
         return config.lr * position / config.warmup_epochs
@@ -46,8 +47,8 @@ def learning_rate(position: float, config: TrainConfig) -> float:
 class Run:
     """What belongs to one run alone: tail, optimizer, generator, position, history.
 
-    With `checkpoints` it goes on from the latest one that agrees with `stream_epochs`: the epochs of the
-    stream that its recorded epochs went through. Raises CheckpointError.
+    `stream_epochs` are the epochs of the stream that the run's recorded epochs went through. With
+    `checkpoints` the run goes on from the latest one that agrees with them. Raises CheckpointError.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class Run:
     def _agrees(self, state: State) -> bool:
         """Whether a checkpoint went through the epochs of the stream that are recorded.
 
-        A worker that was replaced may have gone through others, and saved them after its successor came.
+        A worker that was replaced may have gone through other epochs. It may have saved them after its
+        successor began.
         """
         epochs = [result["stream_epoch"] for result in state["history"]]
         if state["stream_epoch"] is not None:
@@ -144,22 +146,22 @@ class Run:
 
     @property
     def bound_stream_epoch(self) -> int | None:
-        """The epoch of the stream that it must go through next; None if it is free to choose."""
-        done = len(self.history)
-        if self.stream_epoch is None and done < len(self._stream_epochs):
-            return self._stream_epochs[done]
+        """The epoch of the stream that the run must go through next. None if any will do."""
+        epochs_done = len(self.history)
+        if self.stream_epoch is None and epochs_done < len(self._stream_epochs):
+            return self._stream_epochs[epochs_done]
         return self.stream_epoch
 
     @property
     def next_stream_epoch(self) -> int:
-        """The epoch of the stream that it must go through, else the first that it has not seen."""
+        """The epoch of the stream that the run must go through, else the first that is new to it."""
         if self.bound_stream_epoch is not None:
             return self.bound_stream_epoch
         return self.history[-1].stream_epoch + 1 if self.history else 0
 
     @property
     def _steps_done(self) -> int:
-        """Steps taken in this epoch; more than 0 after an interruption."""
+        """Steps taken in this epoch. More than 0 after an interruption."""
         return self.step - len(self.history) * self.steps_per_epoch
 
     @property
@@ -169,12 +171,12 @@ class Run:
 
     @property
     def next_block(self) -> int:
-        """The number of the block that holds its next step; the last one at the end."""
+        """The number of the block that holds the run's next step."""
         return self._steps_done // self.steps_per_block
 
     @property
     def evaluation_steps(self) -> int:
-        """The evaluation's time in training steps, at most: it needs no backward pass."""
+        """How many training steps the evaluation takes at most. It needs no backward pass."""
         images = len(self.workspace.val_labels) if self.config.validates else 0
         return math.ceil(images / self.config.batch_size)
 
@@ -205,7 +207,7 @@ class Run:
         loss = self.loss(logits, target)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # now: other runs can use that memory
+        self.optimizer.zero_grad(set_to_none=True)  # at once, so that other runs can use the memory
         self.step += 1
         self.partial.add(logits.detach(), loss.detach())
 
@@ -218,7 +220,7 @@ class Run:
         if self.config.validates:
             logits = self.evaluate()
             outputs += [self.loss.of_split(logits, workspace.val_targets).mean(), logits]
-        losses, trained, *validated = _to_host(outputs)  # where the host waits for the device
+        losses, trained, *validated = _to_host(outputs)  # here the host waits for the device
         val_loss, val_logits = validated or (None, None)
         measured = {}
         if val_loss is not None and val_logits is not None:
@@ -244,7 +246,7 @@ class Run:
     def _cause(
         self, losses: torch.Tensor, logits: torch.Tensor, val_logits: torch.Tensor | None
     ) -> str | None:
-        """What was not finite first; None if there is no memory to find out."""
+        """What was not finite first. None if there is too little memory to find out."""
         try:
             return first_not_finite(self, losses, logits, val_logits)
         except RuntimeError as error:
@@ -253,7 +255,7 @@ class Run:
             return None
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step of the run, from 0."""
+        """The learning rate of a step. Steps count from 0 over the whole run."""
         return learning_rate(step / self.steps_per_epoch, self.config)
 
     def evaluate(self) -> torch.Tensor:
@@ -310,17 +312,17 @@ class Run:
         self.history = [EpochResult(**values, predictions=_arrays(part)) for values, part in kept]
 
     def _check_config(self, saved: dict[str, object]) -> None:
-        mine = self.config.model_dump()
-        for key in mine.keys() - set(MOVABLE):
-            if saved.get(key) != mine[key]:
+        settings = self.config.model_dump()
+        for key in settings.keys() - set(MOVABLE):
+            if saved.get(key) != settings[key]:
                 raise CheckpointError(
                     f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
-                    f"{mine[key]!r}; use the same configuration, or another run folder"
+                    f"{settings[key]!r}; use the same configuration, or another run folder"
                 )
 
 
 def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:
-    """Predictions for a checkpoint: loading with `weights_only` knows no NumPy."""
+    """Predictions as tensors for a checkpoint, because `weights_only` allows no NumPy arrays."""
     arrays = vars(predictions) if predictions else {}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -344,12 +346,12 @@ class PartialEpoch:
 
 
 def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same float tensors in main memory, in one transfer."""
+    """Copy float tensors to main memory, in one transfer."""
     whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     parts = torch.split(whole, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _block_size(batch_size: int) -> int:
-    """The largest multiple of the batch size that fits a block, so that only the last batch is short."""
+    """The largest multiple of the batch size that fits a block. So only the last batch is short."""
     return max(BLOCK // batch_size, 1) * batch_size

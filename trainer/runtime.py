@@ -12,14 +12,15 @@ from trainer.config import TrainConfig
 from trainer.device import pick_device
 from trainer.model import Backbone, fold_batchnorm, load_backbone
 
-# Pixels that the trunk takes at once on a CPU, so that the wide first layers' output stays in its cache.
+# On a CPU the trunk takes so many pixels at once, so that the large output of its first layers stays in
+# the cache.
 CACHED_PIXELS = 1 << 20
 
 
 class Runtime:
     """Runs trunks and tails of one configuration, in training and in prediction.
 
-    Raises ModelError, and what `pick_device` raises without a given device.
+    Raises ModelError. Without a given device it also raises the errors of `pick_device`.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
@@ -36,7 +37,7 @@ class Runtime:
         return module
 
     def freeze(self, trunk: nn.Module) -> nn.Module:
-        """Freeze a placed trunk. Returns the faster module to run in its place."""
+        """Freeze a placed trunk. Returns a faster module to run instead of it."""
         trunk.requires_grad_(False).eval()
         if self.config.frozen_batchnorm == "train" or not len(list(trunk.parameters())):
             return trunk
@@ -48,7 +49,7 @@ class Runtime:
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """The trunk's output for uint8 images [n, 3, size, size].
 
-        In training mode the images are one batch; otherwise a CPU takes a few of them at once.
+        In training mode the images are one batch. Otherwise a CPU takes a few of them at once.
         """
         at_once = len(images)
         if self.device.type == "cpu" and not trunk.training:
@@ -59,9 +60,9 @@ class Runtime:
             return concatenate(outputs, len(images)) if len(parts) > 1 else next(outputs)
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
-        """A tail on trunk output, float [n, attributes].
+        """The tail's output for trunk output: float [n, attributes].
 
-        The small head runs in fp32, so that no rounding picks the class.
+        The small head runs in fp32, so that rounding does not decide the class.
         """
         stages, head = tail
         with self._autocast():
@@ -70,25 +71,24 @@ class Runtime:
         return logits
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
+        """Convert uint8 [n, 3, s, s] to float on the device, as the backbone's weights expect it."""
         images = images.to(self.device, non_blocking=True)
         scaled = images.float().sub_(self._mean).div_(self._std)
-        return scaled.contiguous(
-            memory_format=torch.channels_last
-        )  # as the last step: three times as fast
+        # The layout changes last, which is three times as fast.
+        return scaled.contiguous(memory_format=torch.channels_last)
 
     @property
     def rounds(self) -> bool:
-        """Whether it computes in bf16 where that is precise enough."""
-        wanted = self.config.precision
-        return wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+        """Whether the network computes in bf16 where that is precise enough."""
+        precision = self.config.precision
+        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.rounds else nullcontext()
 
 
 def concatenate(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
-    """Concatenate into one tensor of `rows` rows, preallocated to save memory."""
+    """Concatenate parts with `rows` rows in all. The result is allocated first, to save memory."""
     whole, start = torch.empty(0), 0
     for part in parts:
         if start == 0:
@@ -105,7 +105,7 @@ def _set_precision(config: TrainConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        # The same config gives the same curve; where CUDA has no such kernel, it warns.
+        # The same config must give the same curve. If CUDA has no deterministic kernel, torch warns.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False

@@ -1,8 +1,8 @@
 """The stream of training images: prepared once, then augmented by (seed, epoch, image).
 
 The first three steps of the report's transform are not random. Their uint8 result is kept in a
-memory-mapped file that all processes of a machine share. The random steps depend only on the seed, the
-epoch and the image's index. So any process can make any epoch again, from any block on.
+memory-mapped file, which all processes of a machine share. The random steps depend only on the seed, the
+epoch and the image's index. So any process can repeat any epoch, from any block on.
 """
 
 import errno
@@ -23,13 +23,14 @@ from trainer.augment import Augmentation, draw
 from trainer.dataset import Dataset, Split
 from trainer.images import READER, load_image
 
-BLOCK = 256  # images per pass through the trunk; every allowed batch size of the report divides it
-# A GPU keeps the prepared images up to this share of its memory; else each block is copied to it.
+BLOCK = 256  # images per pass through the trunk; a multiple of every batch size in the report
+# A GPU keeps the prepared images if they take at most this share of its memory. Otherwise each block is
+# copied to it.
 RESIDENT_SHARE = 1 / 8
 
 
 def deterministic_transform(size: int) -> transforms.Compose:
-    """The report's Resize, CenterCrop(200, 160), Resize, in proportion for sizes other than 224."""
+    """The report's Resize, CenterCrop(200, 160) and Resize, scaled for sizes other than 224."""
     crop = [round(200 / 224 * size), round(160 / 224 * size)]
     return transforms.Compose(
         [
@@ -41,10 +42,10 @@ def deterministic_transform(size: int) -> transforms.Compose:
 
 
 def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> Path:
-    """The .npy file of a split: uint8 [images, 3, size, size], built by the first process that asks.
+    """The .npy file of a split's prepared images: uint8 [images, 3, size, size].
 
-    It is shared by all who have the same images in the same order and the same version of the reader.
-    Raises ImageError for the first image that cannot be used.
+    The first process that asks for it builds it. Splits with the same images in the same order share it,
+    if the image reader has the same version. Raises ImageError for the first image that cannot be used.
     """
     path = cache / f"{dataset.images_digest(split)}-{size}-reader{READER}.npy"
     shape = (len(split), 3, size, size)
@@ -61,7 +62,7 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> P
 def _is_valid(path: Path, shape: tuple[int, ...]) -> bool:
     try:
         images = np.lib.format.open_memmap(path, mode="r")
-    except Exception:  # absent, or damaged, and what that raises depends on where
+    except Exception:  # absent or damaged; the error depends on where it is damaged
         return False
     return images.shape == shape and images.dtype == np.uint8
 
@@ -71,7 +72,8 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
     partial = path.with_suffix(".partial")
     shape = (len(split), 3, size, size)
     try:
-        with partial.open("wb") as file:  # not mapped: a full disk would end the process by SIGBUS
+        # Not mapped: on a full disk, a write to a mapped file ends the process by SIGBUS.
+        with partial.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             _reserve(file, math.prod(shape))
@@ -86,26 +88,26 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Reserve disk space for so many bytes, so that a full disk is an error at once."""
+    """Reserve disk space for so many bytes, so that a full disk is noticed at once."""
     file.flush()
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # else the file system cannot do it
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # else the file system cannot reserve space
             what = f"{error.strerror} for {size / 1e6:,.1f} MB of prepared images"
             raise OSError(error.errno, what) from None
 
 
 def read_images(path: Path, indices: np.ndarray) -> torch.Tensor:
-    """Some of the prepared images, uint8 [n, 3, size, size].
+    """Read some of the prepared images: uint8 [n, 3, size, size].
 
-    The file is mapped only during the call: mapped pages count as the process's memory.
+    The file is mapped only during the call, because mapped pages count as the process's memory.
     """
-    return torch.from_numpy(np.load(path, mmap_mode="r")[indices])  # a copy, by the indices
+    return torch.from_numpy(np.load(path, mmap_mode="r")[indices])  # indexing by an array copies
 
 
 class Stream:
-    """Blocks of training images, the same for every trial with the same seed."""
+    """Blocks of training images, equal for every trial with the same seed."""
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class Stream:
         augmentation: Augmentation | None,
         device: torch.device,
     ) -> None:
-        """`indices` are the images in `path` to use."""
+        """Use the images with these `indices` of the file at `path`."""
         self.indices, self.device, self._augmentation = indices, device, augmentation
         self._path, self._shape = path, np.load(path, mmap_mode="r").shape
 
@@ -125,9 +127,9 @@ class Stream:
     def epoch(
         self, seed: int, epoch: int, block: int = BLOCK, first: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """uint8 [<= block, 3, size, size] and int64 [<= block] indices into the split, on the device.
+        """Images, uint8 [<= block, 3, size, size], and their indices in the split, int64 [<= block].
 
-        `first` is the block to begin with.
+        Both are on the device. `first` is the number of the block to begin with.
         """
         order = self.order(seed, epoch)
         draws = draw(seed, epoch, images=self._shape[0], size=self._shape[-1])
@@ -144,7 +146,7 @@ class Stream:
             return self._resident[indices]
         images = read_images(self._path, part)
         if self.device.type == "cuda":
-            images = images.pin_memory()  # else the copy waits for the device
+            images = images.pin_memory()  # otherwise the copy waits for the device
         return images.to(self.device, non_blocking=True)
 
     @cached_property

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.kind import POINTER, kind_of
 
-# The longer first: UTF-32's mark begins with UTF-16's.
+# UTF-32 comes before UTF-16, because its mark begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -18,13 +18,13 @@ MARKS = (
 
 
 class TextError(ValueError):
-    """A file cannot be read as text; the message is one line and names file and line."""
+    """A file cannot be read as text. The message is one line and names file and line."""
 
 
 def read_text(path: Path) -> str:
-    r"""A file's text in NFC, with \n at the end of lines; UTF-8 unless a byte order mark says otherwise.
+    r"""Read a file's text in NFC, with \n at the end of lines.
 
-    Raises FileNotFoundError, TextError.
+    The text is UTF-8, unless a byte order mark says otherwise. Raises FileNotFoundError, TextError.
     """
     path = as_on_disk(path)
     try:
@@ -33,27 +33,28 @@ def read_text(path: Path) -> str:
         raise
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         raise TextError(f"{path}: cannot be read ({error}); give a text file") from None
-    mark, encoding = next((m for m in MARKS if data.startswith(m[0])), (b"", "utf-8"))
+    mark, encoding = next((pair for pair in MARKS if data.startswith(pair[0])), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         if kind := kind_of(path):
             raise TextError(f"{path}: is {kind}; give a text file") from None
-        at = len(mark) + error.start
-        line = data[:at].count(b"\n") + 1
+        position = len(mark) + error.start
+        line = data[:position].count(b"\n") + 1
         raise TextError(
-            f"{path}:{line}: byte 0x{data[at]:02x} is no {encoding.upper()}; save the file as UTF-8"
+            f"{path}:{line}: byte 0x{data[position]:02x} is no {encoding.upper()}; "
+            "save the file as UTF-8"
         ) from None
     if "\0" in text:
         raise TextError(f"{path}: has NUL bytes, as UTF-16 without a mark has; save the file as UTF-8")
     if data.startswith(POINTER):
         raise TextError(f"{path}: is {kind_of(path)}")
-    # Files that were joined have their marks in the middle.
+    # A file that was joined from others has marks in the middle.
     return same_letters(text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines, stripped, without empty lines at the end.
+    """Read a file's lines, stripped, without empty lines at the end.
 
     Raises FileNotFoundError, TextError.
     """
@@ -69,13 +70,13 @@ def same_letters(text: str) -> str:
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path in the Unicode form in which it exists; unchanged if it does not exist.
+    """The path in the Unicode form that it has on disk, or unchanged if it does not exist.
 
-    A ~ at its beginning is the user's home folder, as in a shell.
+    A ~ at the beginning becomes the user's home folder, as in a shell.
     """
     path = Path(os.path.expanduser(path))
     forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
     try:
         return next((form for form in forms if form.exists()), path)
-    except (OSError, ValueError):  # too long a name, or one with a NUL
+    except (OSError, ValueError):  # the name is too long, or has a NUL
         return path

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-LEGACY_PICKLES = 4  # in a file of the older format, before the tensors' data; the last is the content
+LEGACY_PICKLES = 4  # before the tensors' data in a file of the older format; the last is the content
 MOST_CLASSES = 1000  # in one file; torch looks each of them up many times
 # Sentences in torch's messages that help a programmer, not our user.
 ADVICE = re.compile(
@@ -22,11 +22,11 @@ UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]| at 0x[0-9a-fA-F]+")  # colours
 
 
 class TorchFileError(ValueError):
-    """The file cannot be read as one of torch.save; the message is one line."""
+    """The file cannot be read as a file of torch.save. The message is one line."""
 
 
 class _Inert(type):
-    """torch puts items into dicts only, and asks by equality whether something is one."""
+    """The class of StandIn, equal to `dict`. torch puts items only into what equals that."""
 
     def __eq__(cls, other: object) -> bool:
         return cls is other or other is dict
@@ -37,19 +37,19 @@ class _Inert(type):
 class StandIn(list[Any], metaclass=_Inert):
     """Replaces an object whose class torch does not know. It keeps its entries and runs no code.
 
-    It is a list, because torch appends to lists only.
+    It is a list, because torch appends only to lists.
     """
 
     entries: dict[Any, Any]  # attributes, and items of a dict
 
     def __new__(cls, *_: object) -> "StandIn":
-        """Of any arguments."""
-        made = super().__new__(cls)
-        made.entries = {}
-        return made
+        """Take any arguments, and ignore them."""
+        stand_in = super().__new__(cls)
+        stand_in.entries = {}
+        return stand_in
 
     def __init__(self, *_: object) -> None:
-        pass  # a list would take them for its items
+        pass  # a list would take the arguments for its items
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
@@ -65,11 +65,11 @@ class StandIn(list[Any], metaclass=_Inert):
         pass
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a dict's key
 
 
 def load_state(data: bytes) -> dict[str, Any]:
-    """A state dict with its tensors on the CPU. Runs no code of the file. Raises TorchFileError."""
+    """Load a state dict with its tensors on the CPU. Runs no code of the file. Raises TorchFileError."""
     state = _load(data)
     if not isinstance(state, dict):
         raise TorchFileError(f"it holds no state, but a {type(state).__name__}")
@@ -77,9 +77,10 @@ def load_state(data: bytes) -> dict[str, Any]:
 
 
 def load_content(data: bytes) -> Any:
-    """Whatever was saved, with its tensors on the CPU; a StandIn replaces objects of other classes.
+    """Load whatever was saved, with its tensors on the CPU.
 
-    Runs no code of the file or of these classes. Raises TorchFileError.
+    A StandIn replaces each object whose class torch does not know. Runs no code of the file or of such a
+    class. Raises TorchFileError.
     """
     return _load(data, stand_in=True)
 
@@ -88,7 +89,7 @@ def _load(data: bytes, stand_in: bool = False) -> Any:
     try:
         _refuse_what_swells(data)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error says what matters
+            warnings.simplefilter("ignore")  # an error says all that matters
             names = _unknown_classes(data) if stand_in else set()
             if len(names) > MOST_CLASSES:
                 raise ValueError(f"it has objects of {len(names)} classes")
@@ -99,7 +100,7 @@ def _load(data: bytes, stand_in: bool = False) -> Any:
 
 
 def _unknown_classes(data: bytes) -> set[str]:
-    """Classes in the file that torch may not know, as MODULE.NAME. Unpickles nothing."""
+    """The classes in the file that torch may not know, as MODULE.NAME. Unpickles nothing."""
     if data.startswith(b"PK"):
         return set(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     from torch._weights_only_unpickler import get_globals_in_pkl  # late: private to torch, it may move
@@ -109,12 +110,12 @@ def _unknown_classes(data: bytes) -> set[str]:
 
 
 def reason(error: Exception) -> str:
-    """An error of torch's in one line, with its type and without torch's advice."""
+    """An error of torch in one line, with its type and without torch's advice."""
     return textwrap.shorten(f"{type(error).__name__}: {said(error)}", 300)
 
 
 def said(error: Exception) -> str:
-    """The same without the type."""
+    """An error of torch in one line, without its type and without torch's advice."""
     text = UNPRINTABLE.sub("", str(error))
     sentences = re.split(r"\n\s*|(?<=\.)\s+|WeightsUnpickler error:\s*", text)
     kept = " ".join(part for part in sentences if part and not ADVICE.match(part))
@@ -122,8 +123,8 @@ def said(error: Exception) -> str:
 
 
 def _refuse_what_swells(data: bytes) -> None:
-    """Raises ValueError if a short file could fill the memory. torch.save writes no such file."""
-    if b"bytearray" in data:  # one of the few names that torch.load allows, and it takes any length
+    """Refuse a short file that could fill the memory. torch.save writes none. Raises ValueError."""
+    if b"bytearray" in data:  # torch.load allows this name, and it takes any length
         raise ValueError("it makes a bytearray")
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -20,10 +20,11 @@ from trainer.model import check_batches, check_size
 from trainer.runtime import Runtime, concatenate
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
-# Trunk output that is the same in every epoch is kept up to this size, else computed again. It takes at
-# most a quarter of the granted memory.
+# Trunk output that is the same in every epoch is kept up to this size. It takes at most a quarter of the
+# granted memory. Larger output is computed again each time.
 FEATURE_CACHE_BYTES = 2 << 30
-# From so many pixels an epoch the augmentation is compiled, which takes half a minute once.
+# The augmentation is compiled if an epoch has at least so many pixels. Compiling takes half a minute,
+# once.
 COMPILED_PIXELS = 20_000_000
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
@@ -32,8 +33,8 @@ Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indice
 class Workspace:
     """Data, trunk and validation features, shared by the runs of one process.
 
-    Raises DatasetError, ImageError, ModelError, and what `pick_device` raises. `cache` is the folder for
-    prepared images and compiled code. All `batch_sizes` that runs may have are checked.
+    `cache` is the folder for prepared images and compiled code. All `batch_sizes` that runs may have are
+    checked. Raises DatasetError, ImageError, ModelError, and the errors of `pick_device`.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Workspace:
         device: torch.device | None = None,
         batch_sizes: Iterable[int] = (),
     ) -> None:
-        self.dataset = read_dataset(config.data)  # whose errors are the quickest to find
+        self.dataset = read_dataset(config.data)  # first, because its errors are found fastest
         self.config = config
         self.runtime = Runtime(config, device)
         self.device, backbone = self.runtime.device, self.runtime.backbone
@@ -61,7 +62,7 @@ class Workspace:
         self.train_labels = _labels(train)
         self.train_targets = self.train_labels.to(self.device)
         self._val_images: Path | None = None
-        if config.validates:  # else nothing is left to validate on
+        if config.validates:  # else no images are left to validate on
             val = self.dataset.split("val")
             self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
             self.val_labels = _labels(val)
@@ -84,8 +85,10 @@ class Workspace:
             constant = self._constant_features("train", trunk, self._train_images, self.indices)
         if constant is not None:
             order = self.stream.order(seed, epoch)
-            both = np.searchsorted(self.indices, order), order
-            blocks = (torch.split(torch.from_numpy(part).to(self.device), block) for part in both)
+            rows_and_indices = np.searchsorted(self.indices, order), order
+            blocks = (
+                torch.split(torch.from_numpy(part).to(self.device), block) for part in rows_and_indices
+            )
             for rows, indices in itertools.islice(zip(*blocks, strict=True), first, None):
                 yield constant[rows], indices
         else:
@@ -95,17 +98,17 @@ class Workspace:
     def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
         """The validation images' trunk output, in file order, BLOCK images at a time."""
         assert self._val_images is not None  # else there is nothing to evaluate
-        every = np.arange(len(self.val_labels))
-        constant = self._constant_features("val", trunk, self._val_images, every)
+        all_indices = np.arange(len(self.val_labels))
+        constant = self._constant_features("val", trunk, self._val_images, all_indices)
         if constant is not None:
             yield from torch.split(constant, BLOCK)
         else:
-            yield from self._in_order(trunk, self._val_images, every)
+            yield from self._in_order(trunk, self._val_images, all_indices)
 
     def _constant_features(
         self, name: str, trunk: nn.Module, path: Path, indices: np.ndarray
     ) -> torch.Tensor | None:
-        """Trunk output of images that look the same in every epoch, made once; None if too large."""
+        """Trunk output for images that are equal in every epoch, computed once. None if too large."""
         if self.config.frozen_batchnorm == "train":
             return None  # the trunk is not the same in every epoch
         if name not in self._constant:
@@ -121,7 +124,7 @@ class Workspace:
 
     @property
     def device_name(self) -> str | None:
-        """The GPU's name; None on a CPU."""
+        """The GPU's name. None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
 

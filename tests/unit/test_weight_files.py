@@ -346,7 +346,7 @@ REFUSED = {
     ),
     "another backbone": (
         lambda state: {"arch": "resnet26", "model": without(state, "layer4.")},
-        ["says that it is of resnet26, and lacks"],
+        ["names resnet26 as its backbone, and lacks"],
     ),
     "another family": (
         lambda state: weights_of(EFFICIENTNET),
@@ -360,7 +360,7 @@ REFUSED = {
         lambda state: {"model": shaped(state, "layer2.0.conv1.weight", 5, 4, 3, 3)},
         ["model.layer2.0.conv1.weight is of shape [5, 4, 3, 3], and the backbone's of ["],
     ),
-    "a bare tensor": (lambda state: torch.zeros(3), ["but one without a name"]),
+    "a bare tensor": (lambda state: torch.zeros(3), ["but a tensor without a name"]),
     "no tensors": (lambda state: {"epoch": 3, "args": Odd(x=1)}, ["holds no tensors"]),
     "dicts as a maze": (lambda state: maze(60), ["holds no tensors"]),
     "a number": (lambda state: 3, ["holds no tensors"]),
@@ -548,13 +548,13 @@ def test_submit_looks_at_the_file(tiny, tmp_path):
 def test_a_runs_file_of_another_backbone(run_of, tmp_path):
     folder = run_of(EFFICIENTNET, "head")
     said = refusal(RESNET, folder / "best.safetensors")
-    assert said.endswith("is a run's of test_efficientnet; give weights of test_resnet")
+    assert said.endswith("is from a run with test_efficientnet; give weights of test_resnet")
 
 
 def test_a_checkpoint_with_a_part_of_the_network(run_of):
     [checkpoint] = (run_of(RESNET, "layer4") / "checkpoints").glob("*.pt")
     assert refusal(RESNET, checkpoint).endswith(
-        "is a checkpoint with no more than a run's trained part; give the run's best.safetensors"
+        "is a checkpoint and has only a run's trained part; give the run's best.safetensors"
     )
 
 
