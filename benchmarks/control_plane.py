@@ -34,7 +34,7 @@ from storage.ledger import Ledger
 from storage.paths import RunFolder
 from tests.studies import fill
 from trainer.demo import write_demo
-from trainer.loop import Outcome
+from trainer.loop import EpochOutcome
 from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 from trainer.run import Run
@@ -72,7 +72,7 @@ class Pause:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.epochs, self.began = seconds, 0, 0.0
 
-    def __call__(self, runs: list[Run], _: object) -> Iterator[tuple[Run, Outcome]]:
+    def __call__(self, runs: list[Run], _: object) -> Iterator[tuple[Run, EpochOutcome]]:
         self.began = self.began or time.perf_counter()
         time.sleep(self.seconds)
         for run in runs:
