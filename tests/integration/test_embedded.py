@@ -372,7 +372,7 @@ def test_what_could_not_be_stopped_is_not_started(home, give_data, used):
         assert result.returncode == 2
         [line] = result.stderr.splitlines()
         assert line.startswith(f"error: the file system of {home} has no locks (flock: ")
-        assert "set ATELIER_HOME to a folder on one that has" in line
+        assert "set ATELIER_HOME to a folder on a file system that has them" in line
     assert not EmbeddedPostgres(home).is_running()
     assert used or not (home / "postgres").exists()
 
