@@ -25,7 +25,8 @@ from storage.optuna_tables import (
 )
 from storage.outcome import SICK_HOST, Outcome
 from storage.ranks import read_ranks
-from storage.tables import ArrayJob, Attempt, Epoch, Study, Worker
+from storage.studies import select_array_jobs
+from storage.tables import Attempt, Epoch, Study, Worker
 from storage.usage import gpu_seconds
 from storage.workers import WorkerRow, read_workers
 
@@ -214,9 +215,7 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
                 _sick_hosts(study_id),
             ).where(Attempt.study_id == study_id),
         ).one()
-        jobs = session.scalars(
-            sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
-        )
+        jobs = session.scalars(select_array_jobs(study_id))
         rows = _trials(session, study_id)
         enqueued = sum(row.state == State.WAITING and not row.attempts for row in rows)
         counts: dict[str, int] = dict.fromkeys(STATES, 0)

@@ -126,11 +126,12 @@ def job_in_words(job: str) -> str:
 def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
     """SLURM's ids of the array jobs of a study, oldest first."""
     with engine.connect() as connection:
-        return list(
-            connection.scalars(
-                sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
-            )
-        )
+        return list(connection.scalars(select_array_jobs(study_id)))
+
+
+def select_array_jobs(study_id: int) -> sa.Select[str]:
+    """The query of `array_jobs`, for a read that has more than that."""
+    return sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
 
 
 @retrying
