@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 import trainer.workspace
+from search.slurm.granted import take_granted
 from search.toml_file import load_study_file
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
@@ -121,6 +122,7 @@ def spread(values: list[float], unit: str = "") -> str:
 
 
 def throughput(data: str, rounds: int) -> None:
+    take_granted()
     threads = prepare_process()
     trainer.workspace.COMPILED_PIXELS = 0  # compiled, as in an epoch of all images
     config = TrainConfig(
@@ -177,6 +179,7 @@ def throughput(data: str, rounds: int) -> None:
 
 
 def augmentation(data: str, rounds: int) -> None:
+    take_granted()
     prepare_process()
     reports_images = ReportsImages(data)
     config = TrainConfig(data=data, backbone="resnet10t", weights="none", trainable="head")
@@ -201,6 +204,7 @@ def augmentation(data: str, rounds: int) -> None:
 
 
 def memory(data: str, pack: int) -> None:
+    take_granted()
     prepare_process()
     config = TrainConfig(
         data=data, backbone="seresnext50_32x4d", weights="none", batch_size=256, train_images=512
@@ -215,6 +219,7 @@ def memory(data: str, pack: int) -> None:
 
 
 def trials(data: str, weights: str, rounds: int, figure: Path | None) -> None:
+    take_granted()
     prepare_process()
     settings = [f"train.data={json.dumps(data)}", f"train.weights={json.dumps(weights)}"]
     config = load_study_file(Path("studies/fashion-cpu.toml"), settings).shared

@@ -111,7 +111,7 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
                             pace.share_out(active)
                             yield from ((run, None) for run in active)
                             return
-                except Exception as error:
+                except Exception as error:  # of this run; the others go on
                     active.remove(run)
                     pace.leave_out(run)
                     yield run, _without_tensors(error, run)

@@ -10,7 +10,7 @@ import typer
 from search.cli.errors import say
 from search.confirm.plan import recorded
 from search.errors import InputError
-from search.slurm.submit import about_environment
+from search.slurm.script import about_environment
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from storage import database, schema

@@ -11,6 +11,7 @@ from pathlib import Path
 from search.errors import InputError
 from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
+from search.slurm.environment import LEFT_OPEN, kept_from_commands
 from search.study_config import StudyConfig
 from storage import libpq
 from storage.paths import home
@@ -22,6 +23,7 @@ ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
 TASK_LOG = "%A_%a.log"  # array and task
 SHORT = {"array": "-a", "output": "-o", "qos": "-q", "partition": "-p", "account": "-A", "time": "-t"}
 SHORT |= {"cpus-per-task": "-c"}
+MOST_NAMES = 5  # of variables in one message
 # With one of these sbatch would not just submit the script and print the job's id.
 OTHER_USES = ("--wrap", "--wait", "-W", "--test-only", "--parsable", "--help", "--version")
 
@@ -97,6 +99,28 @@ def means(word: str, option: str) -> bool:
     if word.startswith("--"):
         return len(word) > 2 and option.startswith(word)
     return word.startswith(option)
+
+
+def left_open(script: str) -> list[str]:
+    """The variables of this environment that sbatch gets, since the script leaves them open."""
+    words = option_words(re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE))
+    return [
+        name
+        for name, options in LEFT_OPEN.items()
+        if name in os.environ and not any(means(word, option) for word in words for option in options)
+    ]
+
+
+def about_environment(script: str) -> list[str]:
+    """What sbatch gets of this environment's variables for SLURM, and what not, in words."""
+    taken = left_open(script)
+    dropped = kept_from_commands(*taken)
+    lines = [f"sbatch gets {name}={os.environ[name]}, which the profile leaves open" for name in taken]
+    if dropped:
+        more = len(dropped) - MOST_NAMES
+        names = ", ".join(dropped[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"sbatch does not get {names}: the profile says what the job is")
+    return lines
 
 
 def _word(value: object) -> str:

@@ -1,7 +1,6 @@
 """Submit a job: check what would fail in the queue, then give SLURM the script."""
 
 import logging
-import os
 import re
 import shlex
 import tempfile
@@ -19,8 +18,8 @@ from search.slurm.commands import (
     not_understood,
     one_line,
 )
-from search.slurm.environment import LEFT_OPEN, clean_environment, kept_from_commands
-from search.slurm.script import array_script, log_folder, means, option_words, run_script
+from search.slurm.environment import clean_environment
+from search.slurm.script import array_script, left_open, log_folder, run_script
 from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
@@ -34,8 +33,6 @@ from trainer.dataset import Dataset, read_dataset
 from trainer.kind import not_weights
 
 log = logging.getLogger(__name__)
-
-MOST_NAMES = 5
 
 
 def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]) -> str:
@@ -141,26 +138,4 @@ def submit_script(script: str) -> str:
 
 
 def _sbatch(script: str, option: str) -> Answer:
-    return call("sbatch", option, text=script, environment=clean_environment(*_taken(script)))
-
-
-def _taken(script: str) -> list[str]:
-    """The variables of this environment that sbatch gets, since the script leaves them open."""
-    words = option_words(re.findall(r"^#SBATCH\s+(.*)$", script, re.MULTILINE))
-    return [
-        name
-        for name, options in LEFT_OPEN.items()
-        if name in os.environ and not any(means(word, option) for word in words for option in options)
-    ]
-
-
-def about_environment(script: str) -> list[str]:
-    """What sbatch gets of this environment's variables for SLURM, and what not, in words."""
-    taken = _taken(script)
-    dropped = kept_from_commands(*taken)
-    lines = [f"sbatch gets {name}={os.environ[name]}, which the profile leaves open" for name in taken]
-    if dropped:
-        more = len(dropped) - MOST_NAMES
-        names = ", ".join(dropped[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-        lines.append(f"sbatch does not get {names}: the profile says what the job is")
-    return lines
+    return call("sbatch", option, text=script, environment=clean_environment(*left_open(script)))

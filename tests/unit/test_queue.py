@@ -11,7 +11,8 @@ from search.slurm import job as job_module
 from search.slurm.commands import SlurmError, version
 from search.slurm.job import own_job
 from search.slurm.queue import Tasks, jobs, probe_liveness, say, task_states
-from search.slurm.submit import about_environment, check_script, submit_script
+from search.slurm.script import about_environment
+from search.slurm.submit import check_script, submit_script
 from storage.liveness import Holder
 
 # As these versions of squeue printed it: of an array a task that ended with code 3, one that is at work
