@@ -4,7 +4,6 @@ A trial's numbers depend on its configuration and on the stream's epochs. They d
 trials that were trained beside it. This shows it for any trial on record.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of
 from trainer.loop import train
-from trainer.metrics import REPEATABLE, EpochResult
+from trainer.metrics import EpochResult
 from trainer.workspace import Workspace
 
 
@@ -33,9 +32,7 @@ class Replayed:
     @property
     def differing(self) -> list[str]:
         """The numbers that are not equal, bit for bit."""
-        return [
-            name for name in REPEATABLE if not _equal(self.recorded[name], getattr(self.again, name))
-        ]
+        return self.again.differing(self.recorded)
 
 
 def replay(
@@ -55,11 +52,3 @@ def replay(
     results = train(config, workspace, stream_epochs=stream_epochs)
     for epoch, result in zip(recorded, results, strict=False):  # a pruned trial has fewer on record
         yield Replayed(epoch, result)
-
-
-def _equal(recorded: Any, again: Any) -> bool:
-    if isinstance(recorded, list):
-        return recorded == list(again)
-    if recorded is None:  # an earlier version did not record it
-        return True
-    return bool(recorded == again) or (math.isnan(recorded) and math.isnan(again))

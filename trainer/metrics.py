@@ -5,6 +5,7 @@ Logits are float [images, attributes], one slice after another for each category
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -54,6 +55,10 @@ class EpochResult:
         """The fields that the table `epoch` and a checkpoint store."""
         return {name: getattr(self, name) for name in COLUMNS}
 
+    def differing(self, recorded: Mapping[str, Any]) -> list[str]:
+        """The REPEATABLE columns that are not equal to those on record, bit for bit."""
+        return [name for name in REPEATABLE if not _equal(recorded[name], getattr(self, name))]
+
 
 COLUMNS = tuple(
     column.name for column in fields(EpochResult) if column.name not in ("predictions", "cause")
@@ -62,6 +67,14 @@ COLUMNS = tuple(
 REPEATABLE = tuple(
     name for name in COLUMNS if name not in ("epoch", "stream_epoch", "seconds", "images", "peak_memory")
 )
+
+
+def _equal(recorded: Any, again: Any) -> bool:
+    if isinstance(recorded, list):
+        return recorded == list(again)
+    if recorded is None:  # an earlier version did not record it
+        return True
+    return bool(recorded == again) or (math.isnan(recorded) and math.isnan(again))
 
 
 def validation_metrics(

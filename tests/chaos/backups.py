@@ -4,7 +4,8 @@
 
 Eight workers search. Again and again, at a random moment, `atelier db backup` is called; its archive is
 read by other means than ours, restored into an empty home with a PostgreSQL of its own, and searched to
-its end by two other workers, while those of the first search stand still. Then checker.py judges it.
+its end by two other workers, while those of the first search stand still. Then the rules of
+search/verify judge it.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 Two hosts share a folder and reach the database each through a network of its own: workers of the second
 have process ids and a host name of their own, so that nobody on the first can tell whether they live.
 For its share of the seconds each seed breaks what it can; then the study is allowed to end, and
-checker.py says whether anything was lost.
+the rules of search/verify say whether anything was lost.
 
 Workers are forked, so that one that has ended is at work again within a second. In each search one of
 them begins as a program of its own. Faults hit workers that hold a trial, where the fault is a worker's;
@@ -34,9 +34,10 @@ from typing import Any, NamedTuple
 import psutil
 import psycopg2
 
+from search.verify.evidence import Evidence
 from storage.embedded import EmbeddedPostgres
 from tests.chaos import hosts
-from tests.chaos.checker import Evidence, References
+from tests.chaos.checker import References
 from tests.chaos.proxy import Mode
 from tests.chaos.search import STUDY, Place, Search, Stopwatch, begin_imports
 from tests.chaos.worker import LEASE_SECONDS

@@ -17,9 +17,10 @@ from sqlalchemy.engine import make_url
 
 from search import forking
 from search.exit_codes import ExitCode
-from search.toml_file import load_study_file
+from search.verify.evidence import Evidence, gather
+from search.verify.rules import Holds, violations
 from storage import database
-from tests.chaos.checker import Evidence, References, gather, violations
+from tests.chaos.checker import References, half_written
 from tests.chaos.proxy import Proxy
 from tests.chaos.worker import CLOCK_VARIABLE, PROCESS_NAME, work
 
@@ -252,9 +253,10 @@ class Search:
         os.environ["ATELIER_HOME"] = str(self.home)
         engine = database.connect(self._url)
         with engine.connect() as connection:
-            evidence = gather(connection, load_study_file(self.study, []))
+            evidence = gather(connection, self.study.stem)
         engine.dispose()
-        found = violations(evidence, references)
+        found = [str(one) for one in violations(evidence, Holds.UNDISTURBED, references.curve)]
+        found += half_written(evidence.runs.path)
         found += [f"{self.ends[code]} workers ended with {code}" for code in set(self.ends) - ENDS]
         return evidence, found
 

@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.study_config import StudyConfig
-from search.toml_file import load_study_file
+from search.verify.evidence import gather
+from search.verify.rules import Holds, violations
 from storage import database
 from storage.paths import artifacts
-from tests.chaos.checker import References, gather, violations
+from tests.chaos.checker import References, half_written
 from tests.chaos.search import STUDY
 from tests.conftest import copied_database
 from trainer.predictions import Predictions
@@ -28,14 +28,17 @@ FIRST = "(SELECT min(trial_id) FROM public.trials WHERE state = 'COMPLETE')"
 class Ended:
     """A study that has ended undisturbed."""
 
-    file: StudyConfig
     connection: sa.Connection
     references: References
 
     def broken(self):
         """The names of the rules that are broken."""
-        found = violations(gather(self.connection, self.file), self.references)
-        return {one.split(":")[0] for one in found}
+        found = violations(self.evidence, Holds.UNDISTURBED, self.references.curve)
+        return {one.rule for one in found}
+
+    @property
+    def evidence(self):
+        return gather(self.connection, "ended")
 
     def number(self, query):
         return self.connection.execute(sa.text(query)).scalar_one()
@@ -55,7 +58,7 @@ def engine(server, template, demo, tmp_path_factory):
         result = CliRunner().invoke(app, ["worker", str(study)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         engine = database.connect()
-        yield engine, load_study_file(study, []), References()
+        yield engine, References()
         engine.dispose()
     torch.set_num_threads(threads)  # the worker has set its own
 
@@ -63,9 +66,9 @@ def engine(server, template, demo, tmp_path_factory):
 @pytest.fixture
 def ended(engine):
     """What is planted is rolled back."""
-    engine, file, references = engine
+    engine, references = engine
     with engine.connect() as connection:
-        yield Ended(file, connection, references)
+        yield Ended(connection, references)
 
 
 def test_nothing_is_found_where_nothing_is(ended):
@@ -77,7 +80,7 @@ def test_nothing_is_found_where_nothing_is(ended):
 PLANTED = {
     "a trial too many": (
         "UPDATE atelier.study SET max_trials = max_trials - 1",
-        {"the_budget_is_kept"},
+        {"the_budget_is_used_up"},
     ),
     "a lost trial": (
         f"UPDATE public.trials SET state = 'RUNNING' WHERE trial_id = {FIRST}",
@@ -85,7 +88,7 @@ PLANTED = {
     ),
     "a trial that is gone": (
         "UPDATE public.trials SET number = 7 WHERE number = 1",
-        {"the_budget_is_kept"},
+        {"the_budget_is_used_up"},
     ),
     "a failed trial": (
         f"UPDATE public.trials SET state = 'FAIL' WHERE trial_id = {FIRST}",
@@ -93,7 +96,7 @@ PLANTED = {
     ),
     "a lease that nobody gave back": (
         f"UPDATE atelier.attempt SET released = NULL WHERE trial_id = {FIRST}",
-        {"nobody_held_what_another_held"},
+        {"nobody_holds_a_trial"},
     ),
     "a second holder": (
         "INSERT INTO atelier.attempt "
@@ -164,12 +167,22 @@ def test_a_curve_that_is_off_by_one_bit_is_found(ended, column):
 
 
 def test_one_of_the_best_that_waited_to_the_end_is_found(ended):
-    settings = ended.file.study.model_copy(update={"strategy": "promote"})
-    promoting = replace(ended, file=ended.file.model_copy(update={"study": settings}))
-    assert promoting.broken() == set()
     best = "(SELECT trial_id FROM atelier.epoch WHERE epoch = 1 ORDER BY value DESC LIMIT 1)"
-    ended.connection.execute(sa.text(f"DELETE FROM atelier.epoch WHERE epoch > 1 AND trial_id = {best}"))
-    assert "the_best_at_each_rung_went_on" in promoting.broken()
+    for statement, rules in (
+        ("", set()),
+        (f"DELETE FROM atelier.epoch WHERE epoch > 1 AND trial_id = {best}", {RUNG}),
+    ):
+        if statement:
+            ended.connection.execute(sa.text(statement))
+        evidence = ended.evidence
+        settings = evidence.config.study.model_copy(update={"strategy": "promote"})
+        config = evidence.config.model_copy(update={"study": settings})
+        assert rules <= {
+            one.rule for one in violations(replace(evidence, config=config), Holds.UNDISTURBED)
+        }
+
+
+RUNG = "the_best_at_each_rung_went_on"
 
 
 @contextmanager
@@ -182,7 +195,7 @@ def put(path, data):
 
 
 def test_what_is_planted_on_the_disk_is_found(ended, tmp_path):
-    runs = gather(ended.connection, ended.file).runs
+    runs = ended.evidence.runs
     first = min(runs.predictions(0).parent.iterdir())
     own, other = Predictions.load(first), tmp_path / "other.npz"
     all_right = np.broadcast_to(own.labels, own.classes.shape)
@@ -191,15 +204,19 @@ def test_what_is_planted_on_the_disk_is_found(ended, tmp_path):
         (
             runs.checkpoints(0) / "attempt-0001-epoch-0001-step-00000004.pt",
             b"",
-            "nothing_is_left_on_disk",
+            "nothing_is_left",
         ),
-        (runs.path / "logs" / ".log.1234", b"", "nothing_is_left_on_disk"),
-        (artifacts() / ".picture.1234", b"", "nothing_is_left_on_disk"),
-        (runs.predictions(99), b"", "nothing_is_left_on_disk"),
+        (runs.path / "logs" / ".log.1234", b"", None),
+        (artifacts() / ".picture.1234", b"", None),
+        (runs.predictions(99), b"", "nothing_is_left"),
         (first, None, "each_complete_trial_has_its_predictions"),
         (first, first.read_bytes()[:-20], "each_complete_trial_has_its_predictions"),
         (first, other.read_bytes(), "each_complete_trial_has_its_predictions"),
     ):
         with put(path, data):
-            assert rule in ended.broken(), path
-    assert ended.broken() <= {"nothing_is_left_on_disk"}  # the emptied folder of trial 0
+            if rule is None:
+                [left] = half_written(runs.path)
+                assert path.name in left
+            else:
+                assert rule in ended.broken(), path
+    assert ended.broken() <= {"nothing_is_left"}  # the emptied folder of trial 0
