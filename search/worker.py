@@ -25,6 +25,7 @@ from search.trial import Trial
 from storage.database import DATABASE_ERRORS
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
+from storage.outcome import NOTHING_LEFT
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
 from trainer.loop import train_epoch
@@ -88,7 +89,7 @@ class Worker:
                     self._sweep()
                     if self.ledger.has_only_failed():
                         self.stop.ask("every trial of the study has failed", ExitCode.FAILED)
-                reason = self.stop.reason or "nothing left to claim"
+                reason = self.stop.reason or NOTHING_LEFT
                 if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():
                     log.info("requeued: another run of this task goes on")
         except SickHostError as error:

@@ -5,9 +5,10 @@ from typing import Any
 import sqlalchemy as sa
 
 # Not now(): that is when the transaction began, and it may have waited for a lock since. All times of
-# leases, attempts and ends come from this expression. So a simulation moves them all with its own
-# clock_timestamp() in the database, as benchmarks/search_efficiency.py does. Only the times when rows
-# were added (`created`, `started`, `submitted`, `recorded`) are the server's default, now().
+# workers, leases, attempts, epochs and ends come from this expression. So rules may compare them
+# (search/verify), and a simulation moves them all with its own clock_timestamp() in the database, as
+# benchmarks/search_efficiency.py does. Only the times when a study was `created` and a job `submitted`
+# are the server's default, now().
 NOW = "clock_timestamp()"
 
 

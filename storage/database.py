@@ -79,6 +79,9 @@ WORK = Sessions(
     }
 )
 
+# For who only looks.
+READING = WORK.having(default_transaction_read_only="on")
+
 # For web pages: nobody waits a minute for a page.
 PAGES = replace(WORK.having(statement_timeout="15s"), connect_timeout=3)
 

@@ -121,6 +121,8 @@ class Ledger:
             "process": process_identity(),
             "gpu": gpu,
             "log": log,
+            "started": now(),
+            "last_seen": now(),
             **self._job,
         }
         with self.engine.begin() as connection:

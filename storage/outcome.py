@@ -1,4 +1,4 @@
-"""The outcomes of an attempt at a trial, and the reasons of them that programs look for."""
+"""The outcomes of an attempt at a trial, and the reasons of ends that programs look for."""
 
 from enum import StrEnum
 
@@ -21,3 +21,5 @@ RESTORED = "the database was restored from a backup"
 SICK_HOST = "sick host"  # the reason of a worker whose host is at fault begins so
 STOPPED = "atelier stop"
 SPENT = "the study's GPU-hours are spent"
+NOTHING_LEFT = "nothing left to claim"
+NEVER_AMONG_THE_BEST = "never among the best"  # the reason of a trial that was paused to the end ends so

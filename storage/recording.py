@@ -19,7 +19,7 @@ held AS (
     UPDATE atelier.attempt
     SET renewed = {NOW}, lease_until = {_LEASE_END}
     WHERE trial_id = :trial_id AND number = :attempt AND worker_id = :worker_id AND released IS NULL
-    RETURNING trial_id
+    RETURNING trial_id, renewed
 ), seen AS (
     UPDATE atelier.worker SET last_seen = {NOW} WHERE id = :worker_id
 )
@@ -36,8 +36,8 @@ RENEW = sa.text(f"WITH {_RENEWAL} {_ANSWER}")
 _COLUMNS = [column for column in Epoch.__table__.columns if column.name != "recorded"]
 RECORD = sa.text(f"""
 WITH {_RENEWAL}, epoch_entry AS (
-    INSERT INTO atelier.epoch ({", ".join(column.name for column in _COLUMNS)})
-    SELECT {", ".join(f":{column.name}" for column in _COLUMNS)} FROM held
+    INSERT INTO atelier.epoch (recorded, {", ".join(column.name for column in _COLUMNS)})
+    SELECT renewed, {", ".join(f":{column.name}" for column in _COLUMNS)} FROM held
     ON CONFLICT DO NOTHING
 ), value_for_optuna AS (
     INSERT INTO trial_intermediate_values

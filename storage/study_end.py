@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from storage.attempts import close_lost_attempt, lock_open_attempt
 from storage.liveness import Liveness
 from storage.optuna_tables import TrialModel, end_trial
-from storage.outcome import SPENT, Outcome
+from storage.outcome import NEVER_AMONG_THE_BEST, SPENT, Outcome
 from storage.tables import Attempt, Epoch
 from storage.trial_queue import PAUSED_TRIALS
 
@@ -51,4 +51,4 @@ def prune_the_rest(session: Session, study_id: int, spent: bool) -> None:
         last = session.scalar(attempts.order_by(Attempt.number.desc()).limit(1))
         if last is not None and last.outcome == Outcome.PAUSED:
             last.outcome = Outcome.PRUNED
-            last.reason = f"{last.reason}, and {SPENT if spent else 'never among the best'}"
+            last.reason = f"{last.reason}, and {SPENT if spent else NEVER_AMONG_THE_BEST}"

@@ -78,12 +78,14 @@ def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> 
     return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
 
 
-def find_study(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
+def find_study(
+    name_or_file: str, sessions: database.Sessions = database.WORK
+) -> tuple[sa.Engine, StudyEntry]:
     """Find a study that exists, by its name or its file. Raises InputError."""
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
-    engine = database.look()
+    engine = database.look(sessions)
     if schema.schema_revision(engine) is None:
         raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
     schema.require_schema(engine)

@@ -24,6 +24,7 @@ from search.train import run_to_end
 from search.worker import Worker
 from storage import database, roles, schema
 from storage.ledger import Ledger
+from storage.outcome import NOTHING_LEFT
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, image_cache
 from storage.studies import StudyEntry
@@ -67,7 +68,7 @@ def work(config: StudyConfig, pack: int | None) -> None:
     if job and multiprocessing.parent_process() is None:  # else the search owns the task
         worker.requeue = job.requeue
     end = worker.run()
-    log.info("worker ended: %s", worker.stop.reason or "nothing left to claim")
+    log.info("worker ended: %s", worker.stop.reason or NOTHING_LEFT)
     if end == ExitCode.WALL_TIME and not worker.made_progress:
         say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
         raise typer.Exit(ExitCode.FAILED)

@@ -1,4 +1,4 @@
-"""The verbs that look at a study: status, trials, logs and plot."""
+"""The verbs that look at a study: status, trials, logs, verify and plot."""
 
 import json
 import time
@@ -22,14 +22,17 @@ from dashboards.study_tables import (
     render_trials,
     render_workers,
 )
-from dashboards.terminal import can_redraw, console
+from dashboards.terminal import can_redraw, console, printable
 from search.cli.errors import say
 from search.cli.options import StudyName, find_study
 from search.errors import InputError
+from search.exit_codes import ExitCode
 from search.slurm.queue import Tasks, task_states
 from search.slurm.script import newest_log
+from search.verify.look import verify as verify_study
+from storage.database import READING
 from storage.ownership import with_users_umask
-from storage.paths import RunFolder, total_size
+from storage.paths import RunFolder, home, total_size
 from storage.status import Status, read_status
 from storage.studies import array_jobs
 from storage.workers import read_attempts
@@ -124,6 +127,33 @@ def logs(
         what = "any trial" if trial is None else f"trial {trial}"
         raise InputError(f"no attempt at {what} yet, and no log of an array task")
     console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
+
+
+def verify(
+    study: StudyName,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check that all holds what is promised of a study, while its workers run or later.
+
+    Each line says what is wrong with which trial, and what to do next. Nothing is written.
+    Exit codes: 0 all holds, 1 something does not.
+    """
+    engine, entry = find_study(study, READING)
+    verdict = verify_study(engine, entry.name)
+    findings, rules = verdict.findings, len(verdict.rules)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+    else:
+        for finding in findings:
+            typer.echo(printable(str(finding)))
+        if not findings:
+            trials = len(verdict.evidence.trials)
+            typer.echo(f"study {entry.name!r}: {trials} trials, all {rules} rules hold")
+    if not verdict.evidence.has_files:
+        say(f"note: no file was looked at, since the study's are not in ATELIER_HOME ({home()})")
+    if findings:
+        say(f"study {entry.name!r}: {len(findings)} findings, by {rules} rules (docs/guarantees.md)")
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def plot(

@@ -47,11 +47,16 @@ class Plan(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        round_number, index = divmod(trial.number, len(self._candidates))
+        return self.of(trial.number)[param_name]
+
+    def of(self, number: int) -> dict[str, Any]:
+        """The parameters of the trial with this number."""
+        round_number, index = divmod(number, len(self._candidates))
         candidate = self._candidates[index]
         # A fresh seed: the search's own one may have been lucky.
         rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + round_number) % 2**32}
-        return (rerun | candidate["params"])[param_name]
+        planned: dict[str, Any] = rerun | candidate["params"]
+        return planned
 
 
 class ConfirmationFile(StudyConfig):
@@ -75,7 +80,10 @@ class ConfirmationFile(StudyConfig):
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The search's space, and two parameters: the trial to run again, and its seed."""
-        rerun = {"candidate": IntDistribution(0, MOST_TRIALS), "seed": IntDistribution(0, 2**32 - 1)}
+        rerun: dict[str, Any] = {
+            "candidate": IntDistribution(0, MOST_TRIALS),
+            "seed": IntDistribution(0, 2**32 - 1),
+        }
         return rerun | super().distributions()
 
     def identity(self) -> dict[str, Any]:

@@ -1,218 +1,113 @@
-"""What must hold of a study: one table of rules, which read its tables and files as they lie there."""
+"""The table of what must hold of a study: each rule, when it holds, and what to do if not."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import Any
 
-from search.score import score
-from search.study_config import StudyConfig
-from search.verify.evidence import Evidence, Trial
-from storage.outcome import RESTORED
-from storage.ranks import REDUCTION_FACTOR
-from trainer.predictions import Predictions
-
-if TYPE_CHECKING:  # it imports torch
-    from trainer.metrics import EpochResult
-
-ENDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-
-Found = Iterator[tuple[int | None, str]]  # a trial's number, and what is wrong with it
-# Trains a trial again, alone, through the epochs of the stream that it has on record.
-Reference = Callable[[StudyConfig, Trial], "list[EpochResult]"]
+from search.verify import attempts, curves, ends, files
+from search.verify.evidence import Evidence, Found, Reference
 
 
 class Holds(IntEnum):
-    """Of which studies a rule holds; a later one has all that the earlier ones have."""
+    """Of which studies a rule holds. A later one has all that the earlier ones have."""
 
     ALWAYS = auto()  # of any study, at any moment
     ENDED = auto()  # of a study that has ended by itself
-    UNDISTURBED = auto()  # ... and that nobody but its workers has touched, nor lowered its budgets
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Where a rule does not hold."""
-
-    rule: str
-    trial: int | None  # its number; None for the whole study
-    text: str
-
-    def __str__(self) -> str:
-        where = "the study" if self.trial is None else f"trial {self.trial}"
-        return f"{self.rule}: {where} {self.text}"
-
-
-def the_budget_is_used_up(evidence: Evidence) -> Found:
-    numbers = [trial.number for trial in evidence.trials]
-    if numbers != list(range(evidence.max_trials)):
-        yield None, f"was allowed {evidence.max_trials} trials and has {numbers}"
-
-
-def every_trial_has_ended_well(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        if trial.state not in ("COMPLETE", "PRUNED"):
-            reasons = [row.reason for row in trial.attempts if row.outcome in ("error", "failed")]
-            yield trial.number, f"is {trial.state}: {reasons}"
-        elif len(trial.values) != 1:
-            yield trial.number, f"has the values {trial.values}"
-
-
-def nobody_held_what_another_held(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        if [row.number for row in trial.attempts] != list(range(1, len(trial.attempts) + 1)):
-            yield trial.number, f"has the attempts {[row.number for row in trial.attempts]}"
-        for one, other in zip(trial.attempts, trial.attempts[1:], strict=False):
-            if one.released is None or other.claimed < one.released:
-                yield trial.number, f"had attempt {other.number} before {one.number} had ended"
-            if (
-                one.outcome == "lost"
-                and other.claimed < one.lease_until
-                and not _was_seen(evidence, one, other)
-            ):
-                yield trial.number, f"had attempt {other.number} before the lease of {one.number} ended"
-
-
-def nobody_holds_a_trial(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        for row in trial.attempts:
-            if row.released is None:
-                yield trial.number, f"is still held, by attempt {row.number}"
-
-
-def _was_seen(evidence: Evidence, one: Any, other: Any) -> bool:
-    """Whether somebody could see that the holder had ended, before the other claim.
-
-    That need not be who claimed: the one who saw it may have withdrawn a claim of its own.
-    """
-    holder = evidence.workers[one.worker_id]
-    if one.reason == RESTORED or holder.slurm_cluster is not None:
-        return True
-    machine, _, _ = holder.process.rsplit(":", 2)  # pid and start follow
-    return any(
-        worker.process.startswith(machine + ":")
-        and worker.id != one.worker_id
-        and worker.started <= other.claimed
-        for worker in evidence.workers.values()
-    )
-
-
-def each_attempt_ended_once(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        outcomes = [row.outcome for row in trial.attempts]
-        if outcomes[-1:] != [ENDS.get(trial.state)] or set(outcomes[:-1]) & set(ENDS.values()):
-            yield trial.number, f"is {trial.state}, its attempts {outcomes}"
-
-
-def each_epoch_is_on_record_once(evidence: Evidence) -> Found:
-    wanted = evidence.config.epochs
-    for trial in evidence.trials:
-        numbers = [row.epoch for row in trial.epochs]
-        if numbers != list(range(len(numbers))):
-            yield trial.number, f"has the epochs {numbers}"
-        if trial.state == "COMPLETE" and len(numbers) != wanted:
-            yield trial.number, f"is complete after {len(numbers)} of {wanted} epochs"
-        attempts = [row.attempt for row in trial.epochs]
-        if attempts != sorted(attempts) or not set(attempts) <= {row.number for row in trial.attempts}:
-            yield trial.number, f"has epochs of the attempts {attempts}"
-
-
-def optuna_was_told_the_same(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        known = [(row.epoch, row.value) for row in trial.epochs]
-        if trial.told != known:
-            yield trial.number, f"has {trial.told} in Optuna, its epochs say {known}"
-        values = [value for _, value in known]
-        if trial.state == "COMPLETE" and trial.values != [score(values, evidence.config.study.score)]:
-            yield trial.number, f"has the score {trial.values}, its epochs {values}"
-
-
-def the_best_at_each_rung_went_on(evidence: Evidence) -> Found:
-    """Of a search whose trials wait at rungs: none that belongs to the best third waited to the end."""
-    if evidence.config.study.strategy != "promote":
-        return
-    for rung in evidence.config.rungs():
-        been = [trial for trial in evidence.trials if len(trial.epochs) > rung]
-        for trial in been:
-            better = sum(one.epochs[rung].value > trial.epochs[rung].value for one in been)
-            if len(trial.epochs) == rung + 1 and better < len(been) // REDUCTION_FACTOR:
-                yield trial.number, f"waits at epoch {rung}, {better} of {len(been)} are better"
-
-
-def each_complete_trial_has_its_predictions(evidence: Evidence) -> Found:
-    for trial in evidence.trials:
-        if evidence.has_files and trial.state == "COMPLETE":
-            path = evidence.runs.predictions(trial.number)
-            try:
-                predictions = Predictions.load(path)
-            except (OSError, ValueError) as error:
-                yield trial.number, f"has no predictions: {error}"
-                continue
-            right = (predictions.classes == predictions.labels).sum((1, 2))
-            if [*right] != [sum(row.val_hits) for row in trial.epochs]:
-                yield trial.number, "has the predictions of another run"
-
-
-def nothing_is_left(evidence: Evidence) -> Found:
-    for path in sorted(evidence.runs.path.glob("trial-*/*")):
-        yield None, f"has left {path}"
-    wanted = {evidence.runs.predictions(trial.number).name for trial in evidence.trials}
-    for path in sorted(evidence.runs.predictions(0).parent.glob("*")):
-        if path.name not in wanted:
-            yield None, f"has {path}, which belongs to no trial"
+    UNDISTURBED = auto()  # of one that only its workers touched; its budgets never became less
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the table."""
+    """One row of the table. `needs` says whether the evidence is there."""
 
     holds: Holds
     check: Callable[[Evidence], Found]
+    remedy: str
+    needs: Callable[[Evidence], Any] = lambda _: True
 
     @property
     def name(self) -> str:
         return self.check.__name__
 
 
+LOGS = "see what its workers did: atelier logs {study} --trial {trial}"
+REPLAY = "see whether its curve can be believed: atelier replay {study} --trial {trial}"
+ROWS = "rows were lost or changed; go on with a backup: atelier db restore"
+STATUS = "see: atelier status {study}"
+LATER = "report it with the study's tables: atelier db backup"
+AWAY = "move that file away; its trial goes on from another checkpoint, or begins again"
+UNKNOWN = "move that file away: without it, no interval of this trial is shown"
+PRUNE = "remove it: atelier db prune {study}"
+
+ALWAYS, ENDED, UNDISTURBED = Holds
+FILES, REFERENCE = attrgetter("has_files"), attrgetter("reference")
 RULES = (
-    Rule(Holds.ALWAYS, nobody_held_what_another_held),
-    Rule(Holds.UNDISTURBED, the_budget_is_used_up),
-    Rule(Holds.UNDISTURBED, every_trial_has_ended_well),
-    Rule(Holds.UNDISTURBED, nobody_holds_a_trial),
-    Rule(Holds.UNDISTURBED, each_attempt_ended_once),
-    Rule(Holds.UNDISTURBED, each_epoch_is_on_record_once),
-    Rule(Holds.UNDISTURBED, optuna_was_told_the_same),
-    Rule(Holds.UNDISTURBED, the_best_at_each_rung_went_on),
-    Rule(Holds.UNDISTURBED, each_complete_trial_has_its_predictions),
-    Rule(Holds.ENDED, nothing_is_left),
+    Rule(ALWAYS, attempts.trials_are_numbered_without_a_gap, ROWS),
+    Rule(ALWAYS, attempts.rows_are_of_the_study_of_their_trial, ROWS),
+    Rule(ALWAYS, attempts.attempts_are_numbered_without_a_gap, ROWS),
+    Rule(ALWAYS, attempts.an_attempt_begins_when_the_one_before_has_ended, LOGS),
+    Rule(ALWAYS, attempts.a_lost_trial_is_taken_when_its_lease_has_ended, LOGS),
+    Rule(ALWAYS, attempts.an_attempt_that_has_ended_says_how, LOGS),
+    Rule(ALWAYS, attempts.a_worker_takes_trials_while_it_is_signed_on, LOGS),
+    Rule(ALWAYS, attempts.a_trial_ends_once, LOGS),
+    Rule(ALWAYS, curves.a_trained_trial_has_parameters_of_the_space, REPLAY),
+    Rule(ALWAYS, curves.a_rerun_has_the_parameters_of_the_plan, LATER),
+    Rule(ALWAYS, curves.epochs_are_on_record_once, ROWS),
+    Rule(ALWAYS, curves.an_epoch_is_of_an_attempt, LOGS),
+    Rule(ALWAYS, curves.a_trial_goes_forward_through_the_stream, REPLAY),
+    Rule(ALWAYS, curves.a_value_is_what_the_numbers_give, REPLAY),
+    Rule(ALWAYS, curves.optuna_was_told_the_same, REPLAY),
+    Rule(ALWAYS, curves.a_complete_trial_has_its_epochs_and_its_score, REPLAY),
+    Rule(ALWAYS, curves.an_ended_trial_has_one_score, REPLAY),
+    Rule(ALWAYS, curves.training_ends_where_the_loss_is_not_finite, REPLAY),
+    Rule(ALWAYS, curves.a_curve_is_that_of_an_undisturbed_run, REPLAY, REFERENCE),
+    Rule(ALWAYS, ends.none_of_the_best_was_given_up, LATER),
+    Rule(ALWAYS, files.predictions_are_of_the_epochs_on_record, UNKNOWN, FILES),
+    Rule(ALWAYS, files.a_checkpoint_is_of_an_attempt_on_record, AWAY, FILES),
+    Rule(ALWAYS, files.an_older_checkpoint_is_whole, AWAY, FILES),
+    Rule(ENDED, files.nothing_is_left, PRUNE, FILES),
+    Rule(UNDISTURBED, attempts.every_trial_was_ended_by_a_worker, LOGS),
+    Rule(UNDISTURBED, attempts.no_trial_has_failed, LOGS),
+    Rule(UNDISTURBED, ends.the_budget_of_trials_is_used_up, STATUS),
+    Rule(UNDISTURBED, ends.the_budget_of_gpu_hours_is_kept, LOGS),
+    Rule(UNDISTURBED, ends.trials_stop_where_the_strategy_decides, LOGS),
+    Rule(UNDISTURBED, files.a_complete_trial_has_its_predictions, LOGS, FILES),
 )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Where a rule does not hold, and what to do next."""
+
+    rule: str
+    trial: int | None  # its number; None for the whole study
+    text: str  # what is wrong with it
+    remedy: str
+
+    def __str__(self) -> str:
+        where = "the study" if self.trial is None else f"trial {self.trial}"
+        return f"{where} {self.text}; {self.remedy}"
+
+
+def rules_for(evidence: Evidence, kind: Holds) -> list[Rule]:
+    """The rules that hold of such a study, and for which there is the evidence."""
+    return [rule for rule in RULES if rule.holds <= kind and rule.needs(evidence)]
+
+
 def violations(
-    evidence: Evidence, holds: Holds = Holds.ALWAYS, reference: Reference | None = None
+    evidence: Evidence, kind: Holds = ALWAYS, reference: Reference | None = None
 ) -> list[Finding]:
     """Where the rules that hold of such a study are broken; empty if all is well.
 
-    With a `reference` the curves are compared with it too, bit for bit. That takes a training of each.
+    With a `reference` the curves are compared with it too, bit for bit. It trains each trial again.
     """
-    found = [
-        Finding(rule.name, trial, text)
-        for rule in RULES
-        if rule.holds <= holds
+    evidence = replace(evidence, reference=reference)
+    study = shlex.quote(evidence.entry.name)
+    return [
+        Finding(rule.name, trial, text, rule.remedy.format(study=study, trial=trial))
+        for rule in rules_for(evidence, kind)
         for trial, text in rule.check(evidence)
     ]
-    if reference is not None:
-        name = each_curve_is_that_of_an_undisturbed_run.__name__
-        found += [
-            Finding(name, trial, text)
-            for trial, text in each_curve_is_that_of_an_undisturbed_run(evidence, reference)
-        ]
-    return found
-
-
-def each_curve_is_that_of_an_undisturbed_run(evidence: Evidence, reference: Reference) -> Found:
-    """The one rule that needs training."""
-    for trial in evidence.trials:
-        for row, result in zip(trial.epochs, reference(evidence.config, trial), strict=False):
-            if differing := result.differing(row._mapping):
-                yield trial.number, f"in epoch {row.epoch}: {', '.join(differing)} differ"

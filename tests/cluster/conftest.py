@@ -279,6 +279,7 @@ class Campaign:
             recorded, key=lambda row: (row.trial_id, row.attempt, row.epoch)
         )
         assert not {"error", "failed"} & set(self.outcomes)
+        self.atelier("verify", self.name)
         for row in rows:
             self.assert_as_in_one_go(row["number"])
 

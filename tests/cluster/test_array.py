@@ -47,6 +47,7 @@ def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
     study.wait_for_the_end(job)
     after = consistent(study.status)
     assert after["finished"] == 24
+    study.atelier("verify", study.name)
     assert after["counts"]["pruned"] >= 4
     assert after["counts"]["failed"] == 0
     assert after["workers"] == []

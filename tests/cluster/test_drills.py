@@ -185,6 +185,7 @@ def test_stop_reaches_the_tasks_that_run_and_those_that_wait(campaign):
     assert status["stopping"]
     assert set(status["tasks"]) <= {"RELEASED", "COMPLETED"}
     assert status["counts"]["waiting"] == 2
+    study.atelier("verify", study.name)
     assert "stopped by: atelier stop" in study.atelier("status", study.name)
     again = study.submit("0")  # takes the stop back
     study.wait_for_epochs(study.epochs + 1)

@@ -32,6 +32,7 @@ def test_confirmed_in_an_array_and_trained_across_wall_times(campaign, slow_pyth
     known = json.loads(study.atelier("confirm", study.name, "--json"))
     assert known["finished"], study.logs
     assert [one["seeds"] for one in known["candidates"]] == [2, 2]
+    study.atelier("verify", f"{study.name}-confirm")
 
     study.atelier("export", study.name, "-o", "best.toml")
     study.python = str(slow_python)

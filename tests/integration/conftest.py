@@ -13,8 +13,9 @@ from search import forking
 from search.cli import app
 from search.study import open_study
 from search.toml_file import load_study_file
+from search.verify.look import verify
 from search.worker import Worker
-from storage import ledger, optuna_tables
+from storage import ledger, optuna_tables, studies
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder
 from trainer.config import TrainConfig
@@ -127,6 +128,15 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
         return Worker(file, study, trials, workspace, runs, wall_end, pack)
 
     return worker
+
+
+@pytest.fixture
+def all_holds(engine):
+    """After the test, all that must hold of its studies holds. Some tests make one without settings."""
+    yield
+    for name in studies.study_names(engine):
+        if studies.study_entry(engine, name).settings:
+            assert [str(one) for one in verify(engine, name).findings] == []
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,8 @@ def test_a_search_goes_on_elsewhere_where_the_backup_was_taken(
         for row, known in zip(again, epochs, strict=True):
             differing = {key for key in known if row[key] != known[key]}
             assert differing <= {"recorded", "seconds", "peak_memory", "attempt"}, differing
+    verified = runner.invoke(app, ["verify", study])
+    assert verified.exit_code == 0, verified.output
 
 
 def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):

@@ -16,6 +16,8 @@ from tests.integration.test_ledger import make_worker as make_ledger
 from tests.integration.test_worker import attempts, reasons
 from trainer.loop import train_epoch
 
+pytestmark = pytest.mark.usefixtures("all_holds")
+
 
 @pytest.fixture
 def on_host(monkeypatch):

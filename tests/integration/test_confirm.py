@@ -111,6 +111,15 @@ def test_the_script_of_its_array_is_shown_and_nothing_is_begun(searched, tmp_pat
     assert "nothing of study" in searched("confirm", "tiny", "--show", code=2).stderr
 
 
+def test_a_rerun_that_is_not_as_planned_is_found(confirmed, engine):
+    assert "all " in confirmed("verify", "tiny-confirm").stdout
+    with engine.begin() as connection:
+        other = "UPDATE public.trial_params SET param_value = param_value + 1 WHERE param_name = 'seed'"
+        connection.execute(sa.text(other))
+    for line in confirmed("verify", "tiny-confirm", code=1).stdout.splitlines():
+        assert " was trained with another seed than planned; " in line
+
+
 def test_the_leaders_run_again_with_the_same_fresh_seeds(
     confirmed, confirm_stage, tmp_path, monkeypatch
 ):

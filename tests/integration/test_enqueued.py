@@ -12,6 +12,8 @@ from search.exit_codes import ExitCode
 from storage.studies import update_study
 from tests.integration.test_worker import attempts, reasons
 
+pytestmark = pytest.mark.usefixtures("all_holds")
+
 
 def states(worker):
     return [trial.state for trial in worker.study.trials]

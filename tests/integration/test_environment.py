@@ -171,6 +171,8 @@ LOOKING = [
     ["trials", "demo"],
     ["trials", "demo", "--csv", "trials.csv"],
     ["logs", "demo"],
+    ["verify", "demo"],
+    ["verify", "demo", "--json"],
     ["plot", "demo", "-o", "x.png"],
     ["report", "demo"],
     ["export", "demo"],

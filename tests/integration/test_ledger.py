@@ -88,7 +88,8 @@ def complete_trial(worker, file, params, score):
         value = space.to_internal_repr(params[name])
         worker.storage.set_trial_param(claim.trial_id, name, value, space)
     for epoch in range(file.epochs):
-        worker.record(claim, RESULT | {"epoch": epoch}, score)
+        numbers = {"epoch": epoch, "stream_epoch": epoch, "val_accuracy": score}
+        worker.record(claim, RESULT | numbers, score)
     worker.finish(claim, "complete", score)
 
 

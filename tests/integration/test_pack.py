@@ -20,6 +20,8 @@ from trainer.checkpoint import Checkpoints
 from trainer.loop import train
 from trainer.run import Run
 
+pytestmark = pytest.mark.usefixtures("all_holds")
+
 
 def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine):
     changes = (
@@ -160,14 +162,16 @@ def test_three_round_trips_to_the_database_per_trial_and_epoch(statements, make_
 
 
 def test_a_rung_is_decided_in_one_round_trip(statements, make_worker):
-    worker = make_worker("study.max_trials=1").ledger
-    worker.register()
-    claim = worker.claim()
+    worker = make_worker("study.max_trials=1", "train.epochs=10")
+    ledger = worker.ledger
+    ledger.register()
+    claim = ledger.claim()
+    worker.claims.sample(claim)
     before = statements()
     for epoch in range(10):
-        worker.renew(claim)
-        worker.record(claim, RESULT | {"epoch": epoch}, 0.5)
-        assert worker.rank(epoch, 0.5) == ranks.Rank(0, 1)
+        ledger.renew(claim)
+        ledger.record(claim, RESULT | {"epoch": epoch, "stream_epoch": epoch}, 0.5)
+        assert ledger.rank(epoch, 0.5) == ranks.Rank(0, 1)
     assert statements() - before == 30
 
 

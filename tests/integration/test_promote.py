@@ -20,6 +20,7 @@ from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
 
 # A network whose first epochs tell trials apart.
+pytestmark = pytest.mark.usefixtures("all_holds")
 NETWORK = 'train.backbone="resnet10t"'
 PROMOTE = ('study.strategy="promote"', "study.rungs=[0]", NETWORK)
 

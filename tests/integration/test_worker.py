@@ -21,6 +21,7 @@ from storage import leases, studies
 from storage.tables import Attempt, Epoch
 from trainer.device import is_out_of_memory
 
+pytestmark = pytest.mark.usefixtures("all_holds")
 KEEPER = leases.LeaseKeeper.__init__
 
 
@@ -46,7 +47,7 @@ def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(en
     worker.ledger.register()
     first = worker.ledger.claim()
     worker.claims.sample(first)
-    worker.ledger.finish(first, "complete", 0.5)
+    worker.ledger.finish(first, "pruned", 0.5)
     space = worker.study_config.distributions()
     for number in range(12):
         worker.study.add_trial(
