@@ -82,8 +82,10 @@ class Evidence:
             return False
         last = max(self.attempts, key=lambda row: row.released)
         worker = self.workers.get(last.worker_id)
-        found_the_end = worker is not None and worker.stopped and worker.reason == NOTHING_LEFT
-        return bool(found_the_end) and not any(trial.state == "RUNNING" for trial in begun)
+        if worker is None or worker.stopped is None or worker.reason != NOTHING_LEFT:
+            return False
+        ends = [None if trial.is_unfinished else trial.ended for trial in begun]
+        return all(end is not None and end <= worker.stopped for end in ends)
 
 
 def gather(connection: sa.Connection, name: str) -> Evidence:

@@ -348,10 +348,12 @@ def put(path, data):
     before = path.read_bytes() if path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data) if data is not None else path.unlink()
-    yield
-    path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
-    with suppress(OSError):
-        path.parent.rmdir()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+        with suppress(OSError):  # other files are in it
+            path.parent.rmdir()
 
 
 def run_folder(ended):
