@@ -35,11 +35,11 @@ class Rule:
 
 LOGS = "see what its workers did: atelier logs {study} --trial {trial}"
 REPLAY = "see whether its curve can be believed: atelier replay {study} --trial {trial}"
-ROWS = "rows were lost or changed; go on with a backup: atelier db restore"
+ROWS = "rows were lost or changed; go on with a backup: atelier db restore FILE"
 STATUS = "see: atelier status {study}"
-LATER = "report it with the study's tables: atelier db backup"
+REPORT = "report it, with the tables of: atelier db backup FILE"
 AWAY = "move that file away; its trial goes on from another checkpoint, or begins again"
-UNKNOWN = "move that file away: without it, no interval of this trial is shown"
+WITHOUT = "move its file away; without it, no interval of this trial is shown"
 PRUNE = "remove it: atelier db prune {study}"
 
 ALWAYS, ENDED, UNDISTURBED = Holds
@@ -53,8 +53,8 @@ RULES = (
     Rule(ALWAYS, attempts.an_attempt_that_has_ended_says_how, LOGS),
     Rule(ALWAYS, attempts.a_worker_takes_trials_while_it_is_signed_on, LOGS),
     Rule(ALWAYS, attempts.a_trial_ends_once, LOGS),
-    Rule(ALWAYS, curves.a_trained_trial_has_parameters_of_the_space, REPLAY),
-    Rule(ALWAYS, curves.a_rerun_has_the_parameters_of_the_plan, LATER),
+    Rule(ALWAYS, curves.a_trained_trial_has_parameters_of_the_space, ROWS),
+    Rule(ALWAYS, curves.a_rerun_has_the_parameters_of_the_plan, REPORT),
     Rule(ALWAYS, curves.epochs_are_on_record_once, ROWS),
     Rule(ALWAYS, curves.an_epoch_is_of_an_attempt, LOGS),
     Rule(ALWAYS, curves.a_trial_goes_forward_through_the_stream, REPLAY),
@@ -64,8 +64,8 @@ RULES = (
     Rule(ALWAYS, curves.an_ended_trial_has_one_score, REPLAY),
     Rule(ALWAYS, curves.training_ends_where_the_loss_is_not_finite, REPLAY),
     Rule(ALWAYS, curves.a_curve_is_that_of_an_undisturbed_run, REPLAY, REFERENCE),
-    Rule(ALWAYS, ends.none_of_the_best_was_given_up, LATER),
-    Rule(ALWAYS, files.predictions_are_of_the_epochs_on_record, UNKNOWN, FILES),
+    Rule(ALWAYS, ends.none_of_the_best_was_given_up, REPORT),
+    Rule(ALWAYS, files.predictions_are_of_the_epochs_on_record, WITHOUT, FILES),
     Rule(ALWAYS, files.a_checkpoint_is_of_an_attempt_on_record, AWAY, FILES),
     Rule(ALWAYS, files.an_older_checkpoint_is_whole, AWAY, FILES),
     Rule(ENDED, files.nothing_is_left, PRUNE, FILES),

@@ -143,7 +143,7 @@ PLANTED = {
         ["UPDATE public.trials SET number = 7 WHERE number = 1"],
         "trials_are_numbered_without_a_gap",
         "the study has a trial 2 where trial 1 is to be; rows were lost or changed; go on with a "
-        "backup: atelier db restore",
+        "backup: atelier db restore FILE",
     ),
     "an attempt that is gone": (
         [
@@ -209,7 +209,7 @@ PLANTED = {
     "a parameter that is gone": (
         [f"DELETE FROM public.trial_params {OF_FIRST} AND param_name = 'lr'"],
         "a_trained_trial_has_parameters_of_the_space",
-        "was trained without lr; see whether its curve can be believed: atelier replay ended --trial ",
+        "was trained without lr; rows were lost",
     ),
     "a duplicated epoch": (
         [
@@ -248,7 +248,8 @@ PLANTED = {
     "a step back in the stream": (
         [f"UPDATE atelier.epoch SET stream_epoch = 1 {OF_FIRST} AND epoch = 2"],
         "a_trial_goes_forward_through_the_stream",
-        "went through the epochs [0, 1, 1, 3, 4, 5] of the stream; ",
+        "went through the epochs [0, 1, 1, 3, 4, 5] of the stream; see whether its curve can be "
+        "believed: atelier replay ended --trial ",
     ),
     "an epoch that Optuna was told twice": (
         [
@@ -341,6 +342,15 @@ def test_what_is_planted_in_the_database_is_found(ended, planted):
 def test_in_every_rules_way_something_is_planted():
     planted = {rule for _, rule, _ in PLANTED.values()} | {rule for *_, rule, _ in FILES} | OTHERS
     assert planted == {rule.name for rule in RULES}
+
+
+def test_nothing_is_found_in_a_study_of_an_earlier_version(ended):
+    with ended.copy(
+        "UPDATE atelier.epoch SET val_hits = NULL, val_log_loss = NULL",
+        "UPDATE atelier.study SET attributes = NULL, settings = settings - 'search' - 'images'",
+        "UPDATE atelier.worker SET log = NULL, started = date_trunc('s', started)",
+    ):
+        assert verify("ended").stdout
 
 
 @contextmanager
