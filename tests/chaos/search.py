@@ -255,7 +255,8 @@ class Search:
         with engine.connect() as connection:
             evidence = gather(connection, self.study.stem)
         engine.dispose()
-        found = [str(one) for one in violations(evidence, Holds.UNDISTURBED, references.curve)]
+        broken = violations(evidence, Holds.UNDISTURBED, references.curve)
+        found = [f"{one.rule}: {one}" for one in broken]
         found += half_written(evidence.runs.path)
         found += [f"{self.ends[code]} workers ended with {code}" for code in set(self.ends) - ENDS]
         return evidence, found
