@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
-from tenacity import Retrying, retry, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage import libpq
 from storage.embedded import EmbeddedPostgres
@@ -37,6 +38,8 @@ from storage.postgres_programs import EmbeddedPostgresError
 from storage.url import DatabaseError, configured_url, database_url, shown
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 PATIENCE = 600  # seconds of retrying while the database is away
 
 # The same for this thread: somebody who waits for a page gets an error sooner.
@@ -96,15 +99,26 @@ def _revive(_: object) -> None:
             EmbeddedPostgres(home()).revive()
 
 
-# Every function with this decorator may run again after a lost reply: its rows have keys, so the second
-# run adds none.
-retrying = retry(
-    before_sleep=_revive,
-    retry=retry_if_exception(is_transient),
-    wait=wait_random_exponential(multiplier=0.2, max=10),
-    stop=lambda state: (state.seconds_since_start or 0) >= thread_patience.get(),
-    reraise=True,
-)
+def retrying(function: Callable[P, T]) -> Callable[P, T]:
+    """Run the function again while the database is away or busy.
+
+    It may run again after a lost reply. Its rows have keys, so the second run adds none.
+    """
+
+    @wraps(function)
+    def call(*positional: P.args, **named: P.kwargs) -> T:
+        # A new one for each call: tenacity's own decorator shares its records between threads, and one
+        # that begins would clear them while another retries.
+        again = Retrying(
+            before_sleep=_revive,
+            retry=retry_if_exception(is_transient),
+            wait=wait_random_exponential(multiplier=0.2, max=10),
+            stop=lambda state: (state.seconds_since_start or 0) >= thread_patience.get(),
+            reraise=True,
+        )
+        return again(function, *positional, **named)
+
+    return call
 
 
 @contextmanager
