@@ -24,7 +24,7 @@ class Fault(Enum):
     Without an outcome nothing is written. After ERROR the trial is tried again, last of all.
     """
 
-    DATABASE = auto(), None, True  # it is away; the lease will end by itself
+    DATABASE = auto(), None, True  # away: what is held is given back at sign-off, or its lease ends
     LEASE = auto(), None, False  # another worker holds the trial
     MACHINE = auto(), Outcome.RELEASED, True  # this machine's files, or the whole study
     REFUSED = auto(), Outcome.FAILED, False  # the parameters are not in the study's space

@@ -126,7 +126,10 @@ class Claims:
                     f"study {self._study.study_name!r}: a trial that was added has another distribution "
                     f"of {name} ({error}); search in a study of another name"
                 ) from error
-        return storage.get_trial(claim.trial_id).params
+        params = storage.get_trial(claim.trial_id).params
+        if lacking := self._config.distributions().keys() - params.keys():
+            raise LookupError(f"trial {claim.trial_number} was deleted: it has no {', '.join(lacking)}")
+        return params
 
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
         """Raises RefusedError for enqueued or suggested parameters that the study does not have."""

@@ -39,15 +39,15 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the commands say what there is to say
     name, identity = config.study.name, config.identity()
     entry = studies.study_entry(engine, name)
-    if entry is None:
-        entry = _create(config, identity, engine, storage, dataset)
-    _check_same(identity, entry, dataset.fingerprint)
-    first = _recorded_first(config, entry)
-    if lead:
-        entry = _take_the_lead(config, identity | config.metadata(first), engine, entry)
     try:
+        if entry is None:
+            entry = _create(config, identity, engine, storage, dataset)
+        _check_same(identity, entry, dataset.fingerprint)
+        first = _recorded_first(config, entry)
+        if lead:
+            entry = _take_the_lead(config, identity | config.metadata(first), engine, entry)
         study = optuna.load_study(study_name=name, storage=storage, sampler=config.make_sampler(first))
-    except KeyError:
+    except KeyError:  # Optuna's, of a study that is no more
         raise InputError(
             f"study {name!r} was deleted meanwhile; give the same command again to begin anew"
         ) from None

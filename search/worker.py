@@ -28,6 +28,7 @@ from storage.ledger import LeaseLost, Ledger
 from storage.outcome import NOTHING_LEFT
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
+from storage.studies import has_only_failed
 from trainer.loop import train_epoch
 from trainer.run import Run
 from trainer.workspace import Workspace
@@ -87,7 +88,7 @@ class Worker:
                 self._work()
                 if self.stop.end == ExitCode.DONE:
                     self._sweep()
-                    if self.ledger.has_only_failed():
+                    if has_only_failed(self.ledger.engine, self.ledger.study_id):
                         self.stop.ask("every trial of the study has failed", ExitCode.FAILED)
                 reason = self.stop.reason or NOTHING_LEFT
                 if self.stop.end == ExitCode.WALL_TIME and self.made_progress and self.requeue():

@@ -1,4 +1,4 @@
-"""Open, lock and close the attempts at a trial, within the caller's transaction."""
+"""Open, lock, close and read the attempts at trials, within the caller's transaction."""
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 from storage import recording
 from storage.clock import now
 from storage.outcome import Outcome
-from storage.tables import Attempt
+from storage.tables import Attempt, Worker
 
 
 def lock_open_attempt(session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
@@ -49,3 +49,22 @@ def close_lost_attempt(attempt: Attempt) -> None:
     """End a gone worker's attempt, as of its last renewal: until then it surely lived."""
     attempt.released = attempt.renewed
     attempt.outcome, attempt.reason = Outcome.LOST, "the worker ended without signing off"
+
+
+def release_all(connection: sa.Connection, worker_id: str | None, reason: str) -> None:
+    """Give back whatever a worker holds."""
+    connection.execute(
+        sa.update(Attempt)
+        .where(Attempt.worker_id == worker_id, Attempt.released.is_(None))
+        .values(released=now(), renewed=now(), outcome=Outcome.RELEASED, reason=reason)
+    )
+
+
+def hosts_of_failures(session: Session, trial_id: int) -> list[str]:
+    """The host of each attempt at a trial that ended with an error."""
+    query = (
+        sa.select(Worker.host)
+        .join(Attempt, Attempt.worker_id == Worker.id)
+        .where(Attempt.trial_id == trial_id, Attempt.outcome == Outcome.ERROR)
+    )
+    return list(session.scalars(query))

@@ -27,7 +27,14 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from storage import recording
-from storage.attempts import close_attempt, close_lost_attempt, lock_open_attempt, open_attempt
+from storage.attempts import (
+    close_attempt,
+    close_lost_attempt,
+    hosts_of_failures,
+    lock_open_attempt,
+    open_attempt,
+    release_all,
+)
 from storage.clock import now
 from storage.database import retrying
 from storage.liveness import (
@@ -44,6 +51,7 @@ from storage.optuna_tables import (
     TrialModel,
     TrialParamModel,
     TrialUserAttributeModel,
+    add_trial,
     begin_trial,
     end_trial,
 )
@@ -131,8 +139,12 @@ class Ledger:
 
     @retrying
     def sign_off(self, reason: str) -> None:
-        """Record that this worker stops, and why."""
+        """Record that this worker stops, and why. What it still holds is given back.
+
+        It may hold a trial without knowing, from a claim whose reply was lost.
+        """
         with self.engine.begin() as connection:
+            release_all(connection, self.worker_id, reason)
             connection.execute(
                 sa.update(Worker)
                 .where(Worker.id == self.worker_id)
@@ -173,7 +185,7 @@ class Ledger:
                     take_first(queue.interrupted())
                     or take_first(queue.enqueued())
                     or take_first(queue.promoted(promotes))
-                    or take_first(self._new_trials(queue))
+                    or take_first(self._new_trials(session, queue))
                     # Late, so that a host on which everything fails tries different trials first.
                     or take_first(queue.failed())
                     or take_first(queue.rest_of_paused(is_over))
@@ -182,12 +194,8 @@ class Ledger:
                 prune_the_rest(session, self.study_id, spent)
             return claim
 
-    def _new_trials(self, queue: TrialQueue) -> list[int]:
-        if not queue.allows_new():
-            return []
-        # In a separate transaction. If we die before the claim is committed, the trial is RUNNING
-        # without an attempt, and the next claim takes it.
-        return [self.storage.create_new_trial(self.study_id)]
+    def _new_trials(self, session: Session, queue: TrialQueue) -> list[int]:
+        return add_trial(session, self.study_id) if queue.allows_new() else []
 
     @retrying
     def _holders(self) -> list[Holder]:
@@ -420,16 +428,10 @@ class Ledger:
         It is if it failed on another host too. If no other host could try it, `max_failures` failures
         decide.
         """
-        failures = (
-            sa.select(Worker.host)
-            .join(Attempt, Attempt.worker_id == Worker.id)
-            .where(Attempt.trial_id == claim.trial_id, Attempt.outcome == Outcome.ERROR)
-        )
         with Session(self.engine) as session:
-            hosts = session.scalars(failures).all()
-            if {*hosts} - {host()}:
-                return True
-            return len(hosts) >= max_failures and hosts_at_work(session, self.study_id) <= {host()}
+            hosts = hosts_of_failures(session, claim.trial_id)
+            is_alone = hosts_at_work(session, self.study_id) <= {host()}
+            return bool({*hosts} - {host()}) or (is_alone and len(hosts) >= max_failures)
 
     @retrying
     def excuse(self) -> None:
@@ -440,10 +442,3 @@ class Ledger:
                 .where(Attempt.worker_id == self.worker_id, Attempt.outcome == Outcome.ERROR)
                 .values(outcome=Outcome.RELEASED, reason=sa.literal(f"{SICK_HOST}: ") + Attempt.reason)
             )
-
-    @retrying
-    def has_only_failed(self) -> bool:
-        """Whether the study has trials, and all have failed."""
-        query = sa.select(TrialModel.state).where(TrialModel.study_id == self.study_id).distinct()
-        with self.engine.connect() as connection:
-            return set(connection.scalars(query)) == {TrialState.FAIL}

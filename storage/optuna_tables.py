@@ -35,6 +35,7 @@ __all__ = [
     "TrialUserAttributeModel",
     "TrialValueModel",
     "VersionInfoModel",
+    "add_trial",
     "begin_trial",
     "end_trial",
     "optuna_storage",
@@ -69,6 +70,24 @@ def optuna_storage(
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
     follow_failovers(storage.engine, sessions)
     return optuna.storages.get_storage(storage)
+
+
+def add_trial(session: Session, study_id: int) -> list[int]:
+    """Add a trial and start it, as Study.ask does. Returns Optuna's id of it; none of a deleted study.
+
+    Not by Optuna's storage: that tries again by itself if the reply to its commit is lost, and may add
+    two trials. Here the trial is added with its first attempt, or not at all.
+    """
+    study = session.get(StudyModel, study_id, with_for_update=True)  # two must not get one number
+    if study is None:
+        return []
+    trial = TrialModel(study_id=study_id, number=None, state=TrialState.RUNNING)
+    trial._datetime_start_utc = _utc_now()
+    session.add(trial)
+    session.flush()
+    trial.number = trial.count_past_trials(session)
+    session.flush()
+    return [int(trial.trial_id)]
 
 
 def begin_trial(trial: TrialModel) -> None:

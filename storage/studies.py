@@ -80,12 +80,19 @@ def study_entry(bind: sa.Engine | sa.Connection, name_or_id: str | int) -> Study
 
 @retrying
 def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
-    """Put a study on record, unless it is there already. Returns what is on record."""
+    """Put a study on record, unless it is there already. Returns what is on record.
+
+    Raises KeyError, as Optuna does, if somebody has just deleted the study.
+    """
     row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
     with engine.begin() as connection:
+        is_there = sa.select(StudyModel.study_id).where(StudyModel.study_id == study_id)
+        if connection.scalar(is_there.with_for_update(key_share=True)) is None:
+            raise KeyError(study_id)
         connection.execute(insert(Study).values(row).on_conflict_do_nothing())
     entry = study_entry(engine, study_id)
-    assert entry is not None  # it was just entered
+    if entry is None:
+        raise KeyError(study_id)
     return entry
 
 
@@ -190,6 +197,14 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
             )
             for row in session.execute(query)
         ]
+
+
+@retrying
+def has_only_failed(engine: sa.Engine, study_id: int) -> bool:
+    """Whether a study has trials, and all have failed."""
+    query = sa.select(TrialModel.state).where(TrialModel.study_id == study_id).distinct()
+    with engine.connect() as connection:
+        return set(connection.scalars(query)) == {TrialState.FAIL}
 
 
 @retrying
