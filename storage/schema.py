@@ -1,6 +1,7 @@
 """Make Optuna's tables and ours, check their versions, and upgrade them."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import optuna
@@ -161,8 +162,7 @@ def check_schema(engine: sa.Engine) -> None:
 
 def knows(revision: str) -> bool:
     """Whether this program can make the tables of that schema revision."""
-    script = ScriptDirectory.from_config(_alembic())
-    return revision in (migration.revision for migration in script.walk_revisions())
+    return revision in (migration.revision for migration in _migrations().walk_revisions())
 
 
 def require_schema(engine: sa.Engine) -> str:
@@ -188,9 +188,15 @@ def schema_revision(engine: sa.Engine) -> str | None:
 
 def head_revision() -> str:
     """The revision that this program wants."""
-    head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    head = _migrations().get_current_head()
     assert head is not None  # there is at least one migration
     return head
+
+
+@cache
+def _migrations() -> ScriptDirectory:
+    """All migrations. To load them takes as long as a dozen queries."""
+    return ScriptDirectory.from_config(_alembic())
 
 
 def _alembic() -> Config:

@@ -43,9 +43,13 @@ log = logging.getLogger(__name__)
 
 def work(config: StudyConfig, pack: int | None) -> None:
     """Run one worker that trains `pack` trials at once, or as many as fit. Raises typer.Exit."""
-    job = own_job()
     prepare_process()
-    workspace = Workspace(config.shared, image_cache(), batch_sizes=config.batch_sizes)
+    work_in(Workspace(config.shared, image_cache(), batch_sizes=config.batch_sizes), config, pack)
+
+
+def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None:
+    """Run one worker in a workspace of its study. Raises typer.Exit."""
+    job = own_job()
     owner = database.connect(patience=database.PATIENCE)
     schema.ensure_tables(owner)
     engine, storage, _ = roles.for_worker(owner)
