@@ -4,13 +4,14 @@ DATA ?= demo-data
 WORKERS ?= 2
 SECONDS ?= 90
 ROUNDS ?= 1
+FAULTS ?= 10000
 RUNS ?= 100000
 BIN := .venv/bin
 MEGABYTES := 7500
 missing = { echo "make: $(strip $(1))" >&2; exit 2; }
 SLOWEST := --durations=10 --durations-min=1
 
-.PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos fuzz check format
+.PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos simulation fuzz check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-cluster-newer   the same on the SLURM of a Debian 13, which debootstrap gets"
 	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
 	@echo "              then what holds is checked. As root with a full disk and a second host"
+	@echo "make simulation   searches in which FAULTS go wrong, each of which a seed repeats"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
@@ -53,7 +55,7 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 test: venv
 	@echo "Running the tests in two processes; a dot is a passed test. The first ones take a minute ..."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(SLOWEST) \
-		tests/unit tests/integration tests/chaos tests/fuzz
+		tests/unit tests/integration tests/chaos tests/simulation tests/fuzz
 
 test-browser: venv
 	$(BIN)/python -m pytest $(SLOWEST) tests/browser
@@ -68,6 +70,9 @@ test-cluster-newer: venv
 chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness --seconds $(SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.backups --rounds $(ROUNDS)
+
+simulation: venv
+	$(BIN)/python -m tests.simulation --faults $(FAULTS)
 
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz --runs $(RUNS)

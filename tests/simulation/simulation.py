@@ -1,0 +1,339 @@
+"""One simulated search: workers, a database and a disk, and a seed that says what goes wrong."""
+
+import os
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from search.study_config import StudyConfig
+from search.toml_file import load_study_file
+from search.verify.evidence import gather
+from storage import database
+from storage.paths import RunFolder
+from tests.simulation import faults, interpreter, rules, training
+from tests.simulation.administrators import Administrator
+from tests.simulation.database import Database, Server
+from tests.simulation.disk import Disk
+from tests.simulation.faults import Fault
+from tests.simulation.history import History
+from tests.simulation.process import KILLED, Job, Machines, Process
+from tests.simulation.scheduler import Actor, EndlessError, Scheduler
+from tests.simulation.users import Users
+
+STEP_SECONDS = (1.0, 5.0, 20.0)  # of training, before the next one of a run
+# Why a worker may end with an exit code: a fault that it has met, or what it says.
+ENDS = {
+    1: ("the wall time is too short", "the database: ", "cannot reach the database", "has failed"),
+    2: ("No space left on device", "takes no writes", "was deleted meanwhile", "does not know"),
+    3: ("sigterm", "ctrl-c-twice", "atelier stop"),
+    4: ("sigusr2", "wall-time", "clock"),
+    130: ("ctrl-c-twice",),
+}
+# Seconds until a worker that has ended so is replaced.
+AGAIN_AFTER = defaultdict(lambda: (1.0, 30.0), {0: (100.0,), 2: (100.0,), KILLED: (1.0, 30.0, 200.0)})
+STUDY = """
+[study]
+name = "simulated"
+max_trials = {trials}
+sampler = "{sampler}"
+strategy = "{strategy}"
+{more}
+
+[space]
+lr = {{ low = 1e-4, high = 1e-1, log = true }}
+batch_size = [32, 64]
+
+[train]
+data = "nowhere"
+backbone = "test_resnet"
+weights = "none"
+epochs = {epochs}
+warmup_epochs = 1
+"""
+
+
+@dataclass
+class Place:
+    """Where a worker runs. One that has ended is replaced."""
+
+    number: int
+    host: str
+    pack: int
+    faults: list[Fault]
+    job: Job | None = None
+    boundaries: int = 0  # that its workers have come to
+    started: int = 0  # workers
+
+
+@dataclass
+class Result:
+    """What a simulation has shown."""
+
+    seed: int
+    digest: str
+    boundaries: int
+    given: list[str]  # faults that were to be delivered
+    delivered: list[str]  # of them, in their order
+    faults: list[str]  # that hit
+    trials: dict[str, int]
+    ends: dict[int, int]
+    explained: dict[str, int]
+    violations: list[str]
+    lines: list[str] | None = None
+
+
+class Simulation:
+    """One search in this process, which can hold only one."""
+
+    def __init__(
+        self, server: Server, folder: Path, seed: int, given: list[Fault] | None, keep: bool = False
+    ) -> None:
+        self.seed, self.server, self.folder = seed, server, folder
+        self.random = random.Random(f"world {seed}")
+        self.history = History(keep)
+        self.scheduler = Scheduler(seed)
+        self.config = self._make_config()
+        self.name = "simulated"
+        home = folder / "home"
+        home.mkdir(parents=True)
+        os.environ["ATELIER_HOME"] = str(home)
+        os.environ["ATELIER_DATABASE_URL"] = url = server.make_database(self.name)
+        self.url = url
+        interpreter.control(self.scheduler, seed)
+        self.database = Database(server, self.name, self.scheduler, self.history)
+        self.disk = Disk(home, self.scheduler, self.history, seed)
+        self.world = training.World()
+        self.world.step = self._step
+        self.world.resume = self._check_resumed
+        self.machines = Machines(self.scheduler, self.database, self.history, self.world, seed)
+        self.uses_slurm = self.random.random() < 0.5
+        self.is_read_only = False
+        self.is_calm = False  # whether nothing more goes wrong
+        self.site = Process("site", "login", 1)
+        self.users = Users(self)
+        self.administrator = Administrator(self)
+        self.violations: list[str] = []
+        self.ends: Counter[int] = Counter()
+        self.explained: Counter[str] = Counter()
+        self._make_places(given)
+        self.scheduler.before_turn = self._before_turn
+        self._follow_database()
+
+    def _follow_database(self) -> None:
+        self.scheduler.next_event = self.database.next_expiry
+        self.scheduler.on_event = self.database.expire
+
+    def move(self, name: str, url: str, home: Path) -> None:
+        """Go on with another database and home, with one worker to whom nothing happens."""
+        self.name, self.url = name, url
+        self.database = Database(self.server, name, self.scheduler, self.history)
+        self.machines.database = self.database
+        self._follow_database()
+        self.disk.move(home)
+        self.places = [Place(0, "a", 1, [])]
+        self.violations, self.ends = [], Counter()
+        self.is_read_only = False
+
+    def _make_config(self) -> StudyConfig:
+        chance = self.random
+        strategy = chance.choice(["promote", "promote", "promote", "asha", "none", "median"])
+        more = []
+        epochs = chance.randint(3, 6)
+        if strategy in ("promote", "asha"):
+            more.append(f"rungs = {chance.choice([[1], [0, 2], [1, 2]])}")
+        if chance.random() < 0.2:
+            more.append("audit = 0.3")
+        path = self.folder / "study.toml"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            STUDY.format(
+                trials=chance.randint(5, 9),
+                sampler=chance.choice(["random", "random", "qmc", "tpe"]),
+                strategy=strategy,
+                more="\n".join(more),
+                epochs=epochs,
+            )
+        )
+        return load_study_file(path, [])
+
+    def _make_places(self, given: list[Fault] | None) -> None:
+        number = self.random.randint(2, 3)
+        each = self.random.choice([5, 12, 25, 40, 60])
+        planned = faults.draw(self.seed, number, each) if given is None else given
+        self._given = [str(fault) for fault in planned]
+        self.places = [
+            Place(
+                index,
+                self.random.choice("ab"),
+                self.random.choice([1, 1, 2]),
+                [fault for fault in planned if fault.place == index],
+            )
+            for index in range(number)
+        ]
+        self._delivered: list[Fault] = []
+
+    def run(self) -> Result:
+        """Search, break things, and judge."""
+        tenders = [
+            self.scheduler.spawn(
+                self.site, f"place {place.number}", lambda place=place: self._tend(place)
+            )
+            for place in self.places
+        ]
+        try:
+            self.scheduler.run(lambda: all(tender.dead for tender in tenders))
+        except EndlessError as error:
+            self.violations.append(f"endless: {error}: {self._who_waits()}")
+        states = self._judge()
+        self.database.close()
+        hits = [str(fault) for fault in self._delivered if fault.hits]
+        return Result(
+            self.seed,
+            self.history.digest,
+            sum(place.boundaries for place in self.places),
+            self._given,
+            [str(fault) for fault in self._delivered],
+            hits,
+            states,
+            dict(self.ends),
+            dict(self.explained),
+            self.violations,
+            self.history.lines,
+        )
+
+    def _who_waits(self) -> list[str]:
+        return [f"{actor.process.name}/{actor.name}: {actor.subject}" for actor in self.scheduler.actors]
+
+    def _tend(self, place: Place) -> None:
+        """See to it that a worker runs at a place, until one has found that the study has ended."""
+        code = KILLED
+        while code != 0 or not self._has_ended():
+            process = self._start(place)
+            self.scheduler.wait_until("end", lambda process=process: process.is_gone, None)
+            assert process.exit_code is not None
+            code = process.exit_code
+            self.ends[code] += 1
+            self._judge_end(process)
+            self.scheduler.sleep(self.random.choice(AGAIN_AFTER[code]))
+
+    def _judge_end(self, process: Process) -> None:
+        """A worker ends as it was told to, or for a reason that a user can read and mend."""
+        code, last = process.exit_code, process.said[-1] if process.said else "nothing"
+        why = ENDS.get(code, ())
+        explanations = [words for words in why if words in last or words in process.met]
+        if explanations:
+            self.explained[f"{code}: {explanations[0]}"] += 1
+        elif code not in (0, KILLED):
+            after = f"after {sorted(process.met)}" if process.met else "though nothing had hit it"
+            self.violations.append(
+                f"worker_ended_well: {process.name} ended with {code} {after}: {last}"
+            )
+
+    def _start(self, place: Place) -> Process:
+        place.started += 1
+        if self.uses_slurm and (place.job is None or place.job.state != "PENDING"):
+            place.job = self.machines.slurm.new_job()
+        return self.machines.start_worker(
+            f"w{place.number}.{place.started}", place, self.config, place.job
+        )
+
+    def _has_ended(self) -> bool:
+        rows = self.database.ask(
+            "SELECT stop_requested IS NULL AND max_trials <= (SELECT count(*) FROM public.trials t "
+            "WHERE t.study_id = s.study_id AND state IN ('COMPLETE', 'PRUNED', 'FAIL')) "
+            "FROM atelier.study s"
+        )
+        self.is_calm = self.is_calm or (rows == [(True,)] and not self.users.at_work)
+        return self.is_calm
+
+    def _step(self, run: Any) -> None:
+        actor = interpreter.current()
+        assert actor is not None
+        process = actor.process
+        then, process.on_step = process.on_step, lambda: None
+        then()
+        self.scheduler.sleep(self.random.choice(STEP_SECONDS))
+
+    def _check_resumed(self, run: Any) -> None:
+        """What is on record has a checkpoint, unless that was damaged: it is not trained again."""
+        folder = run._checkpoints.folder
+        if len(run.history) < len(run._stream_epochs) and folder not in self.disk.spoilt:
+            self.violations.append(
+                f"no_epoch_is_trained_again: {folder.name} goes on after {len(run.history)} of "
+                f"{len(run._stream_epochs)} epochs on record"
+            )
+
+    def _before_turn(self, actor: Actor) -> None:
+        place = actor.process.place
+        if place is None:
+            return
+        place.boundaries += 1
+        if self.is_calm:
+            return
+        if not place.faults or place.faults[0].at > place.boundaries or not faults.is_busy(actor):
+            return
+        for fault in place.faults:
+            if fault.at > place.boundaries:
+                return
+            if faults.deliver(self, actor, fault):
+                place.faults.remove(fault)
+                actor.process.met.add(fault.kind)
+                self._delivered.append(fault)
+                self.history.add("fault", fault, actor.process.name, actor.name, actor.subject)
+                return
+
+    # What faults ask for.
+
+    def later(self, seconds: float, action: Any) -> None:
+        """Do something after so many seconds."""
+
+        def wait() -> None:
+            self.scheduler.sleep(seconds)
+            action()
+
+        self.scheduler.spawn(self.site, "later", wait)
+
+    def end_read_only(self) -> None:
+        self.database.set_read_only(False)
+        self.is_read_only = False
+
+    def newest_digest(self, runs: RunFolder, number: int) -> Path | None:
+        """Of the newest checkpoint of a trial."""
+        return max(runs.checkpoints(number).glob("*.pt.sha256"), default=None)
+
+    def let_diverge(self, process: Process, fault: Fault) -> bool:
+        """Let the loss of a trial in this worker be not finite in an epoch that nobody has begun."""
+        trials = [] if process.worker is None else process.worker.trials
+        for trial in trials:
+            key = training.identity(trial.run.config)
+            epoch = self.world.furthest.get(key, -1) + 1
+            if key not in self.world.diverging and epoch < trial.run.config.epochs:
+                self.world.diverging[key] = epoch
+                fault.hits = True
+                return True
+        return False
+
+    def is_somebody_at_work(self) -> bool:
+        """Whether a worker holds a trial."""
+        return any(process.held() for process in self.machines.processes if not process.is_gone)
+
+    # Judgement.
+
+    def curve(self, config: StudyConfig, trial: Any) -> list[Any]:
+        """What a trial's curve would be without all this."""
+        stream = [row.stream_epoch for row in trial.epochs]
+        return training.undisturbed(config.config(trial.params), self.world, stream)
+
+    def _judge(self) -> dict[str, int]:
+        engine = database.connect(sa.make_url(self.url))
+        with engine.connect() as connection:
+            evidence = gather(connection, self.config.study.name)
+        self.violations += self.users.violations(evidence)
+        self.violations += rules.worker_violations(evidence, self.machines.processes)
+        self.violations += self.database.deadlocks
+        engine.dispose()
+        return dict(Counter(trial.state for trial in evidence.trials))

@@ -1,0 +1,66 @@
+"""The simulation itself: it repeats, it finds what is planted, and it shrinks what it finds."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.shrink import shrink
+
+
+def simulate(*words):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", *words], capture_output=True, text=True
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_the_same_seed_gives_the_same_history(tmp_path):
+    traces = [tmp_path / "once", tmp_path / "again"]
+    for trace in traces:
+        result = simulate("--seed", "4", "--trace", str(trace))
+        assert result.returncode == 0, result.stdout
+    once, again = (trace.read_text() for trace in traces)
+    assert len(once.splitlines()) > 1000
+    assert once == again
+
+
+@pytest.mark.parametrize(
+    ("plant", "rule"),
+    [
+        ("digest-not-checked", "each_curve_is_that_of_an_undisturbed_run"),
+        ("lost-connection-is-final", "worker_ended_well"),
+    ],
+)
+def test_a_plant_is_found_shrunk_and_repeated_by_the_command_that_is_printed(plant, rule):
+    found = simulate("--plant", plant, "--faults", "1000")
+    assert found.returncode == 1
+    [command] = re.findall(r"^python -m tests\.simulation (.*)$", found.stdout, re.MULTILINE)
+    seed, faults = re.findall(r'--seed (\d+) --only "(.*)"', command)[0]
+    assert len(faults.split(",")) <= 5
+    again = simulate("--seed", seed, "--only", faults, "--plant", plant)
+    assert again.returncode == 1
+    assert rule in again.stdout
+    without = simulate("--seed", seed, "--only", faults)
+    assert without.returncode == 0, without.stdout
+
+
+def test_a_search_without_faults_breaks_no_rule_and_trains_all_its_trials():
+    result = simulate("--seed", "1", "--only", "")
+    assert result.returncode == 0, result.stdout
+    assert "faults: []" in result.stdout
+    assert re.search(r"trials: .*COMPLETE", result.stdout)
+
+
+@pytest.mark.parametrize("cause", [["c"], ["b", "f"], ["a", "b", "g"], []])
+def test_shrinking_keeps_the_cause_alone(cause):
+    tried = []
+
+    def fails(faults):
+        tried.append(faults)
+        return set(cause) <= set(faults)
+
+    assert shrink("abcdefgh", fails) == cause
+    assert len(tried) < 20

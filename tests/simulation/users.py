@@ -1,0 +1,214 @@
+"""What users do in the middle of a search, each as an actor of its own; and what is still true then."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from search.verify.ends import the_budget_of_trials_is_used_up
+from search.verify.evidence import Evidence
+from search.verify.rules import UNDISTURBED, Finding, Holds, rules_for, violations
+from storage import database, studies
+from storage.database import DATABASE_ERRORS
+from storage.optuna_tables import optuna_storage
+from tests.simulation.scheduler import Actor
+
+if TYPE_CHECKING:
+    from tests.simulation.faults import Fault
+    from tests.simulation.simulation import Simulation
+
+# What a user is told: of the database, of a study or trial that is gone, of a trial that has ended.
+ERRORS = (*DATABASE_ERRORS, optuna.exceptions.OptunaError, KeyError, ValueError)
+ENDS = (TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE)
+# Parameters to enqueue that the study does not have.
+FOREIGN = ({"lr": 0.5, "batch_size": 32}, {"lr": 0.01, "batch_size": 48}, {"momentum": 0.9})
+
+Action = Callable[["Account"], None]
+
+
+class Users:
+    """What the users of a simulation have done."""
+
+    def __init__(self, sim: "Simulation") -> None:
+        self._sim = sim
+        self.at_work = 0
+        self.deletions = 0
+        self.touched: set[int] = set()  # trials that a user may have ended, by Optuna's ids
+        self.told: dict[int, tuple[str, list[float]]] = {}  # their ends, once they are surely so
+
+    def act(self, fault: "Fault", action: Action, then: Action | None = None) -> bool:
+        """Let a user do something, and afterwards something that must succeed."""
+        self.at_work += 1
+
+        def live() -> None:
+            account = Account(self._sim, fault)
+            account.attempt(action)
+            while then is not None and not account.attempt(then):
+                self._sim.scheduler.sleep(10)
+            self.at_work -= 1
+
+        self._sim.scheduler.spawn(self._sim.site, f"user {fault}", live)
+        return True
+
+    def violations(self, evidence: Evidence) -> list[str]:
+        """What must hold of a study that has ended, whatever users have done to it."""
+        enqueued = self._enqueued()
+        changed = self.touched | enqueued.keys()
+        numbers = {trial.number for trial in evidence.trials if trial.trial_id in changed}
+
+        if not changed and not self.deletions:
+            return [f"{one.rule}: {one}" for one in violations(evidence, UNDISTURBED, self._sim.curve)]
+        found = violations(evidence, Holds.ENDED, self._sim.curve)
+        own = replace(evidence, trials=[one for one in evidence.trials if one.number not in numbers])
+        for rule in rules_for(evidence, UNDISTURBED):
+            if rule.holds is UNDISTURBED and not (
+                rule.check is the_budget_of_trials_is_used_up and enqueued
+            ):
+                whole = evidence if rule.check is the_budget_of_trials_is_used_up else own
+                found += [Finding(rule.name, number, text, "") for number, text in rule.check(whole)]
+        words = self._broken_words(evidence, enqueued)
+        return [*(f"{one.rule}: {one}" for one in found), *words]
+
+    def _enqueued(self) -> dict[int, dict[str, Any]]:
+        """The parameters of trials that were enqueued, by Optuna's ids."""
+        rows = self._sim.database.ask(
+            "SELECT trial_id, value_json FROM public.trial_system_attributes WHERE key = 'fixed_params'"
+        )
+        return {trial_id: json.loads(value) for trial_id, value in rows}
+
+    def _broken_words(self, evidence: Evidence, enqueued: dict[int, dict[str, Any]]) -> Iterator[str]:
+        """Where a user did not get what the user asked for."""
+        begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
+        if len(begun) != evidence.entry.max_trials:
+            yield f"users: {len(begun)} trials were begun, {evidence.entry.max_trials} allowed"
+        for trial in begun:
+            told, given = self.told.get(trial.trial_id), enqueued.get(trial.trial_id)
+            if told is not None and told != (trial.state, trial.values):
+                yield f"users: trial {trial.number} was told {told}, is {trial.state} {trial.values}"
+            if given is None or trial.trial_id in self.touched:
+                continue
+            if self._sim.config.foreign(given) is not None:
+                if trial.state != "FAIL":
+                    yield f"users: trial {trial.number} is {trial.state} with the foreign {given}"
+            elif not given.items() <= trial.params.items():
+                yield f"users: trial {trial.number} has {trial.params}, enqueued was {given}"
+
+
+class Account:
+    """A user's session."""
+
+    def __init__(self, sim: "Simulation", fault: "Fault") -> None:
+        self.sim, self._fault = sim, fault
+        self.engine: sa.Engine
+        self.storage: Any
+
+    def attempt(self, action: Action) -> bool:
+        """Do something with the database. Returns whether there was no error."""
+        try:
+            with self._logged_in():
+                action(self)
+        except ERRORS as error:
+            self.sim.history.add("user", self._fault, type(error).__name__)
+            return False
+        return True
+
+    @contextmanager
+    def _logged_in(self) -> Iterator[None]:
+        self.engine = database.connect(sa.make_url(self.sim.url))
+        storage = None
+        try:
+            self.storage = storage = optuna_storage(self.engine, make_tables=False)
+            yield
+        finally:
+            self.engine.dispose()
+            if storage is not None:
+                storage._backend.scoped_session.remove()
+                storage._backend.engine.dispose()
+
+    def hit(self) -> None:
+        """To be called when an action has taken effect."""
+        self._fault.hits = self._fault.hits or self.sim.is_somebody_at_work()
+        self.sim.history.add("user", self._fault, "done")
+
+    @property
+    def study(self) -> optuna.Study:
+        return optuna.load_study(study_name=self.sim.config.study.name, storage=self.storage)
+
+
+# How users' faults are delivered: see tests/simulation/faults.py.
+
+
+def tell(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """A user ends a trial that a worker holds, as `Study.tell` or optuna-dashboard does."""
+    held = actor.process.held()
+    if not held:
+        return False
+    claim, state, by_number = chance.choice(held), chance.choice(ENDS), chance.random() < 0.5
+    values = [round(chance.uniform(0, 2), 3)] if state == TrialState.COMPLETE else None
+
+    def end(account: Account) -> None:
+        sim.users.touched.add(claim.trial_id)
+        if by_number:
+            values_told = account.study.tell(claim.trial_number, values, state).values
+        elif account.storage.set_trial_state_values(claim.trial_id, state, values):
+            values_told = values
+        else:
+            return
+        sim.users.told[claim.trial_id] = state.name, list(values_told or [])
+        account.hit()
+
+    return sim.users.act(fault, end)
+
+
+def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """A user stops the study, and takes that back after a while."""
+    seconds = chance.uniform(10, 300)
+
+    def ask(account: Account) -> None:
+        studies.request_stop(account.engine, account.study._study_id)
+        account.hit()
+        sim.scheduler.sleep(seconds)
+
+    def take_back(account: Account) -> None:
+        entry = studies.study_entry(account.engine, sim.config.study.name)
+        if entry is not None:
+            studies.update_study(account.engine, entry.study_id, stop_requested=None)
+
+    return sim.users.act(fault, ask, take_back)
+
+
+def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """A user enqueues a trial, sometimes one that the study cannot have, and may allow one more."""
+    params: dict[str, Any] = {"lr": 10 ** chance.uniform(-4, -1), "batch_size": chance.choice([32, 64])}
+    if chance.random() < 0.3:
+        params = chance.choice(FOREIGN)
+    elif chance.random() < 0.3:
+        del params["lr"]
+    allows_more = chance.random() < 0.5
+
+    def add(account: Account) -> None:
+        study = account.study
+        study.enqueue_trial(params)
+        account.hit()
+        entry = studies.study_entry(account.engine, sim.config.study.name)
+        if allows_more and entry is not None:
+            studies.update_study(account.engine, entry.study_id, max_trials=entry.max_trials + 1)
+
+    return sim.users.act(fault, add)
+
+
+def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """A user deletes the study while workers hold its trials."""
+
+    def remove(account: Account) -> None:
+        account.storage.delete_study(account.study._study_id)
+        sim.users.deletions += 1
+        account.hit()
+
+    return sim.users.act(fault, remove)
