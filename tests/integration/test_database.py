@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -176,7 +175,7 @@ def test_an_absence_that_is_too_long_is_one_line_and_no_wrong_input(
     blocker = engine.connect()
     blocker.execute(sa.text("LOCK TABLE atelier.study"))
     impatient = database.WORK.having(statement_timeout="200ms")
-    monkeypatch.setattr(database, "look", partial(database.look, impatient))
+    monkeypatch.setattr(database, "look", lambda _, look=database.look: look(impatient))
     result = atelier("status", "s", code=1)
     assert "canceling statement due to statement timeout" in error_line(result)
     blocker.close()

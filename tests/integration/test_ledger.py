@@ -84,6 +84,7 @@ def make_worker(engine, study, **options):
 def complete_trial(worker, file, params, score):
     """As a worker leaves it."""
     claim = worker.claim()
+    worker.storage.get_all_trials(worker.study_id)  # else its cache refuses the trial
     for name, space in file.distributions().items():
         value = space.to_internal_repr(params[name])
         worker.storage.set_trial_param(claim.trial_id, name, value, space)

@@ -95,7 +95,8 @@ def ended(server, template, demo, tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         study = folder / "study.toml"
         text = STUDY.format(name="ended", data=demo).replace("100000", str(TRIALS))
-        study.write_text(text.replace("promote", "asha"))  # so that a trial has one attempt
+        # So that a trial has one attempt, and the search is the same each time.
+        study.write_text(text.replace("promote", "asha").replace('"random"', '"qmc"'))
         result = CliRunner().invoke(app, ["worker", str(study)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         # The original takes no more connections once it is copied.

@@ -4,6 +4,7 @@ psycopg2 calls `wait` whenever it waits for the server, so an actor whose statem
 gives up its turn. Whether it does, PostgreSQL is asked only if an answer does not come at once.
 """
 
+import math
 import os
 import re
 import select
@@ -285,14 +286,14 @@ class Database:
         """Let psycopg2's call come to its end."""
         while (state := connection.poll()) != extensions.POLL_OK:
             if state == extensions.POLL_WRITE:
-                select.select([], [connection], [])
+                _is_ready(connection, None, select.POLLOUT)
             elif current() is None or not isinstance(connection, Connection) or not connection.pid:
-                select.select([connection], [], [])
+                _is_ready(connection, None)
             else:
                 self._await_answer(connection)
 
     def _await_answer(self, connection: Connection) -> None:
-        while not _is_readable(connection, SOON):
+        while not _is_ready(connection, SOON):
             if self._waits_for_a_lock([connection.pid]):
                 connection.blocked_since = self._scheduler.now
                 self._scheduler.wait_until("answer", lambda: not connection.is_blocked, None, deaf=True)
@@ -308,14 +309,14 @@ class Database:
         """Wait until every backend that was woken has answered, or waits for a lock again."""
         while waiting := [one for one in self.connections if one.is_blocked]:
             for connection in waiting:
-                if connection.closed or _is_readable(connection, 0):
+                if connection.closed or _is_ready(connection, 0):
                     self._unblock(connection)
             waiting = [one for one in waiting if one.is_blocked]
             locked = self._waits_for_a_lock([one.pid for one in waiting])
             working = [one for one in waiting if one.pid not in locked]
             if not working:
                 return
-            select.select(working, [], [], SOON)
+            _is_ready(working[0], SOON)
 
     def _unblock(self, connection: Connection) -> None:
         connection.blocked_since = None
@@ -419,8 +420,11 @@ class Database:
         self._monitor.close()
 
 
-def _is_readable(connection: Connection, seconds: float) -> bool:
-    return bool(select.select([connection], [], [], seconds)[0])
+def _is_ready(connection: Any, seconds: float | None, event: int = select.POLLIN) -> bool:
+    """Whether there is something to read, at the latest after so many seconds."""
+    poll = select.poll()  # unlike select(), it takes any number of open files
+    poll.register(connection, event)
+    return bool(poll.poll(None if seconds is None else math.ceil(1000 * seconds)))
 
 
 class _Psycopg2:

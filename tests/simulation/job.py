@@ -34,7 +34,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     optuna.logging.disable_default_handler()  # it would tell of each lost connection
-    logging.lastResort = None
+    logging.getLogger("optuna").addHandler(logging.NullHandler())
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="simulation.", dir=memory if memory.is_dir() else None))
     server = Server(root / "server")
