@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from storage import recording
 from storage.clock import now
-from storage.outcome import Outcome
+from storage.outcome import LEFT, Outcome
 from storage.tables import Attempt, Worker
 
 
@@ -48,7 +48,7 @@ def close_attempt(attempt: Attempt, outcome: Outcome, reason: str | None) -> Non
 def close_lost_attempt(attempt: Attempt) -> None:
     """End a gone worker's attempt, as of its last renewal: until then it surely lived."""
     attempt.released = attempt.renewed
-    attempt.outcome, attempt.reason = Outcome.LOST, "the worker ended without signing off"
+    attempt.outcome, attempt.reason = Outcome.LOST, LEFT
 
 
 def release_all(connection: sa.Connection, worker_id: str | None, reason: str) -> None:

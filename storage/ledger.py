@@ -425,13 +425,13 @@ class Ledger:
     def is_bad(self, claim: Claim, max_failures: int) -> bool:
         """Whether the trial is to blame for failing now, and not this host.
 
-        It is if it failed on another host too. If no other host could try it, `max_failures` failures
-        decide.
+        It is if it failed on another host too, or `max_failures` times where no other could try it.
         """
         with Session(self.engine) as session:
             hosts = hosts_of_failures(session, claim.trial_id)
-            is_alone = hosts_at_work(session, self.study_id) <= {host()}
-            return bool({*hosts} - {host()}) or (is_alone and len(hosts) >= max_failures)
+            if {*hosts} - {host()}:
+                return True
+            return len(hosts) >= max_failures and hosts_at_work(session, self.study_id) <= {host()}
 
     @retrying
     def excuse(self) -> None:

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     LOST = "lost"  # the worker ended without signing off
 
 
+LEFT = "the worker ended without signing off"  # the reason of a lost attempt
 RESTORED = "the database was restored from a backup"
 SICK_HOST = "sick host"  # the reason of a worker whose host is at fault begins so
 STOPPED = "atelier stop"

@@ -41,6 +41,7 @@ from tests.chaos.checker import References
 from tests.chaos.proxy import Mode
 from tests.chaos.search import STUDY, Place, Search, Stopwatch, begin_imports
 from tests.chaos.worker import LEASE_SECONDS
+from tests.spoil import spoil
 from trainer.demo import write_demo
 
 SEEDS = (1, 2, 3)
@@ -248,24 +249,11 @@ class Chaos:
             return False
         with suppress(FileNotFoundError):  # a successor may have removed it
             if self.random.random() < 0.2:
-                self._spoil(digest, HASH)
+                spoil(digest, self.random, HASH)
             else:
-                self._spoil(digest.with_suffix(""))
+                spoil(digest.with_suffix(""), self.random)
             return True
         return False
-
-    def _spoil(self, path: Path, size: int | None = None) -> None:
-        """Flip one bit of a file, or cut it off, within its first `size` bytes."""
-        with path.open("r+b") as file:
-            data = bytearray(file.read())
-            where = self.random.randrange(size or len(data))
-            if self.random.random() < 0.5:
-                data[where] ^= 1 << self.random.randrange(8)
-            else:
-                del data[where:]
-            file.seek(0)
-            file.write(data)
-            file.truncate()
 
     def _newest_digest(self, trials: list[int]) -> Path | None:
         """Of a checkpoint of the newest of them. Only what has a digest is ever read."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tests.simulation.history import History
 from tests.simulation.scheduler import Scheduler, current
+from tests.spoil import spoil
 
 
 class Change(NamedTuple):
@@ -155,15 +156,9 @@ class Disk:
         return len(lost) + len(torn)
 
     def spoil(self, path: Path, size: int | None = None) -> None:
-        """Flip one bit of a file, or cut it off, within its first `size` bytes."""
+        """Damage a file within its first `size` bytes."""
         self.spoilt.add(path.parent)
-        data = bytearray(path.read_bytes() or b"?")  # it may be torn already
-        where = self._random.randrange(min(size or len(data), len(data)))
-        if self._random.random() < 0.5:
-            data[where] ^= 1 << self._random.randrange(8)
-        else:
-            del data[where:]
-        _write(path, bytes(data))
+        spoil(path, self._random, size)
 
     def move(self, home: Path) -> None:
         """Go on with another home, on a disk with room."""

@@ -15,7 +15,6 @@ class History:
         self.lines: list[str] | None = [] if keep else None
         self._hash = hashlib.sha256()
         self._ids: dict[tuple[str, Any], int] = {}
-        self.length = 0
 
     @property
     def digest(self) -> str:
@@ -24,7 +23,6 @@ class History:
     def add(self, *parts: object) -> None:
         """A line."""
         line = "\t".join(map(str, parts))
-        self.length += 1
         self._hash.update(line.encode())
         if self.lines is not None:
             self.lines.append(line)

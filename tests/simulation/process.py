@@ -81,7 +81,7 @@ class Machines:
         self._world = world
         self._pids = iter(range(1000, 10**9))
         self.processes: list[Process] = []
-        self.slurm = Slurm(scheduler, self, seed)
+        self.slurm = Slurm(scheduler, seed)
         logging.getLogger().addHandler(_Log())
         logging.getLogger().setLevel(logging.INFO)
         self._patch()
@@ -194,7 +194,6 @@ class Job:
     def __init__(self, number: int, task: int) -> None:
         self.number, self.task = number, task
         self.restarts = -1
-        self.end: float | None = None  # of its time
         self.state = "PENDING"
         self.process: Process | None = None
         self.is_requeued = False
@@ -214,8 +213,8 @@ class Slurm:
 
     ARRAY = 100
 
-    def __init__(self, scheduler: Scheduler, machines: Machines, seed: int) -> None:
-        self._scheduler, self._machines = scheduler, machines
+    def __init__(self, scheduler: Scheduler, seed: int) -> None:
+        self._scheduler = scheduler
         self._random = random.Random(f"slurm {seed}")
         self.jobs: list[Job] = []
         self.trouble: str | None = None
@@ -265,12 +264,10 @@ class Slurm:
         return lines
 
     def _line(self, job: Job) -> str:
-        state, code = job.state, 0
+        state = job.state
         if self.trouble == "wrong" and self._scheduler.now < self.trouble_until:
             state = self._random.choice(["RUNNING", "NODE_FAIL", "COMPLETING", "PENDING", "MYSTERY"])
-        end = "N/A" if job.end is None else str(int(job.end))
-        restarts = max(job.restarts, 0)
-        return f"{job.number}|{state}|{code}:0|{restarts}|{end}|{self.ARRAY}|{job.task}|"
+        return f"{job.number}|{state}|0:0|{max(job.restarts, 0)}|N/A|{self.ARRAY}|{job.task}|"
 
     def _requeue(self, name: str) -> Any:
         [job] = [one for one in self.jobs if f"{self.ARRAY}_{one.task}" == name]

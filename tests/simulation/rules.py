@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 
 from search.verify.evidence import Evidence
+from storage.outcome import LEFT
 from tests.simulation.process import Process
 
-LEFT = "the worker ended without signing off"
 LOST = re.compile(r"trial (\d+) is (?:no longer held by this worker|held by another worker now)")
 
 

@@ -106,9 +106,7 @@ class Simulation:
         interpreter.control(self.scheduler, seed)
         self.database = Database(server, self.name, self.scheduler, self.history)
         self.disk = Disk(home, self.scheduler, self.history, seed)
-        self.world = training.World()
-        self.world.step = self._step
-        self.world.resume = self._check_resumed
+        self.world = training.World(self._step, self._check_resumed)
         self.machines = Machines(self.scheduler, self.database, self.history, self.world, seed)
         self.uses_slurm = self.random.random() < 0.5
         self.is_read_only = False

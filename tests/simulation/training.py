@@ -6,7 +6,7 @@ epoch's result are the real ones.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,19 +32,18 @@ class Rows:
 
 
 class World:
-    """What the runs of one simulation share."""
+    """What the runs of one simulation share.
 
-    def __init__(self) -> None:
+    `step` is called before each step of a run: it takes its time, and may fail. `resume` is called as a
+    run begins or goes on from its checkpoint.
+    """
+
+    def __init__(
+        self, step: Callable[["SimulatedRun"], None], resume: Callable[["SimulatedRun"], None]
+    ) -> None:
+        self.step, self.resume = step, resume
         self.diverging: dict[str, int] = {}  # the epoch after which a configuration's loss is NaN
         self.furthest: dict[str, int] = {}  # the last epoch that any run of a configuration has begun
-
-    def step(self, run: "SimulatedRun") -> None:
-        """A step takes its time; it may fail."""
-        raise NotImplementedError
-
-    def resume(self, run: "SimulatedRun") -> None:
-        """A run goes on from its checkpoint, or begins."""
-        raise NotImplementedError
 
 
 class SimulatedRun(Run):
