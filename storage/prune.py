@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from storage.database import retrying
 from storage.optuna_tables import TrialModel, TrialValueModel
-from storage.paths import RunFolder, home
+from storage.paths import RunFolder, artifacts, files_in, home
 from storage.studies import study_entry, study_names
 from storage.usage import TRAINED_HERE
 
@@ -29,12 +29,13 @@ ABANDONED_SECONDS = 86400.0  # a file that is still being written is younger
 def superfluous(
     engine: sa.Engine, study_id: int, runs: RunFolder, keep: int | None, always: Iterable[int] = ()
 ) -> Iterator[Path]:
-    """Files that may be removed, in no order.
+    """Files that may be removed, in no order. Pictures that nobody finishes are among them.
 
     `keep` is how many of the best trials keep their predictions; None for all. The trials in `always`
     keep them too.
     """
-    files = runs.files()  # before the trials are read: later files may be a newer trial's
+    # Before the trials are read: later files may be a newer trial's.
+    files = [*runs.files(), *files_in(artifacts())]
     ranked = _ranked(engine, study_id)
     complete = [number for number, _, trained_here in ranked if trained_here]
     unfinished = [number for number, state, _ in ranked if not state.is_finished()]

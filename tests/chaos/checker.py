@@ -1,13 +1,17 @@
 """What a study's rules (search/verify) do not ask: undisturbed curves, and what is left in a home."""
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from search.study_config import StudyConfig
 from search.verify.evidence import Trial
-from storage.paths import artifacts, image_cache
+from storage.paths import RunFolder, artifacts, files_in, image_cache
+from storage.prune import remove, superfluous
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.metrics import EpochResult
@@ -63,8 +67,18 @@ class References:
         return self._workspaces[key]
 
 
-def half_written(runs: Path) -> Iterator[str]:
-    """Files that nobody finishes any more, when all workers of the home have ended."""
-    for folder in (runs, artifacts(), image_cache()):
-        for path in sorted(folder.rglob(".*")):
-            yield f"{path.relative_to(folder.parent)} is left"
+def half_written(engine: sa.Engine, study_id: int, runs: RunFolder) -> Iterator[str]:
+    """Files that nobody finishes any more, and that are left by `db prune` a day after all workers' end.
+
+    A killed worker cannot remove what it was writing. Its successor writes under another name.
+    """
+    for path in _hidden(runs):
+        os.utime(path, (0, 0))
+    remove(superfluous(engine, study_id, runs, keep=None))
+    for path in _hidden(runs):
+        yield f"{path} is left"
+
+
+def _hidden(runs: RunFolder) -> list[Path]:
+    files = [*runs.files(), *files_in(artifacts()), *files_in(image_cache())]
+    return [path for path in files if path.name.startswith(".") or path.suffix == ".partial"]

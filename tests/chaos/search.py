@@ -254,10 +254,10 @@ class Search:
         engine = database.connect(self._url)
         with engine.connect() as connection:
             evidence = gather(connection, self.study.stem)
-        engine.dispose()
         broken = violations(evidence, Holds.UNDISTURBED, references.curve)
         found = [f"{one.rule}: {one}" for one in broken]
-        found += half_written(evidence.runs.path)
+        found += half_written(engine, evidence.entry.study_id, evidence.runs)
+        engine.dispose()
         found += [f"{self.ends[code]} workers ended with {code}" for code in set(self.ends) - ENDS]
         return evidence, found
 

@@ -23,7 +23,8 @@ from search.verify.evidence import gather
 from search.verify.rules import RULES, Finding, Holds, violations
 from storage import database
 from storage.outcome import RESTORED
-from storage.paths import artifacts
+from storage.paths import artifacts, image_cache
+from storage.prune import remove, superfluous
 from storage.studies import update_study
 from tests.chaos.checker import References, half_written
 from tests.chaos.search import STUDY
@@ -470,14 +471,19 @@ def test_what_a_second_look_does_not_find_was_a_race(ended, monkeypatch):
     assert len(looks) == 2
 
 
-def test_what_is_half_written_is_found_at_the_end_of_chaos(ended):
-    runs = run_folder(ended)
-    for path in (runs.path / "logs" / ".log.1234", artifacts() / ".picture.1234"):
-        with put(path, b""):
-            [left] = half_written(runs.path)
-            assert path.name in left
-            assert verify("ended").stdout  # somebody may be writing it
-    assert not [*half_written(runs.path)]
+def test_what_is_half_written_goes_with_a_prune_a_day_later(ended):
+    runs, engine = run_folder(ended), database.connect(make_url(ended.url))
+    picture, log = artifacts() / ".picture.1234", runs.logs / ".log.1234"
+    with put(picture, b""), put(log, b""):
+        assert verify("ended").stdout  # somebody may be writing it
+        remove(superfluous(engine, 1, runs, keep=None))
+        assert [path for path in (picture, log) if path.exists()] == [picture, log]
+        assert not [*half_written(engine, 1, runs)]
+        assert not [path for path in (picture, log) if path.exists()]
+    with put(image_cache() / "half.partial", b""):
+        [left] = half_written(engine, 1, runs)
+        assert "half.partial" in left
+    engine.dispose()
 
 
 # The rules that are not in the tables above: by the tests below, and by one in test_confirm.py.
