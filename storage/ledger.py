@@ -177,7 +177,8 @@ class Ledger:
             if spent:
                 close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)
             # Asked before the queue is read: else a trial that is released meanwhile may be pruned.
-            is_over = not queue.somebody_is_at_work()
+            # Who holds trials, but is not at work, has just given one back, and asks again.
+            is_over = not held and not queue.somebody_is_at_work()
             take_first = partial(self._take_first, session, liveness, held)
             claim = None
             if not spent:

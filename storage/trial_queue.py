@@ -47,6 +47,13 @@ WHERE trials.study_id = :study_id AND trials.state = 'RUNNING'
 ORDER BY coalesce(attempt.worker_id = :worker_id, false) DESC, trials.number
 """
 
+# All trials and the enqueued ones as of one moment: users enqueue without the lock.
+COUNT_AND_WAITING = """
+SELECT count(*), coalesce(array_agg(trial_id ORDER BY number) FILTER (WHERE state = 'WAITING'), '{}')
+FROM trials
+WHERE study_id = :study_id
+"""
+
 
 class TrialQueue:
     """The trials that a worker may claim, as Optuna's ids. The caller has locked the study's row.
@@ -81,8 +88,8 @@ class TrialQueue:
 
     def enqueued(self) -> list[int]:
         """Trials that a user enqueued, if the budget has a place for one."""
-        begun = self._trial_count - len(self._waiting)
-        return self._waiting if begun < self._study.max_trials else []
+        count, waiting = self._count_and_waiting
+        return waiting if count - len(waiting) < self._study.max_trials else []
 
     def promoted(self, promotes: Callable[[Rank], bool]) -> list[int]:
         """Paused trials that the strategy promotes now."""
@@ -90,7 +97,8 @@ class TrialQueue:
 
     def allows_new(self) -> bool:
         """Whether the budget has a place for a new trial."""
-        return self._trial_count < self._study.max_trials
+        count, _ = self._count_and_waiting
+        return count < self._study.max_trials
 
     def failed(self) -> list[int]:
         """Unfinished trials that have failed; last those that failed on this host.
@@ -144,16 +152,11 @@ class TrialQueue:
         return hosts
 
     @cached_property
-    def _waiting(self) -> list[int]:
-        query = sa.select(TrialModel.trial_id).where(
-            TrialModel.study_id == self._study.study_id, TrialModel.state == TrialState.WAITING
-        )
-        return list(self._session.scalars(query.order_by(TrialModel.number)))
-
-    @cached_property
-    def _trial_count(self) -> int:
-        query = sa.select(sa.func.count()).where(TrialModel.study_id == self._study.study_id)
-        return self._session.scalars(query).one()
+    def _count_and_waiting(self) -> tuple[int, list[int]]:
+        """How many trials there are, and those that a user enqueued."""
+        parameters = {"study_id": self._study.study_id}
+        count, waiting = self._session.execute(sa.text(COUNT_AND_WAITING), parameters).one()
+        return count, waiting
 
     @cached_property
     def _paused(self) -> dict[int, Rank]:

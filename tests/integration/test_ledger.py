@@ -19,6 +19,7 @@ from storage import database, optuna_tables, schema, studies
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
 from storage.liveness import is_gone, process_identity
+from storage.outcome import Outcome
 from storage.tables import Attempt, Epoch
 from trainer.metrics import EpochResult
 
@@ -207,6 +208,31 @@ def test_a_trial_made_by_a_worker_that_died_before_its_attempt_is_taken(engine):
     study._storage.create_new_trial(study._study_id)
     claim = make_worker(engine, study).claim()
     assert (claim.trial_number, claim.attempt) == (0, 1)
+
+
+def test_a_claim_ahead_of_a_pause_leaves_the_last_trial_to_go_on(engine):
+    worker = make_worker(engine, make_study(engine, max_trials=1))
+    claim = worker.claim()
+    worker.record(claim, RESULT | {"epoch": 0}, 0.5)
+    worker.release(claim, outcome=Outcome.PAUSED, reason="paused after 1 epochs")
+    assert worker.claim(held=[claim.trial_id]) is None
+    assert worker.claim().promoted
+
+
+def test_a_trial_that_is_enqueued_during_a_claim_does_not_exceed_the_budget(engine):
+    study = make_study(engine, max_trials=1)
+    make_worker(engine, study).claim()
+    worker = make_worker(engine, study)
+    counted = []
+
+    @sa.event.listens_for(engine, "after_cursor_execute")
+    def enqueue(_connection, _cursor, statement, *_):
+        if "count(*)" in statement and not counted:
+            counted.append(statement)
+            study.enqueue_trial({"lr": 0.5})
+
+    assert worker.claim() is None
+    assert len(counted) == 1
 
 
 def test_an_enqueued_trial_is_claimed(engine):
