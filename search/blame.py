@@ -4,6 +4,8 @@ import logging
 import traceback
 from enum import Enum, auto
 
+from optuna.exceptions import UpdateFinishedTrialError
+
 from dashboards.terminal import printable
 from search.claims import RefusedError, SpoiltStudyError
 from search.exit_codes import ExitCode
@@ -25,7 +27,8 @@ class Fault(Enum):
     """
 
     DATABASE = auto(), None, True  # away: what is held is given back at sign-off, or its lease ends
-    LEASE = auto(), None, False  # another worker holds the trial
+    LEASE = auto(), None, False  # another worker holds the trial, or it was deleted
+    ENDED = auto(), Outcome.LOST, False  # somebody has ended the trial, such as in optuna-dashboard
     MACHINE = auto(), Outcome.RELEASED, True  # this machine's files, or the whole study
     REFUSED = auto(), Outcome.FAILED, False  # the parameters are not in the study's space
     CROWDED = auto(), Outcome.RELEASED, False  # no memory beside the others; the worker takes fewer
@@ -47,6 +50,7 @@ class Fault(Enum):
 BY_TYPE: tuple[tuple[tuple[type[Exception], ...], Fault], ...] = (
     (DATABASE_ERRORS, Fault.DATABASE),
     ((LeaseLost,), Fault.LEASE),
+    ((UpdateFinishedTrialError,), Fault.ENDED),
     ((CheckpointError, OSError, SpoiltStudyError), Fault.MACHINE),
     ((RefusedError,), Fault.REFUSED),
 )

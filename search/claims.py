@@ -14,7 +14,7 @@ from search.strategy import Strategy
 from search.study_config import StudyConfig
 from storage.database import retrying
 from storage.leases import RENEW_SECONDS, LeaseKeeper
-from storage.ledger import Claim, Ledger
+from storage.ledger import Claim, LeaseLost, Ledger
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 THREAD_CHANGING_SAMPLERS = ("gp",)
@@ -116,7 +116,10 @@ class Claims:
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
         storage.get_all_trials(self._ledger.study_id, deepcopy=False)
-        self._refuse_foreign(storage.get_trial(claim.trial_id))
+        try:
+            self._refuse_foreign(storage.get_trial(claim.trial_id))
+        except KeyError:  # Optuna's
+            raise LeaseLost(f"trial {claim.trial_number} was deleted") from None
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self._config.distributions().items():
             try:
@@ -127,8 +130,8 @@ class Claims:
                     f"of {name} ({error}); search in a study of another name"
                 ) from error
         params = storage.get_trial(claim.trial_id).params
-        if lacking := self._config.distributions().keys() - params.keys():
-            raise LookupError(f"trial {claim.trial_number} was deleted: it has no {', '.join(lacking)}")
+        if self._config.distributions().keys() - params.keys():
+            raise LeaseLost(f"trial {claim.trial_number} was deleted")
         return params
 
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:

@@ -11,6 +11,7 @@ import search.worker
 from search.blame import SickHostError
 from search.exit_codes import ExitCode
 from storage import ledger
+from storage.optuna_tables import optuna_storage
 from tests.integration.test_ledger import make_study
 from tests.integration.test_ledger import make_worker as make_ledger
 from tests.integration.test_worker import attempts, reasons
@@ -45,6 +46,22 @@ class Faults:
 
 def states(worker):
     return [trial.state for trial in worker.study.trials]
+
+
+def test_trials_that_a_user_ends_while_they_are_sampled_are_no_fault(engine, make_worker, monkeypatch):
+    worker, users = make_worker("study.max_trials=3"), optuna_storage(engine)
+    sampler = worker.study.sampler
+    infer = sampler.infer_relative_search_space
+
+    def end_two(study, trial):
+        if trial.number < 2:
+            users.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return infer(study, trial)
+
+    monkeypatch.setattr(sampler, "infer_relative_search_space", end_two)
+    assert worker.run() == ExitCode.DONE
+    assert attempts(engine) == ["lost", "lost", "complete"]
+    assert reasons(engine)[:2] == ["the trial was ended by somebody else"] * 2
 
 
 @pytest.mark.parametrize("pack", [1, 2])
