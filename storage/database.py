@@ -168,15 +168,15 @@ def connect(url: URL | None = None, patience: float = 0, sessions: Sessions = WO
 
 
 def make_engine(url: URL, sessions: Sessions) -> sa.Engine:
-    engine = sa.create_engine(url, **pool(url, sessions, ping=False))
+    return watched(sa.create_engine(url, **pool(url, sessions)), sessions)
+
+
+def watched(engine: sa.Engine, sessions: Sessions) -> sa.Engine:
+    """The engine, which from now on leaves servers that have hung up, or have become a standby."""
     sa.event.listen(engine, "checkout", _refuse_hung_up)
-    follow_failovers(engine, sessions)
-    return engine
-
-
-def follow_failovers(engine: sa.Engine, sessions: Sessions) -> None:
     if "default_transaction_read_only" not in sessions.settings:  # else read-only is wanted
         sa.event.listen(engine, "handle_error", _leave_read_only)
+    return engine
 
 
 def _leave_read_only(context: sa.engine.ExceptionContext) -> None:
@@ -198,10 +198,10 @@ def _refuse_hung_up(connection: Any, *_: object) -> None:
     raise sa.exc.DisconnectionError
 
 
-def pool(url: URL, sessions: Sessions, ping: bool = True) -> dict[str, Any]:
+def pool(url: URL, sessions: Sessions) -> dict[str, Any]:
+    """What an engine needs to be told of its connections."""
     # Two connections are kept. The web server's threads may need more for a moment.
     return {
-        "pool_pre_ping": ping,
         "pool_size": 2,
         "max_overflow": 8,
         "creator": _creator(url, sessions),

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
 from storage.clock import now
-from storage.database import WORK, Sessions, follow_failovers, pool
+from storage.database import WORK, Sessions, pool, watched
 from storage.tables import SCHEMA
 from storage.url import DatabaseError
 
@@ -40,6 +40,7 @@ __all__ = [
     "end_trial",
     "optuna_storage",
     "show_optunas_tables",
+    "with_engine",
 ]
 
 
@@ -60,16 +61,22 @@ def optuna_storage(
 
     Raises DatabaseError if Optuna's tables were made by another version.
     """
+    return with_engine(engine.url, sessions, make_tables)[0]
+
+
+def with_engine(
+    url: sa.URL, sessions: Sessions, make_tables: bool = False
+) -> tuple[optuna.storages.BaseStorage, sa.Engine]:
+    """Optuna's storage as above, and its engine, so that others can use the same connections."""
     try:
         storage = optuna.storages.RDBStorage(
-            engine.url.render_as_string(hide_password=False),
-            engine_kwargs=pool(engine.url, sessions),
+            url.render_as_string(hide_password=False),
+            engine_kwargs=pool(url, sessions),
             skip_table_creation=not make_tables,
         )
     except RuntimeError as error:
         raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
-    follow_failovers(storage.engine, sessions)
-    return optuna.storages.get_storage(storage)
+    return optuna.storages.get_storage(storage), watched(storage.engine, sessions)
 
 
 def add_trial(session: Session, study_id: int) -> list[int]:

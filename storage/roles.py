@@ -6,9 +6,9 @@ from typing import NamedTuple
 import optuna
 import sqlalchemy as sa
 
-from storage.database import PAGES, WORK, Sessions, log, make_engine, retrying
+from storage.database import PAGES, WORK, Sessions, log, retrying
 from storage.network import VIEWER, WORKER
-from storage.optuna_tables import optuna_storage
+from storage.optuna_tables import with_engine
 from storage.properties import is_owner, why_without
 
 
@@ -49,5 +49,5 @@ def _restricted(engine: sa.Engine, role: str, sessions: Sessions) -> Restricted:
     with engine.connect() as connection:
         has_role = why_without(connection, role) is None
     sessions = sessions.having(role=role) if has_role else sessions
-    restricted = make_engine(engine.url, sessions)
-    return Restricted(restricted, optuna_storage(engine, sessions, make_tables=False), has_role)
+    storage, restricted = with_engine(engine.url, sessions)
+    return Restricted(restricted, storage, has_role)
