@@ -95,7 +95,7 @@ class Administrator:
             engine.dispose()
         except DATABASE_ERRORS as error:
             is_refusal = isinstance(error, DatabaseError) and "hold" in str(error)
-            fault.hits = is_refusal and sim.is_somebody_at_work()
+            fault.hits = is_refusal
             sim.history.add("admin", fault, type(error).__name__, is_refusal)
             if is_refusal and self.revision() != before:
                 sim.violations.append(f"{fault} was refused, yet the tables are {self.revision()}")
@@ -137,7 +137,7 @@ def back_up(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rand
         backup.back_up(engine, path)
         engine.dispose()
         read_backup(path)
-    fault.hits = sim.is_somebody_at_work()
+    fault.hits = True
     if not administrator.all_are_newer:  # else its models would need the newer column
         found = _restore(sim, path, administrator.backups)
         sim.violations += [f"{fault}, restored: {one}" for one in found]
@@ -211,6 +211,7 @@ def _finish(sim: "Simulation", name: str, url: str, home: Path) -> list[str]:
     parents = sim.database  # kept: to close its connections would end them for the parent too
     sim.move(name, url, home)
     sim.users.at_work = 0
+    sim.users.forget()
     result = sim.run()
     assert parents is not sim.database
     return [*result.violations, *(["it did not end well"] if result.ends.get(0) != 1 else [])]

@@ -66,6 +66,10 @@ class Server:
             "synchronize_seqscans": "off",
             "max_connections": "200",
             "jit": "off",
+            "track_counts": "off",
+            "update_process_title": "off",
+            "wal_level": "minimal",
+            "max_wal_senders": "0",
             "deadlock_timeout": "1h",  # a deadlock is a finding: see `expire`
         }.items():
             self.ask("postgres", f"ALTER SYSTEM SET {name} = '{value}'")
@@ -152,12 +156,13 @@ class Connection(extensions.connection):
     """A connection of an actor."""
 
     simulated: "Database"
+    asked: str  # how it was asked for
     process: Any
     pid = 0
     blocked_since: float | None = None  # in simulated seconds
     idle_since = 0.0
     loses_answer = False
-    is_lost = False
+    is_at_work = False  # whether libpq is inside a call
 
     def cursor(self, *positional: Any, **named: Any) -> Any:
         return super().cursor(*positional, **{"cursor_factory": Cursor, **named})
@@ -175,9 +180,8 @@ class Connection(extensions.connection):
             self.simulated.run(self, statement, call)
 
     def close(self) -> None:
-        super().close()
         if self in self.simulated.connections:
-            self.simulated.connections.remove(self)
+            self.simulated.hang_up(self)
 
     @property
     def is_in_transaction(self) -> bool:
@@ -190,10 +194,19 @@ class Connection(extensions.connection):
 
 def share_what_never_changes() -> None:
     """Let a new worker find what a worker before it has compiled: else most of the time goes there."""
-    load, known = _VersionManager._create_alembic_script, {}
-    _VersionManager._create_alembic_script = lambda manager: (
-        known.get("script") or known.setdefault("script", load(manager))
-    )
+    _VersionManager.__init__ = lambda *_: None
+    _VersionManager.check_table_schema_compatibility = lambda _: None
+    initialize, of_server = PGDialect_psycopg2.initialize, {}
+
+    def find(dialect: Any, connection: Any) -> None:
+        own = vars(dialect)
+        before = own.setdefault("before", {*own})  # an attempt may fail half-way
+        if not of_server:
+            initialize(dialect, connection)
+            of_server.update({name: value for name, value in own.items() if name not in before})
+        own.update(of_server)
+
+    PGDialect_psycopg2.initialize = find
     PGDialect_psycopg2.__hash__ = lambda _: 0
     PGDialect_psycopg2.__eq__ = lambda _, other: isinstance(other, PGDialect_psycopg2)
     compiled = LRUCache[Any, Any](5000)
@@ -213,6 +226,8 @@ class Database:
         self._server, self._name = server, name
         self._scheduler, self._history = scheduler, history
         self.connections: list[Connection] = []
+        self._spare: dict[str, list[Connection]] = {}  # that were hung up, by what they were asked for
+        self._is_read_only = False
         self.deadlocks: list[str] = []
         self.down_until = 0.0
         self._set_to = 0.0  # what the database's clock was last set to
@@ -242,9 +257,14 @@ class Database:
         self._scheduler.boundary("connect")
         if self._scheduler.now < self.down_until:
             named["host"] = str(Path(named["host"]).parent)  # where no server listens
-        connection = psycopg2.connect(*positional, connection_factory=Connection, **named)
-        connection.simulated, connection.process = self, actor.process
-        connection.pid = connection.info.backend_pid
+        asked = repr((positional, named, self._is_read_only))
+        if spare := self._spare.get(asked):
+            connection = spare.pop()
+        else:
+            connection = psycopg2.connect(*positional, connection_factory=Connection, **named)
+            connection.simulated, connection.asked = self, asked
+            connection.pid = connection.info.backend_pid
+        connection.process = actor.process
         connection.idle_since = self._scheduler.now
         self.connections.append(connection)
         return connection
@@ -268,13 +288,14 @@ class Database:
         self._scheduler.boundary("before commit" if is_write else "before statement")
         self.set_clock()
         error: Exception | None = None
+        connection.is_at_work = True
         try:
             call()
         except psycopg2.Error as raised:
             error = raised
             raise
         finally:
-            connection.loses_answer = False
+            connection.is_at_work = connection.loses_answer = False
             connection.idle_since = self._scheduler.now
             self.settle()
             self._history.add_statement(actor, statement, parameters, cursor, error)
@@ -330,7 +351,7 @@ class Database:
             if one.is_blocked and now >= one.blocked_since + TIMEOUT:
                 self._look_for_deadlock(one)
                 self.ask("SELECT pg_cancel_backend(%s)", one.pid)
-                one.blocked_since = now  # until its error comes
+                _is_ready(one, None)  # its error comes
             elif not one.is_blocked and one.is_in_transaction and now >= one.idle_since + TIMEOUT:
                 self._end_backends([one])
         self.settle()
@@ -360,19 +381,27 @@ class Database:
         ]
         return min(times, default=float("inf"))
 
+    def hang_up(self, connection: Connection) -> None:
+        """Let the server see that a client has gone: it rolls back.
+
+        The session is kept for who asks for one like it. To begin one takes as long as ten statements.
+        """
+        self.connections.remove(connection)
+        if not connection.closed:
+            extensions.connection.rollback(connection)
+            connection.set_session("DEFAULT", "DEFAULT", "DEFAULT", autocommit=False)
+            self._spare.setdefault(connection.asked, []).append(connection)
+        self.settle()
+
     # Faults.
 
     def lose(self, connection: Connection) -> None:
         """Cut a connection; an answer that has come is lost."""
+        self._end_backends([connection])
         with socket.socket(fileno=os.dup(connection.fileno())) as end:
-            end.setblocking(False)
-            try:
-                while end.recv(65536):
-                    pass
-            except BlockingIOError:
+            while end.recv(65536):
                 pass
             end.shutdown(socket.SHUT_RDWR)
-        self._end_backends([connection])
 
     def terminate(self, connections: list[Connection]) -> None:
         """Let the server end connections; their clients are told."""
@@ -382,19 +411,22 @@ class Database:
     def abandon(self, process: Any, leaves_work: bool) -> None:
         """Close the connections of a process that is gone; with `leaves_work` not where one works."""
         own = [one for one in self.connections if one.process is process]
-        self._end_backends([one for one in own if not (leaves_work and one.is_blocked)])
+        left = [one for one in own if one.is_blocked and leaves_work]
+        self._end_backends([one for one in own if one.is_at_work and one not in left])
+        for connection in own:
+            if not connection.is_at_work:
+                self.hang_up(connection)
         self.settle()
 
     def _end_backends(self, connections: list[Connection]) -> None:
-        pids = [one.pid for one in connections if one in self.connections]
-        if pids:
+        ended = [one for one in connections if one in self.connections]
+        if ended:
+            pids = [one.pid for one in ended]
             self.ask("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", pids)
-            while self.ask("SELECT 1 FROM pg_stat_activity WHERE pid = ANY(%s)", pids):
-                pass  # it takes less than a millisecond
-        for one in connections:
-            if one in self.connections:
-                self.connections.remove(one)
-                one.blocked_since = None
+        for one in ended:
+            _is_ready(one, None, select.POLLHUP)  # its locks are free by then
+            self.connections.remove(one)
+            one.blocked_since = None
 
     def crash(self, seconds: float) -> None:
         """Kill the server. It is there again after so many seconds."""
@@ -407,11 +439,13 @@ class Database:
         for one in self.connections:
             one.blocked_since = None
         self.connections.clear()
+        self._spare.clear()
         self._set_to = 0.0
         self.set_clock()
 
     def set_read_only(self, is_on: bool) -> None:
         """Let new sessions be those of a standby."""
+        self._is_read_only = is_on
         value = "= on" if is_on else "= off"
         self.ask(f"ALTER DATABASE {self._name} SET default_transaction_read_only {value}")
 

@@ -34,7 +34,6 @@ class Disk:
         self._unsynced: set[Path] = set()  # files whose contents are
         self.spoilt: set[Path] = set()  # folders that have lost some of their contents
         self.full_until = 0.0
-        self.on_full: Callable[[], None] = lambda: None  # called when somebody meets a full disk
         for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync"):
             setattr(os, name, self._watched(name, getattr(os, name)))
         self._open = io.open
@@ -79,7 +78,6 @@ class Disk:
 
     def _need_room(self) -> None:
         if self._scheduler.now < self.full_until:
-            self.on_full()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _note_replace(self, source: Path, target: Path) -> Change:
@@ -161,7 +159,8 @@ class Disk:
         spoil(path, self._random, size)
 
     def move(self, home: Path) -> None:
-        """Go on with another home, on a disk with room."""
+        """Go on with a copy of the home, on a disk with room."""
+        self.spoilt = {home / path.relative_to(self.home) for path in self.spoilt}
         self.home, self.full_until = home, 0.0
         self._changes, self._unsynced = [], set()
 

@@ -1,15 +1,14 @@
 """What may go wrong at a boundary, and how one sees that it has hit.
 
-A fault waits for the first boundary where it can be delivered. It hits if the worker holds a trial then,
-or is inside a statement, and if it had an effect: an error was met, a clock was read, a worker was gone.
+A fault waits for the first boundary where its worker holds a trial or is inside a statement, and where
+it can be delivered. It hits if it has an effect: an error was met, a clock was read, a worker was gone.
 """
 
 import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tests.simulation import administrators, users
 from tests.simulation.scheduler import Actor
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from tests.simulation.simulation import Simulation
 
 LEASE = 120.0
+MOST = 100  # faults for a place
+BETWEEN = (60, 110, 220)  # boundaries between two of them, on average
 
 
 @dataclass
@@ -28,16 +29,6 @@ class Fault:
     place: int
     at: int
     hits: bool = False
-
-    @cached_property
-    def chance(self) -> random.Random:
-        """Where its details are drawn from: the same wherever it is delivered."""
-        return random.Random(f"details of {self}")
-
-    @cached_property
-    def aim(self) -> str:
-        """What a statement has that this fault waits for; most commits are Optuna's."""
-        return self.chance.choice(["", "", "WITH", "INSERT INTO atelier.epoch"])
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.place}.{self.at}"
@@ -66,8 +57,6 @@ def kill(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -
 
 def cut(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """The connection is lost before a statement."""
-    if not actor.subject.startswith("before"):
-        return False
     fault.hits = True
     sim.database.lose(actor.connection)
     sim.database.settle()
@@ -84,7 +73,8 @@ def terminate(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Rand
 
 def lose_answer(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """A commit is done, but the worker never hears of it."""
-    if actor.subject != "before commit" or fault.aim not in actor.statement:
+    aim = chance.choice(["", "", "WITH", "INSERT INTO atelier.epoch"])  # most commits are Optuna's
+    if aim not in actor.statement:
         return False
     fault.hits = actor.connection.loses_answer = True
     return True
@@ -115,22 +105,14 @@ def pause(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) 
 
 
 def set_clock(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-    """The worker's clock jumps by up to a day. It hits when the worker looks."""
-    process, offset = actor.process, chance.uniform(-86400, 86400)
-    process.clock_offset = offset
-
-    def look() -> None:
-        if process.clock_offset == offset and process.held():
-            fault.hits = True
-
-    process.on_look = look
+    """The worker's clock jumps by up to a day, just as it looks."""
+    fault.hits = True
+    actor.process.clock_offset = chance.uniform(-86400, 86400)
     return True
 
 
 def damage(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """The newest checkpoint or its digest is spoilt, and the worker killed: now it is needed."""
-    if actor.subject != "clock":  # to look for files at each boundary would take long
-        return False
     for claim in actor.process.held():
         digest = sim.newest_digest(actor.process.worker.runs, claim.trial_number)
         if digest is not None and digest.with_suffix("").exists():
@@ -157,25 +139,22 @@ def lose_power(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Ran
 
 
 def fill_disk(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-    """No room is left for a while. It hits when somebody meets that."""
-
-    def meet() -> None:
-        fault.hits = True
-
-    sim.disk.full_until, sim.disk.on_full = sim.scheduler.now + chance.uniform(5, 90), meet
+    """No room is left for a while."""
+    fault.hits = True
+    sim.disk.full_until = sim.scheduler.now + chance.uniform(5, 90)
     return True
 
 
-def _signal(number: int, times: int = 1) -> Delivery:
-    def deliver(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-        handler = actor.process.handlers.get(number)
-        if actor.name != "main" or not callable(handler) or actor.is_deaf:
-            return False
-        fault.hits = True
-        actor.signals += [lambda: handler(number, None)] * times
-        return True
-
-    return deliver
+def send_signal(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
+    """SLURM's warning, a stop, or Ctrl-C pressed twice."""
+    number = chance.choice([signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+    handler = actor.process.handlers.get(number)
+    if actor.name != "main" or not callable(handler) or actor.is_deaf:
+        return False
+    fault.hits = True
+    actor.process.met.add(number.name)
+    actor.signals += [lambda: handler(number, None)] * (2 if number == signal.SIGINT else 1)
+    return True
 
 
 def end_time(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
@@ -191,13 +170,8 @@ def end_time(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Rando
 
 
 def run_out_of_memory(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-    """The next step of a trial in this worker finds no memory."""
-
-    def fail() -> None:
-        fault.hits = True
-        raise MemoryError("cannot allocate memory")
-
-    actor.process.on_step = fail
+    """The step of a trial in this worker finds no memory."""
+    fault.hits = actor.process.lacks_memory = True
     return True
 
 
@@ -206,78 +180,68 @@ def diverge(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random
     return sim.let_diverge(actor.process, fault)
 
 
-def _slurm(trouble: str) -> Delivery:
-    def deliver(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-        if not sim.uses_slurm:
-            return False
-
-        def meet() -> None:
-            fault.hits = True
-
-        slurm = sim.machines.slurm
-        slurm.trouble, slurm.on_trouble = trouble, meet
-        slurm.trouble_until = sim.scheduler.now + chance.uniform(30, 400)
-        return True
-
-    return deliver
+def confuse_slurm(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
+    """SLURM does not answer, or something wrong or strange."""
+    fault.hits = True
+    slurm = sim.machines.slurm
+    slurm.trouble = chance.choice(["silent", "wrong", "strange"])
+    slurm.trouble_until = sim.scheduler.now + chance.uniform(30, 400)
+    return True
 
 
-KINDS: dict[str, Delivery] = {
-    "kill": kill,
-    "cut": cut,
-    "terminate": terminate,
-    "lost-answer": lose_answer,
-    "pause": pause,
-    "clock": set_clock,
-    "damage": damage,
-    "power": lose_power,
-    "disk-full": fill_disk,
-    "sigterm": _signal(signal.SIGTERM),
-    "sigusr2": _signal(signal.SIGUSR2),
-    "ctrl-c-twice": _signal(signal.SIGINT, times=2),
-    "wall-time": end_time,
-    "out-of-memory": run_out_of_memory,
-    "nan": diverge,
-    "read-only": make_read_only,
-    "slurm-silent": _slurm("silent"),
-    "slurm-wrong": _slurm("wrong"),
-    "slurm-strange": _slurm("strange"),
-    "user-tells": users.tell,
-    "user-stops": users.stop,
-    "user-enqueues": users.enqueue,
-    "user-deletes": users.delete,
-    "restart": restart_server,
-    "backup": administrators.back_up,
-    "upgrade": administrators.upgrade,
-}
-# How often, against the others.
-WEIGHTS = dict.fromkeys(KINDS, 1.0) | {
-    "clock": 3.0,
-    "out-of-memory": 3.0,
-    "disk-full": 1.5,
-    "slurm-silent": 2.0,
-    "slurm-wrong": 2.0,
-    "slurm-strange": 3.0,
-    "restart": 0.1,
-    "backup": 0.05,
-    "upgrade": 0.05,
-    "user-deletes": 0.05,
+class Kind(NamedTuple):
+    """A kind of faults.
+
+    `weight` is how often it is drawn, against the others. It can be delivered where a boundary's subject
+    begins with `where`.
+    """
+
+    deliver: Delivery
+    weight: float = 0.8
+    where: str = ""
+
+
+KINDS = {
+    "kill": Kind(kill),
+    "cut": Kind(cut, where="before"),
+    "terminate": Kind(terminate),
+    "lost-answer": Kind(lose_answer, 1.0, where="before commit"),
+    "pause": Kind(pause),
+    "clock": Kind(set_clock, 0.9, where="time of day"),
+    "damage": Kind(damage, 1.3, where="clock"),  # to look for files at each boundary would take long
+    "power": Kind(lose_power, 1.0, where="file"),
+    "disk-full": Kind(fill_disk, 1.3, where="file write"),
+    "signal": Kind(send_signal),
+    "wall-time": Kind(end_time),
+    "out-of-memory": Kind(run_out_of_memory, 1.0, where="step"),
+    "nan": Kind(diverge, 1.5, where="step"),
+    "read-only": Kind(make_read_only),
+    "slurm": Kind(confuse_slurm, 4.5, where="slurm"),
+    "user": Kind(users.act, 0.9),
+    "restart": Kind(restart_server, 0.035),
+    "backup": Kind(administrators.back_up, 0.024),
+    "upgrade": Kind(administrators.upgrade, 0.028),
 }
 
 
 def deliver(sim: "Simulation", actor: Actor, fault: Fault) -> bool:
     """Try to deliver a fault at this boundary. Returns whether it could be."""
-    return KINDS[fault.kind](sim, actor, fault, fault.chance)
+    kind = KINDS[fault.kind]
+    if not actor.subject.startswith(kind.where):
+        return False
+    # The details are the same wherever it is delivered.
+    return kind.deliver(sim, actor, fault, random.Random(f"details of {fault}"))
 
 
-def draw(seed: int, places: int, each: int) -> list[Fault]:
-    """So many faults for each place's worker."""
+def draw(seed: int, places: int) -> list[Fault]:
+    """Many faults for each place's worker."""
     chance = random.Random(f"faults {seed}")
+    boundaries = chance.choice(BETWEEN)
+    weights = [kind.weight for kind in KINDS.values()]
     faults = []
     for place in range(places):
         at = 0
-        for _ in range(each):
-            at += int(chance.expovariate(1 / 25)) + 1
-            [kind] = chance.choices([*WEIGHTS], [*WEIGHTS.values()])
+        for kind in chance.choices([*KINDS], weights, k=MOST):
+            at += int(chance.expovariate(1 / boundaries)) + 1
             faults.append(Fault(kind, place, at))
     return faults

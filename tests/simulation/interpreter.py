@@ -123,8 +123,10 @@ def _threads(scheduler: Scheduler) -> None:
         waiter = _Waiter()
         state._waiters.append(waiter)
         held = state._release_save()
-        is_woken = scheduler.wait_until("wait", lambda: waiter.is_woken, timeout)
-        state._acquire_restore(held)
+        try:
+            is_woken = scheduler.wait_until("wait", lambda: waiter.is_woken, timeout)
+        finally:
+            state._acquire_restore(held)
         if not is_woken and waiter in state._waiters:
             state._waiters.remove(waiter)
         return is_woken
@@ -141,23 +143,18 @@ def _threads(scheduler: Scheduler) -> None:
 
 
 def _clocks(scheduler: Scheduler) -> None:
-    def look(offset: Callable[[], float]) -> Callable[[], float]:
+    def look(subject: str, offset: Callable[[], float]) -> Callable[[], float]:
         def clock() -> float:
             module = sys._getframe(2).f_globals.get("__name__", "")
             if module.partition(".")[0] in WATCHED:
-                scheduler.boundary("clock")
+                scheduler.boundary(subject)
             return scheduler.now + offset()
 
         return clock
 
-    def wall() -> float:
-        actor = current()
-        assert actor is not None
-        return actor.process.look_at_clock()
-
-    _inside(time, "time", look(wall))
-    _inside(time, "monotonic", look(lambda: 0.0))
-    _inside(time, "perf_counter", look(lambda: 0.0))
+    _inside(time, "time", look("time of day", lambda: current().process.clock_offset))
+    _inside(time, "monotonic", look("clock", lambda: 0.0))
+    _inside(time, "perf_counter", look("clock", lambda: 0.0))
     _inside(time, "sleep", scheduler.sleep)
 
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from storage import recording
 
-Edit = tuple[str, str, str]  # a function's path, words that stand in it once, other words
+Edit = tuple[str, str, str]  # the path of a function or of SQL, words that stand in it once, other words
 
 PLANTS: dict[str, list[Edit]] = {
     "claim-without-study-lock": [
@@ -87,11 +87,282 @@ PLANTS: dict[str, list[Edit]] = {
             'decide: {error}")\n        return {one.worker_id: False for one in asked}',
         )
     ],
+    "budget-read-at-two-moments": [
+        (
+            "storage.trial_queue.TrialQueue.enqueued",
+            "count, waiting = self._count_and_waiting",
+            "count = self._count_and_waiting[0]; del self._count_and_waiting; "
+            "waiting = self._count_and_waiting[1]",
+        )
+    ],
     "decision-not-taken-again": [
         (
             "search.trial.Trial._conclude",
             "self.claim.last_epoch or self.claim.promoted",
             "self.claim.last_epoch + 1",
+        )
+    ],
+    "promoted-judged-again": [("search.trial.Trial._conclude", " or self.claim.promoted:", ":")],
+    "read-only-is-a-bug": [
+        ("storage.faults.classify", "if key in AGAIN:", "if key in AGAIN and key != READ_ONLY:"),
+        ("storage.database._leave_read_only", "context.is_disconnect = True", "pass"),
+    ],
+    "optuna-told-afterwards": [
+        (
+            "storage.recording.RECORD",
+            ":intermediate_value_type FROM held",
+            ":intermediate_value_type FROM held WHERE false",
+        ),
+        (
+            "storage.ledger.Ledger.record",
+            "return self._renew(",
+            "tell = self.storage.set_trial_intermediate_value\n"
+            '    told = claim.trial_id, result["epoch"], value\n'
+            "    return (lambda *a, **k: (self._renew(*a, **k), tell(*told))[0])(",
+        ),
+    ],
+    "predictions-after-the-end": [
+        (
+            "search.trial.Trial._complete",
+            "Predictions.join(",
+            "values = [self._value(result) for result in history]\n"
+            "    self._finish(Outcome.COMPLETE, score(values, worker.study_config.study.score))\n"
+            "    return Predictions.join(",
+        )
+    ],
+    "once-paused-always-paused": [
+        ("storage.trial_queue.UNFINISHED_TRIALS", "later.number > pause.number", "false"),
+        ("storage.trial_queue.LAST_EPOCHS_OF_PAUSED", "later.number > pause.number", "false"),
+        ("storage.trial_queue.PAUSED_TRIALS", "later.number > pause.number", "false"),
+    ],
+    "orphan-trial-never-taken": [
+        (
+            "storage.trial_queue.UNFINISHED_TRIALS",
+            "AND trials.trial_id NOT IN",
+            "AND trials.trial_id IN (SELECT trial_id FROM atelier.attempt) AND trials.trial_id NOT IN",
+        )
+    ],
+    "out-of-memory-fails-trial": [
+        ("search.blame.Blame.judge", "if is_out_of_memory(error):", "if False:")
+    ],
+    "disk-full-charged-to-trial": [
+        (
+            "search.blame.Blame.judge",
+            "if isinstance(error, types):",
+            "if isinstance(error, types) and not isinstance(error, OSError):",
+        )
+    ],
+    "release-without-fence": [
+        ("storage.ledger.Ledger.release", "if attempt.released is None:", "if True:")
+    ],
+    "damaged-digest-is-text": [
+        (
+            "trainer.checkpoint.Checkpoints.newest_first",
+            "_digest_path(path).read_bytes().split()[:1]",
+            '[one.encode() for one in _digest_path(path).read_text("utf-8").split()[:1]]',
+        )
+    ],
+    "register-not-repeatable": [("storage.ledger.Ledger.register", ".on_conflict_do_nothing()", "")],
+    "told-trial-ended-again": [
+        (
+            "storage.ledger.Ledger.finish",
+            "ended_elsewhere = trial.state.is_finished()",
+            "ended_elsewhere = False",
+        )
+    ],
+    "deleted-study-at-claim": [
+        ("storage.ledger.Ledger.claim", "session.get(Study", "session.get_one(Study")
+    ],
+    "enqueued-over-budget": [
+        (
+            "storage.trial_queue.TrialQueue.enqueued",
+            " if count - len(waiting) < self._study.max_trials else []",
+            "",
+        )
+    ],
+    "completing-job-is-gone": [
+        (
+            "search.slurm.queue._is_at_work",
+            "if job.state in UNDECIDED:\n        return None",
+            "if job.state in UNDECIDED:\n        return False",
+        )
+    ],
+    "hidden-jobs-mean-gone": [
+        ("search.slurm.queue.probe_liveness", "if listing.find(own_job) is None:", "if False:")
+    ],
+    "flag-completing-ignored": [
+        ("search.slurm.queue._job", '"COMPLETING" if "COMPLETING" in flags else state', "state")
+    ],
+    "dead-of-spent-study-stay-open": [
+        (
+            "storage.ledger.Ledger.claim",
+            "close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)",
+            "pass",
+        )
+    ],
+    "folder-not-synced": [("trainer.files.write_atomically", "os.fsync(folder)", "pass")],
+    "time-of-transactions-begin": [
+        (
+            "storage.ledger.Ledger.claim",
+            "study = session.get(",
+            'session.info["begun"] = session.scalar(sa.select(now()))\n        study = session.get(',
+        ),
+        (
+            "storage.attempts.open_attempt",
+            "claimed=now(),\n            renewed=now(),",
+            'claimed=session.info["begun"],\n            renewed=session.info["begun"],',
+        ),
+    ],
+    "backup-of-many-moments": [("storage.backup.dump_tables", "REPEATABLE READ", "READ COMMITTED")],
+    "backup-lacks-newer-predictions": [
+        ("storage.backup.hold_files", "yield hold_results", "yield lambda: None")
+    ],
+    "optunas-lost-transaction-is-a-bug": [
+        ("storage.faults._is_away", "PoolTimeoutError, PendingRollbackError", "PoolTimeoutError")
+    ],
+    "error-of-lost-trial-ends-worker": [
+        (
+            "search.trial.Trial._charge",
+            "except LeaseLost as lost:",
+            "except LeaseLost as lost:\n        raise",
+        )
+    ],
+    "cleared-folder-ends-worker": [
+        ("search.trial.Trial._end_attempt", "and fault is Fault.MACHINE:", "and False:")
+    ],
+    "vanished-checkpoint-ends-worker": [
+        (
+            "trainer.checkpoint.Checkpoints.newest_first",
+            "continue  # another worker has just replaced it",
+            "raise",
+        )
+    ],
+    "sweeps-later-attempts": [
+        (
+            "trainer.checkpoint.Checkpoints._sweep",
+            'leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}"',
+            "True",
+        )
+    ],
+    "deleted-study-at-end": [
+        ("storage.ledger.Ledger.finish", "session.get(Attempt", "session.get_one(Attempt")
+    ],
+    "offer-error-ends-worker": [("search.claims.Claims._obtain", "return Offer(claim, error)", "raise")],
+    "attempt-judged-unlocked": [("storage.attempts.lock_open_attempt", ".with_for_update()", "")],
+    "end-takes-the-released": [
+        (
+            "storage.ledger.Ledger.claim",
+            "if claim is None and is_over:",
+            "if claim is None and not held and not queue.somebody_is_at_work():",
+        ),
+        ("storage.study_end.prune_the_rest", "if not spent:", "if False:"),
+    ],
+    "parameters-not-read-back": [
+        (
+            "search.claims.Claims.sample",
+            "params = storage.get_trial(claim.trial_id).params",
+            "params = trial.params",
+        )
+    ],
+    "end-asked-late": [
+        (
+            "storage.ledger.Ledger.claim",
+            "if claim is None and is_over:",
+            "if claim is None and not held and not queue.somebody_is_at_work():",
+        )
+    ],
+    "damaged-renamed-twice": [
+        ("trainer.checkpoint.Checkpoints.newest_first", "with suppress(FileNotFoundError):", "if True:")
+    ],
+    "replaced-workers-checkpoint-counts": [
+        (
+            "trainer.checkpoint.Checkpoints.save",
+            "attempt-{self._attempt:04d}-epoch",
+            "attempt-0001-epoch",
+        ),
+        ("trainer.run.Run._agrees", "return all(", "return True or all("),
+        ("trainer.checkpoint.Checkpoints.withdraw", "if self._last_saved is not None:", "if False:"),
+    ],
+    "locks-in-another-order": [
+        (
+            "storage.ledger.Ledger._take",
+            "row = lock_open_attempt(session, trial_id)",
+            "session.get(TrialModel, trial_id, with_for_update=True)\n"
+            "    row = lock_open_attempt(session, trial_id)",
+        )
+    ],
+    "nan-ranks-first": [
+        ("storage.ledger.Ledger.record", "None if math.isnan(value) else value", "value")
+    ],
+    "diverged-goes-on": [("search.trial.Trial._conclude", "if not result.finite:", "if False:")],
+    "claim-not-repeatable": [
+        ("storage.ledger.Ledger._take", "if attempt.worker_id == self.worker_id:", "if False:")
+    ],
+    "release-not-repeatable": [
+        (
+            "storage.ledger.Ledger.release",
+            "attempt.worker_id != self.worker_id:",
+            "attempt.worker_id != self.worker_id or attempt.released is not None:",
+        )
+    ],
+    "only-newest-checkpoint-kept": [
+        ("trainer.checkpoint.Checkpoints.save", "older[: 1 - KEPT]", "older")
+    ],
+    "claim-ahead-left-open": [
+        ("search.worker.Worker._release_all", "self.claims.finish_claiming()", "pass"),
+        ("storage.ledger.Ledger.sign_off", "release_all(connection, self.worker_id, reason)", "pass"),
+    ],
+    "second-ctrl-c-keeps-trials": [
+        ("search.worker.Worker._work", 'self._release_all("stopped at once")', "pass"),
+        ("storage.ledger.Ledger.sign_off", "release_all(connection, self.worker_id, reason)", "pass"),
+    ],
+    "added-trial-counts-as-complete": [
+        ("storage.trial_queue.TrialQueue._has_complete", "TRAINED_HERE,", "")
+    ],
+    "budget-asked-at-claims-only": [
+        ("storage.ledger.Ledger._renew", "SPENT if spent else None", "None")
+    ],
+    "cleared-before-the-end": [
+        (
+            "search.trial.Trial._finish",
+            "self._worker.ledger.finish(",
+            "self._checkpoints.clear()\n    self._worker.ledger.finish(",
+        )
+    ],
+    "crowded-charged-to-trial": [
+        ("search.blame.Blame.judge", "if is_out_of_memory(error) and in_company:", "if False:")
+    ],
+    "stopped-study-ends-as-done": [
+        ("search.claims.Claims.next", "if reason := self._ledger.stop_reason():", "if reason := None:")
+    ],
+    "withdraw-hits-another": [
+        (
+            "storage.ledger.Ledger.withdraw",
+            "self._is_open(claim)",
+            "Attempt.trial_id == claim.trial_id, Attempt.number == claim.attempt, "
+            "Attempt.released.is_(None)",
+        )
+    ],
+    "strange-line-means-gone": [
+        ("search.slurm.queue.probe_liveness", "if job is None and listing.strange:", "if False:")
+    ],
+    "strange-state-means-gone": [
+        (
+            "search.slurm.queue._is_at_work",
+            '"its lease decides"\n        )\n        return None',
+            '"its lease decides"\n        )\n        return False',
+        )
+    ],
+    "open-study-not-retried": [("search.study.open_study", "@retrying\n", "")],
+    "enter-study-not-repeatable": [("storage.studies.enter_study", ".on_conflict_do_nothing()", "")],
+    "read-only-session-kept": [
+        ("storage.database._leave_read_only", "context.is_disconnect = True", "pass")
+    ],
+    "upgrade-counts-without-lock": [
+        (
+            "storage.schema._refuse_if_held",
+            'connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")',
+            "pass",
         )
     ],
 }
@@ -106,6 +377,9 @@ def plant(name: str) -> None:
             columns = [one for one in recording._COLUMNS if f":{one.name}" in value.text]
             bound = [sa.bindparam(one.name, type_=one.type) for one in columns]
             changed: Any = sa.text(value.text.replace(old, new)).bindparams(*bound)
+        elif isinstance(value, str):
+            assert value.count(old) == 1, f"{path} has {value.count(old)} times {old!r}"
+            changed = value.replace(old, new)
         else:
             changed = _edited(path, value, old, new)
         setattr(owner, attribute, changed)

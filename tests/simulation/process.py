@@ -43,9 +43,8 @@ class Process:
         self.paused_until = 0.0
         self.handlers: dict[int, Any] = {}
         self.environment: dict[str, str] = {}
-        self.clock_offset = 0.0
-        self.on_look: Callable[[], None] = lambda: None  # called when it looks at its clock
-        self.on_step: Callable[[], None] = lambda: None  # called before each step of its training
+        self.clock_offset = 0.0  # by how much its time of day is wrong
+        self.lacks_memory = False  # for the step of training that it is at
         self.exit_code: int | None = None
         self.said: list[str] = []
         self.met: set[str] = set()  # the kinds of faults that it has met
@@ -60,11 +59,6 @@ class Process:
     def identity(self) -> str:
         """What process_identity says of it."""
         return f"{self.host}:{self.pid}:0"
-
-    def look_at_clock(self) -> float:
-        """By how much its time of day is wrong."""
-        self.on_look()
-        return self.clock_offset
 
     def held(self) -> list[Any]:
         """The claims that it renews."""
@@ -219,7 +213,6 @@ class Slurm:
         self.jobs: list[Job] = []
         self.trouble: str | None = None
         self.trouble_until = 0.0
-        self.on_trouble: Callable[[], None] = lambda: None  # called when somebody meets it
 
     def new_job(self) -> Job:
         job = Job(self.ARRAY + len(self.jobs), len(self.jobs))
@@ -236,10 +229,8 @@ class Slurm:
     def run(self, command: Any, **_: Any) -> Any:
         """Replaces subprocess.run."""
         self._scheduler.boundary(f"slurm {command[0]}")
-        if self._scheduler.now < self.trouble_until:
-            self.on_trouble()
-            if self.trouble == "silent":
-                return self._silence(command)
+        if self._has("silent"):
+            return self._silence(command)
         if command[:2] == ("squeue", "--version"):
             return _answer("slurm 24.11.5")
         if command[0] == "squeue":
@@ -247,6 +238,9 @@ class Slurm:
         if command[:2] == ("scontrol", "requeue"):
             return self._requeue(command[2])
         raise AssertionError(command)
+
+    def _has(self, trouble: str) -> bool:
+        return self.trouble == trouble and self._scheduler.now < self.trouble_until
 
     def _silence(self, command: Any) -> Any:
         if self._random.random() < 0.5:
@@ -259,13 +253,13 @@ class Slurm:
             word.removeprefix("--jobs=").split(",") for word in command if word.startswith("--jobs=")
         ]
         lines = [self._line(job) for job in self.jobs if str(job.number) in wanted]
-        if self.trouble == "strange" and self._scheduler.now < self.trouble_until:
+        if self._has("strange"):
             lines[self._random.randrange(len(lines) or 1) :] = ["?? slurmdbd: no such record"]
         return lines
 
     def _line(self, job: Job) -> str:
         state = job.state
-        if self.trouble == "wrong" and self._scheduler.now < self.trouble_until:
+        if self._has("wrong"):
             state = self._random.choice(["RUNNING", "NODE_FAIL", "COMPLETING", "PENDING", "MYSTERY"])
         return f"{job.number}|{state}|0:0|{max(job.restarts, 0)}|N/A|{self.ARRAY}|{job.task}|"
 

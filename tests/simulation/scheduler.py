@@ -94,12 +94,14 @@ class Scheduler:
         while not is_over():
             if (turns := turns + 1) > MOST_TURNS:
                 raise EndlessError("it does not end")
-            ready = [actor for actor in self.actors if actor.can_go_on(self.now)]
-            if not ready:
-                self._move_on()
-                continue
-            if last is None or last not in ready or self._random.random() >= self._stickiness:
+            goes_on = last in self.actors and last.can_go_on(self.now)
+            if not goes_on or self._random.random() >= self._stickiness:
+                ready = [actor for actor in self.actors if actor.can_go_on(self.now)]
+                if not ready:
+                    self._move_on()
+                    continue
                 last = self._random.choice(ready)
+            assert last is not None
             self.before_turn(last)
             if last in self.actors and last.can_go_on(self.now):
                 last.is_ready, last.due = None, -math.inf
@@ -124,9 +126,9 @@ class Scheduler:
         """Give up the turn."""
         self._wait(subject, None, -math.inf)
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, subject: str = "sleep") -> None:
         """Go on after so many seconds."""
-        self.wait_until("sleep", lambda: False, seconds)
+        self.wait_until(subject, lambda: False, seconds)
 
     def wait_until(
         self, subject: str, is_ready: Callable[[], bool], seconds: float | None, deaf: bool = False

@@ -29,12 +29,14 @@ STEP_SECONDS = (1.0, 5.0, 20.0)  # of training, before the next one of a run
 ENDS = {
     1: ("the wall time is too short", "the database: ", "cannot reach the database", "has failed"),
     2: ("No space left on device", "takes no writes", "was deleted meanwhile", "does not know"),
-    3: ("sigterm", "ctrl-c-twice", "atelier stop"),
-    4: ("sigusr2", "wall-time", "clock"),
-    130: ("ctrl-c-twice",),
+    3: ("SIGTERM", "SIGINT", "atelier stop"),
+    4: ("SIGUSR2", "wall-time", "clock"),
+    130: ("SIGINT",),
 }
 # Seconds until a worker that has ended so is replaced.
-AGAIN_AFTER = defaultdict(lambda: (1.0, 30.0), {0: (100.0,), 2: (100.0,), KILLED: (1.0, 30.0, 200.0)})
+AGAIN_AFTER = defaultdict(
+    lambda: (1.0, 30.0), {0: (100.0,), 2: (100.0,), 3: (30.0, 100.0), KILLED: (1.0, 30.0, 200.0)}
+)
 STUDY = """
 [study]
 name = "simulated"
@@ -140,7 +142,7 @@ class Simulation:
         chance = self.random
         strategy = chance.choice(["promote", "promote", "promote", "asha", "none", "median"])
         more = []
-        epochs = chance.randint(3, 6)
+        epochs = chance.randint(3, 5)
         if strategy in ("promote", "asha"):
             more.append(f"rungs = {chance.choice([[1], [0, 2], [1, 2]])}")
         if chance.random() < 0.2:
@@ -160,8 +162,7 @@ class Simulation:
 
     def _make_places(self, given: list[Fault] | None) -> None:
         number = self.random.randint(2, 3)
-        each = self.random.choice([5, 12, 25, 40, 60])
-        planned = faults.draw(self.seed, number, each) if given is None else given
+        planned = faults.draw(self.seed, number) if given is None else given
         self._given = [str(fault) for fault in planned]
         self.places = [
             Place(
@@ -252,18 +253,30 @@ class Simulation:
         actor = interpreter.current()
         assert actor is not None
         process = actor.process
-        then, process.on_step = process.on_step, lambda: None
-        then()
-        self.scheduler.sleep(self.random.choice(STEP_SECONDS))
+        self.scheduler.sleep(self.random.choice(STEP_SECONDS), "step")
+        if process.lacks_memory:
+            process.lacks_memory = False
+            raise MemoryError("cannot allocate memory")
 
     def _check_resumed(self, run: Any) -> None:
         """What is on record has a checkpoint, unless that was damaged: it is not trained again."""
         folder = run._checkpoints.folder
-        if len(run.history) < len(run._stream_epochs) and folder not in self.disk.spoilt:
+        lacks_epochs = len(run.history) < len(run._stream_epochs)
+        if lacks_epochs and folder not in self.disk.spoilt and self._is_held(run):
             self.violations.append(
                 f"no_epoch_is_trained_again: {folder.name} goes on after {len(run.history)} of "
                 f"{len(run._stream_epochs)} epochs on record"
             )
+
+    def _is_held(self, run: Any) -> bool:
+        """Whether a run's worker still holds its trial: else a successor may have ended it."""
+        rows = self.database.ask(
+            "SELECT FROM atelier.attempt JOIN public.trials USING (trial_id) "
+            "WHERE released IS NULL AND attempt.number = %s AND trials.number = %s",
+            run._checkpoints._attempt,
+            int(run._checkpoints.folder.name.removeprefix("trial-")),
+        )
+        return bool(rows)
 
     def _before_turn(self, actor: Actor) -> None:
         place = actor.process.place
@@ -314,10 +327,6 @@ class Simulation:
                 fault.hits = True
                 return True
         return False
-
-    def is_somebody_at_work(self) -> bool:
-        """Whether a worker holds a trial."""
-        return any(process.held() for process in self.machines.processes if not process.is_gone)
 
     # Judgement.
 

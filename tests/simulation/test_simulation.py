@@ -1,49 +1,79 @@
 """The simulation itself: it finds what is planted, shrinks it, and repeats it."""
 
-import re
+import os
+import shlex
 import subprocess
 import sys
+import traceback
 
 import pytest
 
+import tests.simulation.job  # noqa: F401  # what the plants change
+from tests.simulation import plants
+from tests.simulation.__main__ import FEW, command, hunt, pool, smallest
 from tests.simulation.shrink import shrink
 
 
-def simulate(*words):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.simulation", *words], capture_output=True, text=True
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    return result
+@pytest.fixture(scope="module")
+def jobs():
+    with pool(1) as jobs:
+        yield jobs
 
 
-def test_a_plant_is_found_shrunk_and_repeated_by_the_command_that_is_printed():
-    found = simulate("--plant", "no-sweep", "--faults", "1000")
-    assert found.returncode == 1
-    [command] = re.findall(r"^python -m tests\.simulation (.*)$", found.stdout, re.MULTILINE)
-    seed, faults = re.findall(r'--seed (\d+) --only "(.*)"', command)[0]
-    assert len(faults.split(",")) <= 5
-    again = simulate("--seed", seed, "--only", faults, "--plant", "no-sweep")
-    assert again.returncode == 1
+def simulate(jobs, **task):
+    [answer] = jobs.answers(iter([task]))
+    return answer
+
+
+def test_a_plant_is_found_shrunk_and_repeated_by_the_command_that_is_printed(jobs):
+    _, failed = hunt(jobs, 1, 1000, "no-sweep")
+    few = smallest(jobs, failed, "no-sweep")
+    assert len(few["given"]) <= FEW
+    words = shlex.split(command(few, "no-sweep"))
+    again = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+    assert again.returncode == 1, again.stderr
     assert "nothing_is_left" in again.stdout
-    without = simulate("--seed", seed, "--only", faults)
-    assert without.returncode == 0, without.stdout
+    assert not simulate(jobs, seed=few["seed"], faults=few["given"])["violations"]
 
 
-def test_a_search_without_faults_breaks_no_rule_and_trains_all_its_trials():
-    result = simulate("--seed", "1", "--only", "")
-    assert result.returncode == 0, result.stdout
-    assert "faults: []" in result.stdout
-    assert re.search(r"trials: .*COMPLETE", result.stdout)
+@pytest.mark.parametrize("name", plants.PLANTS)
+def test_a_plants_words_are_still_in_the_source(name):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            plants.plant(name)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_seed_has_one_history(jobs, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert len(simulate(jobs, seed=3, trace=str(one))["faults"]) > 10
+    simulate(jobs, seed=4)
+    simulate(jobs, seed=3, trace=str(other))
+    assert len(one.read_text().splitlines()) > 1000
+    assert one.read_text() == other.read_text()
+
+
+def test_a_search_without_faults_breaks_no_rule_and_trains_all_its_trials(jobs):
+    answer = simulate(jobs, seed=1, faults=[])
+    assert answer["violations"] == answer["faults"] == []
+    assert answer["trials"]["COMPLETE"] > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("cause", [["c"], ["b", "f"], ["a", "b", "g"], []])
-def test_shrinking_keeps_the_cause_alone(cause):
+def test_shrinking_keeps_the_cause_alone(cause, at_once):
     tried = []
 
-    def fails(faults):
-        tried.append(faults)
-        return set(cause) <= set(faults)
+    def fails(lists):
+        tried.extend(lists)
+        return [set(cause) <= set(faults) for faults in lists]
 
-    assert shrink("abcdefgh", fails) == cause
-    assert len(tried) < 20
+    assert shrink("abcdefgh", fails, at_once) == cause
+    assert len(tried) < 40

@@ -18,7 +18,7 @@ from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 from trainer.run import FORMAT, PartialEpoch, Run
 
-IMAGES, BLOCK = 160, 64
+IMAGES, BLOCK = 96, 64
 VALIDATION = 8  # images, in one category of two attributes
 ATTRIBUTES = [{"name": name, "category": "fit", "images": 4} for name in ("tight", "loose")]
 LABELS = np.array([[0], [1]] * (VALIDATION // 2), np.uint8)

@@ -16,7 +16,7 @@ from search.verify.evidence import Evidence
 from search.verify.rules import UNDISTURBED, Finding, Holds, rules_for, violations
 from storage import database, studies
 from storage.database import DATABASE_ERRORS
-from storage.optuna_tables import optuna_storage
+from storage.optuna_tables import with_engine
 from tests.simulation.scheduler import Actor
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Users:
         self.touched: set[int] = set()  # trials that a user may have ended, by Optuna's ids
         self.told: dict[int, tuple[str, list[float]]] = {}  # their ends, once they are surely so
 
-    def act(self, fault: "Fault", action: Action, then: Action | None = None) -> bool:
+    def log_in(self, fault: "Fault", action: Action, then: Action | None = None) -> bool:
         """Let a user do something, and afterwards something that must succeed."""
         self.at_work += 1
 
@@ -55,6 +55,12 @@ class Users:
 
         self._sim.scheduler.spawn(self._sim.site, f"user {fault}", live)
         return True
+
+    def forget(self) -> None:
+        """Forget trials that the database does not have, since others may get their ids."""
+        present = {number for (number,) in self._sim.database.ask("SELECT trial_id FROM public.trials")}
+        self.touched &= present
+        self.told = {number: end for number, end in self.told.items() if number in present}
 
     def violations(self, evidence: Evidence) -> list[str]:
         """What must hold of a study that has ended, whatever users have done to it."""
@@ -120,20 +126,16 @@ class Account:
 
     @contextmanager
     def _logged_in(self) -> Iterator[None]:
-        self.engine = database.connect(sa.make_url(self.sim.url))
-        storage = None
+        self.storage, self.engine = with_engine(sa.make_url(self.sim.url), database.WORK)
         try:
-            self.storage = storage = optuna_storage(self.engine, make_tables=False)
             yield
         finally:
+            self.storage._backend.scoped_session.remove()
             self.engine.dispose()
-            if storage is not None:
-                storage._backend.scoped_session.remove()
-                storage._backend.engine.dispose()
 
     def hit(self) -> None:
         """To be called when an action has taken effect."""
-        self._fault.hits = self._fault.hits or self.sim.is_somebody_at_work()
+        self._fault.hits = True
         self.sim.history.add("user", self._fault, "done")
 
     @property
@@ -141,7 +143,10 @@ class Account:
         return optuna.load_study(study_name=self.sim.config.study.name, storage=self.storage)
 
 
-# How users' faults are delivered: see tests/simulation/faults.py.
+def act(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """How a user's fault is delivered: see tests/simulation/faults.py."""
+    [action] = chance.choices([tell, stop, enqueue, delete], [10, 10, 10, 1])
+    return action(sim, actor, fault, chance)
 
 
 def tell(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
@@ -163,7 +168,7 @@ def tell(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random)
         sim.users.told[claim.trial_id] = state.name, list(values_told or [])
         account.hit()
 
-    return sim.users.act(fault, end)
+    return sim.users.log_in(fault, end)
 
 
 def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
@@ -180,7 +185,7 @@ def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random)
         if entry is not None:
             studies.update_study(account.engine, entry.study_id, stop_requested=None)
 
-    return sim.users.act(fault, ask, take_back)
+    return sim.users.log_in(fault, ask, take_back)
 
 
 def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
@@ -200,7 +205,7 @@ def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rand
         if allows_more and entry is not None:
             studies.update_study(account.engine, entry.study_id, max_trials=entry.max_trials + 1)
 
-    return sim.users.act(fault, add)
+    return sim.users.log_in(fault, add)
 
 
 def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
@@ -211,4 +216,4 @@ def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rando
         sim.users.deletions += 1
         account.hit()
 
-    return sim.users.act(fault, remove)
+    return sim.users.log_in(fault, remove)
