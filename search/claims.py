@@ -117,9 +117,10 @@ class Claims:
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
         storage.get_all_trials(self._ledger.study_id, deepcopy=False)
         try:
-            self._refuse_foreign(storage.get_trial(claim.trial_id))
+            begun = storage.get_trial(claim.trial_id)
         except KeyError:  # Optuna's
             raise LeaseLost(f"trial {claim.trial_number} was deleted") from None
+        self._refuse_foreign(begun)
         trial = optuna.trial.Trial(study, claim.trial_id)
         for name, distribution in self._config.distributions().items():
             try:

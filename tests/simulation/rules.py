@@ -22,10 +22,11 @@ def worker_violations(evidence: Evidence, processes: Iterable[Process]) -> Itera
 
 def _lost_what_it_had_ended(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
     """A worker takes a trial for lost only if another has it."""
+    lost = _lost(process)
     for trial in evidence.trials:
         outcomes = [row.outcome for row in trial.attempts if row.worker_id == worker]
         # Without any, it was another study, which a user has deleted.
-        if trial.number in _lost(process) and outcomes and "lost" not in outcomes:
+        if trial.number in lost and outcomes and "lost" not in outcomes:
             what = f"{process.name} has {outcomes} of trial {trial.number}"
             yield f"no_success_is_taken_for_a_loss: {what}"
 
@@ -40,8 +41,9 @@ def _left_a_trial_behind(evidence: Evidence, process: Process, worker: str) -> I
     stopped = evidence.workers[worker].stopped
     if stopped is None or process.exit_code not in (0, 3, 4, 130):
         return
+    lost = _lost(process)
     for trial in evidence.trials:
-        if trial.number in _lost(process):  # when SLURM is wrong, others take it for gone
+        if trial.number in lost:  # when SLURM is wrong, others take it for gone
             continue
         for row, successor in zip_longest(trial.attempts, trial.attempts[1:]):
             was_left = row.worker_id == worker and row.reason == LEFT and row.lease_until > stopped

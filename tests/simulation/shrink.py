@@ -16,12 +16,10 @@ def shrink(faults: Sequence[str], fails: Fails, at_once: int = 1) -> list[str]:
     if fails([[]])[0]:
         return []
     kept = [*faults[: _fewest(len(faults), lambda number: fails([[*faults[:number]]])[0])]]
-    size = len(kept)
-    while size > 1:
+    size, is_shorter = len(kept), False
+    while size > 1 or is_shorter:
         size = (size + 1) // 2
         kept, is_shorter = _without_parts(kept, size, fails, at_once)
-        while size == 1 and is_shorter:
-            kept, is_shorter = _without_parts(kept, size, fails, at_once)
     return kept
 
 

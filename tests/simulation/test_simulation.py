@@ -44,7 +44,7 @@ def test_a_plants_words_are_still_in_the_source(name):
         try:
             plants.plant(name)
             code = 0
-        except BaseException:
+        except BaseException:  # the child must not go on as pytest
             traceback.print_exc()
         finally:
             os._exit(code)
