@@ -173,9 +173,10 @@ class Ledger:
             if study is None or self._stop_reason(session) is not None:
                 return None
             queue = TrialQueue(session, study, self.worker_id, host(), liveness)
-            spent = bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
+            spent = self._is_spent(session)
             if spent:
                 close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)
+                spent = self._is_spent(session)  # a gone worker's lease had counted to its end
             # Asked before the queue is read: else a trial that is released meanwhile may be pruned.
             # Who holds trials, but is not at work, has just given one back, and asks again.
             is_over = not held and not queue.somebody_is_at_work()
@@ -194,6 +195,10 @@ class Ledger:
             if claim is None and is_over:
                 prune_the_rest(session, self.study_id, spent)
             return claim
+
+    def _is_spent(self, session: Session) -> bool:
+        """Whether the study's GPU-hours are. What the session has changed counts."""
+        return bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
 
     def _new_trials(self, session: Session, queue: TrialQueue) -> list[int]:
         return add_trial(session, self.study_id) if queue.allows_new() else []

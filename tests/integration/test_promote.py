@@ -155,6 +155,23 @@ def test_a_worker_that_was_killed_does_not_keep_a_spent_search_open(engine):
     assert outcomes(engine) == [["lost"]]
 
 
+def test_the_lease_that_a_killed_worker_leaves_does_not_end_a_search(engine):
+    """It counts as GPU time until somebody closes the attempt: then only what was surely worked does."""
+    trials = Trials(engine, max_trials=2, max_gpu_seconds=50.0)
+    worker = trials.worker()
+    trials.pause(worker, 0.3)
+    claim = trials.worker().claim()
+    ago = sa.func.make_interval(0, 0, 0, 0, 0, 0, 100)
+    times = {column: column - ago for column in (Attempt.claimed, Attempt.renewed, Attempt.lease_until)}
+    with engine.begin() as connection:
+        query = sa.update(Attempt).where(Attempt.trial_id == claim.trial_id)
+        connection.execute(query.values(times))
+    worker._probe_liveness = lambda holders: {holder.worker_id: False for holder in holders}
+    again = worker.claim()
+    assert (again.trial_number, again.attempt) == (claim.trial_number, 2)
+    assert trials.states() == [TrialState.RUNNING] * 2
+
+
 @pytest.mark.parametrize("strategy", ["none", "asha", "median"])
 def test_what_another_strategy_left_waiting_goes_on(make_worker, strategy):
     worker = make_worker(f'study.strategy="{strategy}"', "study.rungs=[1]")
