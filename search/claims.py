@@ -109,20 +109,25 @@ class Claims:
         A parameter is written once and never again. So a worker that was replaced while it sampled
         cannot make its successor train something else than the study says.
         """
-        storage = self._ledger.storage
+        storage, space = self._ledger.storage, self._config.distributions()
+        deleted = LeaseLost(f"trial {claim.trial_number} was deleted")
+        # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
+        # the reply to its creation was lost. Only some samplers read all trials by themselves.
+        trials = storage.get_all_trials(self._ledger.study_id, deepcopy=False)
+        begun = next((one for one in trials if one._trial_id == claim.trial_id), None)
+        if begun is None:
+            raise deleted
+        self._refuse_foreign(begun)
+        if space.keys() <= begun.params.keys():
+            return begun.params  # of a trial that goes on
         # A Study keeps the trials that it has seen until ask or tell, which are not used here. With
         # an old one the sampler would never learn.
         study = ImputedStudy(self._study.study_name, storage, self._study.sampler, self._config.rungs())
-        # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
-        # the reply to its creation was lost. Only some samplers read all trials by themselves.
-        storage.get_all_trials(self._ledger.study_id, deepcopy=False)
         try:
-            begun = storage.get_trial(claim.trial_id)
+            trial = optuna.trial.Trial(study, claim.trial_id)
         except KeyError:  # Optuna's
-            raise LeaseLost(f"trial {claim.trial_number} was deleted") from None
-        self._refuse_foreign(begun)
-        trial = optuna.trial.Trial(study, claim.trial_id)
-        for name, distribution in self._config.distributions().items():
+            raise deleted from None
+        for name, distribution in space.items():
             try:
                 trial._suggest(name, distribution)
             except ValueError as error:  # Optuna's, of a trial that is finished already
@@ -131,8 +136,8 @@ class Claims:
                     f"of {name} ({error}); search in a study of another name"
                 ) from error
         params = storage.get_trial(claim.trial_id).params
-        if self._config.distributions().keys() - params.keys():
-            raise LeaseLost(f"trial {claim.trial_number} was deleted")
+        if space.keys() - params.keys():
+            raise deleted
         return params
 
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
