@@ -204,7 +204,6 @@ class Trial:
         assert fault.outcome is not None  # the others are not written
         text = whole_text(error)
         reasons = {
-            Fault.ENDED: "the trial was ended by somebody else",
             Fault.CROWDED: f"out of memory beside {self._worker.pack} other trials",
             Fault.STOPPING: f"{stop.reason}\n{text}",
             Fault.MEMORY: f"out of memory\n{text}",

@@ -5,6 +5,7 @@ from sqlalchemy.orm import Session
 
 from storage import recording
 from storage.clock import now
+from storage.optuna_tables import TrialModel
 from storage.outcome import LEFT, Outcome
 from storage.tables import Attempt, Worker
 
@@ -43,6 +44,15 @@ def close_attempt(attempt: Attempt, outcome: Outcome, reason: str | None) -> Non
     """End an attempt now."""
     attempt.released = attempt.renewed = now()
     attempt.outcome, attempt.reason = outcome, reason
+
+
+def close_if_ended(attempt: Attempt, trial: TrialModel) -> str | None:
+    """Close an attempt as lost if somebody has ended the trial, as in optuna-dashboard. Returns how."""
+    if not trial.state.is_finished():
+        return None
+    how = f"the trial was set to {trial.state.name} by somebody else"
+    close_attempt(attempt, Outcome.LOST, how)
+    return how
 
 
 def close_lost_attempt(attempt: Attempt) -> None:

@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from storage import recording
 from storage.attempts import (
     close_attempt,
+    close_if_ended,
     close_lost_attempt,
     hosts_of_failures,
     lock_open_attempt,
@@ -358,15 +359,12 @@ class Ledger:
                 return  # an earlier call did it, and its reply was lost
             attempt = self._fence(session, claim)
             trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
-            ended_elsewhere = trial.state.is_finished()
-            if ended_elsewhere:
-                outcome = Outcome.LOST
-                reason = f"the trial was set to {trial.state.name} by somebody else"
-            else:
+            ended_elsewhere = close_if_ended(attempt, trial)
+            if ended_elsewhere is None:
                 end_trial(session, trial, END_STATES[outcome], value, attributes)
-            close_attempt(attempt, outcome, reason)
-        if ended_elsewhere:
-            raise LeaseLost(f"trial {claim.trial_number}: {reason}")
+                close_attempt(attempt, outcome, reason)
+        if ended_elsewhere is not None:
+            raise LeaseLost(f"trial {claim.trial_number}: {ended_elsewhere}")
 
     @retrying
     def refuse(self, claim: Claim, reason: str) -> None:
@@ -395,12 +393,13 @@ class Ledger:
 
     @retrying
     def release(self, claim: Claim, outcome: Outcome = Outcome.RELEASED, reason: str = "") -> bool:
-        """Give the unfinished trial back to the next worker. Returns False if the claim was lost."""
+        """Give the trial back to the next worker. Returns False if it was lost, or ended elsewhere."""
         with Session(self.engine) as session, session.begin():
             attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt is None or attempt.worker_id != self.worker_id:
                 return False
-            if attempt.released is None:
+            trial = session.get_one(TrialModel, claim.trial_id)
+            if attempt.released is None and close_if_ended(attempt, trial) is None:
                 close_attempt(attempt, outcome, reason)
             return attempt.outcome == outcome  # also after an earlier call whose reply was lost
 

@@ -61,7 +61,7 @@ def test_trials_that_a_user_ends_while_they_are_sampled_are_no_fault(engine, mak
     monkeypatch.setattr(sampler, "infer_relative_search_space", end_two)
     assert worker.run() == ExitCode.DONE
     assert attempts(engine) == ["lost", "lost", "complete"]
-    assert reasons(engine)[:2] == ["the trial was ended by somebody else"] * 2
+    assert reasons(engine)[:2] == ["the trial was set to FAIL by somebody else"] * 2
 
 
 @pytest.mark.parametrize("pack", [1, 2])

@@ -364,6 +364,19 @@ def test_a_claim_that_was_withdrawn_was_never_there(engine):
     assert second.record(again, RESULT | {"epoch": 0}, 0.5) is None
 
 
+def test_a_trial_that_somebody_else_ended_is_not_given_back(engine):
+    """Its checkpoints may be gone by now. So a worker that cannot save is told that it has no trial."""
+    study = make_study(engine, max_trials=1)
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    study.tell(claim.trial_number, state=optuna.trial.TrialState.PRUNED)
+    assert not worker.release(claim, reason="no such file")
+    assert not worker.release(claim, reason="no such file")  # as after a lost reply
+    with engine.connect() as connection:
+        ends = connection.execute(sa.select(Attempt.outcome, Attempt.reason)).all()
+    assert ends == [("lost", "the trial was set to PRUNED by somebody else")]
+
+
 def test_a_release_may_be_repeated_after_a_lost_reply(engine):
     study = make_study(engine)
     worker, other = make_worker(engine, study), make_worker(engine, study)
