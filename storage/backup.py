@@ -43,6 +43,7 @@ from storage.archive import (
     read_backup,
 )
 from storage.clock import now
+from storage.faults import is_transient
 from storage.optuna_tables import (
     StudyModel,
     TrialModel,
@@ -265,13 +266,15 @@ def _prepare_copy(connection: sa.Connection) -> None:
 def _copy(
     connection: sa.Connection, table: sa.Table, names: list[str], way: str, file: IO[bytes]
 ) -> None:
-    """Copy a table to a file, or from it. Raises BackupError."""
+    """Copy a table to a file, or from it. Raises BackupError, psycopg2.Error if the database is away."""
     columns = ", ".join(connection.dialect.identifier_preparer.quote_identifier(name) for name in names)
     cursor: Any = connection.connection.cursor()  # psycopg2's
     with cursor:
         try:
             cursor.copy_expert(f"COPY {table} ({columns}) {way}", file)
         except psycopg2.Error as error:
+            if is_transient(error):
+                raise
             raise BackupError(
                 f"table {table}: {str(error).splitlines()[0]}; nothing was kept"
             ) from error
