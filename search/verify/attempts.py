@@ -37,12 +37,12 @@ def a_lost_trial_is_taken_when_its_lease_has_ended(evidence: Evidence) -> Found:
         for one, other in itertools.pairwise(trial.attempts):
             lost_early = one.outcome == Outcome.LOST and other.claimed < one.lease_until
             if lost_early and not (
-                _was_seen(evidence, one, other) or _was_a_lost_reply(evidence, trial, one)
+                _was_seen(evidence, one, other) or was_a_lost_reply(evidence, trial, one)
             ):
                 yield trial.number, f"had attempt {other.number} within the lease of {one.number}"
 
 
-def _was_a_lost_reply(evidence: Evidence, trial: Trial, one: Any) -> bool:
+def was_a_lost_reply(evidence: Evidence, trial: Trial, one: Any) -> bool:
     """Whether it may be a claim whose reply was lost.
 
     Its own worker closes such a claim when the GPU-hours are spent. They may be raised just then.

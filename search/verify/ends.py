@@ -1,11 +1,13 @@
 """Rules of a study's budgets and its strategy: how far its trials may go, and which go on."""
 
+from bisect import bisect_left
 from collections import Counter
 from datetime import datetime, timedelta
 
 import numpy as np
 
 from search.verify.evidence import Evidence, Found
+from storage.ledger import LEASE_SECONDS
 from storage.outcome import NEVER_AMONG_THE_BEST, Outcome
 from storage.ranks import Rank
 
@@ -65,36 +67,50 @@ def the_budget_of_trials_is_used_up(evidence: Evidence) -> Found:
     begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
     allowed = evidence.entry.max_trials
     # Spent GPU-hours end a study earlier.
-    if len(begun) > allowed or (len(begun) < allowed and evidence.max_gpu_seconds is None):
+    if len(begun) > allowed or (len(begun) < allowed and not _is_spent(evidence)):
         yield None, f"was allowed {allowed} trials, and {len(begun)} have begun"
 
 
 def the_budget_of_gpu_hours_is_kept(evidence: Evidence) -> Found:
     """Once it is spent, an attempt records at most the epoch that it is in."""
-    spent = _spent_at(evidence)
+    told = _told_at(evidence)
     for trial in evidence.trials:
-        late = Counter(row.attempt for row in trial.epochs if spent and row.recorded > spent + AT_ONCE)
+        late = Counter(row.attempt for row in trial.epochs if told and row.recorded >= told)
         for attempt, epochs in late.items():
             if epochs > 1:
                 yield trial.number, f"was trained {epochs} epochs after the end, by attempt {attempt}"
 
 
-def _spent_at(evidence: Evidence) -> datetime | None:
-    """When the GPU-hours were spent: the time in which workers held trials, whatever their number."""
+def _told_at(evidence: Evidence) -> datetime | None:
+    """The first time that a worker recorded an epoch and was surely told that the hours are spent."""
     if evidence.max_gpu_seconds is None:
         return None
-    changes = []
-    for row in evidence.attempts:
-        changes += [
-            (row.claimed, 1, row.worker_id),
-            (row.released or row.lease_until, -1, row.worker_id),
-        ]
-    left, held, last = timedelta(seconds=evidence.max_gpu_seconds), Counter[str](), datetime.max
-    for moment, step, worker in sorted(changes):
-        workers = sum(count > 0 for count in held.values())
-        if workers and (moment - last) * workers >= left:
-            return last + left / workers
-        left -= (moment - last) * workers if workers else timedelta()
-        held[worker] += step
-        last = moment
-    return None
+    records = sorted(row.recorded for trial in evidence.trials for row in trial.epochs)
+    budget = timedelta(seconds=evidence.max_gpu_seconds)
+    first = bisect_left(records, budget, key=lambda record: _gpu_time(evidence, record - AT_ONCE))
+    return records[first] if first < len(records) else None
+
+
+def _is_spent(evidence: Evidence) -> bool:
+    if evidence.max_gpu_seconds is None:
+        return False
+    return _gpu_time(evidence, None) >= timedelta(seconds=evidence.max_gpu_seconds)
+
+
+def _gpu_time(evidence: Evidence, moment: datetime | None) -> timedelta:
+    """The time in which workers held trials, whatever their number, as was known at a moment.
+
+    Of who is paused only the lease was known, until it goes on or its attempt ends.
+    """
+    total, held_until = timedelta(), dict[str, datetime]()
+    held = [(row, trial) for trial in evidence.trials for row in trial.attempts]
+    for row, trial in sorted(held, key=lambda pair: pair[0].claimed):
+        end = row.released or row.lease_until
+        if moment is not None and end > moment:
+            seen = [one.recorded for one in trial.epochs if one.attempt == row.number]
+            last = max((time for time in seen if time <= moment), default=row.claimed)
+            end = min(moment, last + timedelta(seconds=LEASE_SECONDS))
+        begin = max(row.claimed, held_until.get(row.worker_id, row.claimed))
+        total += max(end - begin, timedelta())
+        held_until[row.worker_id] = max(begin, end)
+    return total

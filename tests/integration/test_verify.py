@@ -507,6 +507,10 @@ OTHERS = {
         (["UPDATE atelier.study SET max_trials = max_trials - 1"], {"the_budget_of_trials_is_used_up"}),
         (["UPDATE atelier.study SET max_trials = max_trials + 1"], {"the_budget_of_trials_is_used_up"}),
         (
+            ["UPDATE atelier.study SET max_trials = max_trials + 1, max_gpu_seconds = 1e6"],
+            {"the_budget_of_trials_is_used_up"},
+        ),
+        (
             [f"UPDATE public.trials SET state = 'FAIL' {OF_FIRST}"],
             {"no_trial_has_failed", "every_trial_was_ended_by_a_worker", "a_trial_ends_once"},
         ),
@@ -526,6 +530,21 @@ OTHERS = {
 )
 def test_what_is_planted_in_an_undisturbed_study_is_found(ended, statements, rules):
     assert ended.broken(*statements) == rules
+
+
+def test_the_pause_of_a_worker_counts_as_gpu_time_only_once_it_goes_on(ended):
+    """Until then only its lease did, so the others were not told that the hours are spent."""
+    late = "(SELECT max(released) FROM atelier.attempt) + interval"
+    attempt = f"claimed = claimed - interval '1 h', released = {late} '3 s'"
+    paused = [
+        "UPDATE atelier.study SET max_gpu_seconds = 3000",
+        f"DELETE FROM atelier.epoch {OF_FIRST} AND epoch > 0",
+        f"UPDATE atelier.epoch SET recorded = {late} '2 s' {OF_FIRST}",
+        f"UPDATE atelier.attempt SET {attempt} {OF_FIRST}",
+    ]
+    assert "the_budget_of_gpu_hours_is_kept" not in ended.broken(*paused)
+    paused[0] = "UPDATE atelier.study SET max_gpu_seconds = 100"
+    assert "the_budget_of_gpu_hours_is_kept" in ended.broken(*paused)
 
 
 def test_a_trial_that_was_stopped_elsewhere_than_at_a_rung_is_found(ended):
