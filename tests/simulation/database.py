@@ -4,6 +4,7 @@ psycopg2 calls `wait` whenever it waits for the server, so an actor whose statem
 gives up its turn. Whether it does, PostgreSQL is asked only if an answer does not come at once.
 """
 
+import io
 import math
 import os
 import re
@@ -11,7 +12,8 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from tests.simulation.scheduler import Scheduler, current
 SOON = 0.002  # seconds in which most statements have their answer
 TIMEOUT = 60.0  # simulated seconds: statement_timeout, and that for an idle transaction
 TEMPLATE = "simulation_template"
+SEARCH_PATH = "simulation,pg_catalog,public"
 # Found before PostgreSQL's own. A sequence, since all sessions see its value at once.
 CLOCK = """
 CREATE SCHEMA simulation;
@@ -82,7 +85,7 @@ class Server:
             host=self.url.query["host"],
             user="postgres",
             dbname=name,
-            options="-c default_transaction_read_only=off",
+            options=f"-c default_transaction_read_only=off -c search_path={SEARCH_PATH}",
         )
         connection.autocommit = True
         return connection
@@ -151,6 +154,18 @@ class Cursor(extensions.cursor):
 
         connection.simulated.run(connection, text, run, parameters, self)
 
+    def copy_expert(self, query: str, file: Any, size: int = 8192) -> None:
+        """COPY to a file."""
+        connection: Any = self.connection
+        rows = io.BytesIO()  # to write to the file may be a boundary
+
+        def run() -> None:
+            with connection.simulated.blocking():  # it waits for no lock but an upgrade's
+                extensions.cursor.copy_expert(self, query, rows, size)
+
+        connection.simulated.run(connection, query, run, None, self)
+        file.write(rows.getvalue())
+
 
 class Connection(extensions.connection):
     """A connection of an actor."""
@@ -162,6 +177,7 @@ class Connection(extensions.connection):
     blocked_since: float | None = None  # in simulated seconds
     idle_since = 0.0
     loses_answer = False
+    last_statement = ""  # but for COMMIT
     is_at_work = False  # whether libpq is inside a call
 
     def cursor(self, *positional: Any, **named: Any) -> Any:
@@ -233,7 +249,7 @@ class Database:
         self._set_to = 0.0  # what the database's clock was last set to
         self._monitor = server.connect(name)
         storage.libpq.psycopg2 = _Psycopg2(self)
-        database.WORK.settings["search_path"] = "simulation,pg_catalog,public"
+        database.WORK.settings["search_path"] = SEARCH_PATH
         extensions.set_wait_callback(self.wait)
         self.set_clock()
 
@@ -282,6 +298,8 @@ class Database:
         if actor is None:
             return call()
         actor.connection, actor.statement = connection, statement
+        if statement != "COMMIT":
+            connection.last_statement = statement.lstrip()
         is_write = statement == "COMMIT" or (
             connection.autocommit and WRITES.match(statement) is not None
         )
@@ -302,6 +320,15 @@ class Database:
             if error is None:
                 self._scheduler.boundary("after commit" if is_write else "after statement")
             actor.connection = None
+
+    @contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Without psycopg2's callback, under which there is no COPY. Nobody else goes on meanwhile."""
+        extensions.set_wait_callback(None)
+        try:
+            yield
+        finally:
+            extensions.set_wait_callback(self.wait)
 
     def wait(self, connection: Any) -> None:
         """Let psycopg2's call come to its end."""
@@ -431,10 +458,9 @@ class Database:
     def crash(self, seconds: float) -> None:
         """Kill the server. It is there again after so many seconds."""
         self._monitor.close()
-        extensions.set_wait_callback(None)
-        self._server.restart()
-        self._monitor = self._server.connect(self._name)
-        extensions.set_wait_callback(self.wait)
+        with self.blocking():
+            self._server.restart()
+            self._monitor = self._server.connect(self._name)
         self.down_until = self._scheduler.now + seconds
         for one in self.connections:
             one.blocked_since = None

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +33,9 @@ class Disk:
         self._random = random.Random(f"disk {seed}")
         self._changes: list[Change] = []
         self._unsynced: set[Path] = set()  # files whose contents are
-        self.spoilt: set[Path] = set()  # folders that have lost some of their contents
+        self.spoilt: Counter[Path] = Counter()  # how many files of a folder are
         self.full_until = 0.0
-        for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync"):
+        for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"):
             setattr(os, name, self._watched(name, getattr(os, name)))
         self._open = io.open
         io.open = self._opened
@@ -94,6 +95,9 @@ class Disk:
 
     _note_rename = _note_replace
 
+    def _note_link(self, source: Path, target: Path) -> Change:
+        return Change(target.parent, lambda: _write(target, None))
+
     def _note_unlink(self, path: Path) -> Change:
         old = _content(path)
         self._unsynced.discard(path)
@@ -143,11 +147,11 @@ class Disk:
         kept = self._random.randint(0, len(self._changes))
         lost, self._changes = self._changes[kept:], []
         for change in reversed(lost):
-            self.spoilt.add(change.folder)
+            self.spoilt[change.folder] += 1
             change.undo()
         torn = sorted(path for path in self._unsynced if path.is_file())
         for path in torn:
-            self.spoilt.add(path.parent)
+            self.spoilt[path.parent] += 1
             data = path.read_bytes()
             _write(path, data[: self._random.randint(0, len(data))])
         self._unsynced.clear()
@@ -155,12 +159,14 @@ class Disk:
 
     def spoil(self, path: Path, size: int | None = None) -> None:
         """Damage a file within its first `size` bytes."""
-        self.spoilt.add(path.parent)
+        self.spoilt[path.parent] += 1
         spoil(path, self._random, size)
 
     def move(self, home: Path) -> None:
         """Go on with a copy of the home, on a disk with room."""
-        self.spoilt = {home / path.relative_to(self.home) for path in self.spoilt}
+        self.spoilt = Counter(
+            {home / path.relative_to(self.home): files for path, files in self.spoilt.items()}
+        )
         self.home, self.full_until = home, 0.0
         self._changes, self._unsynced = [], set()
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 LEASE = 120.0
 MOST = 100  # faults for a place
-BETWEEN = (60, 110, 220)  # boundaries between two of them, on average
+BETWEEN = (45, 85, 170)  # boundaries between two of them, on average
+AIMS = ("", "WITH", "INSERT INTO", "UPDATE atelier", "DELETE")  # what a lost answer is of
+NEAR = (40, 200, 1000)  # boundaries of a successor, in which it begins, has an epoch, ends
 
 
 @dataclass
@@ -73,8 +75,7 @@ def terminate(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Rand
 
 def lose_answer(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """A commit is done, but the worker never hears of it."""
-    aim = chance.choice(["", "", "WITH", "INSERT INTO atelier.epoch"])  # most commits are Optuna's
-    if aim not in actor.statement:
+    if not actor.connection.last_statement.startswith(chance.choice(AIMS)):
         return False
     fault.hits = actor.connection.loses_answer = True
     return True
@@ -98,9 +99,13 @@ def make_read_only(sim: "Simulation", actor: Actor, fault: Fault, chance: random
 
 
 def pause(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
-    """The worker stands still past its lease, then goes on."""
+    """The worker stands still past its lease, then goes on; maybe just as another has its trial."""
     fault.hits = True
     actor.process.paused_until = sim.scheduler.now + LEASE + chance.choice([1.0, 30.0, 300.0])
+    if chance.random() < 0.5:
+        sim.wake_beside_successor(actor.process, chance.randrange(chance.choice(NEAR)))
+    elif chance.random() < 0.5:
+        sim.wake_beside_claim(actor.process, chance.randrange(NEAR[0]))
     return True
 
 
@@ -152,6 +157,8 @@ def send_signal(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Ra
     if actor.name != "main" or not callable(handler) or actor.is_deaf:
         return False
     fault.hits = True
+    if number == signal.SIGTERM:
+        sim.machines.slurm.note_cancel(actor.process)
     actor.process.met.add(number.name)
     actor.signals += [lambda: handler(number, None)] * (2 if number == signal.SIGINT else 1)
     return True
@@ -184,7 +191,7 @@ def confuse_slurm(sim: "Simulation", actor: Actor, fault: Fault, chance: random.
     """SLURM does not answer, or something wrong or strange."""
     fault.hits = True
     slurm = sim.machines.slurm
-    slurm.trouble = chance.choice(["silent", "wrong", "strange"])
+    slurm.trouble = chance.choice(["silent", "hidden", "wrong", "strange line", "strange state"])
     slurm.trouble_until = sim.scheduler.now + chance.uniform(30, 400)
     return True
 
@@ -208,7 +215,7 @@ KINDS = {
     "lost-answer": Kind(lose_answer, 1.0, where="before commit"),
     "pause": Kind(pause),
     "clock": Kind(set_clock, 0.9, where="time of day"),
-    "damage": Kind(damage, 1.3, where="clock"),  # to look for files at each boundary would take long
+    "damage": Kind(damage, 1.2, where="clock"),  # to look for files at each boundary would take long
     "power": Kind(lose_power, 1.0, where="file"),
     "disk-full": Kind(fill_disk, 1.3, where="file write"),
     "signal": Kind(send_signal),
@@ -216,11 +223,11 @@ KINDS = {
     "out-of-memory": Kind(run_out_of_memory, 1.0, where="step"),
     "nan": Kind(diverge, 1.5, where="step"),
     "read-only": Kind(make_read_only),
-    "slurm": Kind(confuse_slurm, 4.5, where="slurm"),
-    "user": Kind(users.act, 0.9),
-    "restart": Kind(restart_server, 0.035),
-    "backup": Kind(administrators.back_up, 0.024),
-    "upgrade": Kind(administrators.upgrade, 0.028),
+    "slurm": Kind(confuse_slurm, 8.0, where="slurm"),
+    "user": Kind(users.act, 1.0),
+    "restart": Kind(restart_server, 0.03),
+    "backup": Kind(administrators.back_up, 0.06),
+    "upgrade": Kind(administrators.upgrade, 0.04),
 }
 
 

@@ -42,14 +42,25 @@ PLANTS: dict[str, list[Edit]] = {
             "storage.attempts.lock_open_attempt",
             "Attempt.lease_until > now()",
             'Attempt.lease_until > sa.func.to_timestamp(__import__("time").time())',
-        )
+        ),
+        (
+            "storage.trial_queue.UNFINISHED_TRIALS",
+            "OR attempt.lease_until <=",
+            "OR true OR attempt.lease_until <=",
+        ),
     ],
     "snapshot-after-clear": [
         ("search.trial.Trial.__init__", "worker.ledger.renew(claim)", "None"),
         ("trainer.checkpoint.Checkpoints.withdraw", "if self._last_saved is not None:", "if False:"),
         ("search.worker.Worker._sweep", "remove(path for", "list(path for"),
     ],
-    "lost-connection-is-final": [("storage.faults._is_away", "error.connection_invalidated", "False")],
+    "lost-connection-is-final": [
+        (
+            "storage.faults._is_away",
+            "error.connection_invalidated:\n        return True",
+            "error.connection_invalidated:\n        return False",
+        )
+    ],
     "record-not-repeatable": [("storage.recording.RECORD", "ON CONFLICT DO NOTHING", "")],
     "finish-not-repeatable": [
         (
@@ -75,7 +86,7 @@ PLANTS: dict[str, list[Edit]] = {
         (
             "search.claims.Claims.sample",
             "storage.get_all_trials(self._ledger.study_id, deepcopy=False)",
-            "pass",
+            "[storage.get_trial(claim.trial_id)]",
         )
     ],
     "no-sweep": [("search.worker.Worker._sweep", "remove(path for", "list(path for")],
@@ -153,7 +164,11 @@ PLANTS: dict[str, list[Edit]] = {
         )
     ],
     "release-without-fence": [
-        ("storage.ledger.Ledger.release", "if attempt.released is None:", "if True:")
+        (
+            "storage.ledger.Ledger.release",
+            "if attempt.released is None and close_if_ended(attempt, trial) is None:",
+            "if True:",
+        )
     ],
     "damaged-digest-is-text": [
         (
@@ -166,8 +181,8 @@ PLANTS: dict[str, list[Edit]] = {
     "told-trial-ended-again": [
         (
             "storage.ledger.Ledger.finish",
-            "ended_elsewhere = trial.state.is_finished()",
-            "ended_elsewhere = False",
+            "ended_elsewhere = close_if_ended(attempt, trial)",
+            "ended_elsewhere = None",
         )
     ],
     "deleted-study-at-claim": [
@@ -229,6 +244,13 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "cleared-folder-ends-worker": [
         ("search.trial.Trial._end_attempt", "and fault is Fault.MACHINE:", "and False:")
+    ],
+    "swept-folder-ends-worker": [
+        (
+            "storage.ledger.Ledger.release",
+            "if attempt.released is None and close_if_ended(attempt, trial) is None:",
+            "if attempt.released is None:",
+        )
     ],
     "vanished-checkpoint-ends-worker": [
         (
@@ -296,7 +318,8 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "diverged-goes-on": [("search.trial.Trial._conclude", "if not result.finite:", "if False:")],
     "claim-not-repeatable": [
-        ("storage.ledger.Ledger._take", "if attempt.worker_id == self.worker_id:", "if False:")
+        ("storage.ledger.Ledger._take", "if attempt.worker_id == self.worker_id:", "if False:"),
+        ("storage.ledger.Ledger.sign_off", "release_all(connection, self.worker_id, reason)", "pass"),
     ],
     "release-not-repeatable": [
         (

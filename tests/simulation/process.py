@@ -1,10 +1,11 @@
 """A simulated worker process: the real command's code, on a host, maybe as a SLURM job."""
 
 import logging
+import math
 import random
 import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,8 +46,11 @@ class Process:
         self.environment: dict[str, str] = {}
         self.clock_offset = 0.0  # by how much its time of day is wrong
         self.lacks_memory = False  # for the step of training that it is at
+        self.was_alone: dict[int, bool] = {}  # whether a trial ran out of memory while no other was here
         self.exit_code: int | None = None
+        self.begun, self.ended = 0.0, math.inf  # when
         self.said: list[str] = []
+        self.lies: list[float] = []  # when SLURM described it wrongly
         self.met: set[str] = set()  # the kinds of faults that it has met
         self.keeper: LeaseKeeper | None = None
         self.worker: Any = None
@@ -63,6 +67,10 @@ class Process:
     def held(self) -> list[Any]:
         """The claims that it renews."""
         return self.keeper.held() if self.keeper else []
+
+    def holds(self, trials: Collection[int]) -> bool:
+        """Whether it renews a claim of one of these trials."""
+        return any(claim.trial_id in trials for claim in self.held())
 
 
 class Machines:
@@ -125,6 +133,7 @@ class Machines:
     def start_worker(self, name: str, place: Any, config: StudyConfig, job: "Job | None") -> Process:
         """A process that works as `atelier worker` does."""
         process = Process(name, place.host, next(self._pids), place)
+        process.begun = self._scheduler.now
         if job is not None:
             job.begin(process)
         self.processes.append(process)
@@ -150,7 +159,7 @@ class Machines:
         self._end(process, KILLED, leaves_work)
 
     def _end(self, process: Process, code: int, leaves_work: bool) -> None:
-        process.exit_code = code
+        process.exit_code, process.ended = code, self._scheduler.now
         self._history.add(process.name, "ends", code)
         for actor in [one for one in self._scheduler.actors if one.process is process]:
             if actor is not current():
@@ -219,6 +228,12 @@ class Slurm:
         self.jobs.append(job)
         return job
 
+    def note_cancel(self, process: Process) -> None:
+        """From `scancel` on a job is COMPLETING, though its processes may still work."""
+        for job in self.jobs:
+            if job.process is process:
+                job.state = "COMPLETING"
+
     def note_end(self, process: Process) -> None:
         for job in self.jobs:
             if job.process is process:
@@ -253,14 +268,22 @@ class Slurm:
             word.removeprefix("--jobs=").split(",") for word in command if word.startswith("--jobs=")
         ]
         lines = [self._line(job) for job in self.jobs if str(job.number) in wanted]
-        if self._has("strange"):
+        if self._has("hidden"):
+            return []
+        if self._has("strange line"):
             lines[self._random.randrange(len(lines) or 1) :] = ["?? slurmdbd: no such record"]
         return lines
 
     def _line(self, job: Job) -> str:
         state = job.state
         if self._has("wrong"):
-            state = self._random.choice(["RUNNING", "NODE_FAIL", "COMPLETING", "PENDING", "MYSTERY"])
+            state = self._random.choice(["RUNNING", "NODE_FAIL", "PENDING"])
+            if job.process is not None:
+                job.process.lies.append(self._scheduler.now)
+        elif self._has("strange state"):
+            state = "MYSTERY"
+        elif state == "COMPLETING":
+            state = self._random.choice([state, f"CANCELLED+{state}"])
         return f"{job.number}|{state}|0:0|{max(job.restarts, 0)}|N/A|{self.ARRAY}|{job.task}|"
 
     def _requeue(self, name: str) -> Any:

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
+from datetime import datetime
+from itertools import pairwise, zip_longest
 
+from search.verify.attempts import was_a_lost_reply
 from search.verify.evidence import Evidence
 from storage.outcome import LEFT
 from tests.simulation.process import Process
 
+AWHILE = 3600.0  # seconds between what SLURM says and the claim that believes it, at most
+ROUNDED = 1e-6  # seconds: PostgreSQL's times are
 LOST = re.compile(r"trial (\d+) is (?:no longer held by this worker|held by another worker now)")
 
 
@@ -18,6 +22,8 @@ def worker_violations(evidence: Evidence, processes: Iterable[Process]) -> Itera
         if worker in evidence.workers:
             yield from _lost_what_it_had_ended(evidence, process, worker)
             yield from _left_a_trial_behind(evidence, process, worker)
+            yield from _blamed_a_trial_for_its_company(evidence, process, worker)
+            yield from _lost_what_it_still_held(evidence, process, worker)
 
 
 def _lost_what_it_had_ended(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
@@ -39,13 +45,39 @@ def _lost(process: Process) -> set[int]:
 def _left_a_trial_behind(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
     """Who signs off gives back what it holds, and has not lost before."""
     stopped = evidence.workers[worker].stopped
-    if stopped is None or process.exit_code not in (0, 3, 4, 130):
+    if stopped is None or process.exit_code not in (0, 3, 4, 130) or _was_denied(process, stopped):
         return
     lost = _lost(process)
     for trial in evidence.trials:
-        if trial.number in lost:  # when SLURM is wrong, others take it for gone
+        if trial.number in lost:
             continue
         for row, successor in zip_longest(trial.attempts, trial.attempts[1:]):
             was_left = row.worker_id == worker and row.reason == LEFT and row.lease_until > stopped
+            was_left = was_left and not was_a_lost_reply(evidence, trial, row)
             if was_left and (successor is None or successor.claimed >= stopped):
                 yield f"who_signs_off_holds_nothing: {process.name} left trial {trial.number} behind"
+
+
+def _blamed_a_trial_for_its_company(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
+    """A trial without memory beside others is tried again alone."""
+    for trial in evidence.trials:
+        row = trial.attempts[-1] if trial.attempts else None
+        is_blamed = row and row.worker_id == worker and (row.reason or "").startswith("out of memory\n")
+        if is_blamed and not process.was_alone.get(trial.number, True):
+            yield f"company_is_not_the_trials_fault: {process.name} has ended trial {trial.number}"
+
+
+def _lost_what_it_still_held(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
+    """A living worker loses no trial within its lease, whatever SLURM leaves unsaid."""
+    for trial in evidence.trials:
+        for row, successor in pairwise(trial.attempts):
+            taken = successor.claimed
+            is_early = row.worker_id == worker and row.reason == LEFT and taken < row.lease_until
+            lived = process.ended > taken.timestamp() + ROUNDED
+            if is_early and lived and not _was_denied(process, taken):
+                yield f"the_living_keep_their_trials: {process.name} lost trial {trial.number}"
+
+
+def _was_denied(process: Process, moment: datetime) -> bool:
+    """Whether SLURM had described it wrongly. Then others may take it for gone, some of them later."""
+    return any(-AWHILE < lie - moment.timestamp() < ROUNDED for lie in process.lies)

@@ -70,6 +70,8 @@ class Scheduler:
         self._stickiness = self._random.choice([0.0, 0.5, 0.8, 0.95])
         self.actors: list[Actor] = []
         self._gone: list[Actor] = []  # kept, so that Python does not run their `finally` blocks
+        self.hurried: Actor | None = None  # takes all turns as long as it can
+        self._errands: list[Callable[[], object]] = []
         self.now = BEGINNING
         self.before_turn: Callable[[Actor], None] = lambda _: None
         # What happens as time passes, beside the actors: when next, and what does it.
@@ -95,7 +97,9 @@ class Scheduler:
             if (turns := turns + 1) > MOST_TURNS:
                 raise EndlessError("it does not end")
             goes_on = last in self.actors and last.can_go_on(self.now)
-            if not goes_on or self._random.random() >= self._stickiness:
+            if self.hurried in self.actors and self.hurried.can_go_on(self.now):
+                last = self.hurried
+            elif not goes_on or self._random.random() >= self._stickiness:
                 ready = [actor for actor in self.actors if actor.can_go_on(self.now)]
                 if not ready:
                     self._move_on()
@@ -108,6 +112,8 @@ class Scheduler:
                 last.switch()
                 if last.dead and last in self.actors:
                     self.actors.remove(last)
+            while self._errands:
+                self._errands.pop()()
 
     def _move_on(self) -> None:
         times = [actor.wakes() for actor in self.actors]
@@ -125,6 +131,11 @@ class Scheduler:
     def boundary(self, subject: str) -> None:
         """Give up the turn."""
         self._wait(subject, None, -math.inf)
+
+    def outside(self, errand: Callable[[], object]) -> None:
+        """Let something be done outside of all actors, before anyone goes on."""
+        self._errands.append(errand)
+        self.boundary("errand")
 
     def sleep(self, seconds: float, subject: str = "sleep") -> None:
         """Go on after so many seconds."""

@@ -2,7 +2,9 @@
 
 import os
 import random
+import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from search.toml_file import load_study_file
 from search.verify.evidence import gather
 from storage import database
 from storage.paths import RunFolder
+from storage.usage import IS_SPENT
 from tests.simulation import faults, interpreter, rules, training
 from tests.simulation.administrators import Administrator
 from tests.simulation.database import Database, Server
@@ -37,6 +40,23 @@ ENDS = {
 AGAIN_AFTER = defaultdict(
     lambda: (1.0, 30.0), {0: (100.0,), 2: (100.0,), 3: (30.0, 100.0), KILLED: (1.0, 30.0, 200.0)}
 )
+CLAIM = re.compile(r"SELECT .* FROM atelier\.study .* FOR UPDATE", re.DOTALL)
+# Budgets in GPU-seconds: a search without one takes 300 to 1,200.
+LEAST_BUDGET, GREATEST_BUDGET = 50, 900
+# Whether a study has come to its end: its trials have, or its GPU-hours, and then nobody holds a trial.
+HAS_ENDED = f"""
+SELECT stop_requested IS NULL AND (
+    max_trials <= (
+        SELECT count(*) FROM public.trials AS ended
+        WHERE ended.study_id = own.study_id AND state IN ('COMPLETE', 'PRUNED', 'FAIL')
+    )
+    OR ({IS_SPENT.replace(":study_id", "own.study_id")}) AND NOT EXISTS (
+        SELECT FROM public.trials AS left_open
+        WHERE left_open.study_id = own.study_id AND state = 'RUNNING'
+    )
+)
+FROM atelier.study AS own
+"""
 STUDY = """
 [study]
 name = "simulated"
@@ -147,6 +167,12 @@ class Simulation:
             more.append(f"rungs = {chance.choice([[1], [0, 2], [1, 2]])}")
         if chance.random() < 0.2:
             more.append("audit = 0.3")
+        if chance.random() < 0.3:
+            more.append('score = "balanced-log-loss"')
+        budget = random.Random(f"budget {self.seed}")  # its own: the other draws stay what they are
+        if budget.random() < 0.2:
+            seconds = budget.uniform(LEAST_BUDGET, GREATEST_BUDGET)
+            more.append(f"max_gpu_hours = {seconds / 3600}")
         path = self.folder / "study.toml"
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(
@@ -222,6 +248,8 @@ class Simulation:
     def _judge_end(self, process: Process) -> None:
         """A worker ends as it was told to, or for a reason that a user can read and mend."""
         code, last = process.exit_code, process.said[-1] if process.said else "nothing"
+        if code == 0 and self.users.stopped_since < process.begun:
+            self.violations.append(f"a_stop_is_told: {process.name} found a stopped study at its end")
         why = ENDS.get(code, ())
         explanations = [words for words in why if words in last or words in process.met]
         if explanations:
@@ -241,11 +269,8 @@ class Simulation:
         )
 
     def _has_ended(self) -> bool:
-        rows = self.database.ask(
-            "SELECT stop_requested IS NULL AND max_trials <= (SELECT count(*) FROM public.trials t "
-            "WHERE t.study_id = s.study_id AND state IN ('COMPLETE', 'PRUNED', 'FAIL')) "
-            "FROM atelier.study s"
-        )
+        self.database.set_clock()
+        rows = self.database.ask(HAS_ENDED)
         self.is_calm = self.is_calm or (rows == [(True,)] and not self.users.at_work)
         return self.is_calm
 
@@ -256,13 +281,15 @@ class Simulation:
         self.scheduler.sleep(self.random.choice(STEP_SECONDS), "step")
         if process.lacks_memory:
             process.lacks_memory = False
+            [trial] = [trial for trial in process.worker.trials if trial.run is run]
+            process.was_alone[trial.claim.trial_number] = len(process.worker.trials) == 1
             raise MemoryError("cannot allocate memory")
 
     def _check_resumed(self, run: Any) -> None:
-        """What is on record has a checkpoint, unless that was damaged: it is not trained again."""
+        """What is on record is not trained again; its last epoch is, if one checkpoint was damaged."""
         folder = run._checkpoints.folder
-        lacks_epochs = len(run.history) < len(run._stream_epochs)
-        if lacks_epochs and folder not in self.disk.spoilt and self._is_held(run):
+        lacking, spoilt = len(run._stream_epochs) - len(run.history), self.disk.spoilt[folder]
+        if spoilt < 2 and lacking > spoilt and self._is_held(run):
             self.violations.append(
                 f"no_epoch_is_trained_again: {folder.name} goes on after {len(run.history)} of "
                 f"{len(run._stream_epochs)} epochs on record"
@@ -281,6 +308,7 @@ class Simulation:
     def _before_turn(self, actor: Actor) -> None:
         place = actor.process.place
         if place is None:
+            self.administrator.take_time(actor)
             return
         place.boundaries += 1
         if self.is_calm:
@@ -305,6 +333,41 @@ class Simulation:
         def wait() -> None:
             self.scheduler.sleep(seconds)
             action()
+
+        self.scheduler.spawn(self.site, "later", wait)
+
+    def wake_beside_successor(self, process: Process, boundaries: int) -> None:
+        """Let a paused worker go on once another has held its trial for so many boundaries."""
+        trials = {claim.trial_id for claim in process.held()}
+
+        def successor() -> Place | None:
+            workers = (one for one in self.machines.processes if one is not process and not one.is_gone)
+            return next((one.place for one in workers if one.holds(trials)), None)
+
+        self._wake_beside(process, successor, boundaries)
+
+    def wake_beside_claim(self, process: Process, boundaries: int) -> None:
+        """Let a paused worker go on so many boundaries after another claims, past the lease."""
+        lease_end = self.scheduler.now + faults.LEASE
+
+        def claimant() -> Place | None:
+            if self.scheduler.now < lease_end:
+                return None
+            actors = (one for one in self.scheduler.actors if one.process is not process)
+            return next((one.process.place for one in actors if CLAIM.match(one.statement)), None)
+
+        self._wake_beside(process, claimant, boundaries)
+
+    def _wake_beside(self, process: Process, find: Callable[[], Place | None], boundaries: int) -> None:
+        patience = 3 * faults.LEASE
+        process.paused_until = self.scheduler.now + 2 * patience
+
+        def wait() -> None:
+            self.scheduler.wait_until("another", lambda: find() is not None, patience)
+            if place := find():
+                then = place.boundaries + boundaries
+                self.scheduler.wait_until("beside", lambda: place.boundaries >= then, patience)
+            process.paused_until = self.scheduler.now
 
         self.scheduler.spawn(self.site, "later", wait)
 

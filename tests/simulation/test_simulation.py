@@ -66,6 +66,14 @@ def test_a_search_without_faults_breaks_no_rule_and_trains_all_its_trials(jobs):
     assert answer["trials"]["COMPLETE"] > 0
 
 
+def test_workers_go_on_while_a_backup_is_made_and_it_ends_as_any_other(jobs, tmp_path):
+    answer = simulate(jobs, seed=5, faults=["backup@0.500"], trace=str(tmp_path / "trace"))
+    assert (answer["faults"], answer["violations"]) == (["backup@0.500"], [])
+    who = [line.split("\t") for line in (tmp_path / "trace").read_text().splitlines()]
+    copies = [n for n, line in enumerate(who) if line[0] == "backup" and line[2].startswith("COPY")]
+    assert {line[0] for line in who[copies[0] : copies[-1]]} > {"backup"}
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("cause", [["c"], ["b", "f"], ["a", "b", "g"], []])
 def test_shrinking_keeps_the_cause_alone(cause, at_once):

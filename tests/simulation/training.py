@@ -167,7 +167,7 @@ def epoch_result(
         val_overall=float(right.mean()),
         val_category=(float(right.mean()),),
         val_hits=tuple(int(right[label == LABELS].sum()) for label in (0, 1)),
-        val_log_loss=1 - value,
+        val_log_loss=math.nan if diverges else 1 - value,
         seconds=1.0,
         images=IMAGES,
         peak_memory=0,

@@ -1,6 +1,7 @@
 """What users do in the middle of a search, each as an actor of its own; and what is still true then."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,21 +12,27 @@ import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from search.verify.ends import the_budget_of_trials_is_used_up
+from search.verify.ends import the_budget_of_gpu_hours_is_kept, the_budget_of_trials_is_used_up
 from search.verify.evidence import Evidence
 from search.verify.rules import UNDISTURBED, Finding, Holds, rules_for, violations
 from storage import database, studies
 from storage.database import DATABASE_ERRORS
 from storage.optuna_tables import with_engine
+from storage.outcome import Outcome
+from storage.tables import Study
 from tests.simulation.scheduler import Actor
 
 if TYPE_CHECKING:
     from tests.simulation.faults import Fault
     from tests.simulation.simulation import Simulation
 
+# These count the trials that a user has changed too.
+OF_ALL_TRIALS = (the_budget_of_trials_is_used_up, the_budget_of_gpu_hours_is_kept)
 # What a user is told: of the database, of a study or trial that is gone, of a trial that has ended.
 ERRORS = (*DATABASE_ERRORS, optuna.exceptions.OptunaError, KeyError, ValueError)
 ENDS = (TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE)
+ADDED = "added"  # the user attribute of trials that were trained elsewhere
+MORE_SECONDS = 100.0  # by which a user raises the GPU-hours
 # Parameters to enqueue that the study does not have.
 FOREIGN = ({"lr": 0.5, "batch_size": 32}, {"lr": 0.01, "batch_size": 48}, {"momentum": 0.9})
 
@@ -39,11 +46,15 @@ class Users:
         self._sim = sim
         self.at_work = 0
         self.deletions = 0
+        self.stopped_since = math.inf  # when the study was stopped, if it still is
         self.touched: set[int] = set()  # trials that a user may have ended, by Optuna's ids
         self.told: dict[int, tuple[str, list[float]]] = {}  # their ends, once they are surely so
 
     def log_in(self, fault: "Fault", action: Action, then: Action | None = None) -> bool:
-        """Let a user do something, and afterwards something that must succeed."""
+        """Let a user do something, and afterwards something that must succeed.
+
+        Half of the time all of it is done before anybody else goes on.
+        """
         self.at_work += 1
 
         def live() -> None:
@@ -53,7 +64,9 @@ class Users:
                 self._sim.scheduler.sleep(10)
             self.at_work -= 1
 
-        self._sim.scheduler.spawn(self._sim.site, f"user {fault}", live)
+        user = self._sim.scheduler.spawn(self._sim.site, f"user {fault}", live)
+        if fault.at % 2:
+            self._sim.scheduler.hurried = user
         return True
 
     def forget(self) -> None:
@@ -64,8 +77,8 @@ class Users:
 
     def violations(self, evidence: Evidence) -> list[str]:
         """What must hold of a study that has ended, whatever users have done to it."""
-        enqueued = self._enqueued()
-        changed = self.touched | enqueued.keys()
+        enqueued, added = self._enqueued(), self._added()
+        changed = self.touched | enqueued.keys() | added
         numbers = {trial.number for trial in evidence.trials if trial.trial_id in changed}
 
         if not changed and not self.deletions:
@@ -73,11 +86,9 @@ class Users:
         found = violations(evidence, Holds.ENDED, self._sim.curve)
         own = replace(evidence, trials=[one for one in evidence.trials if one.number not in numbers])
         for rule in rules_for(evidence, UNDISTURBED):
-            if rule.holds is UNDISTURBED and not (
-                rule.check is the_budget_of_trials_is_used_up and enqueued
-            ):
-                whole = evidence if rule.check is the_budget_of_trials_is_used_up else own
-                found += [Finding(rule.name, number, text, "") for number, text in rule.check(whole)]
+            if rule.holds is UNDISTURBED:
+                judged = _without_surplus(evidence, added) if rule.check in OF_ALL_TRIALS else own
+                found += [Finding(rule.name, number, text, "") for number, text in rule.check(judged)]
         words = self._broken_words(evidence, enqueued)
         return [*(f"{one.rule}: {one}" for one in found), *words]
 
@@ -88,22 +99,39 @@ class Users:
         )
         return {trial_id: json.loads(value) for trial_id, value in rows}
 
+    def _added(self) -> set[int]:
+        """The trials that were trained elsewhere, by Optuna's ids. They use up the budget too."""
+        rows = self._sim.database.ask(
+            "SELECT trial_id FROM public.trial_user_attributes WHERE key = %s", ADDED
+        )
+        return {trial_id for (trial_id,) in rows}
+
     def _broken_words(self, evidence: Evidence, enqueued: dict[int, dict[str, Any]]) -> Iterator[str]:
         """Where a user did not get what the user asked for."""
         begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
-        if len(begun) != evidence.entry.max_trials:
-            yield f"users: {len(begun)} trials were begun, {evidence.entry.max_trials} allowed"
         for trial in begun:
             told, given = self.told.get(trial.trial_id), enqueued.get(trial.trial_id)
             if told is not None and told != (trial.state, trial.values):
                 yield f"users: trial {trial.number} was told {told}, is {trial.state} {trial.values}"
-            if given is None or trial.trial_id in self.touched:
-                continue
+            has_hours = evidence.max_gpu_seconds is not None
+            was_cut = has_hours and trial.state == "PRUNED" and trial.outcome != Outcome.PRUNED
+            if given is None or trial.trial_id in self.touched or (was_cut and not trial.epochs):
+                continue  # spent GPU-hours may end a trial before it has its parameters
             if self._sim.config.foreign(given) is not None:
                 if trial.state != "FAIL":
                     yield f"users: trial {trial.number} is {trial.state} with the foreign {given}"
             elif not given.items() <= trial.params.items():
                 yield f"users: trial {trial.number} has {trial.params}, enqueued was {given}"
+
+
+def _without_surplus(evidence: Evidence, added: set[int]) -> Evidence:
+    """Without added trials beyond the budget: nobody asks whether there is a place for them."""
+    begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
+    surplus = max(len(begun) - evidence.entry.max_trials, 0)
+    left_out = sorted(added)[:surplus]
+    return replace(
+        evidence, trials=[trial for trial in evidence.trials if trial.trial_id not in left_out]
+    )
 
 
 class Account:
@@ -145,7 +173,7 @@ class Account:
 
 def act(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
     """How a user's fault is delivered: see tests/simulation/faults.py."""
-    [action] = chance.choices([tell, stop, enqueue, delete], [10, 10, 10, 1])
+    [action] = chance.choices([tell, stop, enqueue, add, delete], [10, 10, 10, 4, 2])
     return action(sim, actor, fault, chance)
 
 
@@ -177,10 +205,12 @@ def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random)
 
     def ask(account: Account) -> None:
         studies.request_stop(account.engine, account.study._study_id)
+        sim.users.stopped_since = sim.scheduler.now
         account.hit()
         sim.scheduler.sleep(seconds)
 
     def take_back(account: Account) -> None:
+        sim.users.stopped_since = math.inf
         entry = studies.study_entry(account.engine, sim.config.study.name)
         if entry is not None:
             studies.update_study(account.engine, entry.study_id, stop_requested=None)
@@ -189,7 +219,7 @@ def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random)
 
 
 def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
-    """A user enqueues a trial, sometimes one that the study cannot have, and may allow one more."""
+    """A user enqueues a trial, sometimes one that the study cannot have, and may raise the budgets."""
     params: dict[str, Any] = {"lr": 10 ** chance.uniform(-4, -1), "batch_size": chance.choice([32, 64])}
     if chance.random() < 0.3:
         params = chance.choice(FOREIGN)
@@ -203,9 +233,29 @@ def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rand
         account.hit()
         entry = studies.study_entry(account.engine, sim.config.study.name)
         if allows_more and entry is not None:
-            studies.update_study(account.engine, entry.study_id, max_trials=entry.max_trials + 1)
+            more = {
+                "max_trials": entry.max_trials + 1,
+                "max_gpu_seconds": Study.max_gpu_seconds + MORE_SECONDS,  # none stays none
+            }
+            studies.update_study(account.engine, entry.study_id, **more)
 
     return sim.users.log_in(fault, add)
+
+
+def add(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
+    """A user adds a trial that was trained elsewhere."""
+    trial = optuna.trial.create_trial(
+        params={"lr": 10 ** chance.uniform(-4, -1), "batch_size": chance.choice([32, 64])},
+        distributions=sim.config.distributions(),
+        value=chance.uniform(0, 2),
+        user_attrs={ADDED: True},
+    )
+
+    def put(account: Account) -> None:
+        account.study.add_trial(trial)
+        account.hit()
+
+    return sim.users.log_in(fault, put)
 
 
 def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) -> bool:
@@ -214,6 +264,7 @@ def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rando
     def remove(account: Account) -> None:
         account.storage.delete_study(account.study._study_id)
         sim.users.deletions += 1
+        sim.users.stopped_since = math.inf
         account.hit()
 
     return sim.users.log_in(fault, remove)
