@@ -28,7 +28,7 @@ class Fault(Enum):
 
     DATABASE = auto(), None, True  # away: what is held is given back at sign-off, or its lease ends
     LEASE = auto(), None, False  # another worker holds the trial, or it was deleted
-    ENDED = auto(), Outcome.LOST, False  # somebody has ended the trial, such as in optuna-dashboard
+    ENDED = auto(), Outcome.RELEASED, False  # somebody has ended the trial: `release` finds that out
     MACHINE = auto(), Outcome.RELEASED, True  # this machine's files, or the whole study
     REFUSED = auto(), Outcome.FAILED, False  # the parameters are not in the study's space
     CROWDED = auto(), Outcome.RELEASED, False  # no memory beside the others; the worker takes fewer

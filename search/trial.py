@@ -87,22 +87,22 @@ class Trial:
 
     def _conclude(self, result: EpochResult) -> None:
         """Record an epoch, and decide whether the trial goes on."""
-        value = self._value(result)
+        value, spent = self._value(result), False  # of who has just got the trial hours are left
         if result.epoch > self.claim.last_epoch:
-            self._record(result, value)
+            spent = self._record(result, value)
         elif result.epoch < self.claim.last_epoch or self.claim.promoted:
             return  # decided before
         if not result.finite:
             self._diverge(result)
         elif result.epoch + 1 == self.run.config.epochs:
             self._complete()
-        elif self._worker.spent:
+        elif spent:
             self._give_back(Outcome.RELEASED, SPENT)
         elif self._worker.strategy.decides_at(result.epoch):
             self._decide(result.epoch, value)
 
-    def _record(self, result: EpochResult, value: float) -> None:
-        """Raises LeaseLost."""
+    def _record(self, result: EpochResult, value: float) -> bool:
+        """Returns whether the study's GPU-hours are spent. Raises LeaseLost."""
         worker = self._worker
         try:
             why = worker.ledger.record(self.claim, result.columns(), value)
@@ -112,6 +112,7 @@ class Trial:
         worker.spent = why == SPENT
         if why == STOPPED:
             worker.stop.ask(why, ExitCode.STOPPED)
+        return worker.spent
 
     def _diverge(self, result: EpochResult) -> None:
         # The cause is not in a checkpoint, so it may be unknown here.
@@ -218,5 +219,5 @@ class Trial:
             ledger.finish(claim, fault.outcome, reason=reason)
             self._checkpoints.clear()
         elif not ledger.release(claim, fault.outcome, reason) and fault is Fault.MACHINE:
-            # It only looks like this machine's: a successor has ended the trial and cleared its files.
+            # It only looks like this machine's: the trial has ended, and another cleared its files.
             raise LeaseLost(f"trial {claim.trial_number} was lost: {error}")

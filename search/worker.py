@@ -72,7 +72,7 @@ class Worker:
         )
         self.trials: list[Trial] = []  # in training, the newest last
         self.epoch_seconds = 0.0  # as last measured in this process
-        self.spent = False  # whether the study's GPU-hours are
+        self.spent = False  # whether the study's GPU-hours were at the last record
 
     @property
     def made_progress(self) -> bool:

@@ -176,7 +176,7 @@ class Ledger:
             queue = TrialQueue(session, study, self.worker_id, host(), liveness)
             spent = self._is_spent(session)
             if spent:
-                close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)
+                close_the_dead(session, self.study_id, liveness, self.worker_id, held)
                 spent = self._is_spent(session)  # a gone worker's lease had counted to its end
             # Asked before the queue is read: else a trial that is released meanwhile may be pruned.
             # Who holds trials, but is not at work, has just given one back, and asks again.
@@ -198,7 +198,7 @@ class Ledger:
             return claim
 
     def _is_spent(self, session: Session) -> bool:
-        """Whether the study's GPU-hours are. What the session has changed counts."""
+        """Whether the GPU-hours are spent, with what this session has changed."""
         return bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
 
     def _new_trials(self, session: Session, queue: TrialQueue) -> list[int]:
@@ -393,7 +393,7 @@ class Ledger:
 
     @retrying
     def release(self, claim: Claim, outcome: Outcome = Outcome.RELEASED, reason: str = "") -> bool:
-        """Give the trial back to the next worker. Returns False if it was lost, or ended elsewhere."""
+        """Let another worker have the trial. Returns False if it was lost, or ended elsewhere."""
         with Session(self.engine) as session, session.begin():
             attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
             if attempt is None or attempt.worker_id != self.worker_id:

@@ -14,7 +14,7 @@ class Outcome(StrEnum):
     PAUSED = "paused"  # at a rung, until the strategy promotes it
     RELEASED = "released"
     ERROR = "error"  # an exception; the trial is tried again
-    LOST = "lost"  # the worker ended without signing off
+    LOST = "lost"  # the worker ended without signing off, or somebody else ended the trial
 
 
 LEFT = "the worker ended without signing off"  # the reason of a lost attempt

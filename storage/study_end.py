@@ -1,6 +1,6 @@
 """End a study: close the attempts of gone workers, and prune the paused trials in Optuna."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
@@ -16,7 +16,7 @@ from storage.trial_queue import PAUSED_TRIALS
 
 def close_the_dead(
     session: Session,
-    trial_ids: Iterable[int],
+    study_id: int,
     liveness: Liveness,
     worker_id: str | None,
     held: Collection[int],
@@ -26,7 +26,9 @@ def close_the_dead(
     This worker's own attempts at trials that are not `held` are closed too. They are from claims whose
     reply was lost.
     """
-    for trial_id in trial_ids:
+    is_open = sa.and_(Attempt.study_id == study_id, Attempt.released.is_(None))
+    query = sa.select(Attempt.trial_id).where(is_open).order_by(Attempt.trial_id)
+    for trial_id in session.scalars(query).all():
         row = lock_open_attempt(session, trial_id)
         if row is not None and trial_id not in held:
             attempt, lease_lasts = row

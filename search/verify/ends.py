@@ -11,7 +11,8 @@ from storage.ledger import LEASE_SECONDS
 from storage.outcome import NEVER_AMONG_THE_BEST, Outcome
 from storage.ranks import Rank
 
-# A worker asks whether the GPU-hours are spent with the statement that records an epoch.
+# A worker asks whether the GPU-hours are spent with the statement that records an epoch. What was
+# written less than this before the record may not have been seen.
 AT_ONCE = timedelta(seconds=1)
 
 
@@ -98,9 +99,10 @@ def _is_spent(evidence: Evidence) -> bool:
 
 
 def _gpu_time(evidence: Evidence, moment: datetime | None) -> timedelta:
-    """The time in which workers held trials, whatever their number, as was known at a moment.
+    """The time in which workers held trials, as the database knew it at a moment; by now if None.
 
-    Of who is paused only the lease was known, until it goes on or its attempt ends.
+    A worker counts once, whatever it holds. A paused one counts to the end of its lease (that of
+    `atelier worker`), until it records again or its attempt ends.
     """
     total, held_until = timedelta(), dict[str, datetime]()
     held = [(row, trial) for trial in evidence.trials for row in trial.attempts]

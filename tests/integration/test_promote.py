@@ -243,6 +243,21 @@ def test_gpu_hours_are_a_hard_limit(engine, make_worker):
         assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 1
 
 
+def test_a_trial_goes_on_if_the_gpu_hours_are_raised_once_they_are_spent(engine, make_worker):
+    worker = make_worker("study.max_trials=1", "study.strategy=none")
+    record = worker.ledger.record
+
+    def limited_at_first(claim, result, value):
+        update_study(engine, worker.ledger.study_id, max_gpu_seconds=None if result["epoch"] else 1e-9)
+        why = record(claim, result, value)
+        update_study(engine, worker.ledger.study_id, max_gpu_seconds=None)
+        return why
+
+    worker.ledger.record = limited_at_first
+    assert worker.run() == ExitCode.DONE
+    assert outcomes(engine) == [["released", "complete"]]
+
+
 @pytest.mark.parametrize("strategy", ["promote", "asha"])
 def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine, make_worker, strategy):
     worker = make_worker("study.max_trials=7", "study.audit=0.5", *PROMOTE, f"study.strategy={strategy}")

@@ -167,7 +167,7 @@ PLANTS: dict[str, list[Edit]] = {
         (
             "storage.ledger.Ledger.release",
             "if attempt.released is None and close_if_ended(attempt, trial) is None:",
-            "if True:",
+            "if close_if_ended(attempt, trial) is None:",
         )
     ],
     "damaged-digest-is-text": [
@@ -211,7 +211,7 @@ PLANTS: dict[str, list[Edit]] = {
     "dead-of-spent-study-stay-open": [
         (
             "storage.ledger.Ledger.claim",
-            "close_the_dead(session, queue.unfinished, liveness, self.worker_id, held)",
+            "close_the_dead(session, self.study_id, liveness, self.worker_id, held)",
             "pass",
         )
     ],
