@@ -1,8 +1,9 @@
 """The next trial of a worker: claimed and sampled, when a place is free or a little before."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import optuna
@@ -110,35 +111,31 @@ class Claims:
         cannot make its successor train something else than the study says.
         """
         storage, space = self._ledger.storage, self._config.distributions()
-        deleted = LeaseLost(f"trial {claim.trial_number} was deleted")
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
-        trials = storage.get_all_trials(self._ledger.study_id, deepcopy=False)
-        begun = next((one for one in trials if one._trial_id == claim.trial_id), None)
-        if begun is None:
-            raise deleted
+        with _deletion_is_a_loss(claim):
+            trials = storage.get_all_trials(self._ledger.study_id, deepcopy=False)
+            begun = {one._trial_id: one for one in trials}[claim.trial_id]
         self._refuse_foreign(begun)
         if space.keys() <= begun.params.keys():
             return begun.params  # of a trial that goes on
         # A Study keeps the trials that it has seen until ask or tell, which are not used here. With
         # an old one the sampler would never learn.
-        study = ImputedStudy(self._study.study_name, storage, self._study.sampler, self._config.rungs())
-        try:
+        name, sampler = self._study.study_name, self._study.sampler
+        with _deletion_is_a_loss(claim):
+            study = ImputedStudy(name, storage, sampler, self._config.rungs())
             trial = optuna.trial.Trial(study, claim.trial_id)
-        except KeyError:  # Optuna's
-            raise deleted from None
-        for name, distribution in space.items():
+        for parameter, distribution in space.items():
             try:
-                trial._suggest(name, distribution)
+                trial._suggest(parameter, distribution)
             except ValueError as error:  # Optuna's, of a trial that is finished already
                 raise SpoiltStudyError(
-                    f"study {self._study.study_name!r}: a trial that was added has another distribution "
-                    f"of {name} ({error}); search in a study of another name"
+                    f"study {name!r}: a trial that was added has another distribution of {parameter} "
+                    f"({error}); search in a study of another name"
                 ) from error
-        params = storage.get_trial(claim.trial_id).params
-        if space.keys() - params.keys():
-            raise deleted
-        return params
+        with _deletion_is_a_loss(claim):
+            params = storage.get_trial(claim.trial_id).params
+            return {parameter: params[parameter] for parameter in space}
 
     def _refuse_foreign(self, trial: optuna.trial.FrozenTrial) -> None:
         """Raises RefusedError for enqueued or suggested parameters that the study does not have."""
@@ -152,3 +149,15 @@ class Claims:
             problem = f"{name} has another distribution: {error}"
         if problem is not None:
             raise RefusedError(f"refused: {problem}; enqueue another trial")
+
+
+@contextmanager
+def _deletion_is_a_loss(claim: Claim) -> Iterator[None]:
+    """For what raises a KeyError only if Optuna no longer has the trial or its study.
+
+    Raises LeaseLost then.
+    """
+    try:
+        yield
+    except KeyError:  # Optuna's
+        raise LeaseLost(f"trial {claim.trial_number} was deleted") from None
