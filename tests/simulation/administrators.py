@@ -6,7 +6,6 @@ nobody else goes on, would wait for the upgrade's end.
 
 import errno
 import json
-import math
 import os
 import random
 import shutil
@@ -38,6 +37,10 @@ if TYPE_CHECKING:
 LONGEST = 120  # seconds that the rest of a restored search may take
 PACES = (0.0, 0.1, 0.3)
 PAUSE = 10.0  # simulated seconds at most: those between two statements end no transaction
+RENEWED_SINCE = """
+SELECT DISTINCT trials.number FROM public.trials JOIN atelier.attempt USING (trial_id)
+WHERE renewed >= to_timestamp(%s)
+"""
 REVISION = "newer"
 MIGRATION = """
 from alembic import op
@@ -122,7 +125,8 @@ class Administrator:
 
     def back_up(self, fault: "Fault") -> None:
         """Let a process back up, and restore that elsewhere."""
-        sim, told, checkpoints = self.sim, dict(self.sim.users.told), _checkpoints(self.sim)
+        sim, told, begun = self.sim, dict(self.sim.users.told), self.sim.scheduler.now
+        checkpoints = _checkpoints(sim)
         path = sim.folder / f"{self.backups}.tar"
         self.backups += 1
         self._pace = self._chance.choice(PACES)
@@ -135,6 +139,8 @@ class Administrator:
         elif fault.hits and not self.all_are_newer:  # else its models would need the newer column
             # What has changed meanwhile may be trained again: checkpoints are held first.
             changed = {digest.parent for digest in checkpoints ^ _checkpoints(sim)}
+            for run in sim.disk.home.glob("runs/*"):
+                changed |= {run / f"trial-{n:05}" for (n,) in sim.database.ask(RENEWED_SINCE, begun)}
             found: list[str] = []
             sim.scheduler.outside(lambda: found.extend(_restore(sim, path, told, changed)))
             sim.violations += [f"{fault}, restored: {one}" for one in found]
@@ -156,7 +162,7 @@ class Administrator:
             left = [*sim.folder.glob(f"*{path.name}*"), *sim.disk.home.glob("backup")]
             sim.violations += [f"{fault} failed, and left {one}" for one in left]
         engine.dispose()
-        process.exit_code = 0 if fault.hits else 1
+        process.end(0 if fault.hits else 1, sim.scheduler.now)
 
     def _has_cause(self, error: Exception, begun: float) -> bool:
         """Whether something that happened since then explains why a backup has failed."""
@@ -272,14 +278,14 @@ def _finish(
     for actor in list(scheduler.actors):
         scheduler.park(actor)
     for process in machines.processes:
-        process.exit_code = KILLED
+        if not process.is_gone:
+            process.end(KILLED, scheduler.now)
         machines.slurm.note_end(process)
     machines.slurm.trouble_until = 0.0
     parents = sim.database  # kept: to close its connections would end them for the parent too
     sim.disk.spoilt.update(dict.fromkeys(changed, 2))
     sim.move(name, url, home)
     sim.users.at_work, sim.users.told = 0, told
-    sim.users.stopped_since = math.inf
     sim.users.forget()
     result = sim.run()
     assert parents is not sim.database

@@ -33,7 +33,7 @@ class Disk:
         self._random = random.Random(f"disk {seed}")
         self._changes: list[Change] = []
         self._unsynced: set[Path] = set()  # files whose contents are
-        self.spoilt: Counter[Path] = Counter()  # how many files of a folder are
+        self.spoilt: Counter[Path] = Counter()  # how often something in a folder was lost or damaged
         self.full_until = 0.0
         for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"):
             setattr(os, name, self._watched(name, getattr(os, name)))

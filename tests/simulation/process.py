@@ -50,7 +50,7 @@ class Process:
         self.exit_code: int | None = None
         self.begun, self.ended = 0.0, math.inf  # when
         self.said: list[str] = []
-        self.lies: list[float] = []  # when SLURM described it wrongly
+        self.lies: list[float] = []  # when SLURM may have said wrongly that it is gone
         self.met: set[str] = set()  # the kinds of faults that it has met
         self.keeper: LeaseKeeper | None = None
         self.worker: Any = None
@@ -63,6 +63,10 @@ class Process:
     def identity(self) -> str:
         """What process_identity says of it."""
         return f"{self.host}:{self.pid}:0"
+
+    def end(self, code: int, now: float) -> None:
+        """It runs not another line."""
+        self.exit_code, self.ended = code, now
 
     def held(self) -> list[Any]:
         """The claims that it renews."""
@@ -159,7 +163,7 @@ class Machines:
         self._end(process, KILLED, leaves_work)
 
     def _end(self, process: Process, code: int, leaves_work: bool) -> None:
-        process.exit_code, process.ended = code, self._scheduler.now
+        process.end(code, self._scheduler.now)
         self._history.add(process.name, "ends", code)
         for actor in [one for one in self._scheduler.actors if one.process is process]:
             if actor is not current():
@@ -278,7 +282,7 @@ class Slurm:
         state = job.state
         if self._has("wrong"):
             state = self._random.choice(["RUNNING", "NODE_FAIL", "PENDING"])
-            if job.process is not None:
+            if state != "RUNNING" and job.process is not None:
                 job.process.lies.append(self._scheduler.now)
         elif self._has("strange state"):
             state = "MYSTERY"

@@ -74,10 +74,11 @@ def _lost_what_it_still_held(evidence: Evidence, process: Process, worker: str) 
             taken = successor.claimed
             is_early = row.worker_id == worker and row.reason == LEFT and taken < row.lease_until
             lived = process.ended > taken.timestamp() + ROUNDED
-            if is_early and lived and not _was_denied(process, taken):
+            excused = _was_denied(process, taken) or was_a_lost_reply(evidence, trial, row)
+            if is_early and lived and not excused:
                 yield f"the_living_keep_their_trials: {process.name} lost trial {trial.number}"
 
 
 def _was_denied(process: Process, moment: datetime) -> bool:
-    """Whether SLURM had described it wrongly. Then others may take it for gone, some of them later."""
-    return any(-AWHILE < lie - moment.timestamp() < ROUNDED for lie in process.lies)
+    """Whether SLURM had said that it is gone. Who was told so may act on it later."""
+    return any(-ROUNDED < moment.timestamp() - lie < AWHILE for lie in process.lies)

@@ -71,7 +71,7 @@ class Scheduler:
         self.actors: list[Actor] = []
         self._gone: list[Actor] = []  # kept, so that Python does not run their `finally` blocks
         self.hurried: Actor | None = None  # takes all turns as long as it can
-        self._errands: list[Callable[[], object]] = []
+        self._errand: Callable[[], object] | None = None
         self.now = BEGINNING
         self.before_turn: Callable[[Actor], None] = lambda _: None
         # What happens as time passes, beside the actors: when next, and what does it.
@@ -112,8 +112,9 @@ class Scheduler:
                 last.switch()
                 if last.dead and last in self.actors:
                     self.actors.remove(last)
-            while self._errands:
-                self._errands.pop()()
+            if self._errand is not None:
+                errand, self._errand = self._errand, None
+                errand()
 
     def _move_on(self) -> None:
         times = [actor.wakes() for actor in self.actors]
@@ -134,7 +135,7 @@ class Scheduler:
 
     def outside(self, errand: Callable[[], object]) -> None:
         """Let something be done outside of all actors, before anyone goes on."""
-        self._errands.append(errand)
+        self._errand = errand
         self.boundary("errand")
 
     def sleep(self, seconds: float, subject: str = "sleep") -> None:

@@ -43,7 +43,7 @@ AGAIN_AFTER = defaultdict(
 CLAIM = re.compile(r"SELECT .* FROM atelier\.study .* FOR UPDATE", re.DOTALL)
 # Budgets in GPU-seconds: a search without one takes 300 to 1,200.
 LEAST_BUDGET, GREATEST_BUDGET = 50, 900
-# Whether a study has come to its end: its trials have, or its GPU-hours, and then nobody holds a trial.
+# Whether a study has ended: its trials have, or its GPU-hours are spent and no trial is unfinished.
 HAS_ENDED = f"""
 SELECT stop_requested IS NULL AND (
     max_trials <= (
@@ -57,6 +57,7 @@ SELECT stop_requested IS NULL AND (
 )
 FROM atelier.study AS own
 """
+STOPPED_BEFORE = "SELECT FROM atelier.study WHERE stop_requested < to_timestamp(%s)"
 STUDY = """
 [study]
 name = "simulated"
@@ -248,7 +249,7 @@ class Simulation:
     def _judge_end(self, process: Process) -> None:
         """A worker ends as it was told to, or for a reason that a user can read and mend."""
         code, last = process.exit_code, process.said[-1] if process.said else "nothing"
-        if code == 0 and self.users.stopped_since < process.begun:
+        if code == 0 and self.database.ask(STOPPED_BEFORE, process.begun):
             self.violations.append(f"a_stop_is_told: {process.name} found a stopped study at its end")
         why = ENDS.get(code, ())
         explanations = [words for words in why if words in last or words in process.met]

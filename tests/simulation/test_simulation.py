@@ -66,7 +66,7 @@ def test_a_search_without_faults_breaks_no_rule_and_trains_all_its_trials(jobs):
     assert answer["trials"]["COMPLETE"] > 0
 
 
-def test_workers_go_on_while_a_backup_is_made_and_it_ends_as_any_other(jobs, tmp_path):
+def test_workers_go_on_while_a_backup_is_made(jobs, tmp_path):
     answer = simulate(jobs, seed=5, faults=["backup@0.500"], trace=str(tmp_path / "trace"))
     assert (answer["faults"], answer["violations"]) == (["backup@0.500"], [])
     who = [line.split("\t") for line in (tmp_path / "trace").read_text().splitlines()]

@@ -1,7 +1,6 @@
 """What users do in the middle of a search, each as an actor of its own; and what is still true then."""
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,14 +45,13 @@ class Users:
         self._sim = sim
         self.at_work = 0
         self.deletions = 0
-        self.stopped_since = math.inf  # when the study was stopped, if it still is
         self.touched: set[int] = set()  # trials that a user may have ended, by Optuna's ids
         self.told: dict[int, tuple[str, list[float]]] = {}  # their ends, once they are surely so
 
     def log_in(self, fault: "Fault", action: Action, then: Action | None = None) -> bool:
         """Let a user do something, and afterwards something that must succeed.
 
-        Half of the time all of it is done before anybody else goes on.
+        Half of the time nobody else goes on until it is done, sleeps or waits.
         """
         self.at_work += 1
 
@@ -65,7 +63,7 @@ class Users:
             self.at_work -= 1
 
         user = self._sim.scheduler.spawn(self._sim.site, f"user {fault}", live)
-        if fault.at % 2:
+        if fault.at % 2:  # the same however the faults are shrunk
             self._sim.scheduler.hurried = user
         return True
 
@@ -125,7 +123,10 @@ class Users:
 
 
 def _without_surplus(evidence: Evidence, added: set[int]) -> Evidence:
-    """Without added trials beyond the budget: nobody asks whether there is a place for them."""
+    """Without added trials beyond the budget: nobody asks whether there is a place for them.
+
+    As many trials that workers have begun too many go unseen.
+    """
     begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
     surplus = max(len(begun) - evidence.entry.max_trials, 0)
     left_out = sorted(added)[:surplus]
@@ -205,12 +206,10 @@ def stop(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random)
 
     def ask(account: Account) -> None:
         studies.request_stop(account.engine, account.study._study_id)
-        sim.users.stopped_since = sim.scheduler.now
         account.hit()
         sim.scheduler.sleep(seconds)
 
     def take_back(account: Account) -> None:
-        sim.users.stopped_since = math.inf
         entry = studies.study_entry(account.engine, sim.config.study.name)
         if entry is not None:
             studies.update_study(account.engine, entry.study_id, stop_requested=None)
@@ -264,7 +263,6 @@ def delete(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rando
     def remove(account: Account) -> None:
         account.storage.delete_study(account.study._study_id)
         sim.users.deletions += 1
-        sim.users.stopped_since = math.inf
         account.hit()
 
     return sim.users.log_in(fault, remove)
