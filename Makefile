@@ -53,8 +53,8 @@ search: venv $(if $(filter demo-data,$(DATA)),demo-data)
 	@echo "(atelier is $(BIN)/atelier, until you say: export PATH=\$$PWD/$(BIN):\$$PATH)"
 
 test: venv
-	@echo "Running the tests in two processes; a dot is a passed test. The first ones take a minute ..."
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(SLOWEST) \
+	@echo "Running the tests in three processes; a dot is a passed test. The first ones take a minute ..."
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(SLOWEST) \
 		tests/unit tests/integration tests/chaos tests/simulation tests/fuzz
 
 test-browser: venv
