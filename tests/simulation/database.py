@@ -24,7 +24,8 @@ from optuna.storages._rdb.storage import _VersionManager
 from psycopg2 import extensions
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import make_url
-from sqlalchemy.util import LRUCache
+from sqlalchemy.orm import Mapper
+from sqlalchemy.util import LRUCache, OrderedSet
 
 import storage.libpq
 from storage import database, schema
@@ -233,6 +234,8 @@ def share_what_never_changes() -> None:
         engine._compiled_cache = compiled
 
     sa.Engine.__init__ = init
+    # A set of objects, in the order of their addresses: it decides in which order rows are loaded.
+    Mapper._prop_set = property(lambda mapper: OrderedSet(mapper._props.values()))
 
 
 class Database:
