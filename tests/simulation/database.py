@@ -246,7 +246,7 @@ class Database:
         self._scheduler, self._history = scheduler, history
         self.connections: list[Connection] = []
         self._spare: dict[str, list[Connection]] = {}  # that were hung up, by what they were asked for
-        self._is_read_only = False
+        self.is_read_only = False
         self.deadlocks: list[str] = []
         self.down_until = 0.0
         self._set_to = 0.0  # what the database's clock was last set to
@@ -276,7 +276,7 @@ class Database:
         self._scheduler.boundary("connect")
         if self._scheduler.now < self.down_until:
             named["host"] = str(Path(named["host"]).parent)  # where no server listens
-        asked = repr((positional, named, self._is_read_only))
+        asked = repr((positional, named, self.is_read_only))
         if spare := self._spare.get(asked):
             connection = spare.pop()
         else:
@@ -474,7 +474,7 @@ class Database:
 
     def set_read_only(self, is_on: bool) -> None:
         """Let new sessions be those of a standby."""
-        self._is_read_only = is_on
+        self.is_read_only = is_on
         value = "= on" if is_on else "= off"
         self.ask(f"ALTER DATABASE {self._name} SET default_transaction_read_only {value}")
 

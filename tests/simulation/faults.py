@@ -89,12 +89,12 @@ def restart_server(sim: "Simulation", actor: Actor, fault: Fault, chance: random
 
 def make_read_only(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """A failover: all sessions end, and new ones are a standby's for a while."""
-    if sim.is_read_only:
+    if sim.database.is_read_only:
         return False
-    fault.hits = sim.is_read_only = True
+    fault.hits = True
     sim.database.set_read_only(True)
     sim.database.terminate([one for one in sim.database.connections if one.process.place is not None])
-    sim.later(chance.uniform(1, 90), sim.end_read_only)
+    sim.later(chance.uniform(1, 90), lambda: sim.database.set_read_only(False))
     return True
 
 

@@ -132,7 +132,6 @@ class Simulation:
         self.world = training.World(self._step, self._check_resumed)
         self.machines = Machines(self.scheduler, self.database, self.history, self.world, seed)
         self.uses_slurm = self.random.random() < 0.5
-        self.is_read_only = False
         self.is_calm = False  # whether nothing more goes wrong
         self.site = Process("site", "login", 1)
         self.users = Users(self)
@@ -157,7 +156,6 @@ class Simulation:
         self.disk.move(home)
         self.places = [Place(0, "a", 1, [])]
         self.violations, self.ends = [], Counter()
-        self.is_read_only = False
 
     def _make_config(self) -> StudyConfig:
         chance = self.random
@@ -371,10 +369,6 @@ class Simulation:
             process.paused_until = self.scheduler.now
 
         self.scheduler.spawn(self.site, "later", wait)
-
-    def end_read_only(self) -> None:
-        self.database.set_read_only(False)
-        self.is_read_only = False
 
     def newest_digest(self, runs: RunFolder, number: int) -> Path | None:
         """Of the newest checkpoint of a trial."""

@@ -106,12 +106,13 @@ class Users:
 
     def _broken_words(self, evidence: Evidence, enqueued: dict[int, dict[str, Any]]) -> Iterator[str]:
         """Where a user did not get what the user asked for."""
-        begun = [trial for trial in evidence.trials if trial.state != "WAITING"]
-        for trial in begun:
+        has_hours = evidence.max_gpu_seconds is not None
+        for trial in evidence.trials:
+            if trial.state == "WAITING":
+                continue
             told, given = self.told.get(trial.trial_id), enqueued.get(trial.trial_id)
             if told is not None and told != (trial.state, trial.values):
                 yield f"users: trial {trial.number} was told {told}, is {trial.state} {trial.values}"
-            has_hours = evidence.max_gpu_seconds is not None
             was_cut = has_hours and trial.state == "PRUNED" and trial.outcome != Outcome.PRUNED
             if given is None or trial.trial_id in self.touched or (was_cut and not trial.epochs):
                 continue  # spent GPU-hours may end a trial before it has its parameters
