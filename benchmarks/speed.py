@@ -3,7 +3,8 @@
     python -m benchmarks.speed --data DIR --lite0 FILE.safetensors [--rounds 5] [--only PART]
 
 `throughput`: trial-images per second of SE-ResNeXt50 at 224 with batch 128: the baseline, one trial, and
-packs. Also the share that they reach of the bare kernels' bound: the trunk once and K tails.
+packs, without and with the trunk's output kept. Also the share that they reach of the bare kernels'
+bound: the trunk once and K tails, or the tails alone.
 `augmentation`: images per second on one core, compared with the report's PIL pipeline.
 `memory`: a worker's peak with batch 256.
 `trials`: trials per hour of studies/fashion-cpu.toml with the weights --lite0, drawn to --figure.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from search.toml_file import load_study_file
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.device import prepare_process
+from trainer.feature_places import Places, places
 from trainer.images import load_image
 from trainer.loop import train_epoch
 from trainer.loss import AttributeLoss, class_weights
@@ -134,48 +137,78 @@ def throughput(data: str, rounds: int) -> None:
         train_on="train+val",  # so that no side validates
         epochs=1000,
     )
-    with tempfile.TemporaryDirectory() as cache:
-        workspace = Workspace(config, Path(cache))
-        packs = {size: [Run(config, workspace) for _ in range(size)] for size in PACKS}
-        single, baseline = Run(config, workspace), Baseline(config)
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
+
+        def workspace(kept: Places) -> Workspace:
+            made = Workspace(config, Path(cache), places=lambda _: kept)
+            stack.callback(made.close)
+            return made
+
+        def rate(runs: list[Run]) -> float:
+            return len(runs) * IMAGES / seconds(lambda: list(train_epoch(runs)))
+
+        off, kept = workspace(Places(0, 0)), workspace(Places(0, 4e9))
+        on_disk = workspace(Places(0, 0, 4e9, Path(cache, "features")))
+        packs = {size: [Run(config, off) for _ in range(size)] for size in PACKS}
+        # All of their epochs are the stream's first one, which is kept.
+        first = {"stream_epochs": [0] * 1000}
+        warm = {size: [Run(config, kept, **first) for _ in range(size)] for size in PACKS}
+        read = [Run(config, on_disk, **first)]
+        single, baseline = Run(config, off), Baseline(config)
         images = torch.randn(IMAGES, 3, 224, 224).to(memory_format=torch.channels_last)
-        features = workspace.runtime.features(workspace.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
-        targets = workspace.train_targets[:BATCH]
+        features = off.runtime.features(off.frozen, torch.zeros(BATCH, 3, 224, 224).byte())
+        targets = off.train_targets[:BATCH]
 
         def trunk() -> None:
             with torch.no_grad():
                 for part in torch.split(images, 16):
-                    workspace.frozen(part)
+                    off.frozen(part)
 
         def tail() -> None:
             single.train_step(features, targets)
 
-        list(train_epoch(packs[1]))  # compiles
+        for runs in (packs[1], warm[1], read):
+            list(train_epoch(runs))  # compiles
         tail()
         measured: dict[str, list[float]] = {}
         for number in range(rounds):
             baseline.step()
             sides = {"baseline": IMAGES / seconds(lambda: [baseline.step() for _ in range(2)])}
             kernels = seconds(trunk), seconds(lambda: [tail() for _ in range(2)])
-            for size, runs in packs.items():
-                sides[f"pack {size}"] = (
-                    size * IMAGES / seconds(lambda runs=runs: list(train_epoch(runs)))
-                )
-                sides[f"bound {size}"] = size * IMAGES / (kernels[0] + size * kernels[1])
             sides |= {"trunk": IMAGES / kernels[0], "tail": IMAGES / kernels[1]}
+            for size in PACKS:
+                sides[f"pack {size}"] = rate(packs[size])
+                sides[f"bound {size}"] = size * IMAGES / (kernels[0] + size * kernels[1])
+                sides[f"warm {size}"] = rate(warm[size])
+            sides["disk"] = rate(read)
+            kept.store.close()  # forgets all
+            sides["cold"] = rate(warm[1])
             for name, value in sides.items():
                 measured.setdefault(name, []).append(value)
             print(f"round {number + 1}: " + ", ".join(f"{k} {v:.1f}" for k, v in sides.items()))
     print(f"SE-ResNeXt50 at 224, batch {BATCH}, {threads} threads, trial-images/s:")
+    show_throughput(measured)
+
+
+def show_throughput(measured: dict[str, list[float]]) -> None:
+    def ratio(side: str, other: str, unit: str = "x") -> str:
+        factor = 100 if unit == " %" else 1
+        pairs = zip(measured[side], measured[other], strict=True)
+        return spread([factor * a / b for a, b in pairs], unit)
+
     print(f"  baseline {spread(measured['baseline'])}")
     for size in PACKS:
-        rates, bound = measured[f"pack {size}"], measured[f"bound {size}"]
-        times = [a / b for a, b in zip(rates, measured["baseline"], strict=True)]
-        share = [100 * a / b for a, b in zip(rates, bound, strict=True)]
-        print(
-            f"  --pack {size}: {spread(rates)}, {spread(times, 'x')} the baseline, "
-            f"{spread(share, ' %')} of the bare kernels"
-        )
+        side, bound = f"pack {size}", f"bound {size}"
+        print(f"  --pack {size}: {spread(measured[side])}, {ratio(side, 'baseline')} the baseline,")
+        print(f"    {ratio(side, bound, ' %')} of the bare kernels")
+    for size in PACKS:
+        side = f"warm {size}"
+        print(f"  --pack {size}, trunk output kept: {spread(measured[side])},")
+        print(f"    {ratio(side, 'baseline')} the baseline, {ratio(side, 'pack 1')} one trial without,")
+        print(f"    {ratio(side, 'tail', ' %')} of the bare tail")
+    print(
+        f"  one trial from the disk: {ratio('disk', 'pack 1')}; as it is made: {ratio('cold', 'pack 1')}"
+    )
 
 
 def augmentation(data: str, rounds: int) -> None:
@@ -185,11 +218,12 @@ def augmentation(data: str, rounds: int) -> None:
     config = TrainConfig(data=data, backbone="resnet10t", weights="none", trainable="head")
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
-        blocks = workspace.stream.epoch(0, 0)
-        workspace.runtime.normalise(next(blocks)[0])  # compiles
+        stream = workspace.stream
+        blocks = (stream.images(0, 0, part) for part in stream.parts(0, 0, 256))
+        workspace.runtime.normalise(next(blocks))  # compiles
 
         def ours() -> None:
-            workspace.runtime.normalise(next(blocks)[0])
+            workspace.runtime.normalise(next(blocks))
 
         rates = [
             (
@@ -210,10 +244,11 @@ def memory(data: str, pack: int) -> None:
         data=data, backbone="seresnext50_32x4d", weights="none", batch_size=256, train_images=512
     )
     with tempfile.TemporaryDirectory() as cache:
-        workspace = Workspace(config, Path(cache))
+        workspace = Workspace(config, Path(cache), places=places)  # as a worker does
         runs = [Run(config, workspace) for _ in range(pack)]
         for _ in range(3):  # from the second on, all that stays from epoch to epoch is there
             list(train_epoch(runs))
+        workspace.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(f"a worker's peak at --pack {pack}, batch 256: {peak:.2f} GiB")
 

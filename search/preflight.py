@@ -14,7 +14,7 @@ def preflight(config: StudyConfig) -> Dataset:
     """Meet the errors of dataset, images, device and network before any worker does.
 
     Prepares the images and returns the dataset. Raises DatasetError, ModelError, DeviceError,
-    UnknownDeviceError and CallFailedError.
+    UnknownDeviceError, FeaturesError and CallFailedError.
     """
     dataset = read_dataset(config.shared.data)
     forking.start_server()  # it imports torch meanwhile; this process needs none

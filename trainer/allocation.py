@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# The environment variable that says how much of the trunk's output is kept, and where.
+FEATURES = "ATELIER_FEATURES"
 # Variables that name GPUs, and the values that mean no GPU. The last value is SLURM's.
 NAMING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 NO_GPU = ("", "-1", "NoDevFiles")

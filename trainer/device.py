@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import platform
 import resource
 import socket
 from contextlib import suppress
@@ -17,6 +18,11 @@ from trainer.torch_file import said
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+# Environment variables that choose among a library's kernels.
+STEERING = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+)
 DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
 
 
@@ -104,6 +110,24 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_model(device: torch.device) -> str:
+    """What tells devices apart whose results may differ in bits."""
+    steering = [f"{name}={os.environ.get(name)}" for name in STEERING]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        libraries = f"CUDA {torch.version.cuda}, cuDNN {cudnn}"
+        return f"{properties.name}, {properties.multi_processor_count}, {libraries}, {steering}"
+    cpu = f"{platform.node()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu}, {torch.get_num_threads()} threads, {steering}"
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """Find what was not finite first, when the loss of an epoch is not finite.
 
 This happens at the epoch's end, from the losses and logits that were kept, so no step becomes slower.
-The trunk's output is not kept. It is computed again for the one step that matters.
+The trunk's output of the one step that matters is read, or computed, again.
 """
 
 import copy

@@ -69,8 +69,13 @@ def train_epoch(
     Once it returns True, all runs stop where they are. An exception from `interrupt` or from a run's own
     step is that run's outcome, and the others go on.
     """
+    try:
+        groups = _groups(runs)
+    except Exception as error:  # of the trunk, which is tried when it is first asked what is kept
+        yield from _failed(runs, error)
+        return
     interrupted = False
-    for group in _groups(runs):
+    for group in groups:
         if interrupted:
             yield from ((run, None) for run in group)
             continue
@@ -89,11 +94,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[Run, EpochOutcome]]:
-    """Train the runs through one epoch of the stream, or through the rest of it, block by block.
-
-    If the shared part fails, the error is every run's outcome. But if memory runs out there, the error
-    is only the last run's outcome. The others have no outcome and stay inside their epoch.
-    """
+    """Train the runs through one epoch of the stream, or through the rest of it, block by block."""
     release_memory()
     epoch = max(run.next_stream_epoch for run in runs)
     for run in runs:
@@ -120,11 +121,20 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
             pace.share_out(active)
             number += 1  # not by enumerate, which would keep the block in memory
             del features, targets
-    except Exception as error:  # in the shared part; the consumer decides what it means
-        failed = active[-1:] if is_out_of_memory(error) else active
-        yield from ((run, _without_tensors(error, run)) for run in failed)
+    except Exception as error:  # in the shared part
+        yield from _failed(active, error)
         return
     yield from ((run, _end_epoch(run)) for run in active)
+
+
+def _failed(runs: Sequence[Run], error: Exception) -> Iterator[tuple[Run, EpochOutcome]]:
+    """An error of what the runs share is every run's outcome. The consumer decides what it means.
+
+    But if memory runs out there, the error is only the last run's outcome. The others have none, and
+    stay inside their epoch.
+    """
+    failed = runs[-1:] if is_out_of_memory(error) else runs
+    yield from ((run, _without_tensors(error, run)) for run in failed)
 
 
 def _end_epoch(run: Run) -> EpochOutcome:

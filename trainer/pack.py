@@ -17,7 +17,10 @@ FILLED = 0.9  # share of the memory to use; the rest is for fragments and for la
 
 
 def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
-    """How many runs fit, after one step and one evaluation of the run that needs the most memory."""
+    """How many runs fit, after one step and one evaluation of the run that needs the most memory.
+
+    What the runs leave is for the trunk's output.
+    """
     run = Run(largest, workspace)
     if run.owns_trunk:
         log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")
@@ -30,4 +33,6 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
     # Each run has weights and Adam's two moments. Activations and gradients exist for one run at a time.
     bytes_per_run = 3 * sum(weight.numel() * weight.element_size() for weight in run.tail.parameters())
     bytes_left = FILLED * available_memory(run.device) - peak_memory(run.device)
-    return max(min(1 + int(bytes_left / bytes_per_run), MOST_SIDE_BY_SIDE), 1)
+    runs = max(min(1 + int(bytes_left / bytes_per_run), MOST_SIDE_BY_SIDE), 1)
+    workspace.store.leave_to_runs(bytes_left - (runs - 1) * bytes_per_run)
+    return runs

@@ -146,17 +146,27 @@ class Run:
 
     @property
     def bound_stream_epoch(self) -> int | None:
-        """The epoch of the stream that the run must go through next. None if any will do."""
+        """The epoch of the stream that the run must go through next. None if any will do.
+
+        That is the one that it is inside, or that is on record. Else it is its own, if the trunk's
+        output of that is kept.
+        """
+        if self.stream_epoch is not None:
+            return self.stream_epoch
         epochs_done = len(self.history)
-        if self.stream_epoch is None and epochs_done < len(self._stream_epochs):
+        if epochs_done < len(self._stream_epochs):
             return self._stream_epochs[epochs_done]
-        return self.stream_epoch
+        own = self._new_stream_epoch
+        return own if self.workspace.keeps(self.config.seed, own, self.block_size) else None
 
     @property
     def next_stream_epoch(self) -> int:
         """The epoch of the stream that the run must go through, else the first that is new to it."""
-        if self.bound_stream_epoch is not None:
-            return self.bound_stream_epoch
+        bound = self.bound_stream_epoch
+        return self._new_stream_epoch if bound is None else bound
+
+    @property
+    def _new_stream_epoch(self) -> int:
         return self.history[-1].stream_epoch + 1 if self.history else 0
 
     @property

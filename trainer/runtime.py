@@ -11,6 +11,7 @@ from torch import nn
 from trainer.config import TrainConfig
 from trainer.device import pick_device
 from trainer.model import Backbone, fold_batchnorm, load_backbone
+from trainer.stream import BLOCK
 
 # On a CPU the trunk takes so many pixels at once, so that the large output of its first layers stays in
 # the cache.
@@ -49,15 +50,24 @@ class Runtime:
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """The trunk's output for uint8 images [n, 3, size, size].
 
-        In training mode the images are one batch. Otherwise a CPU takes a few of them at once.
+        In training mode the images are one batch. Otherwise the trunk gets parts of one shape, the last
+        of them padded. So an image's output does not depend on how many others there are.
         """
-        at_once = len(images)
-        if self.device.type == "cpu" and not trunk.training:
-            at_once = 2 ** int(math.log2(max(CACHED_PIXELS // images[0, 0].numel(), 1)))
-        parts = torch.split(images, at_once)
+        at_once = len(images) if trunk.training else self.images_at_once
         with torch.no_grad(), self._autocast():
-            outputs = (trunk(self.normalise(part)) for part in parts)
-            return concatenate(outputs, len(images)) if len(parts) > 1 else next(outputs)
+            outputs = (
+                trunk(self.normalise(_padded(part, at_once)))[: len(part)]
+                for part in torch.split(images, at_once)
+            )
+            return concatenate(outputs, len(images))
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images go through the trunk together."""
+        if self.device.type == "cuda":
+            return BLOCK
+        in_cache = max(CACHED_PIXELS // self.config.image_size**2, 1)
+        return min(1 << int(math.log2(in_cache)), BLOCK)
 
     def logits(self, tail: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
         """The tail's output for trunk output: float [n, attributes].
@@ -85,6 +95,11 @@ class Runtime:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.rounds else nullcontext()
+
+
+def _padded(images: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - len(images)
+    return images if missing == 0 else torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
 
 
 def concatenate(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:

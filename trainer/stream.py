@@ -8,8 +8,7 @@ epoch and the image's index. So any process can repeat any epoch, from any block
 import errno
 import math
 import os
-from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +26,8 @@ BLOCK = 256  # images per pass through the trunk; a multiple of every batch size
 # A GPU keeps the prepared images if they take at most this share of its memory. Otherwise each block is
 # copied to it.
 RESIDENT_SHARE = 1 / 8
+
+_draw = lru_cache(maxsize=1)(draw)  # for a whole split at once: the blocks of an epoch share it
 
 
 def deterministic_transform(size: int) -> transforms.Compose:
@@ -107,7 +108,7 @@ def read_images(path: Path, indices: np.ndarray) -> torch.Tensor:
 
 
 class Stream:
-    """Blocks of training images, equal for every trial with the same seed."""
+    """Training images, equal for every trial with the same seed."""
 
     def __init__(
         self,
@@ -124,26 +125,21 @@ class Stream:
         """The indices in the order in which an epoch visits them."""
         return self.indices[np.random.default_rng([seed, epoch]).permutation(len(self.indices))]
 
-    def epoch(
-        self, seed: int, epoch: int, block: int = BLOCK, first: int = 0
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images, uint8 [<= block, 3, size, size], and their indices in the split, int64 [<= block].
-
-        Both are on the device. `first` is the number of the block to begin with.
-        """
+    def parts(self, seed: int, epoch: int, block: int) -> list[np.ndarray]:
+        """The indices of an epoch's images in their order, block by block."""
         order = self.order(seed, epoch)
-        draws = draw(seed, epoch, images=self._shape[0], size=self._shape[-1])
-        for start in range(first * block, len(order), block):
-            part = order[start : start + block]
-            indices = torch.from_numpy(part).to(self.device, non_blocking=True)
-            images = self._block(part, indices)
-            if self._augmentation is not None:
-                images = self._augmentation(images, draws[part])
-            yield images, indices
+        return [order[start : start + block] for start in range(0, len(order), block)]
 
-    def _block(self, part: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
+    def images(self, seed: int, epoch: int, part: np.ndarray) -> torch.Tensor:
+        """The images with these indices, as an epoch shows them: uint8 [n, 3, size, size]."""
+        images = self._block(part)
+        if self._augmentation is None:
+            return images
+        return self._augmentation(images, _draw(seed, epoch, self._shape[0], self._shape[-1])[part])
+
+    def _block(self, part: np.ndarray) -> torch.Tensor:
         if self._resident is not None:
-            return self._resident[indices]
+            return self._resident[torch.from_numpy(part).to(self.device, non_blocking=True)]
         images = read_images(self._path, part)
         if self.device.type == "cuda":
             images = images.pin_memory()  # otherwise the copy waits for the device

@@ -1,40 +1,58 @@
-"""What the runs of one process share: data, frozen trunk, and the trunk's output for fixed images."""
+"""What the runs of one process share: data, the frozen trunk, and the output of it that is kept."""
 
-import itertools
-import math
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from trainer.allocation import memory_limit
 from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
-from trainer.device import pick_device
+from trainer.device import device_model, pick_device, wait_for
+from trainer.feature_places import Places, constant_only, open_store, places
+from trainer.features import CONSTANT, FeatureStore, Make, Rows, View, equal_bits
+from trainer.images import READER
 from trainer.model import check_batches, check_size
-from trainer.runtime import Runtime, concatenate
+from trainer.runtime import Runtime
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
 
-# Trunk output that is the same in every epoch is kept up to this size. It takes at most a quarter of the
-# granted memory. Larger output is computed again each time.
-FEATURE_CACHE_BYTES = 2 << 30
+log = logging.getLogger(__name__)
+
 # The augmentation is compiled if an epoch has at least so many pixels. Compiling takes half a minute,
 # once.
 COMPILED_PIXELS = 20_000_000
+# Changes if our own code changes a bit of the trunk's output: augmentation, normalisation, folding.
+KIND = 1
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 
 
+class _Tried(NamedTuple):
+    """What a trial of the trunk has shown."""
+
+    rows: Rows
+    images: int  # that went through it together
+    seconds: float  # that they took
+    rows_depend: bool  # whether an image's output depends on those beside it
+
+
 class Workspace:
-    """Data, trunk and validation features, shared by the runs of one process.
+    """Data, trunk and the output of it that is kept, shared by the runs of one process.
 
     `cache` is the folder for prepared images and compiled code. All `batch_sizes` that runs may have are
-    checked. Raises DatasetError, ImageError, ModelError, and the errors of `pick_device`.
+    checked. `places` says where the trunk's output is kept, and how much of it. Raises DatasetError,
+    ImageError, ModelError, and the errors of `pick_device` and `places`.
     """
 
     def __init__(
@@ -43,11 +61,13 @@ class Workspace:
         cache: Path,
         device: torch.device | None = None,
         batch_sizes: Iterable[int] = (),
+        places: Callable[[torch.device], Places] = constant_only,
     ) -> None:
         self.dataset = read_dataset(config.data)  # first, because its errors are found fastest
         self.config = config
         self.runtime = Runtime(config, device)
         self.device, backbone = self.runtime.device, self.runtime.backbone
+        self._places = places(self.device)
         _prepare_compiler(cache / "compiled")
         self.sizes = self.dataset.sizes
         self.trunk, self.stages = backbone.split(config.trainable)
@@ -67,8 +87,6 @@ class Workspace:
             self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
             self.val_labels = _labels(val)
             self.val_targets = self.val_labels.to(self.device)
-        self._constant: dict[str, torch.Tensor | None] = {}
-        self._cache_bytes = min(FEATURE_CACHE_BYTES, (memory_limit() or math.inf) / 4)
 
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":
@@ -80,47 +98,104 @@ class Workspace:
         self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
     ) -> Iterator[Block]:
         """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
-        constant = None
-        if self.config.augment == "none":
-            constant = self._constant_features("train", trunk, self._train_images, self.indices)
-        if constant is not None:
-            order = self.stream.order(seed, epoch)
-            rows_and_indices = np.searchsorted(self.indices, order), order
-            blocks = (
-                torch.split(torch.from_numpy(part).to(self.device), block) for part in rows_and_indices
-            )
-            for rows, indices in itertools.islice(zip(*blocks, strict=True), first, None):
-                yield constant[rows], indices
-        else:
-            for images, indices in self.stream.epoch(seed, epoch, block, first):
-                yield self.runtime.features(trunk, images), indices
+        parts = self.stream.parts(seed, epoch, block)
+
+        def make(part: np.ndarray) -> torch.Tensor:
+            return self.runtime.features(trunk, self.stream.images(seed, epoch, part))
+
+        view = self._view("train", self.indices, block, seed, epoch)
+        blocks = self._blocks(view, parts, make, first)
+        for part in parts[first:]:  # the consumer's block is the only one that stays in memory
+            yield next(blocks), torch.from_numpy(part).to(self.device, non_blocking=True)
 
     def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
         """The validation images' trunk output, in file order, BLOCK images at a time."""
-        assert self._val_images is not None  # else there is nothing to evaluate
-        all_indices = np.arange(len(self.val_labels))
-        constant = self._constant_features("val", trunk, self._val_images, all_indices)
-        if constant is not None:
-            yield from torch.split(constant, BLOCK)
-        else:
-            yield from self._in_order(trunk, self._val_images, all_indices)
+        path, indices = self._val_images, np.arange(len(self.val_labels))
+        assert path is not None  # else there is nothing to evaluate
+        parts = [indices[start : start + BLOCK] for start in range(0, len(indices), BLOCK)]
 
-    def _constant_features(
-        self, name: str, trunk: nn.Module, path: Path, indices: np.ndarray
-    ) -> torch.Tensor | None:
-        """Trunk output for images that are equal in every epoch, computed once. None if too large."""
-        if self.config.frozen_batchnorm == "train":
-            return None  # the trunk is not the same in every epoch
-        if name not in self._constant:
-            [first] = self._in_order(trunk, path, indices[:1])
-            fits = first.nbytes * len(indices) <= self._cache_bytes
-            parts = self._in_order(trunk, path, indices)
-            self._constant[name] = concatenate(parts, len(indices)) if fits else None
-        return self._constant[name]
+        def make(part: np.ndarray) -> torch.Tensor:
+            return self.runtime.features(trunk, read_images(path, part))
 
-    def _in_order(self, trunk: nn.Module, path: Path, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        for start in range(0, len(indices), BLOCK):
-            yield self.runtime.features(trunk, read_images(path, indices[start : start + BLOCK]))
+        yield from self._blocks(self._view("val", indices, BLOCK), parts, make)
+
+    def keeps(self, seed: int, epoch: int, block: int) -> bool:
+        """Whether the trunk's output of an epoch of the stream is kept, or would be if it was made."""
+        view = self._view("train", self.indices, block, seed, epoch)
+        return view is not None and self.store.keeps(view)
+
+    def _blocks(
+        self, view: View | None, parts: list[np.ndarray], make: Make, first: int = 0
+    ) -> Iterator[torch.Tensor]:
+        if view is None:
+            return map(make, parts[first:])
+        return self.store.blocks(view, parts, make, first)
+
+    def _view(
+        self, split: str, indices: np.ndarray, block: int, seed: int = 0, epoch: int = CONSTANT
+    ) -> View | None:
+        """What the output is kept as. None if no other epoch or run needs it."""
+        is_constant = split == "val" or self.config.augment == "none"
+        if self.config.frozen_batchnorm == "train":  # then the trunk changes
+            return None
+        if not (is_constant or self._places.every_epoch):
+            return None
+        if self._tried.rows_depend:
+            cut = hashlib.sha256(indices.tobytes()).hexdigest()[:16]
+            return View(split, len(indices), seed, epoch, f"{block}-{cut}")
+        return View(split, len(indices)) if is_constant else View(split, len(indices), seed, epoch)
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """The trunk's output that is kept. The first use tries the trunk."""
+        tried = self._tried
+        splits = {"train": len(self.train_labels)}
+        if self.config.validates:
+            splits["val"] = len(self.val_labels)
+        return open_store(self._places, tried.rows, self._kind(), splits, tried.images, tried.seconds)
+
+    @cached_property
+    def _tried(self) -> "_Tried":
+        some = self.indices[: self.runtime.images_at_once]
+
+        def make(part: np.ndarray) -> torch.Tensor:
+            return self.runtime.features(self.frozen, self.stream.images(0, 0, part))
+
+        forwards, alone = make(some), make(some[-1:])
+        wait_for(self.device)
+        started = time.monotonic()
+        backwards = make(some[::-1].copy())
+        wait_for(self.device)
+        seconds = time.monotonic() - started
+        depend = not (equal_bits(forwards, backwards.flip(0)) and equal_bits(alone, forwards[-1:]))
+        if depend:
+            log.info("the trunk's output of an image depends on those beside it: it is kept by blocks")
+        rows = Rows(tuple(forwards.shape[1:]), forwards.dtype, self.device)
+        return _Tried(rows, len(some), seconds, depend)
+
+    def _kind(self) -> str:
+        """A digest of all that the trunk's output depends on, beside the view."""
+        config, runtime, backbone = self.config, self.runtime, self.runtime.backbone
+        weights = hashlib.sha256()
+        for name, tensor in self.frozen.state_dict().items():
+            weights.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().numpy().tobytes())
+        splits = [config.train_on, "val"] if config.validates else [config.train_on]
+        parts = {
+            "version": [KIND, READER],
+            "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],
+            "settings": [config.image_size, config.augment, config.compile, config.allow_tf32],
+            "network": [config.backbone, config.trainable, weights.hexdigest()],
+            "normalisation": [backbone.mean, backbone.std],
+            "arithmetic": [runtime.rounds, runtime.images_at_once],
+            "libraries": [torch.__version__, timm.__version__, np.__version__],
+            "device": device_model(self.device),
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def close(self) -> None:
+        """Leave what is kept on a disk to other workers. The last one deletes it."""
+        if "store" in vars(self):
+            self.store.close()
 
     @property
     def device_name(self) -> str | None:
@@ -131,10 +206,10 @@ class Workspace:
 def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path) -> None:
     """Prepare the images, so that later processes find them. Also tries the device and the network.
 
-    Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError.
+    Raises DatasetError, ImageError, ModelError, DeviceError, UnknownDeviceError, FeaturesError.
     """
     pick_device()
-    Workspace(config, cache, torch.device("cpu"), batch_sizes)
+    Workspace(config, cache, torch.device("cpu"), batch_sizes, places)
 
 
 def _prepare_compiler(cache: Path) -> None:

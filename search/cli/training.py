@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -31,6 +32,7 @@ from storage.studies import StudyEntry
 from trainer.config import TrainConfig
 from trainer.dataset import DatasetError, absent_attributes, read_dataset
 from trainer.device import prepare_process
+from trainer.feature_places import places
 from trainer.metrics import EpochResult
 from trainer.model import stage_table
 from trainer.pack import pack_that_fits
@@ -44,7 +46,9 @@ log = logging.getLogger(__name__)
 def work(config: StudyConfig, pack: int | None) -> None:
     """Run one worker that trains `pack` trials at once, or as many as fit. Raises typer.Exit."""
     prepare_process()
-    work_in(Workspace(config.shared, image_cache(), batch_sizes=config.batch_sizes), config, pack)
+    workspace = Workspace(config.shared, image_cache(), None, config.batch_sizes, places)
+    with closing(workspace):
+        work_in(workspace, config, pack)
 
 
 def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None:

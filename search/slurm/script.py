@@ -17,6 +17,7 @@ from storage import libpq
 from storage.paths import home
 from storage.studies import split_job
 from storage.url import configured_url, database_url, is_local, server_host
+from trainer.allocation import FEATURES
 from trainer.config import TrainConfig
 
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
@@ -195,7 +196,7 @@ def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:
     if profile.gpus or not any("gpu" in option for option in profile.options):
         # A worker uses what was asked of SLURM. It does not fall back to a CPU unasked.
         given["ATELIER_DEVICE"] = "cuda" if profile.gpus else "cpu"
-    for name in (*libpq.FILES, "HF_HOME", "HF_HUB_CACHE"):
+    for name in (*libpq.FILES, "HF_HOME", "HF_HUB_CACHE", FEATURES):
         if value := os.environ.get(name):
             given[name] = value
     if config.weights == "timm":

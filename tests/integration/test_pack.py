@@ -23,7 +23,8 @@ from trainer.run import Run
 pytestmark = pytest.mark.usefixtures("all_holds")
 
 
-def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine):
+def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine, monkeypatch):
+    monkeypatch.setenv("ATELIER_FEATURES", "memory=0 disk=0")  # so that a pack's trials share an epoch
     changes = (
         "study.max_trials=6",
         "space.batch_size=[16,32,64]",

@@ -28,6 +28,7 @@ from tests.simulation.scheduler import Actor, EndlessError, Scheduler
 from tests.simulation.users import Users
 
 STEP_SECONDS = (1.0, 5.0, 20.0)  # of training, before the next one of a run
+KEPT_EPOCHS = (0, 2, 100)  # of the stream: trials go through those one by one, whoever is beside them
 # Why a worker may end with an exit code: a fault that it has met, or what it says.
 ENDS = {
     1: ("the wall time is too short", "the database: ", "cannot reach the database", "has failed"),
@@ -129,7 +130,8 @@ class Simulation:
         interpreter.control(self.scheduler, seed)
         self.database = Database(server, self.name, self.scheduler, self.history)
         self.disk = Disk(home, self.scheduler, self.history, seed)
-        self.world = training.World(self._step, self._check_resumed)
+        kept_epochs = random.Random(f"kept {seed}").choice(KEPT_EPOCHS)
+        self.world = training.World(self._step, self._check_resumed, kept_epochs)
         self.machines = Machines(self.scheduler, self.database, self.history, self.world, seed)
         self.uses_slurm = self.random.random() < 0.5
         self.is_calm = False  # whether nothing more goes wrong

@@ -39,9 +39,13 @@ class World:
     """
 
     def __init__(
-        self, step: Callable[["SimulatedRun"], None], resume: Callable[["SimulatedRun"], None]
+        self,
+        step: Callable[["SimulatedRun"], None],
+        resume: Callable[["SimulatedRun"], None],
+        kept_epochs: int,
     ) -> None:
         self.step, self.resume = step, resume
+        self.kept_epochs = kept_epochs  # so many epochs of the stream are kept
         self.diverging: dict[str, int] = {}  # the epoch after which a configuration's loss is NaN
         self.furthest: dict[str, int] = {}  # the last epoch that any run of a configuration has begun
 
@@ -124,6 +128,7 @@ def workspace(world: World, config: TrainConfig) -> Any:
         config=config,
         dataset=dataset,
         device_name=None,
+        keeps=lambda seed, epoch, block: epoch < world.kept_epochs,
         train_targets=Rows(),
         val_labels=range(VALIDATION),
     )

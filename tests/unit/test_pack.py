@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import Checkpoints
+from trainer.feature_places import Places
 from trainer.loop import train, train_epoch
 from trainer.pack import pack_that_fits
 from trainer.run import Run
@@ -162,6 +163,14 @@ def test_when_memory_runs_out_in_the_trunk_only_the_newest_leaves(configs, share
     go_round(runs[:2])  # from where they were
     for run in runs[:2]:
         assert curve(run.history) == alone(run.config, shared, [0])
+
+
+def test_a_trunk_that_fails_as_it_is_first_tried_is_every_runs_error(configs, tmp_path):
+    workspace = Workspace(configs[0], tmp_path, places=lambda _: Places(device=0, memory=1e9))
+    workspace.frozen.forward = broken
+    runs = [Run(config, workspace) for config in configs[:2]]
+    outcomes = dict(train_epoch(runs))
+    assert [type(outcomes[run]) for run in runs] == [ZeroDivisionError] * 2
 
 
 def test_the_time_of_a_pass_is_shared_out(configs, shared, monkeypatch):

@@ -18,35 +18,32 @@ def make_stream(demo, tmp_path):
     return lambda indices=np.arange(100): Stream(path, indices, Augmentation(compiled=False), CPU)
 
 
-def joined(blocks):
-    images, indices = zip(*blocks, strict=True)
-    return torch.cat(images), torch.cat(indices)
+def shown(stream, seed, epoch, block=256):
+    """An epoch's images and their indices, in its order."""
+    parts = stream.parts(seed, epoch, block)
+    return torch.cat([stream.images(seed, epoch, part) for part in parts]), np.concatenate(parts)
 
 
 def test_an_epoch_is_the_same_again_and_other_epochs_differ(make_stream):
     stream = make_stream()
-    blocks = list(stream.epoch(0, 3, block=64))
-    assert [len(indices) for _, indices in blocks] == [64, 36]
-    images, indices = joined(blocks)
-    assert sorted(indices.tolist()) == list(range(100))
+    assert [len(part) for part in stream.parts(0, 3, 64)] == [64, 36]
+    images, indices = shown(stream, 0, 3, 64)
+    assert sorted(indices) == list(range(100))
     # From another stream, in other blocks, from a block in the middle on.
-    again = joined(make_stream().epoch(0, 3, block=10))
+    again = shown(make_stream(), 0, 3, 10)
     assert torch.equal(again[0], images)
-    assert torch.equal(again[1], indices)
-    [(images_left, indices_left)] = stream.epoch(0, 3, block=64, first=1)
-    assert torch.equal(images_left, images[64:])
-    assert torch.equal(indices_left, indices[64:])
-    for other in (stream.epoch(0, 4), stream.epoch(1, 3)):
-        others, order = joined(other)
-        assert not torch.equal(order, indices)
+    assert np.array_equal(again[1], indices)
+    assert torch.equal(stream.images(0, 3, indices[64:]), images[64:])
+    for other in ((0, 4), (1, 3)):
+        others, order = shown(stream, *other)
+        assert not np.array_equal(order, indices)
         # Nor do the images look the same as before.
         assert not torch.equal(others[order.argsort()], images[indices.argsort()])
 
 
 def test_an_image_looks_the_same_whichever_others_are_used(make_stream):
-    images, indices = joined(make_stream().epoch(0, 3))
-    fewer, some = joined(make_stream(np.arange(50, 60)).epoch(0, 3))
-    for image, index in zip(fewer, some, strict=True):
+    images, indices = shown(make_stream(), 0, 3)
+    for image, index in zip(*shown(make_stream(np.arange(50, 60)), 0, 3), strict=True):
         assert torch.equal(image, images[indices == index][0])
 
 
