@@ -17,7 +17,7 @@ from search.toml_file import load_study_file
 from tests.integration.conftest import end_of
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
-from trainer.run import learning_rate
+from trainer.run import Run, learning_rate
 
 
 @pytest.fixture
@@ -32,7 +32,19 @@ def start(tmp_path, home, monkeypatch, start_process):
     """Starts `atelier train` in a process of its own."""
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return lambda *words: start_process(main, ["train", *map(str, words)], environment)
+    return lambda *words: start_process(slowly, ["train", *map(str, words)], environment)
+
+
+def slowly(arguments):
+    """The command, in which a signal meets an epoch before it has ended."""
+    train_step = Run.train_step
+
+    def slow_step(*details):
+        time.sleep(0.05)
+        train_step(*details)
+
+    Run.train_step = slow_step
+    main(arguments)
 
 
 def wait_for_epoch(process, number):
