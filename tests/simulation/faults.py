@@ -225,7 +225,7 @@ KINDS = {
     "read-only": Kind(make_read_only),
     "slurm": Kind(confuse_slurm, 8.0, where="slurm"),
     "user": Kind(users.act, 1.0),
-    "restart": Kind(restart_server, 0.03),
+    "restart": Kind(restart_server, 0.04),
     "backup": Kind(administrators.back_up, 0.06),
     "upgrade": Kind(administrators.upgrade, 0.04),
 }
