@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import platform
 import resource
 import socket
 from contextlib import suppress
@@ -120,7 +119,7 @@ def device_model(device: torch.device) -> str:
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         libraries = f"CUDA {torch.version.cuda}, cuDNN {cudnn}"
         return f"{properties.name}, {properties.multi_processor_count}, {libraries}, {steering}"
-    cpu = f"{platform.node()}, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{socket.gethostname()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{cpu}, {torch.get_num_threads()} threads, {steering}"
 
 

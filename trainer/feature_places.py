@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +75,17 @@ def places(device: torch.device) -> Places:
 
 
 def open_store(
-    places: Places, rows: Rows, kind: str, splits: Mapping[str, int], images: int, seconds: float
+    places: Places,
+    rows: Rows,
+    kind: Callable[[], str],
+    splits: Mapping[str, int],
+    images: int,
+    seconds: float,
 ) -> FeatureStore:
     """The store of one kind of trunk output, for `splits` with so many images.
 
-    So many images took so many seconds to make. The disk is used if it is faster.
+    So many images took so many seconds to make. The disk is used if it is faster. `kind` names the kind,
+    and is called for the disk only: it reads all of the trunk's weights.
     """
     memories = [Memory(torch.device("cpu"), places.memory, rows)]
     if rows.device.type == "cuda":
@@ -94,14 +100,19 @@ def open_store(
 
 
 def _open_files(
-    places: Places, rows: Rows, kind: str, splits: Mapping[str, int], images: int, seconds: float
+    places: Places,
+    rows: Rows,
+    kind: Callable[[], str],
+    splits: Mapping[str, int],
+    images: int,
+    seconds: float,
 ) -> FeatureFiles | None:
     """What is kept on a disk; None if that cannot be, or is slower than the trunk."""
     files = None
     try:
         if places.folder is None or _file_system(places.folder.parent) not in LOCAL:
             raise OSError(f"{places.folder or tempfile.gettempdir()} is on no disk of this machine")
-        files = FeatureFiles(places.folder, kind, places.disk, rows, splits)
+        files = FeatureFiles(places.folder, kind(), places.disk, rows, splits)
         reading = files.seconds_to_read(images)
         log.info("trunk output of %d images: made in %.3f s, read in %.3f s", images, seconds, reading)
         if reading < seconds:

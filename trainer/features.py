@@ -234,7 +234,7 @@ class FeatureStore:
         """The view's blocks from `first` on. `parts` has the indices of the images of each."""
         blocks = [Block(view, number, part) for number, part in enumerate(parts)]
         for number in range(first, len(blocks)):
-            yield self._block(blocks[number:], make)
+            yield self._block(blocks[number : number + 1 + AHEAD], make)
 
     def leave_to_runs(self, left: float) -> None:
         """Take at most so many more bytes of the memory that the runs are in."""
@@ -260,7 +260,7 @@ class FeatureStore:
         while (found := self._find(wanted)) is None:
             if self._shared is None or not self._shared.takes(wanted.view) or time.monotonic() > give_up:
                 return self._made(wanted, make)
-            block, made = self._made_one_of(blocks[: 1 + AHEAD], self._shared, make)
+            block, made = self._made_one_of(blocks, self._shared, make)
             if made is None:
                 time.sleep(POLL_SECONDS)
             elif block is wanted:

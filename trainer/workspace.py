@@ -143,7 +143,9 @@ class Workspace:
         if self._tried.rows_depend:
             cut = hashlib.sha256(indices.tobytes()).hexdigest()[:16]
             return View(split, len(indices), seed, epoch, f"{block}-{cut}")
-        return View(split, len(indices)) if is_constant else View(split, len(indices), seed, epoch)
+        if is_constant:
+            return View(split, len(indices))
+        return View(split, len(indices), seed, epoch)
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -152,7 +154,7 @@ class Workspace:
         splits = {"train": len(self.train_labels)}
         if self.config.validates:
             splits["val"] = len(self.val_labels)
-        return open_store(self._places, tried.rows, self._kind(), splits, tried.images, tried.seconds)
+        return open_store(self._places, tried.rows, self._kind, splits, tried.images, tried.seconds)
 
     @cached_property
     def _tried(self) -> "_Tried":

@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.unit.test_train import curve
 from trainer import feature_places
 from trainer.allocation import FEATURES
 from trainer.feature_files import FeatureFiles
@@ -337,7 +337,7 @@ def test_what_is_said_counts(monkeypatch, tmp_path):
 def test_a_disk_that_is_slower_than_computing_is_not_used(tmp_path):
     where = Places(0, 0, 1e6, tmp_path / "features")
     for seconds, used in ((1e-9, False), (60.0, True)):
-        store = open_store(where, ROWS, "kind", SPLITS, 4, seconds)
+        store = open_store(where, ROWS, lambda: "kind", SPLITS, 4, seconds)
         assert store.keeps(view(0)) is used
         assert (where.folder / "kind").exists() is used
         store.close()
@@ -351,7 +351,7 @@ def test_a_disk_that_cannot_be_used_is_left_alone(tmp_path, monkeypatch, found):
         monkeypatch.setattr("trainer.feature_files.os.posix_fadvise", broken)
     elif found == "another kind of file system":
         monkeypatch.setattr("trainer.feature_places.LOCAL", ())
-    store = open_store(where, ROWS, "kind", SPLITS, 4, 60.0)
+    store = open_store(where, ROWS, lambda: "kind", SPLITS, 4, 60.0)
     assert not store.keeps(view(0))
     assert list(tmp_path.glob("features/*/")) == []  # and its locks are free
 
@@ -361,10 +361,6 @@ def broken(*_):
 
 
 # In training
-
-
-def curve(results):
-    return [replace(result, seconds=0.0, peak_memory=0) for result in results]
 
 
 @pytest.fixture(scope="module")

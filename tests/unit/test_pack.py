@@ -1,11 +1,11 @@
 """Runs side by side: each gets, bit for bit, what it gets alone with the same epochs of the stream."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.unit.test_train import curve
 from trainer.checkpoint import Checkpoints
 from trainer.feature_places import Places
 from trainer.loop import train, train_epoch
@@ -43,10 +43,6 @@ def workspaces(tmp_path_factory):
 @pytest.fixture
 def shared(configs, workspaces):
     return workspaces(configs[0])
-
-
-def curve(results):
-    return [replace(result, seconds=0.0, peak_memory=0) for result in results]
 
 
 ALONE = {}
