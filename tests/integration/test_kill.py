@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -13,6 +14,8 @@ import sqlalchemy as sa
 from search.local import work
 from storage.tables import Attempt, Epoch
 from tests.integration.conftest import end_of
+from trainer.checkpoint import Checkpoints
+from trainer.run import Run
 
 COLUMNS = [
     column
@@ -42,8 +45,19 @@ def environment(engine, tmp_path):
 
 @pytest.fixture
 def start(study_file, environment, start_process):
-    """Starts `atelier worker` in a process of its own."""
-    return lambda name: start_process(work, [study_file(name)], environment)
+    """Starts `atelier worker` in a process of its own, slowly: a kill meets an epoch before it ends."""
+    return lambda name: start_process(work_slowly, [study_file(name)], environment)
+
+
+def work_slowly(arguments):
+    train_step = Run.train_step
+
+    def slow_step(*details):
+        time.sleep(0.2)
+        train_step(*details)
+
+    Run.train_step = slow_step
+    work(arguments)
 
 
 def rows(engine, *columns, study="killed"):
@@ -105,13 +119,14 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
 def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment, tmp_path):
     """The command that a SLURM array task runs, started as SLURM starts it."""
     log = tmp_path / "worker.log"
-    command = [sys.executable, "-m", "atelier_command", "worker", study_file("killed")]
+    path = Path(study_file("killed"))
+    path.write_text(path.read_text().replace("epochs = 3", "epochs = 1000"))  # it cannot end before
+    command = [sys.executable, "-m", "atelier_command", "worker", path]
     with log.open("w") as output:
         worker = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    epochs = lambda: len(rows(engine, Epoch.__table__.c.epoch))  # noqa: E731
     try:
-        one_epoch = lambda: len(rows(engine, Epoch.__table__.c.epoch)) == 1  # noqa: E731
-        wait_for(one_epoch, lambda: worker.poll() is not None, log)
-        time.sleep(0.3)  # into the next epoch
+        wait_for(epochs, lambda: worker.poll() is not None, log)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(60) == 3, log.read_text()
     finally:
@@ -119,4 +134,7 @@ def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment
         worker.wait()
     [attempt] = rows(engine, Attempt.__table__.c.outcome, Attempt.__table__.c.reason)
     assert attempt == ("released", "SIGTERM")
-    assert len(rows(engine, Epoch.__table__.c.epoch)) == 2
+    [folder] = (tmp_path / "home" / "runs").glob("*/trial-00000")
+    state = Checkpoints(folder).latest()
+    assert len(state["history"]) == epochs()
+    assert state["stream_epoch"] is None  # it is inside no epoch
