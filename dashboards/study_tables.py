@@ -10,7 +10,7 @@ from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
 from storage.outcome import Outcome
 from storage.paths import home
-from storage.status import State, Status, parameter_names
+from storage.status import State, Status, difference_line, parameter_names
 from storage.studies import job_in_words
 from storage.workers import AttemptRow
 
@@ -54,7 +54,7 @@ def render(status: Status, rows: int = 12) -> RenderableType:
             style="dim" if row.state in (State.PAUSED, State.PRUNED) else None,
         )
     head = Text(f"{status.study}: {progress_line(status)}", style="bold")
-    lines = filter(None, [_spent(status), audit_line(status)])
+    lines = filter(None, [_spent(status), audit_line(status), difference_line(status.trials)])
     return Group(head, table, *(Text(line, style="dim") for line in lines))
 
 

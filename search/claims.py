@@ -1,7 +1,7 @@
 """The next trial of a worker: claimed and sampled, when a place is free or a little before."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from search.study_config import StudyConfig
 from storage.database import retrying
 from storage.leases import RENEW_SECONDS, LeaseKeeper
 from storage.ledger import Claim, LeaseLost, Ledger
+from storage.outcome import Outcome
+from storage.studies import epochs_of
 
 # Samplers that change the number of torch's threads while they work, for the whole process.
 THREAD_CHANGING_SAMPLERS = ("gp",)
@@ -34,6 +36,7 @@ class Offer(NamedTuple):
 
     claim: Claim
     params: dict[str, Any] | Exception  # the error if they could not be sampled
+    recorded: list[dict[str, Any]]  # its epochs on record, with the columns of the table
 
 
 class Claims:
@@ -51,8 +54,11 @@ class Claims:
         strategy: Strategy,
         stop: Stop,
         executor: Executor,
+        rules_out: Callable[[dict[str, Any]], str | None],
     ) -> None:
+        """`rules_out` says why parameters are not worth a first epoch; None if they are."""
         self._config, self._study, self._ledger, self._keeper = config, study, ledger, keeper
+        self._rules_out = rules_out
         self._strategy, self._stop, self._executor = strategy, stop, executor
         self._ahead: Future[Offer | None] | None = None
         self._ask_again = 0.0  # before that time there is nothing to claim
@@ -94,14 +100,24 @@ class Claims:
         return ahead.result() if ahead else None
 
     def _obtain(self, held: Collection[int]) -> Offer | None:
-        claim = self._ledger.claim(held, self._strategy.promotes)
-        if claim is None:
-            return None
-        self._keeper.hold(claim)
-        try:
-            return Offer(claim, self.sample(claim))
-        except Exception as error:  # the trial's own, unless it is the database's: see blame.py
-            return Offer(claim, error)
+        while (claim := self._ledger.claim(held, self._strategy.promotes)) is not None:
+            self._keeper.hold(claim)
+            try:
+                params = self.sample(claim)
+                recorded = self._recorded(claim)
+                reason = None if recorded else self._rules_out(params)
+                if reason is None:
+                    return Offer(claim, params, recorded)
+                self._ledger.finish(claim, Outcome.PRUNED, reason=reason)
+                self._keeper.let_go(claim)
+            except Exception as error:  # the trial's own, unless it is the database's: see blame.py
+                return Offer(claim, error, [])
+        return None
+
+    def _recorded(self, claim: Claim) -> list[dict[str, Any]]:
+        if claim.last_epoch < 0:
+            return []
+        return epochs_of(self._ledger.engine, self._ledger.study_id, claim.trial_number)
 
     @retrying
     def sample(self, claim: Claim) -> dict[str, Any]:

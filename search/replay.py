@@ -32,7 +32,7 @@ class Replayed:
     @property
     def differing(self) -> list[str]:
         """The numbers that are not equal, bit for bit."""
-        return self.again.differing(self.recorded)
+        return [*self.again.differing(self.recorded)]
 
 
 def replay(

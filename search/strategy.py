@@ -22,6 +22,10 @@ class Decision(Enum):
     PAUSED = Outcome.PAUSED.value  # with its checkpoint: it may go on later
     PRUNED = Outcome.PRUNED.value
 
+    def after(self, epochs: int) -> str:
+        """In words, as a reason."""
+        return f"{self.value} after {epochs} epochs"
+
 
 class Strategy(Protocol):
     """A rule by name in the study file."""

@@ -26,7 +26,7 @@ from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, unknown_key
 from storage import ledger, ranks, studies
 from storage.paths import path_to_record
-from trainer.config import TUNABLE, Number, Real, TrainConfig, Whole
+from trainer.config import CHECKPOINT_SECONDS, TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.images import READER
 
 
@@ -68,6 +68,7 @@ class StudySettings(Table):
     first: list[dict[str, Number]] = Field([])  # parameters to begin with; some may be left open
     warm_start: Texts = Field([])  # earlier studies whose best parameters come first
     audit: Real = Field(0.0, ge=0, le=1)  # the share of trials that no strategy stops
+    checkpoint_seconds: Real = Field(CHECKPOINT_SECONDS, ge=0)  # of work that a kill may cost
 
     @field_validator("name")
     @classmethod

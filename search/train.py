@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -65,17 +66,17 @@ def _run(
     results = []
     files = ModelFiles(folder, workspace.dataset)
     with on_signals(stop):
-        for result in train(config, workspace, Checkpoints(folder), interrupt, files.keep):
-            results.append(result)
-            show(result)
-            if not result.finite:
-                # The cause is not in a checkpoint, so it may be unknown here.
-                cause = result.cause or "the log of an earlier start of this run says what it was"
-                raise InputError(
-                    f"the loss is not finite in epoch {result.epoch + 1}: {cause}; give another --run"
-                )
-            if stop.requested:
-                break
+        with closing(train(config, workspace, Checkpoints(folder), interrupt, files.keep)) as training:
+            for result in training:
+                results.append(result)
+                show(result)
+                if not result.finite:
+                    # The cause is not in a checkpoint, so it may be unknown here.
+                    cause = result.cause or "the log of an earlier start of this run says what it was"
+                    what = f"the loss is not finite in epoch {result.epoch + 1}"
+                    raise InputError(f"{what}: {cause}; give another --run")
+                if stop.requested:
+                    break
         if len(results) < config.epochs:
             if stop.end == ExitCode.WALL_TIME and steps and job and job.requeue():
                 log.info("requeued: the job goes on where it stopped")

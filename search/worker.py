@@ -8,8 +8,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,20 @@ from search.trial import Trial
 from storage.database import DATABASE_ERRORS
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
-from storage.outcome import NOTHING_LEFT
+from storage.outcome import NOTHING_LEFT, SPENT, STOPPED, Outcome
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
 from storage.studies import has_only_failed
 from trainer.loop import train_epoch
 from trainer.run import Run
+from trainer.saving import Snapshots
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+# Seconds to wait for decisions about some trials while others are ready: those that go on may share the
+# trunk's work with them. A decision takes a tenth of that.
+PATIENCE = 0.05
 
 
 class Worker:
@@ -51,9 +57,9 @@ class Worker:
         runs: RunFolder,
         wall_end: float | None = None,
         pack: int = 1,
-        executor: Executor | None = None,
+        make_thread: Callable[[str], Executor] = lambda name: ThreadPoolExecutor(1, name),
     ) -> None:
-        """`executor` claims and samples the next trial beside the training."""
+        """`make_thread` makes the threads that work beside the training, by their names."""
         self.study_config, self.study, self.ledger = study_config, study, ledger
         self.workspace, self.runs = workspace, runs
         self.pack = pack  # trials at once; fewer if they turn out not to fit into the memory
@@ -66,11 +72,21 @@ class Worker:
         self.stop = Stop(wall_end, pack, seconds_to_kill())
         self.keeper = LeaseKeeper(ledger)
         self.blame = Blame(ledger, self.stop, study_config.study.max_failures, workspace.device_name)
-        self._executor = executor or ThreadPoolExecutor(1)
+        self.recorder, self.writer = make_thread("recorder"), make_thread("writer")  # see Trial
+        self.snapshots = Snapshots()
+        self._claimer = make_thread("claims")
         self.claims = Claims(
-            study_config, study, ledger, self.keeper, self.strategy, self.stop, self._executor
+            study_config,
+            study,
+            ledger,
+            self.keeper,
+            self.strategy,
+            self.stop,
+            self._claimer,
+            lambda params: self.rules_out(params),
         )
         self.trials: list[Trial] = []  # in training, the newest last
+        self.leaving: list[Trial] = []  # that wait to be saved and released, or ended
         self.epoch_seconds = 0.0  # as last measured in this process
         self.spent = False  # whether the study's GPU-hours were at the last record
 
@@ -84,7 +100,7 @@ class Worker:
         self.ledger.register(gpu=self.workspace.device_name, log=_log_file())
         reason = "an error"
         try:
-            with on_signals(self.stop), self.keeper, self._executor:
+            with on_signals(self.stop), self.keeper, self._threads():
                 self._work()
                 if self.stop.end == ExitCode.DONE:
                     self._sweep()
@@ -108,44 +124,100 @@ class Worker:
         except DATABASE_ERRORS:
             raise
         except KeyboardInterrupt:
+            self._cancel_jobs()
             self._release_all("stopped at once")
             raise
         except Exception:  # whatever ends this worker, its trials are for the next
+            for trial in [*self.trials, *self.leaving]:
+                trial.finish_jobs()
             self._release_all(traceback.format_exc())
             raise
 
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """End the threads with the `with` block."""
+        try:
+            yield
+        finally:
+            self._cancel_jobs()
+            for thread in (self._claimer, self.recorder, self.writer):
+                thread.shutdown(cancel_futures=True)
+
+    def _cancel_jobs(self) -> None:
+        """Let nothing more be recorded or written. Nobody may wait for it from now on."""
+        for thread in (self.recorder, self.writer):
+            thread.shutdown(wait=False, cancel_futures=True)
+
     def fill(self) -> list[Trial]:
-        """Begin trials in the free places. Returns those in training.
+        """Begin trials in the free places. Returns those that can be trained now, maybe after a wait.
 
         If there is no time for another epoch, or if it has to stop, all are given back.
         """
-        while self._may_go_on() and len(self.trials) < self.pack:
+        while True:
+            self._look()
             if self.spent:
                 self.claims.withdraw()
+                self._give_all_back(SPENT)
+                self.spent = False
+            self._begin_new()
+            if self.stop.requested:
+                self._give_all_back(self.stop.reason or "")
+                self._release_all(self.stop.reason or "")
+            awaited = [job for trial in self.trials for job in trial.awaited]
+            if not awaited or wait(awaited, timeout=PATIENCE).not_done:
+                ready = [trial for trial in self.trials if not trial.awaited]
+                if ready or not self.trials:
+                    self.claims.withdraw()
+                    return ready
+                wait(awaited, return_when=FIRST_COMPLETED)
+
+    def _begin_new(self) -> None:
+        while self._may_go_on() and len(self.trials) < self.pack:
             offer = self.claims.next(self._held())
-            if offer is None:
-                break
-            Trial(self, offer.claim).begin(offer.params)
-        if self.stop.requested:
-            for trial in list(self.trials):
-                if trial.is_inside_epoch:
-                    trial.settle(None)
-            self._release_all(self.stop.reason or "")
-        else:
-            self.claims.withdraw()
-        return self.trials
+            if offer is not None:
+                Trial(self, offer).begin()
+            elif self.leaving and not self.trials:  # a study is over only if nobody holds a trial
+                self._finish_leaving()
+            else:
+                return
+            if len(self.leaving) > self.pack:  # the disk is slower than the training
+                self._finish_leaving()
+
+    def _look(self, but: Collection[Trial] = ()) -> None:
+        """Act on what has become of the trials meanwhile, but of those that are being trained."""
+        for trial in [*self.trials, *self.leaving]:
+            if trial not in but:
+                trial.look()
+        self.leaving[:] = [trial for trial in self.leaving if trial.has_jobs]
+
+    def _give_all_back(self, reason: str) -> None:
+        """Save and release the trials, but those that turn out to end."""
+        for trial in list(self.trials):
+            trial.finish_decision()
+        for trial in self.trials:
+            trial.drop_older_snapshot()
+        while self.trials:
+            self.trials[0].give_back(Outcome.RELEASED, reason)
+            self._finish_leaving()  # one by one: their snapshots use the same memory
+        self._finish_leaving()
+
+    def _finish_leaving(self) -> None:
+        while self.leaving:
+            self.leaving[0].finish_jobs()
+            self._look()
 
     def train(self) -> None:
-        """Train the trials for an epoch, and act on what it brings each of them."""
+        """Train the trials that are ready for an epoch, and act on what it brings each of them."""
         if self.stop.leaves_time_for(2 * self.epoch_seconds) and any(
             trial.may_leave for trial in self.trials
         ):
             self.claims.look_ahead(self._held())
         started = time.monotonic()
-        trials = {trial.run: trial for trial in self.trials}
+        trials = {trial.run: trial for trial in self.trials if not trial.awaited}
         for run, outcome in train_epoch(list(trials), self._interrupt):
             trials.pop(run).settle(outcome)
             del run, outcome  # else they would live until the next one comes
+            self._look(but=trials.values())
         self.epoch_seconds = time.monotonic() - started
 
     def _may_go_on(self) -> bool:
@@ -155,22 +227,28 @@ class Worker:
         return not self.stop.requested
 
     def _held(self) -> list[int]:
-        return [trial.claim.trial_id for trial in self.trials]
+        return [trial.claim.trial_id for trial in [*self.trials, *self.leaving]]
 
     def _interrupt(self, run: Run, seconds_left: float) -> bool:
         if not self.made_progress:
             log.info("first optimizer step")  # all that goes before it is over: imports, compilers
             self.blame.made_progress = True
         for trial in self.trials:
-            if trial.run is run and self.keeper.has_lost(trial.claim):
-                raise LeaseLost(f"trial {trial.claim.trial_number} is held by another worker now")
-        return self.stop.cuts_epoch(seconds_left)
+            if trial.run is run:
+                trial.raise_errors()
+                if self.keeper.has_lost(trial.claim):
+                    raise LeaseLost(f"trial {trial.claim.trial_number} is held by another worker now")
+        # It has just been recorded that no further epoch is wanted: this one has hardly begun.
+        is_unwanted = self.spent or self.stop.reason == STOPPED
+        return is_unwanted or self.stop.cuts_epoch(seconds_left)
 
     def _release_all(self, reason: str) -> None:
+        """Give back what is still held, as it was last saved."""
         self.claims.finish_claiming()
         for claim in self.keeper.held():
             self.ledger.release(claim, reason=reason)
         self.trials.clear()
+        self.leaving.clear()
 
     def _sweep(self) -> None:
         """Remove leftover checkpoints, now that no work is left.

@@ -188,6 +188,8 @@ def hold_files() -> Iterator[Callable[[], None]]:
         for digest in matching("runs/*/trial-*/*.sha256"):
             hold(digest.with_suffix(""))
             hold(digest)
+        for path in matching("runs/*/trial-*/*.npz"):  # those that the checkpoints name, and maybe newer
+            hold(path)
         hold_results()
         yield hold_results
     finally:

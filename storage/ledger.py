@@ -173,7 +173,7 @@ class Ledger:
             study = session.get(Study, self.study_id, with_for_update=True)
             if study is None or self._stop_reason(session) is not None:
                 return None
-            queue = TrialQueue(session, study, self.worker_id, host(), liveness)
+            queue = TrialQueue(session, study, self.worker_id, host(), liveness, self.lease_seconds)
             spent = self._is_spent(session)
             if spent:
                 close_the_dead(session, self.study_id, liveness, self.worker_id, held)
@@ -189,6 +189,7 @@ class Ledger:
                     or take_first(queue.enqueued())
                     or take_first(queue.promoted(promotes))
                     or take_first(self._new_trials(session, queue))
+                    or take_first(queue.interrupted(prefers_another=True))
                     # Late, so that a host on which everything fails tries different trials first.
                     or take_first(queue.failed())
                     or take_first(queue.rest_of_paused(is_over))
@@ -316,13 +317,10 @@ class Ledger:
         )
 
     @retrying
-    def stream_epochs(self, claim: Claim) -> list[int]:
-        """The stream's epochs that the trial has trained on, by its epochs on record."""
-        if claim.last_epoch < 0:
-            return []
-        query = sa.select(Epoch.stream_epoch).where(Epoch.trial_id == claim.trial_id)
-        with recording.autocommitting(self.engine) as connection:
-            return list(connection.scalars(query.order_by(Epoch.epoch)))
+    def mark(self, claim: Claim, epoch: int, difference: Mapping[str, float | None]) -> None:
+        """Note by how much an epoch differs now that it was trained again. Raises LeaseLost."""
+        again = json.dumps({"attempt": claim.attempt, **difference})
+        self._renew(claim, recording.MARK, epoch=epoch, again=again)
 
     @retrying
     def rank(self, epoch: int, value: float) -> Rank:

@@ -1,4 +1,4 @@
-"""The SQL statement that renews a lease and records an epoch, in one round trip."""
+"""The SQL statements that renew a lease and record or mark an epoch, in one round trip."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +32,16 @@ FROM held
 """
 RENEW = sa.text(f"WITH {_RENEWAL} {_ANSWER}")
 
+MARK = sa.text(f"""
+WITH {_RENEWAL}, marked AS (
+    UPDATE atelier.epoch SET again = CAST(:again AS jsonb)
+    FROM held WHERE epoch.trial_id = held.trial_id AND epoch.epoch = :epoch
+)
+{_ANSWER}
+""")
+
 # All columns of the table, so that a new metric is added only there.
-_COLUMNS = [column for column in Epoch.__table__.columns if column.name != "recorded"]
+_COLUMNS = [column for column in Epoch.__table__.columns if column.name not in ("recorded", "again")]
 RECORD = sa.text(f"""
 WITH {_RENEWAL}, epoch_entry AS (
     INSERT INTO atelier.epoch (recorded, {", ".join(column.name for column in _COLUMNS)})

@@ -73,6 +73,7 @@ class TrialRow:
     renewed: float | None = None  # seconds since the holder last renewed its lease
     reason: str | None = None  # of the last attempt's end
     audit: str | None = None  # what would have happened to it without the audit
+    differing: int = 0  # epochs that gave other numbers when they were trained again
 
     @property
     def resumed(self) -> bool:
@@ -264,6 +265,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             Epoch.trial_id,
             sa.func.max(Epoch.epoch).label("last"),
             sa.func.sum(Epoch.seconds).label("seconds"),
+            sa.func.count(Epoch.again).label("differing"),
         )
         .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
         .where(TrialModel.study_id == study_id)
@@ -284,6 +286,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             TrialValueModel.value,
             epochs.c.last,
             epochs.c.seconds,
+            epochs.c.differing,
             Epoch.val_accuracy,
             Attempt.number.label("attempts"),
             HELD.label("held"),
@@ -353,6 +356,7 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> T
         renewed=float(row.age) if held else None,
         reason=row.reason,
         audit=audit,
+        differing=row.differing or 0,
     )
 
 
@@ -376,6 +380,17 @@ def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
         value = distribution.to_external_repr(row.param_value)
         params.setdefault(row.trial_id, {})[row.param_name] = value
     return params
+
+
+def difference_line(trials: list[TrialRow]) -> str:
+    """Which of the trials have epochs that differ from their record. Empty if none have."""
+    numbers = [str(row.number) for row in trials if row.differing]
+    if not numbers:
+        return ""
+    return (
+        f"trained again after an interruption, epochs of trial {', '.join(numbers)} gave other numbers, "
+        "as on another kind of machine; the first record counts"
+    )
 
 
 def parameter_names(trials: list[TrialRow]) -> list[str]:

@@ -133,3 +133,5 @@ class Epoch(Base):
     seconds: Mapped[float]
     images: Mapped[int]
     peak_memory: Mapped[float]  # bytes
+    # If another attempt trained it again with other numbers: that attempt, and by how much they differ.
+    again: Mapped[dict[str, Any] | None]

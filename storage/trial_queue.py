@@ -32,10 +32,25 @@ GROUP BY trial_id
 """
 # Trials that may wait for a worker; this worker's own come first, from a claim whose reply was lost.
 # `Ledger.claim` checks each holder again under a lock. This query only skips trials surely in work.
+# A trial prefers the kind of device that it was last on: there its numbers stay the same. It does so for
+# a lease after it was released, or after its holder's lease has ended.
 UNFINISHED_TRIALS = f"""
-SELECT trials.trial_id
+SELECT
+    trials.trial_id,
+    coalesce(
+        latest.gpu IS DISTINCT FROM (SELECT gpu FROM atelier.worker WHERE id = :worker_id)
+            AND {NOW} < latest.ended + make_interval(secs => :lease_seconds),
+        false
+    ) AS prefers_another
 FROM trials
 LEFT JOIN atelier.attempt ON attempt.trial_id = trials.trial_id AND attempt.released IS NULL
+LEFT JOIN LATERAL (
+    SELECT worker.gpu, coalesce(past.released, past.lease_until) AS ended
+    FROM atelier.attempt AS past JOIN atelier.worker ON worker.id = past.worker_id
+    WHERE past.trial_id = trials.trial_id
+    ORDER BY past.number DESC
+    LIMIT 1
+) AS latest ON true
 WHERE trials.study_id = :study_id AND trials.state = 'RUNNING'
     AND trials.trial_id NOT IN ({PAUSED_TRIALS})
     AND (
@@ -68,23 +83,33 @@ class TrialQueue:
         worker_id: str | None,
         host: str,
         liveness: Liveness,
+        lease_seconds: float,
     ) -> None:
-        self._session, self._study = session, study
+        self._session, self._study, self._lease_seconds = session, study, lease_seconds
         self._worker_id, self._host, self._liveness = worker_id, host, liveness
 
     @cached_property
-    def unfinished(self) -> list[int]:
-        """Trials that were begun, are not paused, and seem to have no holder."""
+    def unfinished(self) -> dict[int, bool]:
+        """Trials that were begun, are not paused, and seem to have no holder.
+
+        Each with whether it prefers another kind of device than this worker's, for now.
+        """
         parameters = {
             "study_id": self._study.study_id,
             "worker_id": self._worker_id,
             "gone_workers": [worker for worker, alive in self._liveness.items() if not alive],
+            "lease_seconds": self._lease_seconds,
         }
-        return list(self._session.scalars(sa.text(UNFINISHED_TRIALS), parameters))
+        rows = self._session.execute(sa.text(UNFINISHED_TRIALS), parameters)
+        return {trial_id: prefers_another for trial_id, prefers_another in rows}
 
-    def interrupted(self) -> list[int]:
-        """Unfinished trials that have not failed."""
-        return [trial_id for trial_id in self.unfinished if trial_id not in self._failures]
+    def interrupted(self, prefers_another: bool = False) -> list[int]:
+        """Unfinished trials that have not failed, and may go on here, or prefer another device."""
+        return [
+            trial_id
+            for trial_id, prefers in self.unfinished.items()
+            if prefers == prefers_another and trial_id not in self._failures
+        ]
 
     def enqueued(self) -> list[int]:
         """Trials that a user enqueued, if the budget has a place for one."""

@@ -78,4 +78,5 @@ class TrainConfig(BaseModel):
         return self
 
 
+CHECKPOINT_SECONDS = 20.0  # of work that may be unsaved, where epochs are shorter
 TUNABLE = ("lr", "batch_size", "weight_decay", "dropout", "epsilon")

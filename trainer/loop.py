@@ -1,24 +1,25 @@
 """The training loop: passes of one or more runs over the stream of images, an epoch each.
 
-`train` yields one EpochResult per epoch of a run. Its consumer decides after each epoch whether to go
-on. The epoch's checkpoint is on disk by then. `train_epoch` trains several runs side by side. They
-share the stream and the trunk's work, and each gets the numbers that it would get alone. The loop knows
-nothing of trials, databases or clusters.
+`train` yields one EpochResult per epoch of a run, and saves the run beside that. `train_epoch` trains
+several runs side by side. They share the stream and the trunk's work, and each gets the numbers that it
+would get alone. The loop knows nothing of trials, databases or clusters.
 """
 
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from trainer.checkpoint import Checkpoints
-from trainer.config import TrainConfig
+from trainer.config import CHECKPOINT_SECONDS, TrainConfig
 from trainer.device import is_out_of_memory, release_memory
 from trainer.metrics import EpochResult
 from trainer.pace import Pace
 from trainer.run import Run
+from trainer.saving import Saver, Write
 from trainer.workspace import Workspace
 
 Interrupt = Callable[[Run, float], bool]  # see `train_epoch`
+Keep = Callable[[Run, EpochResult], Write | None]  # what to write of a run after an epoch
 # What an epoch has brought a run: its result, None if it was interrupted, or an error.
 EpochOutcome = EpochResult | Exception | None
 
@@ -28,10 +29,11 @@ def train(
     workspace: Workspace,
     checkpoints: Checkpoints | None = None,
     interrupt: Interrupt = lambda *_: False,
-    keep: Callable[[Run, EpochResult], None] = lambda *_: None,
+    keep: Keep = lambda *_: None,
     stream_epochs: Sequence[int] = (),
-) -> Iterator[EpochResult]:
-    """Train a run to its end and yield every epoch's result. Raises CheckpointError.
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Generator[EpochResult]:
+    """Train a run to its end and yield every epoch's result. Raises CheckpointError, OSError.
 
     With `checkpoints` the run goes on from the latest. It first yields the epochs in that checkpoint,
     so the consumer sees the whole curve. The curve is the same, bit for bit, as without an
@@ -39,22 +41,22 @@ def train(
 
     - `interrupt` is that of `train_epoch`. Once it returns True, the iteration ends with a checkpoint
       in the middle of the epoch.
-    - `keep` is called with every new result, before its checkpoint is written. So what it keeps is never
-      older than the checkpoint.
+    - `keep` is asked about every new result. What it writes is never older than the checkpoint.
     - `stream_epochs` are the epochs of the stream to go through, for a run that began in a pack.
+    - At most `checkpoint_seconds` of work are unsaved, or one epoch. Close the iterator when you leave
+      it early, to save the rest.
     """
     run = Run(config, workspace, checkpoints, stream_epochs)
     yield from list(run.history)
-    while len(run.history) < config.epochs:
-        [(_, outcome)] = train_epoch([run], interrupt)
-        if isinstance(outcome, Exception):
-            raise outcome
-        if outcome is not None:
-            keep(run, outcome)
-        run.save()
-        if outcome is None:
-            return
-        yield outcome
+    with Saver(run, checkpoints, checkpoint_seconds) as saver:
+        while len(run.history) < config.epochs:
+            [(_, outcome)] = train_epoch([run], interrupt)
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is None:
+                break
+            saver.end_epoch(keep(run, outcome))
+            yield outcome
 
 
 def train_epoch(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -55,9 +56,16 @@ class EpochResult:
         """The fields that the table `epoch` and a checkpoint store."""
         return {name: getattr(self, name) for name in COLUMNS}
 
-    def differing(self, recorded: Mapping[str, Any]) -> list[str]:
-        """The REPEATABLE columns that are not equal to those on record, bit for bit."""
-        return [name for name in REPEATABLE if not _equal(recorded[name], getattr(self, name))]
+    def differing(self, recorded: Mapping[str, Any]) -> dict[str, float | None]:
+        """The REPEATABLE columns that are not equal to those on record, bit for bit.
+
+        Each with its distance: of several numbers the largest, and None if one is not finite.
+        """
+        return {
+            name: _distance(recorded[name], getattr(self, name))
+            for name in REPEATABLE
+            if not _equal(recorded[name], getattr(self, name))
+        }
 
 
 COLUMNS = tuple(
@@ -77,10 +85,23 @@ def _equal(recorded: Any, again: Any) -> bool:
     return bool(recorded == again) or (math.isnan(recorded) and math.isnan(again))
 
 
+def _distance(recorded: Any, again: Any) -> float | None:
+    pairs = zip(recorded, again, strict=False) if isinstance(recorded, list) else [(recorded, again)]
+    largest = max((abs(float(one) - float(other)) for one, other in pairs), default=math.nan)
+    return largest if math.isfinite(largest) else None
+
+
 def validation_metrics(
-    loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
+    loss: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    sizes: tuple[int, ...],
+    attempt: int = 0,
 ) -> dict[str, Any]:
-    """The fields of an EpochResult that are measured on the validation images."""
+    """The fields of an EpochResult that are measured on the validation images.
+
+    `attempt` goes with the predictions: which one at the run this is.
+    """
     classes, log_probs = _predict(logits, targets, sizes)
     right = classes == targets
     category = right.double().mean(0)
@@ -95,6 +116,7 @@ def validation_metrics(
             targets.byte().cpu().numpy(),
             classes.byte().unsqueeze(0).cpu().numpy(),
             log_probs.half().unsqueeze(0).cpu().numpy(),
+            np.array([attempt], np.int32),
         ),
     }
 

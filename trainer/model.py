@@ -102,11 +102,13 @@ class Backbone:
 
 def saved_names(trunk: nn.Module, tail: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of both, by their names in a run's files. They are not copied."""
-    return {
-        f"{part}.{name}": tensor
-        for part, module in (("trunk", trunk), ("tail", tail))
-        for name, tensor in module.state_dict(keep_vars=True).items()
-    }
+    return as_saved(trunk.state_dict(keep_vars=True), tail.state_dict(keep_vars=True))
+
+
+def as_saved(trunk: Tensors, tail: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of two state dicts, by their names in a run's files."""
+    parts = (("trunk", trunk), ("tail", tail))
+    return {f"{part}.{name}": tensor for part, state in parts for name, tensor in state.items()}
 
 
 def fold_batchnorm(trunk: nn.Module, size: int) -> nn.Module:

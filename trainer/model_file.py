@@ -11,15 +11,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import nn
 
+from trainer.checkpoint import State
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
 from trainer.images import READER
 from trainer.kind import SAFETENSORS, kind_of
 from trainer.metrics import EpochResult
-from trainer.model import ModelError, make_head, saved_names
+from trainer.model import ModelError, as_saved, make_head, saved_names
 from trainer.run import Run
 from trainer.runtime import Runtime
+from trainer.saving import Snapshot, Write
 from trainer.stream import BLOCK, prepared_images, read_images
 from trainer.torch_file import reason, said
 from trainer.weights import KEY, not_finite
@@ -51,26 +53,31 @@ class Description(BaseModel):
 class ModelFiles:
     """best.safetensors and last.safetensors of a run, in its folder.
 
-    Give `keep` to trainer.loop.train, which calls it before the epoch's checkpoint is written. The best
-    epoch has the highest average per-class accuracy. A run without validation has only last.safetensors.
+    Give `keep` to trainer.loop.train, which asks it after each epoch. The best epoch has the highest
+    average per-class accuracy. A run without validation has only last.safetensors.
     """
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self._folder, self._dataset = folder, dataset
 
-    def keep(self, run: Run, result: EpochResult) -> None:
-        """Write the files that this epoch changes. A network that has diverged changes none."""
+    def keep(self, run: Run, result: EpochResult) -> Write | None:
+        """What writes the files that this epoch changes. A network that has diverged changes none."""
         if not result.finite:
-            return
+            return None
         earlier = [past.val_accuracy for past in run.history if past.epoch < result.epoch]
         is_best = result.validated and result.val_accuracy > max(earlier, default=-1.0)
         is_changed = {"best": is_best, "last": result.epoch + 1 == run.config.epochs}
-        for name in (name for name, changed in is_changed.items() if changed):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            data = self._bytes(run, result)
-            write_atomically(self._folder / f"{name}.safetensors", data)
+        names = [name for name, changed in is_changed.items() if changed]
 
-    def _bytes(self, run: Run, result: EpochResult) -> bytes:
+        def write(snapshot: Snapshot) -> None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            data = self._bytes(run, snapshot.state, result)
+            for name in names:
+                write_atomically(self._folder / f"{name}.safetensors", data)
+
+        return write if names else None
+
+    def _bytes(self, run: Run, state: State, result: EpochResult) -> bytes:
         description = Description(
             config=run.config,
             epoch=result.epoch,
@@ -80,9 +87,10 @@ class ModelFiles:
             sizes=list(self._dataset.sizes),
             reader=READER,
         )
-        names = saved_names(run.trunk, run.tail)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in names.items()}
-        return safetensors.torch.save(state, {KEY: json.dumps(description.model_dump())})
+        trunk = state["trunk"] or run.trunk.state_dict()  # which is the run's own, or never changes
+        named = as_saved(trunk, state["tail"])
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+        return safetensors.torch.save(tensors, {KEY: json.dumps(description.model_dump())})
 
 
 class SavedModel:

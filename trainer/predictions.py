@@ -25,17 +25,29 @@ class Predictions:
     labels: np.ndarray  # uint8 [images, categories], the true index inside each category
     classes: np.ndarray  # uint8 [epochs, images, categories], the predicted index
     log_probs: np.ndarray  # float16 [epochs, images, categories], ln of the true index's probability
+    attempts: np.ndarray  # int32 [epochs], the attempt at the trial that trained the epoch; 0 if unknown
 
     @classmethod
     def join(cls, parts: "Sequence[Predictions]") -> "Predictions":
         """Join the epochs of all parts, in their order."""
-        classes = np.concatenate([part.classes for part in parts])
-        return cls(parts[0].labels, classes, np.concatenate([part.log_probs for part in parts]))
+        joined = zip(*(part._by_epoch for part in parts), strict=True)
+        return cls(parts[0].labels, *map(np.concatenate, joined))
+
+    def split(self) -> "list[Predictions]":
+        """The predictions of each epoch."""
+        return [
+            Predictions(self.labels, *(array[epoch : epoch + 1] for array in self._by_epoch))
+            for epoch in range(len(self.classes))
+        ]
+
+    @property
+    def _by_epoch(self) -> tuple[np.ndarray, ...]:
+        return self.classes, self.log_probs, self.attempts
 
     def save(self, path: Path) -> None:
         """Write an .npz file, and make its folder if needed. Raises OSError."""
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, labels=self.labels, classes=self.classes, log_probs=self.log_probs)
+        np.savez_compressed(buffer, **vars(self))
         path.parent.mkdir(parents=True, exist_ok=True)
         with buffer.getbuffer() as view:
             write_atomically(path, view)
@@ -55,7 +67,10 @@ class Predictions:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes")
         with np.load(file) as arrays:
-            predictions = cls(arrays["labels"], arrays["classes"], arrays["log_probs"])
+            classes = arrays["classes"]
+            # Earlier versions did not say which attempt it was.
+            attempts = arrays.get("attempts", np.zeros(len(classes), np.int32))
+            predictions = cls(arrays["labels"], classes, arrays["log_probs"], attempts)
         if not predictions.is_valid:
             raise ValueError("other dtypes or shapes")
         return predictions
@@ -63,12 +78,14 @@ class Predictions:
     @property
     def is_valid(self) -> bool:
         """Whether dtypes and shapes are as stated above, with at least one epoch and one image."""
-        arrays = (self.labels, self.classes, self.log_probs)
+        arrays = (self.labels, *self._by_epoch)
         return (
-            [getattr(array, "dtype", None) for array in arrays] == [np.uint8, np.uint8, np.float16]
+            [getattr(array, "dtype", None) for array in arrays]
+            == [np.uint8, np.uint8, np.float16, np.int32]
             and self.labels.ndim == 2
             and self.classes.ndim == 3
             and self.classes.size > 0
             and self.classes.shape == self.log_probs.shape
             and self.classes.shape[1:] == self.labels.shape
+            and self.attempts.shape == self.classes.shape[:1]
         )

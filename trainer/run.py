@@ -18,7 +18,6 @@ from trainer.images import READER
 from trainer.loss import AttributeLoss, class_weights
 from trainer.metrics import EpochResult, per_class_accuracy, validation_metrics
 from trainer.model import make_head
-from trainer.predictions import Predictions
 from trainer.stream import BLOCK
 from trainer.torch_file import reason
 from trainer.workspace import Block, Workspace
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 MOVABLE = ("data", "weights")
 # Settings that may differ between a run and the workspace of its process.
 PER_RUN = ("seed", *TUNABLE)
-FORMAT = 3  # of `Run.state`
+FORMAT = 4  # of `Run.state`
 
 
 def learning_rate(position: float, config: TrainConfig) -> float:
@@ -124,11 +123,6 @@ class Run:
             epochs.append(state["stream_epoch"])
         return all(a == b for a, b in zip(epochs, self._stream_epochs, strict=False))
 
-    def save(self) -> None:
-        """Write a checkpoint, if the run has a folder for them."""
-        if self._checkpoints:
-            self._checkpoints.save(len(self.history), self.step, self.state())
-
     def _make_tail(self) -> nn.Sequential:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed)
@@ -168,6 +162,11 @@ class Run:
     @property
     def _new_stream_epoch(self) -> int:
         return self.history[-1].stream_epoch + 1 if self.history else 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How many epochs and steps the run has done."""
+        return len(self.history), self.step
 
     @property
     def _steps_done(self) -> int:
@@ -234,7 +233,8 @@ class Run:
         val_loss, val_logits = validated or (None, None)
         measured = {}
         if val_loss is not None and val_logits is not None:
-            measured = validation_metrics(val_loss, val_logits, workspace.val_labels, sizes)
+            attempt = self._checkpoints.attempt if self._checkpoints else 0
+            measured = validation_metrics(val_loss, val_logits, workspace.val_labels, sizes, attempt)
         order = workspace.stream.order(self.config.seed, self.stream_epoch)
         result = EpochResult(
             epoch=len(self.history),
@@ -278,7 +278,10 @@ class Run:
             return torch.cat([self.workspace.runtime.logits(self.tail, part) for part in parts])
 
     def state(self) -> State:
-        """Everything that the next epoch depends on, as plain tensors, numbers and strings."""
+        """Everything that the next epoch depends on, as plain tensors, numbers and strings.
+
+        Only `predictions` has other objects, which never change: those of each validated epoch.
+        """
         return {
             "format": FORMAT,
             "reader": READER,
@@ -291,7 +294,7 @@ class Run:
             "stream_epoch": self.stream_epoch,
             "partial": vars(self.partial),
             "history": [result.columns() for result in self.history],
-            "predictions": [_tensors(result.predictions) for result in self.history],
+            "predictions": [result.predictions for result in self.history if result.predictions],
         }
 
     def load(self, state: State) -> None:
@@ -318,8 +321,9 @@ class Run:
             logits=[part.to(self.device) for part in state["partial"]["logits"]],
             seconds=state["partial"]["seconds"],
         )
-        kept = zip(state["history"], state["predictions"], strict=True)
-        self.history = [EpochResult(**values, predictions=_arrays(part)) for values, part in kept]
+        predictions = state["predictions"] or [None] * len(state["history"])
+        kept = zip(state["history"], predictions, strict=True)
+        self.history = [EpochResult(**values, predictions=part) for values, part in kept]
 
     def _check_config(self, saved: dict[str, object]) -> None:
         settings = self.config.model_dump()
@@ -329,17 +333,6 @@ class Run:
                     f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
                     f"{settings[key]!r}; use the same configuration, or another run folder"
                 )
-
-
-def _tensors(predictions: Predictions | None) -> dict[str, torch.Tensor]:
-    """Predictions as tensors for a checkpoint, because `weights_only` allows no NumPy arrays."""
-    arrays = vars(predictions) if predictions else {}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _arrays(tensors: dict[str, torch.Tensor]) -> Predictions | None:
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    return Predictions(**arrays) if arrays else None
 
 
 @dataclass

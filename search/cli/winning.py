@@ -35,6 +35,7 @@ from search.export import (
     check_overwritable,
     choose,
     export_trial,
+    find_trial,
     in_words,
     known_accuracy,
     load_bundle,
@@ -43,7 +44,7 @@ from search.slurm.script import log_folder, run_script
 from search.slurm.submit import submit_run
 from storage.ownership import with_users_umask
 from storage.paths import home
-from storage.status import State, read_status
+from storage.status import State, difference_line, read_status
 from storage.studies import StudyEntry, job_in_words, split_job
 from trainer.config import TrainConfig
 
@@ -84,6 +85,8 @@ def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output:
     value = f"score {row.value:.4f}" if row.state == State.COMPLETE else row.state
     warning = "warning: " if choice.standing == "unconfirmed" else ""
     say(f"{warning}trial {row.number} ({value}) is {choice.words}")
+    if line := difference_line([row]):
+        say(f"note: {line}")
     if accuracy:
         say(f"its average per-class accuracy is {in_words(accuracy)}")
     elif row.state == State.COMPLETE:
@@ -190,6 +193,9 @@ def replay(
 
     differing, epochs = training.replay(engine, entry, config, trial)
     if differing:
+        row = find_trial(read_status(engine, entry.study_id, entry.name), trial)
+        if line := difference_line([row]):
+            say(f"note: {line}")
         say(
             f"{differing} of {epochs} epochs differ; the same machine, with as many threads "
             "(OMP_NUM_THREADS), gives the same"

@@ -19,7 +19,7 @@ from search.confirm.intervals import (
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
 from storage.paths import RunFolder
-from storage.status import State, Status, TrialRow, read_status
+from storage.status import State, Status, TrialRow, difference_line, read_status
 from storage.studies import StudyEntry, study_entry
 from trainer.predictions import Predictions
 
@@ -61,6 +61,7 @@ class Confirmation:
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
+    difference: str  # which reruns have epochs that differ from their record, in words; empty for none
 
     @property
     def finished(self) -> bool:
@@ -138,6 +139,7 @@ def read_confirmation(
         candidates=candidates,
         optimism=_optimism(search, predicted, numbers[0], evidence),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
+        difference=difference_line(status.trials),
     )
 
 

@@ -54,6 +54,8 @@ def verdict(confirmation: Confirmation) -> list[str]:
             f"trials {numbers} of the search have come in front since; to confirm them, first delete "
             f"{confirmation.linked!r} in the dashboard"
         )
+    if confirmation.difference:
+        lines.append(f"{confirmation.linked}: {confirmation.difference}")
     return lines
 
 

@@ -73,12 +73,12 @@ def the_budget_of_trials_is_used_up(evidence: Evidence) -> Found:
 
 
 def the_budget_of_gpu_hours_is_kept(evidence: Evidence) -> Found:
-    """Once it is spent, an attempt records at most the epoch that it is in."""
+    """Once it is spent, an attempt records that epoch, and one that was trained before it was told."""
     told = _told_at(evidence)
     for trial in evidence.trials:
         late = Counter(row.attempt for row in trial.epochs if told and row.recorded >= told)
         for attempt, epochs in late.items():
-            if epochs > 1:
+            if epochs > 2:
                 yield trial.number, f"was trained {epochs} epochs after the end, by attempt {attempt}"
 
 

@@ -328,7 +328,7 @@ def _checkpoint() -> bytes:
     import torch
 
     buffer = io.BytesIO()
-    state = {"format": 3, "tail": {"weight": torch.zeros(2, 3)}, "history": [{"epoch": 0}], "step": 1}
+    state = {"format": 4, "tail": {"weight": torch.zeros(2, 3)}, "history": [{"epoch": 0}], "step": 1}
     torch.save(state, buffer)
     return buffer.getvalue()
 
@@ -403,7 +403,7 @@ def _backups() -> Iterable[bytes]:
     manifest = {
         "format": 1,
         "created": "2026-01-01T00:00:00+00:00",
-        "schema_revision": "0005",
+        "schema_revision": "0006",
         "optuna": "5.0.0",
         "columns": {"studies": ["study_id", "study_name"]},
         "members": {

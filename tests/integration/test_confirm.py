@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def turn_wrong(*paths):
         predictions = Predictions.load(path)
         wrong = np.where(predictions.labels == 0, 1, 0).astype(np.uint8)
         classes = np.broadcast_to(wrong, predictions.classes.shape)
-        Predictions(predictions.labels, classes, predictions.log_probs).save(path)
+        replace(predictions, classes=classes).save(path)
 
 
 def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirmed, engine, tmp_path):

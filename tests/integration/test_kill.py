@@ -1,6 +1,7 @@
 """A worker killed in the middle of an epoch costs at most that epoch, and no bit of the curve."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ COLUMNS = [
 def study_file(tmp_path, study_text):
     """Writes a study of one trial, the same under any name, and slow enough to hit."""
 
-    def write(name):
+    def write(name, seconds=20):
         text = study_text.replace('"tiny"', f'"{name}"').replace("max_trials = 2", "max_trials = 1")
+        text = text.replace("[space]", f"checkpoint_seconds = {seconds}\n[space]")
         text = text.replace("{ low = 1e-3, high = 2e-3, log = true }", "[1e-3]")
         text = text.replace("[32, 64]", "[32]").replace("image_size = 32", "image_size = 96")
         (tmp_path / f"{name}.toml").write_text(text)
@@ -46,14 +48,14 @@ def environment(engine, tmp_path):
 @pytest.fixture
 def start(study_file, environment, start_process):
     """Starts `atelier worker` in a process of its own, slowly: a kill meets an epoch before it ends."""
-    return lambda name: start_process(work_slowly, [study_file(name)], environment)
+    return lambda *study: start_process(work_slowly, [study_file(*study)], environment)
 
 
 def work_slowly(arguments):
     train_step = Run.train_step
 
     def slow_step(*details):
-        time.sleep(0.2)
+        time.sleep(0.15)
         train_step(*details)
 
     Run.train_step = slow_step
@@ -78,7 +80,9 @@ def wait_for(condition, ended, log):
         time.sleep(0.02)
 
 
-def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
+# Where each epoch is saved, and where none is. Killed inside the epoch after so many.
+@pytest.mark.parametrize(("seconds", "kills"), [(0, (1, 2, 2)), (1e6, (2,))])
+def test_a_trial_that_was_killed_equals_one_that_was_not(engine, start, seconds, kills):
     def attempts():
         return len(rows(engine, Attempt.__table__.c.number))
 
@@ -87,9 +91,8 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
 
     whole = start("whole")
     assert end_of(whole) == 0, whole.output.read_text()
-    # Killed inside epoch 1, then twice inside epoch 2.
-    for number, recorded in enumerate((1, 2, 2), 1):
-        worker = start("killed")
+    for number, recorded in enumerate(kills, 1):
+        worker = start("killed", seconds)
         there = (number, recorded)
         wait_for(
             lambda there=there: (attempts(), epochs()) == there,
@@ -100,13 +103,15 @@ def test_a_trial_killed_three_times_equals_one_that_was_not(engine, start):
         assert epochs() == recorded
         worker.kill()
         assert end_of(worker) == -signal.SIGKILL
-    last = start("killed")
+    last = start("killed", seconds)
     assert end_of(last) == 0, last.output.read_text()
+    again = re.findall("epoch . was trained again, and equals its record", last.output.read_text())
+    assert len(again) == 2 if seconds else len(again) <= 1  # it may be killed before it has saved
 
     assert rows(engine, *COLUMNS) == rows(engine, *COLUMNS, study="whole")
     assert len(rows(engine, *COLUMNS)) == 3
     history = rows(engine, Attempt.__table__.c.number, Attempt.__table__.c.outcome)
-    assert history == [(1, "lost"), (2, "lost"), (3, "lost"), (4, "complete")]
+    assert [outcome for _, outcome in history] == ["lost"] * len(kills) + ["complete"]
     storage = optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False))
     trials = {
         name: optuna.load_study(study_name=name, storage=storage).trials for name in ("whole", "killed")

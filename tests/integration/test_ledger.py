@@ -76,9 +76,9 @@ def make_study(engine, max_trials=3, name="s", **values):
     return study
 
 
-def make_worker(engine, study, **options):
+def make_worker(engine, study, gpu=None, **options):
     worker = Ledger(engine, optuna_tables.optuna_storage(engine), study._study_id, **options)
-    worker.register()
+    worker.register(gpu=gpu)
     return worker
 
 
@@ -150,6 +150,23 @@ def test_a_released_trial_is_claimed_again_before_a_new_one(engine):
     again = second.claim()
     assert (again.trial_number, again.attempt, again.last_epoch) == (0, 2, 0)
     assert first.claim().trial_number == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "minutes", "number"),
+    [("H100", 0, 0), ("A100", 0, 1), (None, 0, 1), ("A100", 3, 0)],
+)
+def test_an_interrupted_trial_prefers_its_kind_of_device_for_one_lease(engine, gpu, minutes, number):
+    study = make_study(engine, max_trials=2)
+    first, second = make_worker(engine, study, "H100"), make_worker(engine, study, gpu)
+    first.release(first.claim())
+    ago = timedelta(minutes=minutes)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Attempt).values(released=Attempt.released - ago))
+    claim = second.claim()
+    assert claim.trial_number == number
+    other = second.claim(held=[claim.trial_id])  # nobody waits for the other kind
+    assert {claim.trial_number, other.trial_number} == {0, 1}
 
 
 def test_a_worker_that_was_replaced_can_write_nothing(engine):

@@ -11,6 +11,7 @@ from trainer.feature_places import Places
 from trainer.loop import train, train_epoch
 from trainer.pack import pack_that_fits
 from trainer.run import Run
+from trainer.saving import Snapshots
 from trainer.workspace import Workspace
 
 SETTINGS = [
@@ -106,8 +107,8 @@ def test_a_pack_that_was_interrupted_anywhere_goes_on_as_if_it_had_not(steps, co
     counter = itertools.count(1)
     outcomes = dict(train_epoch(runs, lambda *_: next(counter) == steps))
     assert set(outcomes.values()) == {None}
-    for run in runs:
-        run.save()
+    for run, place in zip(runs, places, strict=True):
+        Snapshots().take(run).save(place)
     # Two go on together; the third alone, elsewhere.
     first, second, third = (Run(*one) for one in zip(chosen, [shared] * 3, places, strict=True))
     go_round([first, second])

@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -76,8 +77,9 @@ def interrupted_runs(cache, tmp_path_factory):
     def run(config, epochs):
         if epochs not in known:
             known[epochs] = tmp_path_factory.mktemp("interrupted")
-            results = train(config, Workspace(config, cache), Checkpoints(known[epochs]))
-            assert len(list(itertools.islice(results, epochs))) == epochs
+            places = Workspace(config, cache), Checkpoints(known[epochs])
+            with closing(train(config, *places, checkpoint_seconds=0)) as results:
+                assert len(list(itertools.islice(results, epochs))) == epochs
         return known[epochs]
 
     return run
@@ -434,7 +436,7 @@ def test_a_file_that_is_no_model(tmp_path, demo):
 
 def test_a_checkpoint_of_another_version(tiny, workspace):
     run = Run(tiny, workspace)
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 3"):
+    with pytest.raises(CheckpointError, match="has format 2, this version reads 4"):
         run.load(run.state() | {"format": 2})
     with pytest.raises(CheckpointError, match="with version 1 of the reader of images, this is 2"):
         run.load({key: value for key, value in run.state().items() if key != "reader"})
@@ -444,7 +446,8 @@ def test_a_checkpoint_of_another_version(tiny, workspace):
 def test_damaged_predictions_are_told(tmp_path, damage):
     labels = np.zeros((9, 2), dtype=np.uint8)
     path = tmp_path / "p.npz"
-    Predictions(labels, labels[np.newaxis], labels[np.newaxis].astype(np.float16)).save(path)
+    classes = labels[np.newaxis]
+    Predictions(labels, classes, classes.astype(np.float16), np.zeros(1, np.int32)).save(path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"predictions|pickle"):
         Predictions.load(path)
