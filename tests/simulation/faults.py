@@ -57,6 +57,28 @@ def kill(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -
     return True
 
 
+def kill_before_checkpoint(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
+    """An epoch is recorded, and its checkpoint is not yet written, or not wholly."""
+    return actor.name.startswith("writer") and kill(sim, actor, fault, chance)
+
+
+def kill_before_record(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
+    """A snapshot is taken, or a decision is due, and the epoch is not yet recorded."""
+    return actor.name.startswith("recorder") and kill(sim, actor, fault, chance)
+
+
+def kill_after_clear(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
+    """A trial has ended, and its folder is just being removed."""
+
+    def later() -> None:
+        if not actor.process.is_gone:
+            fault.hits = True
+            sim.machines.kill(actor.process)
+
+    sim.later(0.0, later)
+    return True
+
+
 def cut(sim: "Simulation", actor: Actor, fault: Fault, chance: random.Random) -> bool:
     """The connection is lost before a statement."""
     fault.hits = True
@@ -210,6 +232,9 @@ class Kind(NamedTuple):
 
 KINDS = {
     "kill": Kind(kill),
+    "kill-unsaved": Kind(kill_before_checkpoint, 1.0, where="file open"),
+    "kill-unrecorded": Kind(kill_before_record, 1.1, where="before"),
+    "kill-cleared": Kind(kill_after_clear, 2.8, where="file rmdir"),
     "cut": Kind(cut, where="before"),
     "terminate": Kind(terminate),
     "lost-answer": Kind(lose_answer, 1.0, where="before commit"),

@@ -51,7 +51,7 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "snapshot-after-clear": [
         ("search.trial.Trial.__init__", "worker.ledger.renew(claim)", "None"),
-        ("trainer.checkpoint.Checkpoints.withdraw", "if self._last_saved is not None:", "if False:"),
+        ("trainer.checkpoint.Checkpoints.withdraw", "self._last_saved:", "[]:"),
         ("search.worker.Worker._sweep", "remove(path for", "list(path for"),
     ],
     "lost-connection-is-final": [
@@ -90,7 +90,7 @@ PLANTS: dict[str, list[Edit]] = {
         )
     ],
     "no-sweep": [("search.worker.Worker._sweep", "remove(path for", "list(path for")],
-    "predictions-not-synced": [("trainer.files.write_atomically", "os.fsync(file.fileno())", "pass")],
+    "predictions-not-synced": [("trainer.files.new_file", "os.fsync(file.fileno())", "pass")],
     "silent-slurm-means-gone": [
         (
             "search.slurm.queue.probe_liveness",
@@ -108,12 +108,18 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "decision-not-taken-again": [
         (
-            "search.trial.Trial._conclude",
-            "self.claim.last_epoch or self.claim.promoted",
-            "self.claim.last_epoch + 1",
+            "search.trial.Trial._decide",
+            "result.epoch < last or (result.epoch == last and self.claim.promoted)",
+            "result.epoch <= last",
         )
     ],
-    "promoted-judged-again": [("search.trial.Trial._conclude", " or self.claim.promoted:", ":")],
+    "promoted-judged-again": [
+        (
+            "search.trial.Trial._decide",
+            " or (result.epoch == last and self.claim.promoted):",
+            ":",
+        )
+    ],
     "read-only-is-a-bug": [
         ("storage.faults.classify", "if key in AGAIN:", "if key in AGAIN and key != READ_ONLY:"),
         ("storage.database._leave_read_only", "context.is_disconnect = True", "pass"),
@@ -134,11 +140,9 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "predictions-after-the-end": [
         (
-            "search.trial.Trial._complete",
-            "Predictions.join(",
-            "values = [self._value(result) for result in history]\n"
-            "    self._finish(Outcome.COMPLETE, score(values, worker.study_config.study.score))\n"
-            "    return Predictions.join(",
+            "search.trial.Trial._finish",
+            "predictions = [",
+            "worker.ledger.finish(self.claim, outcome, value, reason)\n        predictions = [",
         )
     ],
     "once-paused-always-paused": [
@@ -215,7 +219,7 @@ PLANTS: dict[str, list[Edit]] = {
             "pass",
         )
     ],
-    "folder-not-synced": [("trainer.files.write_atomically", "os.fsync(folder)", "pass")],
+    "folder-not-synced": [("trainer.files.new_file", "os.fsync(folder)", "pass")],
     "time-of-transactions-begin": [
         (
             "storage.ledger.Ledger.claim",
@@ -262,14 +266,16 @@ PLANTS: dict[str, list[Edit]] = {
     "sweeps-later-attempts": [
         (
             "trainer.checkpoint.Checkpoints._sweep",
-            'leftover.name.removeprefix(".") < f"attempt-{self._attempt + 1:04d}"',
+            'leftover.name.removeprefix(".") < f"attempt-{self.attempt + 1:04d}"',
             "True",
         )
     ],
     "deleted-study-at-end": [
         ("storage.ledger.Ledger.finish", "session.get(Attempt", "session.get_one(Attempt")
     ],
-    "offer-error-ends-worker": [("search.claims.Claims._obtain", "return Offer(claim, error)", "raise")],
+    "offer-error-ends-worker": [
+        ("search.claims.Claims._obtain", "return Offer(claim, error, [])", "raise")
+    ],
     "attempt-judged-unlocked": [("storage.attempts.lock_open_attempt", ".with_for_update()", "")],
     "end-takes-the-released": [
         (
@@ -299,11 +305,11 @@ PLANTS: dict[str, list[Edit]] = {
     "replaced-workers-checkpoint-counts": [
         (
             "trainer.checkpoint.Checkpoints.save",
-            "attempt-{self._attempt:04d}-epoch",
+            "attempt-{self.attempt:04d}-epoch",
             "attempt-0001-epoch",
         ),
         ("trainer.run.Run._agrees", "return all(", "return True or all("),
-        ("trainer.checkpoint.Checkpoints.withdraw", "if self._last_saved is not None:", "if False:"),
+        ("trainer.checkpoint.Checkpoints.withdraw", "self._last_saved:", "[]:"),
     ],
     "locks-in-another-order": [
         (
@@ -316,7 +322,13 @@ PLANTS: dict[str, list[Edit]] = {
     "nan-ranks-first": [
         ("storage.ledger.Ledger.record", "None if math.isnan(value) else value", "value")
     ],
-    "diverged-goes-on": [("search.trial.Trial._conclude", "if not result.finite:", "if False:")],
+    "diverged-goes-on": [
+        (
+            "search.trial.Trial._decide",
+            "if not self._on_record(result).finite:",
+            "if False:",
+        )
+    ],
     "claim-not-repeatable": [
         ("storage.ledger.Ledger._take", "if attempt.worker_id == self.worker_id:", "if False:"),
         ("storage.ledger.Ledger.sign_off", "release_all(connection, self.worker_id, reason)", "pass"),
@@ -348,8 +360,8 @@ PLANTS: dict[str, list[Edit]] = {
     "cleared-before-the-end": [
         (
             "search.trial.Trial._finish",
-            "self._worker.ledger.finish(",
-            "self._checkpoints.clear()\n    self._worker.ledger.finish(",
+            "worker.ledger.finish(",
+            "self._checkpoints.clear()\n    worker.ledger.finish(",
         )
     ],
     "crowded-charged-to-trial": [
@@ -387,6 +399,50 @@ PLANTS: dict[str, list[Edit]] = {
             'connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.attempt IN SHARE ROW EXCLUSIVE MODE")',
             "pass",
         )
+    ],
+    "checkpoint-before-record": [
+        (
+            "search.trial.Trial._record",
+            "decision = self._decide(result)",
+            "if snapshot: self._queue(self._worker.writer, self._writes, self._save, snapshot)\n"
+            "    return self._decide(result)",
+        )
+    ],
+    "released-before-saved": [
+        (
+            "search.trial.Trial._release_later",
+            "writer = self._worker.writer",
+            "writer = self._worker.writer\n"
+            "    self._queue(writer, self._writes, self._release, outcome, reason)",
+        )
+    ],
+    "given-back-before-record": [
+        (
+            "search.trial.Trial.give_back",
+            "self._worker.recorder, self._records, self._release_later, snapshot, outcome, reason",
+            "self._worker.writer, self._writes, self._release_later, snapshot, outcome, reason",
+        )
+    ],
+    "saved-at-rungs-only": [
+        ("search.trial.Trial._conclude", "self._unsaved.is_due()", "False"),
+    ],
+    "own-leaving-trial-claimed": [
+        ("search.worker.Worker._held", "[*self.trials, *self.leaving]", "self.trials")
+    ],
+    "study-over-before-the-last-end": [
+        ("search.worker.Worker._begin_new", "elif self.leaving and not self.trials:", "elif False:")
+    ],
+    "decision-not-waited-for": [
+        (
+            "search.worker.Worker.train",
+            "for trial in self.trials if not trial.awaited}",
+            "for trial in self.trials}",
+        ),
+        (
+            "search.worker.Worker.fill",
+            "for trial in self.trials if not trial.awaited]",
+            "for trial in self.trials]",
+        ),
     ],
 }
 

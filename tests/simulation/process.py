@@ -6,6 +6,7 @@ import random
 import subprocess
 import traceback
 from collections.abc import Callable, Collection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ import search.trial
 import search.worker
 import storage.ledger
 import storage.liveness
+import trainer.checkpoint
 from search.cli.errors import errors_in_one_line
 from search.cli.training import work_in
 from search.study_config import StudyConfig
@@ -27,11 +29,16 @@ from storage.leases import LeaseKeeper
 from tests.simulation.database import Database
 from tests.simulation.history import History
 from tests.simulation.scheduler import Scheduler, current
-from tests.simulation.training import SimulatedRun, World, workspace
+from tests.simulation.training import SimulatedRun, World, save, workspace
+from trainer.checkpoint import Checkpoints, State
 
 KILLED = -9
 TRACEBACK = 70  # the exit code that stands for one
 CLUSTER = "cluster"
+EPOCHS = """
+SELECT count(epoch.epoch) FROM public.trials LEFT JOIN atelier.epoch USING (trial_id)
+WHERE trials.number = %s GROUP BY trials.trial_id
+"""
 UNCONTROLLED = SimpleNamespace(parent_process=lambda: None)
 
 
@@ -52,6 +59,7 @@ class Process:
         self.said: list[str] = []
         self.lies: list[float] = []  # when SLURM may have said wrongly that it is gone
         self.met: set[str] = set()  # the kinds of faults that it has met
+        self.wrote: list[str] = []  # checkpoints that it must not write
         self.keeper: LeaseKeeper | None = None
         self.worker: Any = None
 
@@ -75,6 +83,28 @@ class Process:
     def holds(self, trials: Collection[int]) -> bool:
         """Whether it renews a claim of one of these trials."""
         return any(claim.trial_id in trials for claim in self.held())
+
+
+class WatchedCheckpoints(Checkpoints):
+    """A trial's checkpoints. They are of epochs on record, and none follows the trial's end."""
+
+    machines: "Machines"
+    is_cleared = False
+
+    def save(self, epochs: int, step: int, state: State) -> Path:
+        path = super().save(epochs, step, state)
+        number = int(self.folder.name.removeprefix("trial-"))
+        for (recorded,) in self.machines.database.ask(EPOCHS, number):  # none, if it was deleted
+            if self.is_cleared or epochs > recorded:
+                when = "after its end" if self.is_cleared else f"with {recorded} epochs on record"
+                actor = current()
+                assert actor is not None
+                actor.process.wrote.append(f"wrote {path.name} of trial {number} {when}")
+        return path
+
+    def clear(self) -> None:
+        super().clear()
+        self.is_cleared = True
 
 
 class Machines:
@@ -108,7 +138,10 @@ class Machines:
                 super().__init__(*arguments)
                 process().worker = self
 
+        WatchedCheckpoints.machines = self
+        search.trial.Checkpoints = WatchedCheckpoints
         search.trial.Run = SimulatedRun
+        trainer.checkpoint.torch = SimpleNamespace(save=save)
         search.trial.attach_curve = lambda *_: None
         search.worker.LeaseKeeper = Keeper
         search.worker._log_file = lambda: None

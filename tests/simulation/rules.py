@@ -12,18 +12,22 @@ from tests.simulation.process import Process
 
 AWHILE = 3600.0  # seconds between what SLURM says and the claim that believes it, at most
 ROUNDED = 1e-6  # seconds: PostgreSQL's times are
+BUG = re.compile(r"^(?:Attribute|Assertion|Index|Key|Name|Type|Unbound\w+)Error\b", re.MULTILINE)
 LOST = re.compile(r"trial (\d+) is (?:no longer held by this worker|held by another worker now)")
 
 
 def worker_violations(evidence: Evidence, processes: Iterable[Process]) -> Iterator[str]:
     """What does not hold."""
     for process in processes:
+        for what in process.wrote:
+            yield f"a_checkpoint_follows_the_record: {process.name} {what}"
         worker = process.worker and process.worker.ledger.worker_id
         if worker in evidence.workers:
             yield from _lost_what_it_had_ended(evidence, process, worker)
             yield from _left_a_trial_behind(evidence, process, worker)
             yield from _blamed_a_trial_for_its_company(evidence, process, worker)
             yield from _lost_what_it_still_held(evidence, process, worker)
+            yield from _met_a_bug(evidence, process, worker)
 
 
 def _lost_what_it_had_ended(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
@@ -77,6 +81,14 @@ def _lost_what_it_still_held(evidence: Evidence, process: Process, worker: str) 
             excused = _was_denied(process, taken) or was_a_lost_reply(evidence, trial, row)
             if is_early and lived and not excused:
                 yield f"the_living_keep_their_trials: {process.name} lost trial {trial.number}"
+
+
+def _met_a_bug(evidence: Evidence, process: Process, worker: str) -> Iterator[str]:
+    """An error of the program itself is nobody's fault but ours, whatever else happened just then."""
+    for trial in evidence.trials:
+        for row in trial.attempts:
+            if row.worker_id == worker and BUG.search(row.reason or ""):
+                yield f"no_bug_is_met: {process.name} gave trial {trial.number} back: {row.reason}"
 
 
 def _was_denied(process: Process, moment: datetime) -> bool:

@@ -28,7 +28,11 @@ from tests.simulation.scheduler import Actor, EndlessError, Scheduler
 from tests.simulation.users import Users
 
 STEP_SECONDS = (1.0, 5.0, 20.0)  # of training, before the next one of a run
+CHECKPOINT_SECONDS = (0.0, 20.0, 1e6)
 KEPT_EPOCHS = (0, 2, 100)  # of the stream: trials go through those one by one, whoever is beside them
+# Faults after which records and files may come late: of one worker, or of all.
+SLOW = {"pause", "cut", "terminate", "lost-answer", "slurm"}
+TROUBLES, LONGEST_TROUBLE = {"read-only", "restart", "disk-full", "upgrade", "backup"}, 120.0
 # Why a worker may end with an exit code: a fault that it has met, or what it says.
 ENDS = {
     1: ("the wall time is too short", "the database: ", "cannot reach the database", "has failed"),
@@ -58,7 +62,7 @@ SELECT stop_requested IS NULL AND (
 )
 FROM atelier.study AS own
 """
-STOPPED_BEFORE = "SELECT FROM atelier.study WHERE stop_requested < to_timestamp(%s)"
+STOPPED_BEFORE = "SELECT true FROM atelier.study WHERE stop_requested < to_timestamp(%s)"
 STUDY = """
 [study]
 name = "simulated"
@@ -135,6 +139,7 @@ class Simulation:
         self.machines = Machines(self.scheduler, self.database, self.history, self.world, seed)
         self.uses_slurm = self.random.random() < 0.5
         self.is_calm = False  # whether nothing more goes wrong
+        self.troubled_until = 0.0  # by when any worker may have to wait for the database or the disk
         self.site = Process("site", "login", 1)
         self.users = Users(self)
         self.administrator = Administrator(self)
@@ -174,6 +179,8 @@ class Simulation:
         if budget.random() < 0.2:
             seconds = budget.uniform(LEAST_BUDGET, GREATEST_BUDGET)
             more.append(f"max_gpu_hours = {seconds / 3600}")
+        saves = random.Random(f"saves {self.seed}")
+        more.append(f"checkpoint_seconds = {saves.choice(CHECKPOINT_SECONDS)}")
         path = self.folder / "study.toml"
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(
@@ -287,21 +294,33 @@ class Simulation:
             raise MemoryError("cannot allocate memory")
 
     def _check_resumed(self, run: Any) -> None:
-        """What is on record is not trained again; its last epoch is, if one checkpoint was damaged."""
-        folder = run._checkpoints.folder
-        lacking, spoilt = len(run._stream_epochs) - len(run.history), self.disk.spoilt[folder]
-        if spoilt < 2 and lacking > spoilt and self._is_held(run):
+        """A kill costs one epoch, or `checkpoint_seconds` of work before that."""
+        checkpoints, actor = run._checkpoints, interpreter.current()
+        assert actor is not None
+        folder, saved = checkpoints.folder, len(run.history)
+        here = self.world.lives[folder, checkpoints.attempt] = training.Life(
+            actor.process, self.scheduler.now, saved
+        )
+        before = self.world.lives.get((folder, checkpoints.attempt - 1))
+        if before is None or before.process.exit_code != KILLED or self.disk.spoilt[folder]:
+            return
+        lost = before.ended[max(saved - before.saved, 0) :]
+        if len(lost) < 2 or before.began < self.troubled_until or before.process.met & SLOW:
+            return
+        kept = before.ended[: -len(lost)]
+        seconds = lost[-2] - (kept[-1] if kept else before.began)
+        if seconds > self.config.study.checkpoint_seconds and self._is_held(run):
             self.violations.append(
-                f"no_epoch_is_trained_again: {folder.name} goes on after {len(run.history)} of "
-                f"{len(run._stream_epochs)} epochs on record"
+                f"a_kill_costs_little: {folder.name} goes on after {here.saved} epochs, and trains "
+                f"{seconds} s of work again, and an epoch more"
             )
 
     def _is_held(self, run: Any) -> bool:
         """Whether a run's worker still holds its trial: else a successor may have ended it."""
         rows = self.database.ask(
-            "SELECT FROM atelier.attempt JOIN public.trials USING (trial_id) "
+            "SELECT true FROM atelier.attempt JOIN public.trials USING (trial_id) "
             "WHERE released IS NULL AND attempt.number = %s AND trials.number = %s",
-            run._checkpoints._attempt,
+            run._checkpoints.attempt,
             int(run._checkpoints.folder.name.removeprefix("trial-")),
         )
         return bool(rows)
@@ -323,6 +342,8 @@ class Simulation:
                 place.faults.remove(fault)
                 actor.process.met.add(fault.kind)
                 self._delivered.append(fault)
+                if fault.kind in TROUBLES:
+                    self.troubled_until = self.scheduler.now + LONGEST_TROUBLE
                 self.history.add("fault", fault, actor.process.name, actor.name, actor.subject)
                 return
 

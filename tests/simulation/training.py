@@ -5,12 +5,17 @@ epoch's result are the real ones.
 """
 
 import hashlib
+import io
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.checkpoint import Checkpoints, State
 from trainer.config import TrainConfig
@@ -31,6 +36,16 @@ class Rows:
         return rows
 
 
+@dataclass
+class Life:
+    """A trial's training in a worker: where it went on, and when its epochs have ended."""
+
+    process: Any
+    began: float
+    saved: int  # epochs that it found
+    ended: list[float] = field(default_factory=list)
+
+
 class World:
     """What the runs of one simulation share.
 
@@ -48,6 +63,7 @@ class World:
         self.kept_epochs = kept_epochs  # so many epochs of the stream are kept
         self.diverging: dict[str, int] = {}  # the epoch after which a configuration's loss is NaN
         self.furthest: dict[str, int] = {}  # the last epoch that any run of a configuration has begun
+        self.lives: dict[tuple[Path, int], Life] = {}  # of trials in workers, by folder and attempt
 
 
 class SimulatedRun(Run):
@@ -63,6 +79,7 @@ class SimulatedRun(Run):
         self.config, self.workspace, self._world = config, workspace, workspace.world
         self._checkpoints, self._stream_epochs = checkpoints, stream_epochs
         self.owns_trunk, self.runnable_trunk = False, None
+        self.device = torch.device("cpu")
         self.block_size = BLOCK
         self.steps_per_block = BLOCK // config.batch_size
         self.steps_per_epoch = math.ceil(IMAGES / config.batch_size)
@@ -92,9 +109,17 @@ class SimulatedRun(Run):
 
     def end_epoch(self) -> EpochResult:
         assert self.stream_epoch is not None
+        assert self._checkpoints is not None
         result = epoch_result(
-            self.config, self._world, self.digest, len(self.history), self.stream_epoch
+            self.config,
+            self._world,
+            self.digest,
+            len(self.history),
+            self.stream_epoch,
+            self._checkpoints.attempt,
         )
+        life = self._world.lives[self._checkpoints.folder, self._checkpoints.attempt]
+        life.ended.append(time.monotonic())
         self.history.append(result)
         self.partial, self.stream_epoch = PartialEpoch(), None
         return result
@@ -107,17 +132,14 @@ class SimulatedRun(Run):
             "step": self.step,
             "stream_epoch": self.stream_epoch,
             "history": [result.columns() for result in self.history],
-            "predictions": [result.predictions.classes.tolist() for result in self.history],
+            "predictions": [result.predictions for result in self.history],
         }
 
     def load(self, state: State) -> None:
         self._check_config(state["config"])
         self.digest, self.step, self.stream_epoch = state["digest"], state["step"], state["stream_epoch"]
         kept = zip(state["history"], state["predictions"], strict=True)
-        self.history = [
-            EpochResult(**columns, predictions=_predictions(np.array(classes, np.uint8)))
-            for columns, classes in kept
-        ]
+        self.history = [EpochResult(**columns, predictions=part) for columns, part in kept]
 
 
 def workspace(world: World, config: TrainConfig) -> Any:
@@ -132,6 +154,13 @@ def workspace(world: World, config: TrainConfig) -> Any:
         train_targets=Rows(),
         val_labels=range(VALIDATION),
     )
+
+
+def save(state: State, file: Any) -> None:
+    """Replaces torch.save, which writes from C++: there no other actor can have its turn."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file.write(buffer.getvalue())
 
 
 def identity(config: TrainConfig) -> str:
@@ -153,7 +182,7 @@ def undisturbed(config: TrainConfig, world: World, stream_epochs: Sequence[int])
 
 
 def epoch_result(
-    config: TrainConfig, world: World, digest: str, epoch: int, stream_epoch: int
+    config: TrainConfig, world: World, digest: str, epoch: int, stream_epoch: int, attempt: int = 0
 ) -> EpochResult:
     """An epoch's metrics: its configuration counts, and all that the run went through."""
     diverges = world.diverging.get(identity(config)) == epoch
@@ -176,12 +205,13 @@ def epoch_result(
         seconds=1.0,
         images=IMAGES,
         peak_memory=0,
-        predictions=_predictions(classes[np.newaxis]),
+        predictions=Predictions(
+            LABELS,
+            classes[np.newaxis],
+            np.zeros((1, *classes.shape), np.float16),
+            np.array([attempt], np.int32),
+        ),
     )
-
-
-def _predictions(classes: np.ndarray) -> Predictions:
-    return Predictions(LABELS, classes, np.zeros(classes.shape, np.float16))
 
 
 def _digest(*parts: object) -> str:
