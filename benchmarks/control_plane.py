@@ -44,6 +44,7 @@ ROUNDS, NEW_TRIALS = 5, 6  # for each size: rounds, and trials in a round
 WORKERS, PROCESSES = 200, 4
 RATE, SECONDS = 100, 30.0  # records per second, and how long each load lasts
 LABELS = np.zeros((1000, 6), np.uint8)  # of the validation images
+CLASSES = LABELS[np.newaxis]
 
 
 def result(epoch: int, value: float) -> EpochResult:
@@ -62,7 +63,7 @@ def result(epoch: int, value: float) -> EpochResult:
         seconds=1.0,
         images=5000,
         peak_memory=1,
-        predictions=Predictions(LABELS, LABELS[np.newaxis], LABELS[np.newaxis].astype(np.float16)),
+        predictions=Predictions(LABELS, CLASSES, CLASSES.astype(np.float16), np.zeros(1, np.int32)),
     )
 
 

@@ -198,6 +198,8 @@ class Script:
 class TableRun:
     """Replaces trainer.run.Run: its epochs are looked up in the table."""
 
+    position = (0, 0)  # it never changes: there is nothing to save
+
     def __init__(
         self, config: TrainConfig, workspace: Any, checkpoints: object, stream_epochs: Sequence[int]
     ) -> None:
@@ -205,9 +207,6 @@ class TableRun:
         self._params = {name: getattr(config, name) for name in self._replay.table.space}
         curve = self._replay.curve(self._params)
         self.history = [_result(epoch, curve[epoch]) for epoch in stream_epochs]
-
-    def save(self) -> None:
-        """Do nothing: there is nothing to keep."""
 
     def train(self) -> EpochResult:
         """Look up the next epoch. Returns its result."""
@@ -230,17 +229,23 @@ def _result(epoch: int, value: float) -> EpochResult:
         images=1,
         peak_memory=0,
         predictions=Predictions(
-            np.zeros((1, 1), np.uint8), np.zeros((1, 1, 1), np.uint8), np.zeros((1, 1, 1), np.float16)
+            np.zeros((1, 1), np.uint8),
+            np.zeros((1, 1, 1), np.uint8),
+            np.zeros((1, 1, 1), np.float16),
+            np.zeros(1, np.int32),
         ),
     )
 
 
 class _AtOnce(Executor):
-    """Replaces the worker's thread: what is submitted runs at once."""
+    """Replaces a worker's thread: what is submitted runs at once."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*arguments, **keywords))
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except Exception as error:  # the worker looks at it
+            future.set_exception(error)
         return future
 
 
@@ -255,7 +260,7 @@ class Atelier:
         # No lease may end, because time is simulated and nobody renews.
         trials = ledger.Ledger(engine, study._storage, study._study_id, lease_seconds=1e9)
         trials.register()
-        self.worker = Worker(file, study, trials, workspace, runs, executor=_AtOnce())
+        self.worker = Worker(file, study, trials, workspace, runs, make_thread=lambda _: _AtOnce())
 
     def begin(self) -> bool:
         return bool(self.worker.fill())

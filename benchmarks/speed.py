@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torchvision import transforms
 import trainer.workspace
 from search.slurm.granted import take_granted
 from search.toml_file import load_study_file
+from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.device import prepare_process
@@ -45,6 +47,7 @@ from trainer.images import load_image
 from trainer.loop import train_epoch
 from trainer.loss import AttributeLoss, class_weights
 from trainer.run import Run
+from trainer.saving import Snapshot, Snapshots
 from trainer.workspace import Workspace
 
 PARTS = ("throughput", "augmentation", "memory", "trials")
@@ -246,8 +249,16 @@ def memory(data: str, pack: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache), places=places)  # as a worker does
         runs = [Run(config, workspace) for _ in range(pack)]
-        for _ in range(3):  # from the second on, all that stays from epoch to epoch is there
-            list(train_epoch(runs))
+        snapshots, checkpoints = Snapshots(), Checkpoints(Path(cache, "checkpoints"))
+
+        def save(snapshot: Snapshot) -> None:
+            snapshot.save(checkpoints)
+            snapshots.free(snapshot)
+
+        with ThreadPoolExecutor(1) as writer:
+            for _ in range(3):  # from the second on, all that stays from epoch to epoch is there
+                for run, _ in train_epoch(runs):
+                    writer.submit(save, snapshots.take(run))
         workspace.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(f"a worker's peak at --pack {pack}, batch 256: {peak:.2f} GiB")
