@@ -6,8 +6,8 @@ its name, and holds the digest in the form of `sha256sum -c`. Both are written u
 moved into place, the digest last. A checkpoint without a digest does not count.
 
 Predictions of epochs that have ended do not change. So they are in files of their own, each written
-once, before the first checkpoint that names it: `attempt-0001-predictions-0002-0003.npz` has epochs 2
-and 3. An attempt names only files that it wrote itself.
+before the first checkpoint that names it: `attempt-0001-predictions-0002-0003.npz` has epochs 2 and 3.
+An attempt names only its own files: a worker that was replaced may take its files back.
 
 The newest checkpoint is that of the last attempt. So a worker that was replaced cannot write a newer one
 than its successor. One older checkpoint is kept. If the newest is damaged, it is renamed to

@@ -105,7 +105,7 @@ def main() -> None:
     with scene() as (folder, data), small_disk(folder / "server", SERVER_DISK):
         references = References(folder / "references")
         study = folder / "chaos.toml"
-        study.write_text(STUDY.format(name=study.stem, data=data))
+        study.write_text(STUDY.format(name=study.stem, data=data, checkpoint_seconds=0))
         server = EmbeddedPostgres(folder / "server")
         search = Search(folder / "logs", study, folder / "home", server.acquire(), WORKERS)
         try:

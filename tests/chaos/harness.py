@@ -44,6 +44,7 @@ from tests.chaos.worker import LEASE_SECONDS
 from tests.spoil import spoil
 from trainer.demo import write_demo
 
+CHECKPOINT_SECONDS = (0, 20)  # by turns: each epoch is saved, or those at rungs only
 SEEDS = (1, 2, 3)
 SERVER_DISK = "2g"  # at most; in memory, a server is there again at once after a crash
 DISK = "512m"  # of the home folder: every paused trial keeps its checkpoints
@@ -390,9 +391,10 @@ def main() -> None:
         server.acquire()
         watch.lap("preparation")
         try:
-            for seed in seeds:
+            for seed, checkpoint_seconds in zip(seeds, itertools.cycle(CHECKPOINT_SECONDS)):
                 study = folder / f"chaos-{seed}.toml"
-                study.write_text(STUDY.format(name=study.stem, data=data))
+                values = {"name": study.stem, "data": data, "checkpoint_seconds": checkpoint_seconds}
+                study.write_text(STUDY.format(**values))
                 share = arguments.seconds / len(seeds)
                 result = survive(folder, study, seed, share, server, references)
                 print(json.dumps(result), flush=True)

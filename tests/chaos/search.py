@@ -37,6 +37,7 @@ max_trials = 100000
 sampler = "random"
 strategy = "promote"
 rungs = [1]
+checkpoint_seconds = {checkpoint_seconds}
 
 [space]
 lr = [1e-3, 3e-3]

@@ -32,7 +32,7 @@ CHECKPOINT_SECONDS = (0.0, 20.0, 1e6)
 KEPT_EPOCHS = (0, 2, 100)  # of the stream: trials go through those one by one, whoever is beside them
 # Faults after which records and files may come late: of one worker, or of all.
 SLOW = {"pause", "cut", "terminate", "lost-answer", "slurm"}
-TROUBLES, LONGEST_TROUBLE = {"read-only", "restart", "disk-full", "upgrade", "backup"}, 120.0
+TROUBLES, LONGEST_TROUBLE = {"read-only", "restart", "disk-full", "upgrade", "backup", "user"}, 120.0
 # Why a worker may end with an exit code: a fault that it has met, or what it says.
 ENDS = {
     1: ("the wall time is too short", "the database: ", "cannot reach the database", "has failed"),
