@@ -54,11 +54,10 @@ class Claims:
         strategy: Strategy,
         stop: Stop,
         executor: Executor,
-        rules_out: Callable[[dict[str, Any]], str | None],
     ) -> None:
-        """`rules_out` says why parameters are not worth a first epoch; None if they are."""
         self._config, self._study, self._ledger, self._keeper = config, study, ledger, keeper
-        self._rules_out = rules_out
+        # Says why parameters are not worth a first epoch; None if they are.
+        self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self._strategy, self._stop, self._executor = strategy, stop, executor
         self._ahead: Future[Offer | None] | None = None
         self._ask_again = 0.0  # before that time there is nothing to claim
@@ -105,7 +104,7 @@ class Claims:
             try:
                 params = self.sample(claim)
                 recorded = self._recorded(claim)
-                reason = None if recorded else self._rules_out(params)
+                reason = None if recorded else self.rules_out(params)
                 if reason is None:
                     return Offer(claim, params, recorded)
                 self._ledger.finish(claim, Outcome.PRUNED, reason=reason)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 
@@ -65,8 +64,6 @@ class Worker:
         self.pack = pack  # trials at once; fewer if they turn out not to fit into the memory
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
-        # Called before a trial's first epoch with its parameters; returns why it is not worth one.
-        self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self.attributes = workspace.dataset.attribute_table(workspace.config)
         self.strategy = study_config.make_strategy(study, ledger)
         self.stop = Stop(wall_end, pack, seconds_to_kill())
@@ -76,14 +73,7 @@ class Worker:
         self.snapshots = Snapshots()
         self._claimer = make_thread("claims")
         self.claims = Claims(
-            study_config,
-            study,
-            ledger,
-            self.keeper,
-            self.strategy,
-            self.stop,
-            self._claimer,
-            lambda params: self.rules_out(params),
+            study_config, study, ledger, self.keeper, self.strategy, self.stop, self._claimer
         )
         self.trials: list[Trial] = []  # in training, the newest last
         self.leaving: list[Trial] = []  # that wait to be saved and released, or ended

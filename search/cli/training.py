@@ -72,7 +72,7 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None
     log.info("trials at once: %d", pack)
     worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, pack)
     if isinstance(config, ConfirmationFile):
-        worker.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
+        worker.claims.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
     if job and multiprocessing.parent_process() is None:  # else the search owns the task
         worker.requeue = job.requeue
     end = worker.run()

@@ -16,6 +16,10 @@ from trainer.checkpoint import Checkpoints
 PAIRS, TRIALS, WRITES = 4, 10, 43  # 6 kinds of writes: 10,320 that come too late
 
 
+def state(by):
+    return {"by": by, "predictions": []}
+
+
 class Paused:
     """A worker that records epoch after epoch and does not know when it is taken for dead."""
 
@@ -32,9 +36,9 @@ class Paused:
     def run(self):
         try:
             while True:
-                self.checkpoints.save(self.recorded + 1, 0, {"by": "paused"})
                 self.ledger.record(self.claim, RESULT | {"epoch": self.recorded}, 0.5)
                 self.recorded += 1
+                self.checkpoints.save(self.recorded, 0, state("paused"))
                 self.begun.set()
         except (LeaseLost, FileNotFoundError):  # a successor sweeps away what is half written
             self.begun.set()
@@ -47,7 +51,7 @@ class Paused:
                 lambda: self.ledger.renew(self.claim),
                 lambda n=number: self.ledger.record(self.claim, RESULT | {"epoch": 100 + n}, 0.9),
                 lambda: self.ledger.finish(self.claim, "complete", 0.9),
-                lambda n=number: self.checkpoints.save(100 + n, 0, {"by": "paused"}),
+                lambda n=number: self.checkpoints.save(100 + n, 0, state("paused")),
             ):
                 with pytest.raises(LeaseLost):
                     write()
@@ -75,12 +79,12 @@ def race(engine, study, folder):
         assert taken.trial_id == paused.claim.trial_id
         successor = Checkpoints(place, taken.attempt)
         seen = list(successor.newest_first())
-        successor.save(1, 0, {"by": "successor"})
+        successor.save(1, 0, state("successor"))
         paused.thread.join()
         refused += paused.late_writes()
         # What the claim saw is all that there ever was.
         assert taken.last_epoch == paused.recorded - 1
-        assert successor.latest() == {"by": "successor"}
+        assert successor.latest() == state("successor")
         assert seen
         second.record(taken, RESULT | {"epoch": taken.last_epoch + 1}, 0.7)
         second.finish(taken, "complete", 0.7)

@@ -226,7 +226,7 @@ def test_an_offer_that_ended_meanwhile_does_not_end_the_worker(engine, make_work
             return "not worth it"
         return None
 
-    worker.rules_out = ended_in_the_dashboard
+    worker.claims.rules_out = ended_in_the_dashboard
     assert worker.run() == ExitCode.DONE
     assert [trial.state.name for trial in worker.study.trials] == ["COMPLETE", "FAIL"]
 
