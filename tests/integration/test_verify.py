@@ -95,7 +95,9 @@ def ended(server, template, demo, tmp_path_factory):
         patch.setenv("ATELIER_HOME", str(folder / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")
         study = folder / "study.toml"
-        text = STUDY.format(name="ended", data=demo, checkpoint_seconds=20).replace("100000", str(TRIALS))
+        text = STUDY.format(name="ended", data=demo, checkpoint_seconds=20).replace(
+            "100000", str(TRIALS)
+        )
         # So that a trial has one attempt, and the search is the same each time.
         study.write_text(text.replace("promote", "asha").replace('"random"', '"qmc"'))
         result = CliRunner().invoke(app, ["worker", str(study)], catch_exceptions=False)
