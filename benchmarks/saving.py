@@ -12,11 +12,10 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.server import temporary_home
+from benchmarks.speed import seconds
 from search.slurm.granted import take_granted
 from search.study import open_study
 from search.study_config import StudyConfig
@@ -35,12 +34,6 @@ from trainer.workspace import Workspace
 # So that every epoch looks the same, and is kept; and that no epoch is the last one or a rung.
 SETTINGS = ("train.augment='none'", "train.epochs=100000", "study.strategy='none'")
 LARGE = ("train.weights='none'", "train.train_images=384")
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def spread(values: list[float], digits: int) -> str:

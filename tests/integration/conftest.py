@@ -1,6 +1,7 @@
 """The command as a user types it, in the test's process; and a worker inside the test."""
 
 import subprocess
+import time
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from trainer.config import TrainConfig
 from trainer.demo import write_demo
 from trainer.loop import train
 from trainer.model_file import ModelFiles
+from trainer.run import Run
 from trainer.workspace import Workspace
 
 
@@ -50,6 +52,17 @@ def start_process(tmp_path):
     for process in processes:
         process.kill()
         process.join()
+
+
+def slow_steps(seconds):
+    """Let each step of this process take longer, so that a signal meets an epoch before it has ended."""
+    train_step = Run.train_step
+
+    def slow_step(*details):
+        time.sleep(seconds)
+        train_step(*details)
+
+    Run.train_step = slow_step
 
 
 def end_of(process, seconds=300):

@@ -14,10 +14,10 @@ import torch
 from search.cli import main
 from search.export import changed, load_bundle
 from search.toml_file import load_study_file
-from tests.integration.conftest import end_of
+from tests.integration.conftest import end_of, slow_steps
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
-from trainer.run import Run, learning_rate
+from trainer.run import learning_rate
 
 
 @pytest.fixture
@@ -36,14 +36,7 @@ def start(tmp_path, home, monkeypatch, start_process):
 
 
 def slowly(arguments):
-    """The command, in which a signal meets an epoch before it has ended."""
-    train_step = Run.train_step
-
-    def slow_step(*details):
-        time.sleep(0.05)
-        train_step(*details)
-
-    Run.train_step = slow_step
+    slow_steps(0.05)
     main(arguments)
 
 

@@ -14,9 +14,8 @@ import sqlalchemy as sa
 
 from search.local import work
 from storage.tables import Attempt, Epoch
-from tests.integration.conftest import end_of
+from tests.integration.conftest import end_of, slow_steps
 from trainer.checkpoint import Checkpoints
-from trainer.run import Run
 
 COLUMNS = [
     column
@@ -52,13 +51,7 @@ def start(study_file, environment, start_process):
 
 
 def work_slowly(arguments):
-    train_step = Run.train_step
-
-    def slow_step(*details):
-        time.sleep(0.15)
-        train_step(*details)
-
-    Run.train_step = slow_step
+    slow_steps(0.15)
     work(arguments)
 
 
