@@ -12,7 +12,9 @@ from storage.outcome import Outcome
 from storage.paths import home
 from storage.status import State, Status, difference_line, parameter_names
 from storage.studies import job_in_words
-from storage.workers import AttemptRow
+from storage.workers import AttemptRow, WorkerRow
+
+MUCH = 0.05  # share of a worker's time
 
 
 def render_trials(status: Status) -> RenderableType:
@@ -75,7 +77,8 @@ def audit_line(status: Status) -> str:
 
 def render_workers(status: Status) -> RenderableType:
     """The workers, on a cluster SLURM's states of the array's tasks, and what keeps the study back."""
-    headings = ("worker", "job", "GPU", "trial", "epoch", "last sign", "running for")
+    speed = ("busy", "images/s", "waits for")
+    headings = ("worker", "job", "GPU", *speed, "trial", "epoch", "last sign", "running for")
     table = Grid(headings, left=headings, gap=2)
     epochs = {row.number: row.epochs for row in status.trials}
     for worker in status.workers:
@@ -83,6 +86,9 @@ def render_workers(status: Status) -> RenderableType:
             f"{worker.host}:{worker.pid}",
             worker.job or "",
             worker.gpu or "",
+            share(worker.busy),
+            pace(worker.images_per_second),
+            waits(worker),
             str(worker.trial),
             f"{epochs[worker.trial]}/{status.max_epochs}",
             f"{worker.renewed:.0f} s ago",
@@ -110,6 +116,22 @@ def render_workers(status: Status) -> RenderableType:
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)
+
+
+def share(value: float | None) -> str:
+    """A share for people; empty if it is not known."""
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def pace(images_per_second: float | None) -> str:
+    """Images per second for people; empty if they are not known."""
+    return "" if images_per_second is None else f"{images_per_second:,.0f}"
+
+
+def waits(worker: WorkerRow) -> str:
+    """What a worker waits for in much of its time, and how much that is."""
+    is_much = worker.waits is not None and worker.waits >= MUCH
+    return f"{worker.waits_for}: {share(worker.waits)}" if is_much and worker.waits_for else ""
 
 
 def _spent(status: Status) -> str:

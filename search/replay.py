@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from search.errors import InputError
 from search.export import find_trial
-from search.study import check_reader, other_dataset
+from search.study import check_versions, other_dataset
 from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of
@@ -43,7 +43,7 @@ def replay(
     recorded = epochs_of(engine, entry.study_id, number)
     if not recorded:
         raise InputError(f"trial {number} of study {entry.name!r} has no epoch yet; wait for one")
-    check_reader(entry)
+    check_versions(entry)
     config = file.config(row.params)
     workspace = Workspace(config, cache)
     if workspace.dataset.fingerprint != entry.dataset:

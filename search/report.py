@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from dashboards import charts
 from dashboards.outputs import check_overwritable, mark
 from dashboards.plot import check_figure, save_figure
-from dashboards.study_tables import audit_line
+from dashboards.study_tables import audit_line, pace, share
 from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.errors import InputError
@@ -111,7 +111,9 @@ def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:
 
 def _templates() -> jinja2.Environment:
     loader = jinja2.PackageLoader("search")
-    return jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
+    templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
+    templates.filters.update(pace=pace, share=share)
+    return templates
 
 
 def _facts(

@@ -12,14 +12,15 @@ from search.study_config import WARM_START_TRIALS, StudyConfig
 from storage import studies
 from storage.database import retrying
 from storage.status import read_status
-from trainer.config import TrainConfig
+from trainer.config import ARITHMETIC, TrainConfig
 from trainer.dataset import Dataset, absent_attributes
 from trainer.images import READER
 
 log = logging.getLogger(__name__)
 
 # These settings may change: trials stay comparable.
-NOT_COMPARED = {"places", "slurm", "search", "images"}
+NOT_COMPARED = {"places", "slurm", "search", "images", "arithmetic"}
+SAME_NUMBERS = {"graphs"}  # of [train]
 
 
 @retrying
@@ -141,20 +142,24 @@ def reader_note(what: str, version: int) -> str:
     )
 
 
-def check_reader(entry: studies.StudyEntry) -> None:
-    """Raises InputError if this version would read the study's images otherwise than it did."""
-    made_by = reader_of(entry)
-    if made_by != READER:
-        raise InputError(
-            f"study {entry.name!r} was made with version {made_by} of the reader of images, this is "
-            f"{READER}: the same files may look different (CHANGELOG.md); go on with the Atelier that "
-            "made it, or begin a study of another name"
-        )
+def check_versions(entry: studies.StudyEntry) -> None:
+    """Raises InputError if this version would read or train the study's images otherwise than it did."""
+    arithmetic = entry.settings.get("arithmetic", {}).get("version", 1)
+    for what, made_by, here, difference in (
+        ("reader of images", reader_of(entry), READER, "the same files may look different"),
+        ("training's arithmetic", arithmetic, ARITHMETIC, "the same trial gets another curve"),
+    ):
+        if made_by != here:
+            raise InputError(
+                f"study {entry.name!r} was made with version {made_by} of the {what}, this is {here}: "
+                f"{difference} (CHANGELOG.md); go on with the Atelier that made it, or begin a study of "
+                "another name"
+            )
 
 
 def _check_same(identity: dict[str, Any], entry: studies.StudyEntry, fingerprint: str) -> None:
     """Raises InputError unless the study was made with these settings, on this dataset."""
-    check_reader(entry)
+    check_versions(entry)
     name = entry.name
     other = f"give [study] another name than {name!r}, or restore the setting"
     if entry.optuna_version != optuna.__version__:
@@ -164,7 +169,7 @@ def _check_same(identity: dict[str, Any], entry: studies.StudyEntry, fingerprint
         )
     for table in identity.keys() | (entry.settings.keys() - NOT_COMPARED):
         settings, saved = identity.get(table, {}), entry.settings.get(table, {})
-        for key in settings.keys() | saved.keys():
+        for key in (settings.keys() | saved.keys()) - SAME_NUMBERS:
             # A setting that an earlier version did not know had today's default.
             default = TrainConfig.model_fields[key].default if table == "train" else None
             if settings.get(key, default) != saved.get(key, default):

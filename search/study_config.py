@@ -26,7 +26,7 @@ from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, unknown_key
 from storage import ledger, ranks, studies
 from storage.paths import path_to_record
-from trainer.config import CHECKPOINT_SECONDS, TUNABLE, Number, Real, TrainConfig, Whole
+from trainer.config import ARITHMETIC, CHECKPOINT_SECONDS, TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.images import READER
 
 
@@ -238,6 +238,7 @@ class StudyConfig(Table):
             "space": self.model_dump(mode="json")["space"],
             "train": train | {"weights": weights_identity(self.shared.weights)},
             "images": {"reader": READER},
+            "arithmetic": {"version": ARITHMETIC},
         }
 
     def with_paths(self, data: str | None, weights: str | None) -> Self:

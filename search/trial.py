@@ -7,7 +7,7 @@ recorded, then decided about, then in a checkpoint. And nothing is written of a 
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,9 @@ class Trial:
         is_rung = result.epoch in self._worker.study_config.rungs()
         self._is_due = self._unsaved.is_due() or (is_decisive and is_rung)
         snapshot = self._snapshot() if self._may_save and not is_decisive else None
-        self._queue(self._worker.recorder, self._records, self._record, result, snapshot)
+        self._queue(
+            self._worker.recorder, self._records, self._record, result, self._worker.waited, snapshot
+        )
         if is_decisive:
             self._verdict = self._records[-1]
 
@@ -196,9 +198,11 @@ class Trial:
 
     # In the thread that records.
 
-    def _record(self, result: EpochResult, snapshot: Snapshot | None) -> Decision:
+    def _record(
+        self, result: EpochResult, waited: Mapping[str, float], snapshot: Snapshot | None
+    ) -> Decision:
         """Record an epoch and decide whether the trial goes on. Raises LeaseLost."""
-        decision = self._decide(result)
+        decision = self._decide(result, waited)
         if snapshot is not None:
             self._queue(self._worker.writer, self._writes, self._save, snapshot)
         return decision
@@ -209,10 +213,10 @@ class Trial:
             self._queue(writer, self._writes, self._save, snapshot)
         self._queue(writer, self._writes, self._release, outcome, reason)
 
-    def _decide(self, result: EpochResult) -> Decision:
+    def _decide(self, result: EpochResult, waited: Mapping[str, float]) -> Decision:
         last, spent = self.claim.last_epoch, False  # of who has just got the trial hours are left
         if result.epoch > last:
-            spent = self._add(result)
+            spent = self._add(result, waited)
         elif result.epoch >= self._found:
             self._compare(result)
         if result.epoch < last or (result.epoch == last and self.claim.promoted):
@@ -229,11 +233,11 @@ class Trial:
         """The first record of an epoch: it stands if the epoch is trained again."""
         return self._recorded[result.epoch] if result.epoch <= self.claim.last_epoch else result
 
-    def _add(self, result: EpochResult) -> bool:
+    def _add(self, result: EpochResult, waited: Mapping[str, float]) -> bool:
         """Record an epoch. Returns whether the study's GPU-hours are spent. Raises LeaseLost."""
         worker = self._worker
         value = epoch_value(result, worker.study_config.study.score, worker.attributes)
-        why = worker.ledger.record(self.claim, result.columns(), value)
+        why = worker.ledger.record(self.claim, {**result.columns(), **waited}, value)
         self._values.append(value)
         worker.spent = why == SPENT
         if why == STOPPED:

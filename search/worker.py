@@ -8,6 +8,7 @@ import logging
 import os
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -79,6 +80,10 @@ class Worker:
         self.leaving: list[Trial] = []  # that wait to be saved and released, or ended
         self.epoch_seconds = 0.0  # as last measured in this process
         self.spent = False  # whether the study's GPU-hours were at the last record
+        self.waits = defaultdict[str, float](
+            float
+        )  # seconds since the last epoch, by what it waited for
+        self.waited: dict[str, float] = {}  # before the running epoch, a trial's share
 
     @property
     def made_progress(self) -> bool:
@@ -154,16 +159,26 @@ class Worker:
                 self._give_all_back(self.stop.reason or "")
                 self._release_all(self.stop.reason or "")
             awaited = [job for trial in self.trials for job in trial.awaited]
-            if not awaited or wait(awaited, timeout=PATIENCE).not_done:
+            with self._waiting_for("database"):
+                is_open = wait(awaited, timeout=PATIENCE).not_done
+            if is_open or not awaited:
                 ready = [trial for trial in self.trials if not trial.awaited]
                 if ready or not self.trials:
                     self.claims.withdraw()
                     return ready
-                wait(awaited, return_when=FIRST_COMPLETED)
+                with self._waiting_for("database"):
+                    wait(awaited, return_when=FIRST_COMPLETED)
+
+    @contextmanager
+    def _waiting_for(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.waits[what] += time.monotonic() - started
 
     def _begin_new(self) -> None:
         while self._may_go_on() and len(self.trials) < self.pack:
-            offer = self.claims.next(self._held())
+            with self._waiting_for("database" if self.trials else "trials"):
+                offer = self.claims.next(self._held())
             if offer is not None:
                 Trial(self, offer).begin()
             elif self.leaving and not self.trials:  # a study is over only if nobody holds a trial
@@ -193,7 +208,8 @@ class Worker:
 
     def _finish_leaving(self) -> None:
         while self.leaving:
-            self.leaving[0].finish_jobs()
+            with self._waiting_for("disk"):
+                self.leaving[0].finish_jobs()
             self._look()
 
     def train(self) -> None:
@@ -204,6 +220,8 @@ class Worker:
             self.claims.look_ahead(self._held())
         started = time.monotonic()
         trials = {trial.run: trial for trial in self.trials if not trial.awaited}
+        self.waited = {f"waited_for_{what}": s / len(trials) for what, s in self.waits.items()}
+        self.waits.clear()
         for run, outcome in train_epoch(list(trials), self._interrupt):
             trials.pop(run).settle(outcome)
             del run, outcome  # else they would live until the next one comes

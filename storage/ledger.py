@@ -303,14 +303,14 @@ class Ledger:
     def record(self, claim: Claim, result: Mapping[str, Any], value: float) -> str | None:
         """Record an epoch, report its value to Optuna, and prolong the lease. Raises LeaseLost.
 
-        `result` has the columns that trainer.metrics.EpochResult.columns gives. Returns why all workers
-        of the study are to stop: STOPPED or SPENT; or None.
+        `result` has the columns that trainer.metrics.EpochResult.columns gives, and maybe those of what
+        was waited for. Returns why all workers of the study are to stop: STOPPED or SPENT; or None.
         """
         stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
         return self._renew(
             claim,
             recording.RECORD,
-            **result,
+            **{**recording.NO_WAITS, **result},
             value=None if math.isnan(value) else value,
             intermediate_value=stored,
             intermediate_value_type=kind.name,

@@ -66,6 +66,8 @@ class TrialRow:
     params: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
     seconds: float = 0.0  # that its epochs took
+    images_per_second: float | None = None
+    busy: float | None = None  # share of the time in which its GPU computed; None if nobody knows
     accuracy: float | None = None  # of the last epoch
     value: float | None = None
     attempts: int = 0
@@ -265,6 +267,8 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             Epoch.trial_id,
             sa.func.max(Epoch.epoch).label("last"),
             sa.func.sum(Epoch.seconds).label("seconds"),
+            (sa.func.sum(Epoch.images) / sa.func.nullif(sa.func.sum(Epoch.seconds), 0)).label("pace"),
+            sa.func.avg(Epoch.busy).label("busy"),
             sa.func.count(Epoch.again).label("differing"),
         )
         .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
@@ -286,6 +290,8 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             TrialValueModel.value,
             epochs.c.last,
             epochs.c.seconds,
+            epochs.c.pace,
+            epochs.c.busy,
             epochs.c.differing,
             Epoch.val_accuracy,
             Attempt.number.label("attempts"),
@@ -349,6 +355,8 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> T
         params=params,
         epochs=0 if row.last is None else row.last + 1,
         seconds=row.seconds or 0.0,
+        images_per_second=row.pace,
+        busy=row.busy,
         accuracy=row.val_accuracy,
         value=row.value,
         attempts=row.attempts or 0,

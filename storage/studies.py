@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from storage.clock import now
@@ -101,6 +101,17 @@ def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
     """Change columns of a study, such as its budget or its stop request."""
     with engine.begin() as connection:
         connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
+
+
+@retrying
+def agree_on_trunk(engine: sa.Engine, study_id: int, device: str, digest: str) -> str:
+    """Record what the trunk computes on a device, if no worker has. Returns what is on record."""
+    is_first = sa.and_(Study.study_id == study_id, ~Study.trunks.has_key(device))
+    entry = sa.cast({device: digest}, JSONB)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Study).where(is_first).values(trunks=Study.trunks.op("||")(entry)))
+        recorded = sa.select(Study.trunks[device].astext).where(Study.study_id == study_id)
+        return connection.scalar(recorded) or digest  # without one: the study was deleted meanwhile
 
 
 @retrying

@@ -43,6 +43,8 @@ class Study(Base):
     optuna_version: Mapped[str]
     created: Mapped[datetime] = mapped_column(server_default=func.now())
     stop_requested: Mapped[datetime | None]  # workers end while it is set
+    # By device: the digest of what the trunk computes from some images (trainer/workspace.py).
+    trunks: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
 
 
 class ArrayJob(Base):
@@ -133,5 +135,10 @@ class Epoch(Base):
     seconds: Mapped[float]
     images: Mapped[int]
     peak_memory: Mapped[float]  # bytes
+    busy: Mapped[float | None]  # share of the time in which the GPU computed; NULL if nobody knows
+    # Seconds before the epoch in which the worker could not train; the run's share, if there were more.
+    waited_for_database: Mapped[float | None]
+    waited_for_disk: Mapped[float | None]
+    waited_for_trials: Mapped[float | None]  # nothing was there to claim
     # If another attempt trained it again with other numbers: that attempt, and by how much they differ.
     again: Mapped[dict[str, Any] | None]

@@ -1,6 +1,7 @@
 """Read which workers hold a study's trials, which held them before, and on which machines."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -10,7 +11,15 @@ from storage.database import retrying
 from storage.liveness import HELD
 from storage.optuna_tables import TrialModel
 from storage.paths import path_from_record
-from storage.tables import Attempt, Worker
+from storage.tables import Attempt, Epoch, Worker
+
+LATELY = 300  # seconds
+# What a worker may wait for while it trains nothing.
+WAITS = {
+    "database": Epoch.waited_for_database,
+    "disk": Epoch.waited_for_disk,
+    "trials": Epoch.waited_for_trials,
+}
 
 
 @dataclass
@@ -26,6 +35,11 @@ class WorkerRow:
     trial: int
     renewed: float  # since it last renewed its lease
     running_for: float
+    # Of the worker's last minutes, for all of its trials; None before its first epoch.
+    images_per_second: float | None = None  # trial-images
+    busy: float | None = None  # share of the time in which its GPU computed; None if nobody knows
+    waits: float | None = None  # share of the time in which it could not train
+    waits_for: str | None = None  # what for: database, disk or trials; the one that took longest
 
 
 @dataclass
@@ -36,6 +50,8 @@ class Machine:
     gpu: str | None
     workers: int  # processes
     slurm: bool
+    images_per_second: float | None  # trial-images of one worker
+    busy: float | None  # mean share of the time in which its GPU computed; None if nobody knows
 
 
 @dataclass
@@ -62,6 +78,8 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
         .where(Attempt.study_id == study_id, HELD)
         .order_by(TrialModel.number)
     )
+    rows = session.execute(query).all()
+    paces = _paces(session, {worker.id for worker, *_ in rows})
     return [
         WorkerRow(
             worker=worker.id,
@@ -73,9 +91,33 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
             trial=number,
             renewed=float(renewed),
             running_for=float(running_for),
+            **paces.get(worker.id, {}),
         )
-        for worker, number, renewed, running_for in session.execute(query)
+        for worker, number, renewed, running_for in rows
     ]
+
+
+def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
+    """How fast workers have trained lately, as fields of WorkerRow."""
+    columns = (Epoch.seconds, Epoch.images, *WAITS.values())
+    sums = [sa.func.coalesce(sa.func.sum(column), 0.0) for column in columns]
+    query = (
+        sa.select(Attempt.worker_id, sa.func.avg(Epoch.busy), *sums)
+        .join(Attempt, sa.and_(Attempt.trial_id == Epoch.trial_id, Attempt.number == Epoch.attempt))
+        .where(Attempt.worker_id.in_(workers), seconds_since(Epoch.recorded) < LATELY)
+        .group_by(Attempt.worker_id)
+    )
+    return {worker: _pace(busy, *sums) for worker, busy, *sums in session.execute(query)}
+
+
+def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> dict[str, Any]:
+    longest, what = max(zip(waits, WAITS, strict=True))
+    return {
+        "images_per_second": float(images) / seconds if seconds else None,
+        "busy": busy,
+        "waits": sum(waits) / (sum(waits) + seconds) if seconds else None,
+        "waits_for": what if longest else None,
+    }
 
 
 @retrying
@@ -83,9 +125,11 @@ def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machin
     """The machines that a study's trials ran on; those with most workers first."""
     slurm = Worker.slurm_job.is_not(None)
     count = sa.func.count(Worker.id.distinct())
+    pace = sa.func.sum(Epoch.images) / sa.func.nullif(sa.func.sum(Epoch.seconds), 0)
     query = (
-        sa.select(Worker.host, Worker.gpu, count, slurm)
+        sa.select(Worker.host, Worker.gpu, count, slurm, pace, sa.func.avg(Epoch.busy))
         .join(Attempt, Attempt.worker_id == Worker.id)
+        .outerjoin(Epoch, sa.and_(Epoch.trial_id == Attempt.trial_id, Epoch.attempt == Attempt.number))
         .where(Attempt.study_id == study_id)
         .group_by(Worker.host, Worker.gpu, slurm)
         .order_by(count.desc(), Worker.host)

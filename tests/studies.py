@@ -17,6 +17,7 @@ from storage.optuna_tables import (
     TrialValueModel,
 )
 from storage.tables import Attempt, Epoch, Worker
+from trainer.config import ARITHMETIC
 from trainer.images import READER
 
 SPACE = {
@@ -55,6 +56,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
         settings={
             "study": {"score": "mean-last-5"},
             "images": {"reader": READER},
+            "arithmetic": {"version": ARITHMETIC},
             "train": {"epochs": epochs, "warmup_epochs": 0, "backbone": "resnet10t"},
             "space": {
                 name: list(one.choices)

@@ -52,9 +52,11 @@ class TrainConfig(BaseModel):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on CUDA, else fp32
     allow_tf32: bool = True
-    # "auto" compiles the augmentation where that saves time, and changes no number.
-    # "network" compiles trunk and tail too.
-    compile: Literal["auto", "network", "none"] = "auto"
+    # "auto" compiles the augmentation where that saves time, and on a GPU the trunk.
+    compile: Literal["auto", "none"] = "auto"
+    graphs: Literal["auto", "none"] = (
+        "auto"  # "auto": on a GPU a step is a CUDA graph; no number changes
+    )
 
     @property
     def validates(self) -> bool:
@@ -78,5 +80,7 @@ class TrainConfig(BaseModel):
         return self
 
 
+# Changes with whatever changes a bit of a curve. Studies and checkpoints of another version are refused.
+ARITHMETIC = 2
 CHECKPOINT_SECONDS = 20.0  # of work that may be unsaved, where epochs are shorter
 TUNABLE = ("lr", "batch_size", "weight_decay", "dropout", "epsilon")

@@ -106,14 +106,13 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
     try:
         for features, indices in leader.stream_blocks(epoch, number):
             targets = leader.workspace.train_targets[indices]
-            for run in list(active):
+            for run, rows in _by_turns(active, number, len(targets)):
                 try:
-                    for rows in run.batches_left(number, len(targets)):
-                        run.train_step(features[rows], targets[rows])
-                        if interrupt(run, pace.seconds_left()):
-                            pace.share_out(active)
-                            yield from ((run, None) for run in active)
-                            return
+                    run.train_step(features[rows], targets[rows])
+                    if interrupt(run, pace.seconds_left()):
+                        pace.share_out(active)
+                        yield from ((run, None) for run in active)
+                        return
                 except Exception as error:  # of this run; the others go on
                     active.remove(run)
                     pace.leave_out(run)
@@ -126,7 +125,22 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
     except Exception as error:  # in the shared part
         yield from _failed(active, error)
         return
+    for run in list(active):  # a GPU evaluates the next run while the host reads the one before
+        try:
+            run.evaluate_epoch()
+        except Exception as error:
+            active.remove(run)
+            yield run, _without_tensors(error, run)
     yield from ((run, _end_epoch(run)) for run in active)
+
+
+def _by_turns(active: Sequence[Run], number: int, images: int) -> Iterator[tuple[Run, slice]]:
+    """The rows of a block's batches, a batch of each run by turns, as long as the run is active."""
+    batches = [(run, run.batches_left(number, images)) for run in active]
+    for turn in range(max(len(rows) for _, rows in batches)):
+        for run, rows in batches:
+            if turn < len(rows) and run in active:
+                yield run, rows[turn]
 
 
 def _failed(runs: Sequence[Run], error: Exception) -> Iterator[tuple[Run, EpochOutcome]]:

@@ -38,6 +38,7 @@ class EpochResult:
     seconds: float  # of the device; the run's share, if several go side by side
     images: int  # training images seen
     peak_memory: int  # bytes of the GPU's memory, on a CPU of the process
+    busy: float | None = None  # share of the time in which the GPU computed, for all runs beside it
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
     # If a loss is not finite: what was not finite first, and what to do. This is not stored.
     cause: str | None = field(default=None, compare=False)
@@ -73,7 +74,9 @@ COLUMNS = tuple(
 )
 # The columns that are equal, bit for bit, when the epoch is trained again.
 REPEATABLE = tuple(
-    name for name in COLUMNS if name not in ("epoch", "stream_epoch", "seconds", "images", "peak_memory")
+    name
+    for name in COLUMNS
+    if name not in ("epoch", "stream_epoch", "seconds", "images", "peak_memory", "busy")
 )
 
 

@@ -17,7 +17,7 @@ FILLED = 0.9  # share of the memory to use; the rest is for fragments and for la
 
 
 def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
-    """How many runs fit, after one step and one evaluation of the run that needs the most memory.
+    """How many runs fit, after two steps and one evaluation of the run that needs the most memory.
 
     What the runs leave is for the trunk's output.
     """
@@ -25,13 +25,15 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
     if run.owns_trunk:
         log.info("frozen_batchnorm = 'train': runs share nothing, so one at a time")
         return 1
-    [(_, outcome)] = train_epoch([run], lambda *_: True)  # one step
+    [(_, outcome)] = train_epoch([run], lambda run, _: run.step == 2)  # the second is a graph
     if isinstance(outcome, Exception):
         raise outcome
     if largest.validates:
         run.evaluate()
-    # Each run has weights and Adam's two moments. Activations and gradients exist for one run at a time.
-    bytes_per_run = 3 * sum(weight.numel() * weight.element_size() for weight in run.tail.parameters())
+    # Each run has weights, Adam's two moments and its graphs. Without graphs, activations and gradients
+    # exist for one run at a time.
+    weights = sum(weight.numel() * weight.element_size() for weight in run.tail.parameters())
+    bytes_per_run = 3 * weights + run.graph_bytes
     bytes_left = FILLED * available_memory(run.device) - peak_memory(run.device)
     runs = max(min(1 + int(bytes_left / bytes_per_run), MOST_SIDE_BY_SIDE), 1)
     workspace.store.leave_to_runs(bytes_left - (runs - 1) * bytes_per_run)

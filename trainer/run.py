@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from trainer.checkpoint import CheckpointError, Checkpoints, State
-from trainer.config import TUNABLE, TrainConfig
+from trainer.config import ARITHMETIC, TUNABLE, TrainConfig
 from trainer.device import is_out_of_memory, peak_memory
 from trainer.diagnosis import first_not_finite
 from trainer.images import READER
 from trainer.loss import AttributeLoss, class_weights
 from trainer.metrics import EpochResult, per_class_accuracy, validation_metrics
 from trainer.model import make_head
+from trainer.steps import Steps
 from trainer.stream import BLOCK
 from trainer.torch_file import reason
 from trainer.workspace import Block, Workspace
@@ -25,7 +26,7 @@ from trainer.workspace import Block, Workspace
 log = logging.getLogger(__name__)
 
 # Settings that may differ between a checkpoint and the run that goes on from it.
-MOVABLE = ("data", "weights")
+MOVABLE = ("data", "weights", "graphs")
 # Settings that may differ between a run and the workspace of its process.
 PER_RUN = ("seed", *TUNABLE)
 FORMAT = 4  # of `Run.state`
@@ -71,8 +72,13 @@ class Run:
         self.block_size = config.batch_size if self.owns_trunk else _block_size(config.batch_size)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.tail = self._make_tail()
+        self._steps = Steps(self._compute_step, self.generator, config.graphs == "auto")
         self.optimizer = torch.optim.Adam(
-            self.tail.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.tail.parameters(),
+            lr=self._steps.rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=True,
         )
         labels = workspace.train_labels[torch.from_numpy(workspace.indices)]
         self.loss = AttributeLoss(
@@ -89,6 +95,8 @@ class Run:
         self.step = 0  # the schedule's position
         self.stream_epoch: int | None = None  # of the running epoch
         self.partial = PartialEpoch()
+        self._began = time.monotonic()  # the running epoch, in this process
+        self._ending: list[torch.Tensor] | None = None  # what `end_epoch` reads
         self.history: list[EpochResult] = []
         self._resume()
 
@@ -134,8 +142,6 @@ class Run:
             )
         tail = nn.Sequential(copy.deepcopy(self.workspace.stages), head)
         self.workspace.runtime.place(tail).requires_grad_(True)
-        if self.config.compile == "network":
-            tail[0].compile(dynamic=False)
         return tail
 
     @property
@@ -191,7 +197,7 @@ class Run:
 
     def begin(self, stream_epoch: int) -> None:
         """Enter an epoch, or enter it again."""
-        self.stream_epoch = stream_epoch
+        self.stream_epoch, self._began = stream_epoch, time.monotonic()
         self.tail.train()
         if self.owns_trunk:
             self.trunk.train()
@@ -210,26 +216,47 @@ class Run:
 
     def train_step(self, features: torch.Tensor, target: torch.Tensor) -> None:
         """One optimizer step on trunk output."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
-        logits = self.workspace.runtime.logits(self.tail, features)
-        loss = self.loss(logits, target)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # at once, so that other runs can use the memory
+        logits, loss = self._steps.take(features, target, self.rate(self.step))
         self.step += 1
-        self.partial.add(logits.detach(), loss.detach())
+        self.partial.losses.append(loss)
+        self.partial.logits.append(logits)
 
-    def end_epoch(self) -> EpochResult:
-        """Evaluate, and append the epoch's result to the history."""
-        assert self.stream_epoch is not None
-        started = time.monotonic()
-        workspace, partial, sizes = self.workspace, self.partial, self.workspace.sizes
+    def _compute_step(
+        self, features: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and the loss times the images. See `Steps`."""
+        try:
+            logits = self.workspace.runtime.logits(self.tail, features)
+            loss = self.loss(logits, target)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)  # at once: other runs can use the memory
+        return logits.detach(), (loss.detach() * len(logits)).reshape(1)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of the GPU's memory that the captured steps hold."""
+        return self._steps.graph_bytes
+
+    def evaluate_epoch(self) -> None:
+        """Evaluate after the epoch's last step. On a GPU this only asks for it, and does not wait."""
+        started, partial = time.monotonic(), self.partial
+        self._steps.join()
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss.of_split(logits, workspace.val_targets).mean(), logits]
-        losses, trained, *validated = _to_host(outputs)  # here the host waits for the device
+            outputs += [self.loss.of_split(logits, self.workspace.val_targets).mean(), logits]
+        self._ending = outputs
+        partial.seconds += time.monotonic() - started
+
+    def end_epoch(self) -> EpochResult:
+        """Append the epoch's result to the history, after `evaluate_epoch`."""
+        assert self.stream_epoch is not None
+        assert self._ending is not None
+        started = time.monotonic()
+        workspace, partial, sizes = self.workspace, self.partial, self.workspace.sizes
+        losses, trained, *validated = _to_host(self._ending)  # here the host waits for the device
         val_loss, val_logits = validated or (None, None)
         measured = {}
         if val_loss is not None and val_logits is not None:
@@ -245,12 +272,13 @@ class Run:
             seconds=partial.seconds + time.monotonic() - started,
             images=len(order),
             peak_memory=peak_memory(self.device),
+            busy=workspace.utilization.since(self._began),
             **measured,
         )
         if not result.finite:
             result = replace(result, cause=self._cause(losses, trained, val_logits))
         self.history.append(result)
-        self.partial, self.stream_epoch = PartialEpoch(), None
+        self.partial, self.stream_epoch, self._ending = PartialEpoch(), None, None
         return result
 
     def _cause(
@@ -270,6 +298,7 @@ class Run:
 
     def evaluate(self) -> torch.Tensor:
         """Logits of all validation images, float [images, attributes]."""
+        self._steps.join()
         self.tail.eval()
         if self.owns_trunk:
             self.trunk.eval()
@@ -282,9 +311,11 @@ class Run:
 
         Only `predictions` has other objects, which never change: those of each validated epoch.
         """
+        self._steps.join()
         return {
             "format": FORMAT,
             "reader": READER,
+            "arithmetic": ARITHMETIC,
             "config": self.config.model_dump(),
             "tail": self.tail.state_dict(),
             "trunk": self.trunk.state_dict() if self.owns_trunk else {},
@@ -309,11 +340,19 @@ class Run:
                 f"the checkpoint was made with version {reader} of the reader of images, this is "
                 f"{READER} (CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
             )
+        if (arithmetic := state.get("arithmetic", 1)) != ARITHMETIC:
+            raise CheckpointError(
+                f"the checkpoint was made with version {arithmetic} of the training's arithmetic, this "
+                f"is {ARITHMETIC} (CHANGELOG.md); go on with the Atelier that made it, or delete the "
+                "checkpoint"
+            )
         self._check_config(state["config"])
         self.tail.load_state_dict(state["tail"])
         if self.owns_trunk:
             self.trunk.load_state_dict(state["trunk"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._steps.rate
         self.generator.set_state(state["generator"])
         self.step, self.stream_epoch = state["step"], state["stream_epoch"]
         self.partial = PartialEpoch(
@@ -341,11 +380,7 @@ class PartialEpoch:
 
     losses: list[torch.Tensor] = field(default_factory=list)  # [1], a step's loss times its images
     logits: list[torch.Tensor] = field(default_factory=list)  # [images of the step, attributes]
-    seconds: float = 0.0  # spent before an interruption
-
-    def add(self, logits: torch.Tensor, loss: torch.Tensor) -> None:
-        self.losses.append((loss * len(logits)).reshape(1))
-        self.logits.append(logits)
+    seconds: float = 0.0  # spent so far
 
 
 def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,5 +1,7 @@
-"""How a network runs on its device: memory layout, precision, and the scale of images."""
+"""How a network runs on its device: memory layout, precision, compiled or not, and the images' scale."""
 
+import copy
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -7,11 +9,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.utils import deterministic
 
 from trainer.config import TrainConfig
-from trainer.device import pick_device
+from trainer.device import is_out_of_memory, pick_device
 from trainer.model import Backbone, fold_batchnorm, load_backbone
 from trainer.stream import BLOCK
+from trainer.torch_file import said
+
+log = logging.getLogger(__name__)
 
 # On a CPU the trunk takes so many pixels at once, so that the large output of its first layers stays in
 # the cache.
@@ -42,10 +48,30 @@ class Runtime:
         trunk.requires_grad_(False).eval()
         if self.config.frozen_batchnorm == "train" or not len(list(trunk.parameters())):
             return trunk
-        folded = self.place(fold_batchnorm(trunk, self.config.image_size)).requires_grad_(False)
-        if self.config.compile == "network":
-            folded.compile(dynamic=False)
-        return folded
+        return self.place(fold_batchnorm(trunk, self.config.image_size)).requires_grad_(False)
+
+    def compiled(self, frozen: nn.Module) -> nn.Module:
+        """A compiled form of what `freeze` returned; that itself, where nothing is compiled.
+
+        A machine that cannot compile says so in one line of the log.
+        """
+        if not self._compiles or frozen.training or not len(list(frozen.parameters())):
+            return frozen
+        compiled = copy.copy(frozen)  # shares the weights
+        compiled.compile(dynamic=False)
+        size = self.config.image_size
+        try:
+            self.features(compiled, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except Exception as error:  # no compiler, a full disk, a killed compiler, and more
+            if is_out_of_memory(error):
+                raise
+            log.warning("the trunk is not compiled: %s", said(error))
+            return frozen
+        return compiled
+
+    @property
+    def _compiles(self) -> bool:
+        return self.config.compile == "auto" and self.device.type == "cuda"
 
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """The trunk's output for uint8 images [n, 3, size, size].
@@ -123,4 +149,5 @@ def _set_precision(config: TrainConfig, device: torch.device) -> None:
         # The same config must give the same curve. If CUDA has no deterministic kernel, torch warns.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read none
         torch.backends.cudnn.benchmark = False

@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from trainer.images import READER
 from trainer.model import check_batches, check_size
 from trainer.runtime import Runtime
 from trainer.stream import BLOCK, Stream, prepared_images, read_images
+from trainer.utilization import Utilization
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,16 @@ COMPILED_PIXELS = 20_000_000
 # Changes if our own code changes a bit of the trunk's output: augmentation, normalisation, folding.
 KIND = 1
 
+EVALUATED_ON_GPU = 1024  # validation images at once; on a CPU it is BLOCK
+DIGESTED = 16  # images whose output tells whether two workers compute the same
+
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
+
+
+class TrunkError(RuntimeError):
+    """The trunk computes something else here than in the study's other workers. One line."""
+
+    exit_code = 1  # not the input's fault, because another machine may do
 
 
 class _Tried(NamedTuple):
@@ -45,6 +57,7 @@ class _Tried(NamedTuple):
     images: int  # that went through it together
     seconds: float  # that they took
     rows_depend: bool  # whether an image's output depends on those beside it
+    digest: str  # of the first images' output
 
 
 class Workspace:
@@ -72,21 +85,25 @@ class Workspace:
         self.sizes = self.dataset.sizes
         self.trunk, self.stages = backbone.split(config.trainable)
         self.runtime.place(self.trunk)
-        self.frozen = self.runtime.freeze(self.trunk)
+        self._eager = self.frozen = self.runtime.freeze(self.trunk)
+        self.utilization = Utilization(self.device)
         train = self.dataset.split(config.train_on)
         self.indices = self.dataset.training_rows(config)
         check_size(config, backbone)
         check_batches(config, backbone, len(self.indices), batch_sizes)
-        self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
+        with ThreadPoolExecutor(1, "compiler") as thread:  # compiles while the images are prepared
+            compiled = thread.submit(self.runtime.compiled, self._eager)
+            self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
+            self._val_images: Path | None = None
+            if config.validates:  # else no images are left to validate on
+                val = self.dataset.split("val")
+                self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
+                self.val_labels = _labels(val)
+                self.val_targets = self.val_labels.to(self.device)
+        self.frozen = compiled.result()
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
         self.train_labels = _labels(train)
         self.train_targets = self.train_labels.to(self.device)
-        self._val_images: Path | None = None
-        if config.validates:  # else no images are left to validate on
-            val = self.dataset.split("val")
-            self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
-            self.val_labels = _labels(val)
-            self.val_targets = self.val_labels.to(self.device)
 
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":
@@ -109,15 +126,16 @@ class Workspace:
             yield next(blocks), torch.from_numpy(part).to(self.device, non_blocking=True)
 
     def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
-        """The validation images' trunk output, in file order, BLOCK images at a time."""
+        """The validation images' trunk output, in file order, some images at a time."""
         path, indices = self._val_images, np.arange(len(self.val_labels))
         assert path is not None  # else there is nothing to evaluate
-        parts = [indices[start : start + BLOCK] for start in range(0, len(indices), BLOCK)]
+        size = EVALUATED_ON_GPU if self.device.type == "cuda" else BLOCK
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
 
         def make(part: np.ndarray) -> torch.Tensor:
             return self.runtime.features(trunk, read_images(path, part))
 
-        yield from self._blocks(self._view("val", indices, BLOCK), parts, make)
+        yield from self._blocks(self._view("val", indices, size), parts, make)
 
     def keeps(self, seed: int, epoch: int, block: int) -> bool:
         """Whether the trunk's output of an epoch of the stream is kept, or would be if it was made."""
@@ -173,7 +191,28 @@ class Workspace:
         if depend:
             log.info("the trunk's output of an image depends on those beside it: it is kept by blocks")
         rows = Rows(tuple(forwards.shape[1:]), forwards.dtype, self.device)
-        return _Tried(rows, len(some), seconds, depend)
+        return _Tried(rows, len(some), seconds, depend, _digest(forwards[:DIGESTED]))
+
+    def agree(self, on_record: Callable[[str, str], str]) -> None:
+        """Let the trunk compute what it computes in other workers: compiled and not may differ in bits.
+
+        `on_record` takes this device's name and a digest of the trunk's output. It returns the digest
+        that counts. Raises TrunkError if this machine cannot compute that.
+        """
+        if self.config.frozen_batchnorm == "train":  # every run has a trunk of its own
+            return
+        device = f"{device_model(self.device)}, torch {torch.__version__}"
+        agreed = on_record(device, self._tried.digest)
+        if agreed != self._tried.digest and self.frozen is not self._eager:
+            log.info("the trunk is not compiled, as in the study's first worker")
+            self.frozen = self._eager
+            del self._tried
+        if agreed != self._tried.digest:
+            raise TrunkError(
+                f"the trunk computes other bits on {socket.gethostname()} than where the study's first "
+                "worker with such a device ran; a node without a C compiler may be the reason: mend "
+                "that, or use another node"
+            )
 
     def _kind(self) -> str:
         """A digest of all that the trunk's output depends on, beside the view."""
@@ -185,7 +224,8 @@ class Workspace:
         parts = {
             "version": [KIND, READER],
             "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],
-            "settings": [config.image_size, config.augment, config.compile, config.allow_tf32],
+            "settings": [config.image_size, config.augment, config.allow_tf32],
+            "compiled": self.frozen is not self._eager,
             "network": [config.backbone, config.trainable, weights.hexdigest()],
             "normalisation": [backbone.mean, backbone.std],
             "arithmetic": [runtime.rounds, runtime.images_at_once],
@@ -196,6 +236,7 @@ class Workspace:
 
     def close(self) -> None:
         """Leave what is kept on a disk to other workers. The last one deletes it."""
+        self.utilization.close()
         if "store" in vars(self):
             self.store.close()
 
@@ -212,6 +253,11 @@ def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path)
     """
     pick_device()
     Workspace(config, cache, torch.device("cpu"), batch_sizes, places)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()[:32]
 
 
 def _prepare_compiler(cache: Path) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from dashboards import charts, csv_tables, render
 from dashboards.arguments import read_choice
-from dashboards.study_tables import duration
+from dashboards.study_tables import duration, pace, share, waits
 from dashboards.web.filters import Filters, choose_trials, in_states
 from dashboards.web.scripts import Script
 from storage import curves
@@ -49,7 +49,8 @@ def figure(name: str, drawn: charts.Figure, level: int = 2) -> Markup:
     return Markup(render_template("figure.html", name=name, figure=drawn, panels=panels, level=level))
 
 
-blueprint.add_app_template_filter(duration, "duration")
+for in_words in (duration, pace, share, waits):
+    blueprint.add_app_template_filter(in_words)
 blueprint.record(lambda setup: setup.app.jinja_env.globals.update(STATES=STATES))
 
 

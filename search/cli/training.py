@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -28,7 +29,7 @@ from storage.ledger import Ledger
 from storage.outcome import NOTHING_LEFT
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, image_cache
-from storage.studies import StudyEntry
+from storage.studies import StudyEntry, agree_on_trunk
 from trainer.config import TrainConfig
 from trainer.dataset import DatasetError, absent_attributes, read_dataset
 from trainer.device import prepare_process
@@ -65,6 +66,7 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None
             entry.max_trials,
             config.study.max_trials,
         )
+    workspace.agree(partial(agree_on_trunk, engine, entry.study_id))
     columns = job.columns() if job else None
     ledger = Ledger(engine, storage, entry.study_id, probe_liveness=probe_liveness, job=columns)
     runs = RunFolder(entry.name, entry.created).make()

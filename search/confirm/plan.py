@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 
 from search.errors import InputError
-from search.study import check_reader
+from search.study import check_versions
 from search.study_config import StudyConfig
 from search.toml_file import validate
 from storage.status import read_status
@@ -126,7 +126,7 @@ def plan_confirmation(
 
     Raises InputError if there is nothing to confirm, or if the one on record was begun otherwise.
     """
-    check_reader(search)
+    check_versions(search)
     linked = study_entry(engine, search.name + SUFFIX)
     if linked is None:
         status = read_status(engine, search.study_id, search.name)

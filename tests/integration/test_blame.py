@@ -1,9 +1,5 @@
 """Whose fault it is that a trial fails: its own, or that of the host."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from optuna.trial import TrialState
 
@@ -174,16 +170,3 @@ def test_new_trials_come_before_those_that_have_failed(engine):
     fresh = worker.claim()
     assert fresh.trial_number == 1
     assert worker.claim([fresh.trial_id]).trial_number == 0
-
-
-def test_a_compiler_that_does_not_work_is_the_hosts_fault(engine, atelier, tmp_path, study_text):
-    """As a user meets it: torch.compile, and a C++ compiler that fails."""
-    text = study_text.replace("[train]", '[train]\ncompile = "network"')
-    (tmp_path / "sick.toml").write_text(text)
-    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-P", "-m", "atelier_command", "worker", "sick.toml"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == ExitCode.FAILED, result.stderr
-    assert "\nerror: sick host " in result.stderr
-    assert "experimental" not in result.stderr, "Optuna's warning of its QMCSampler"
-    assert attempts(engine) == ["released", "released"]

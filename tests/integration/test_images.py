@@ -103,4 +103,4 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     del settings["images"]  # as of a study from when there was one reader only
     studies.update_study(engine, study_id, settings=settings)
     with pytest.raises(InputError, match="with version 1 of the reader of images"):
-        search.study.check_reader(studies.study_entry(engine, "before"))
+        search.study.check_versions(studies.study_entry(engine, "before"))

@@ -107,6 +107,9 @@ class SimulatedRun(Run):
         self.digest = _digest(self.digest, self.stream_epoch, self.step, *features)
         self.step += 1
 
+    def evaluate_epoch(self) -> None:
+        pass
+
     def end_epoch(self) -> EpochResult:
         assert self.stream_epoch is not None
         assert self._checkpoints is not None
