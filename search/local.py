@@ -24,7 +24,7 @@ from storage.leases import RENEW_SECONDS
 from storage.paths import RunFolder, home
 from storage.postgres_programs import EmbeddedPostgresError
 from storage.status import State, Status
-from trainer.allocation import cpu_count
+from trainer.allocation import cpu_count, visible_gpus
 
 POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
@@ -112,7 +112,7 @@ class LocalSearch:
             **os.environ,
             "ATELIER_CPUS": str(max(cpu_count() // self._n_workers, 1)),
         }
-        if gpus := _visible_gpus():
+        if gpus := visible_gpus():
             environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
         process = forking.start(work, self._arguments, environment=environment, output=log)
         return _Slot(number, process, log)
@@ -179,14 +179,6 @@ class LocalSearch:
             self._next_look = time.monotonic() + RENEW_SECONDS
             self._slots.append(self._start(1))
         return True
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs to divide among the workers, if any. Does not ask CUDA, which would initialise it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [word for word in visible.split(",") if word]
-    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def _why(slot: _Slot) -> str:

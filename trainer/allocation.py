@@ -6,6 +6,7 @@ from pathlib import Path
 
 # The environment variable that says how much of the trunk's output is kept, and where.
 FEATURES = "ATELIER_FEATURES"
+DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
 # Variables that name GPUs, and the values that mean no GPU. The last value is SLURM's.
 NAMING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 NO_GPU = ("", "-1", "NoDevFiles")
@@ -56,6 +57,16 @@ def sign_of_gpu() -> str | None:
         return None  # the machine's GPUs are hidden from this process
     files = [path for pattern in GPU_FILES for path in sorted(Path("/dev").glob(pattern))]
     return f"{files[0]} is there" if files else None
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs of NVIDIA's that processes may use, if any. This asks no driver."""
+    if os.environ.get(DEVICE) == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [] if visible in NO_GPU else visible.split(",")
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def number(variable: str) -> int | None:

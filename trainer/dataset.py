@@ -193,7 +193,11 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
         more, advice = "", "name the dataset's folder with --data"
         if (usable := listed_splits(Path(folder))) and dataset is not None:
             use = f"is only good for: atelier predict --split {' or '.join(usable)}"
-            advice = f"without it the folder {use}" if labelled else f"it has {', '.join(usable)}"
+            advice = (
+                f"without it the folder {use}"
+                if labelled
+                else f"there is: --split {' or '.join(usable)}"
+            )
     raise DatasetError(f"{findings[0]}{more}; {advice}")
 
 

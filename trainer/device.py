@@ -11,7 +11,7 @@ from functools import cache
 import psutil
 import torch
 
-from trainer.allocation import cpu_count, memory_limit, number, sign_of_gpu
+from trainer.allocation import DEVICE, cpu_count, memory_limit, number, sign_of_gpu
 from trainer.torch_file import said
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ STEERING = (
     *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"),
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
 )
-DEVICE = "ATELIER_DEVICE"  # the environment variable that says what to train on
 
 
 class DeviceError(RuntimeError):
@@ -67,8 +66,8 @@ def pick_device() -> torch.device:
 
 @cache
 def note_cpu(why: str) -> None:
-    """Log once in a process that it trains on the CPU, and why."""
-    log.info("training on the CPU of %s: %s", socket.gethostname(), why)
+    """Log once in a process that it computes on the CPU, and why."""
+    log.info("computing on the CPU of %s: %s", socket.gethostname(), why)
 
 
 def prepare_process() -> int:

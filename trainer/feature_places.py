@@ -59,6 +59,8 @@ def places(device: torch.device) -> Places:
         name, _, value = word.partition("=")
         if name == "folder" and value.startswith("/"):
             folder = Path(value)
+            if not folder.is_dir():  # where it is made later, nobody would see that it is the wrong one
+                raise FeaturesError(f"{FEATURES}: {word!r}: no such folder; make it, or name another")
         elif name in ("device", "memory", "disk") and _is_size(value):
             sizes[name] = float(value) * GB
         else:

@@ -8,9 +8,11 @@ epoch and the image's index. So any process can repeat any epoch, from any block
 import errno
 import math
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from filelock import FileLock
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from trainer.allocation import cpu_count
 from trainer.augment import Augmentation, draw
 from trainer.dataset import Dataset, Split
 from trainer.images import READER, load_image
@@ -26,6 +29,7 @@ BLOCK = 256  # images per pass through the trunk; a multiple of every batch size
 # A GPU keeps the prepared images if they take at most this share of its memory. Otherwise each block is
 # copied to it.
 RESIDENT_SHARE = 1 / 8
+AT_ONCE = 256  # images in memory while they are prepared
 
 _draw = lru_cache(maxsize=1)(draw)  # for a whole split at once: the blocks of an epoch share it
 
@@ -51,8 +55,8 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> P
     path = cache / f"{dataset.images_digest(split)}-{size}-reader{READER}.npy"
     shape = (len(split), 3, size, size)
     if not _is_valid(path, shape):
-        for name in split.paths:  # a broken image ends the command before anything is written
-            load_image(dataset.folder / name)
+        for _ in _of_each(split.paths, lambda name: load_image(dataset.folder / name)):
+            pass  # a broken image ends the command before anything is written
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not _is_valid(path, shape):
@@ -70,6 +74,11 @@ def _is_valid(path: Path, shape: tuple[int, ...]) -> bool:
 
 def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
     transform = deterministic_transform(size)
+
+    def pixels(name: str) -> bytes:
+        image = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
+        return bytes(image.numpy().data)
+
     partial = path.with_suffix(".partial")
     shape = (len(split), 3, size, size)
     try:
@@ -78,14 +87,20 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             _reserve(file, math.prod(shape))
-            for name in split.paths:
-                image = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
-                file.write(image.numpy().tobytes())
+            for data in _of_each(split.paths, pixels):
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _of_each(names: Sequence[str], function: Callable[[str], Any]) -> Iterator[Any]:
+    """The function's results in the names' order, from a thread for each CPU. Raises its first error."""
+    with ThreadPoolExecutor(cpu_count()) as threads:
+        for start in range(0, len(names), AT_ONCE):  # so that few results wait in memory
+            yield from threads.map(function, names[start : start + AT_ONCE])
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

@@ -119,7 +119,7 @@ def said(error: Exception) -> str:
     text = UNPRINTABLE.sub("", str(error))
     sentences = re.split(r"\n\s*|(?<=\.)\s+|WeightsUnpickler error:\s*", text)
     kept = " ".join(part for part in sentences if part and not ADVICE.match(part))
-    return textwrap.shorten(kept, 300) or type(error).__name__
+    return textwrap.shorten(kept, 300).removesuffix(".") or type(error).__name__
 
 
 def _refuse_what_swells(data: bytes) -> None:

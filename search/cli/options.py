@@ -15,6 +15,7 @@ from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from storage import database, schema
 from storage.studies import StudyEntry, study_entry, study_names
+from trainer.allocation import visible_gpus
 from trainer.text import same_letters
 
 MOST_PACKED = 64
@@ -28,9 +29,18 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, as in train.epochs=10. May be repeated."),
 ]
+AUTO = "auto"
+CPU_WORKERS = 2  # of a search on this machine without a GPU
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Worker processes; default: one for each GPU, else {CPU_WORKERS}."),
+]
 Pack = Annotated[
-    str,
-    typer.Option(help=f"Trials that a worker trains at once, 1 to {MOST_PACKED}; auto: as many as fit."),
+    str | None,
+    typer.Option(
+        help=f"Trials that a worker trains at once, 1 to {MOST_PACKED}; {AUTO}: as many as fit; "
+        f"default: {AUTO} on a GPU, else 1."
+    ),
 ]
 # The options of `submit`, `confirm --submit` and `train --submit`.
 Submit = Annotated[bool, typer.Option("--submit", help="Train in SLURM instead of here.")]
@@ -107,34 +117,41 @@ def find_search(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
 
 
 def worker_options(
-    data: str | None, weights: str | None, settings: list[str] | None, pack: str
+    data: str | None, weights: str | None, settings: list[str] | None, pack: str | None
 ) -> list[str]:
     """The same options for `atelier worker`."""
     options = [
         ("--data", data),
         ("--weights", weights),
         *(("--set", setting) for setting in settings or []),
-        ("--pack", None if pack == "1" else pack),
+        ("--pack", pack),
     ]
     return [word for name, value in options if value is not None for word in (name, value)]
 
 
-def packed_trials(pack: str) -> int | None:
-    """How many trials a worker trains at once; None for as many as fit. Raises InputError."""
-    if pack == "auto":
-        return None
-    if pack not in map(str, range(1, MOST_PACKED + 1)):
-        raise InputError(f"--pack {pack!r}: allowed is a number from 1 to {MOST_PACKED}, or auto")
-    return int(pack)
+def workers_here(workers: int | None) -> int:
+    """How many workers to start on this machine: as many as its GPUs, unless a number is given."""
+    return workers or len(visible_gpus()) or CPU_WORKERS
 
 
-def check_pack(pack: str, workers: int = 1) -> None:
-    """Raises InputError for a pack that so many workers on one machine cannot have."""
-    if packed_trials(pack) is None and workers > 1:
+def pack_here(pack: str | None, workers: int) -> str | None:
+    """The pack of so many workers on this machine. Those that share a GPU share its memory.
+
+    Raises InputError if they cannot have it.
+    """
+    check_pack(pack)
+    if pack == AUTO and workers > 1:
         raise InputError(
             f"--pack auto with {workers} workers: each would take all of the memory; give "
             "--workers 1, or a number"
         )
+    return "1" if pack is None and workers > len(visible_gpus()) else pack
+
+
+def check_pack(pack: str | None) -> None:
+    """Raises InputError for what is no pack."""
+    if pack not in (None, AUTO, *map(str, range(1, MOST_PACKED + 1))):
+        raise InputError(f"--pack {pack!r}: allowed is a number from 1 to {MOST_PACKED}, or {AUTO}")
 
 
 def check_output(path: Path) -> None:

@@ -21,16 +21,18 @@ from search.cli.options import (
     StudyPath,
     Submit,
     Weights,
+    Workers,
     check_pack,
     command,
     find_search,
     find_study,
     goes_to_slurm,
     load_study,
-    packed_trials,
+    pack_here,
     print_script,
     recorded_study,
     worker_options,
+    workers_here,
 )
 from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
@@ -55,11 +57,11 @@ PROFILE = "tuning"
 
 def search(
     study: StudyPath,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    workers: Workers = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
     ] = Path("best.toml"),
-    pack: Pack = "1",
+    pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
@@ -67,7 +69,8 @@ def search(
     """Run a whole search on this machine. The same command resumes an interrupted search."""
     config = load_study(study, data, weights, set_)
     check_export(output, config.study.name)
-    check_pack(pack, workers)
+    workers = workers_here(workers)
+    pack = pack_here(pack, workers)
     arguments = [str(study), *worker_options(data, weights, set_, pack)]
     dataset = preflight(config)
     engine = database.connect()
@@ -113,7 +116,7 @@ def _unfinished(local: LocalSearch) -> ExitCode:
 
 def worker(
     study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
-    pack: Pack = "1",
+    pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
@@ -128,9 +131,10 @@ def worker(
         raise InputError("--set goes with a study file; a study on record has its settings")
     else:
         config = recorded_study(find_study(study)[1], data, weights)
+    check_pack(pack)
     from search.cli import training  # late: with torch, which wrong arguments need not wait for
 
-    training.work(config, packed_trials(pack))
+    training.work(config, pack)
 
 
 def confirm(
@@ -141,7 +145,7 @@ def confirm(
     seeds: Annotated[
         int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; default: 5.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 2,
+    workers: Workers = None,
     show: Annotated[
         bool, typer.Option("--show", help="Train nothing; show the results so far.")
     ] = False,
@@ -150,7 +154,7 @@ def confirm(
     array: Array = None,
     profile: Profile = None,
     dry_run: DryRun = False,
-    pack: Pack = "1",
+    pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
 ) -> None:
@@ -163,7 +167,9 @@ def confirm(
         return
     engine, entry = find_search(study)
     config = plan_confirmation(engine, entry, top, seeds).with_paths(data, weights)
-    check_pack(pack, 1 if to_slurm else workers)
+    workers = 1 if to_slurm else workers_here(workers)
+    pack = pack if to_slurm else pack_here(pack, workers)
+    check_pack(pack)
     arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]
     if to_slurm:
         next_commands = [
@@ -198,7 +204,7 @@ def submit(
     array: Array = None,
     profile: Profile = None,
     dry_run: DryRun = False,
-    pack: Pack = "1",
+    pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,

@@ -12,7 +12,7 @@ import typer
 from dashboards.terminal import Grid, console
 from search import predict as prediction
 from search.cli.errors import say
-from search.cli.options import say_each
+from search.cli.options import AUTO, say_each
 from search.confirm.evidence import cannot_win
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
@@ -44,15 +44,15 @@ CHALLENGE_ATTRIBUTES = 26
 log = logging.getLogger(__name__)
 
 
-def work(config: StudyConfig, pack: int | None) -> None:
-    """Run one worker that trains `pack` trials at once, or as many as fit. Raises typer.Exit."""
+def work(config: StudyConfig, pack: str | None) -> None:
+    """Run one worker. `pack` is the option of that name. Raises typer.Exit."""
     prepare_process()
     workspace = Workspace(config.shared, image_cache(), None, config.batch_sizes, places)
     with closing(workspace):
         work_in(workspace, config, pack)
 
 
-def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None:
+def work_in(workspace: Workspace, config: StudyConfig, pack: str | None) -> None:
     """Run one worker in a workspace of its study. Raises typer.Exit."""
     job = own_job()
     owner = database.connect(patience=database.PATIENCE)
@@ -70,9 +70,9 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None
     columns = job.columns() if job else None
     ledger = Ledger(engine, storage, entry.study_id, probe_liveness=probe_liveness, job=columns)
     runs = RunFolder(entry.name, entry.created).make()
-    pack = pack or pack_that_fits(config.largest, workspace)
-    log.info("trials at once: %d", pack)
-    worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, pack)
+    at_once = _trials_at_once(pack, config, workspace)
+    log.info("trials at once: %d", at_once)
+    worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, at_once)
     if isinstance(config, ConfirmationFile):
         worker.claims.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
     if job and multiprocessing.parent_process() is None:  # else the search owns the task
@@ -83,6 +83,13 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: int | None) -> None
         say("error: the wall time is too short for a single step; ask for more in [slurm.*]")
         raise typer.Exit(ExitCode.FAILED)
     raise typer.Exit(end)
+
+
+def _trials_at_once(pack: str | None, config: StudyConfig, workspace: Workspace) -> int:
+    """What is fastest, unless a number is given: on a GPU a pack, on a CPU one trial."""
+    if pack == AUTO or (pack is None and workspace.device.type == "cuda"):
+        return pack_that_fits(config.largest, workspace)
+    return int(pack or 1)
 
 
 def train(bundle: Bundle, config: TrainConfig, folder: Path, notes: list[str]) -> ExitCode:

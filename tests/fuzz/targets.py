@@ -141,9 +141,9 @@ def _read_array(path: Path) -> None:
 
 
 def _read_pack(path: Path) -> None:
-    from search.cli.options import packed_trials
+    from search.cli.options import check_pack
 
-    packed_trials(path.read_bytes().decode("utf-8", "surrogateescape"))
+    check_pack(path.read_bytes().decode("utf-8", "surrogateescape"))
 
 
 def _read_dataset(path: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_cpu_is_taken_and_that_is_said_once(given, words, file, why, caplog)
     given(words, file)
     with caplog.at_level(logging.INFO):
         assert {pick_device(), pick_device()} == {torch.device("cpu")}
-    assert caplog.messages == [f"training on the CPU of {socket.gethostname()}: {why}"]
+    assert caplog.messages == [f"computing on the CPU of {socket.gethostname()}: {why}"]
 
 
 @pytest.mark.parametrize(
