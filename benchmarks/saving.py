@@ -41,7 +41,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def make_worker(config: StudyConfig, workspace: Workspace) -> Worker:
+def make_worker(config: StudyConfig, workspace: Workspace, pack: int = 1) -> Worker:
     engine = database.connect()
     schema.ensure_tables(engine)
     storage = optuna_tables.optuna_storage(engine)
@@ -49,7 +49,7 @@ def make_worker(config: StudyConfig, workspace: Workspace) -> Worker:
     runs = RunFolder(entry.name, entry.created).make()
     ledger = Ledger(engine, storage, entry.study_id)
     ledger.register()
-    return Worker(config, study, ledger, workspace, runs)
+    return Worker(config, study, ledger, workspace, runs, pack=pack)
 
 
 def compare(name: str, config: StudyConfig, cache: Path, rounds: int) -> None:

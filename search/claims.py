@@ -42,7 +42,7 @@ class Offer(NamedTuple):
 class Claims:
     """Claims trials of a study for one worker, and samples their parameters.
 
-    `look_ahead` begins this in a thread while the device works; `next` then has the answer at once.
+    `look_ahead` begins this in a thread while the device works. So `next` need not wait for long.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Claims:
         self.rules_out: Callable[[dict[str, Any]], str | None] = lambda _: None
         self._strategy, self._stop, self._executor = strategy, stop, executor
         self._ahead: Future[Offer | None] | None = None
+        self._undoing: Future[None] | None = None
         self._ask_again = 0.0  # before that time there is nothing to claim
 
     def next(self, held: Collection[int]) -> Offer | None:
@@ -67,7 +68,9 @@ class Claims:
 
         A worker that holds some asks again only after a while. If all are to stop, so is this worker.
         """
-        offer = self._take_ahead()
+        self._finish_undoing()
+        ahead, self._ahead = self._ahead, None
+        offer = ahead.result() if ahead else None
         if offer is not None or (held and time.monotonic() < self._ask_again):
             return offer
         offer = self._obtain(held)
@@ -79,24 +82,31 @@ class Claims:
 
     def look_ahead(self, held: Collection[int]) -> None:
         """Claim and sample the next one meanwhile, if the sampler can work beside the training."""
+        self._finish_undoing()
         if self._config.study.sampler not in THREAD_CHANGING_SAMPLERS:
             self._ahead = self._executor.submit(self._obtain, held)
 
     def withdraw(self) -> None:
-        """Undo a claim that was made ahead: no place became free here, but maybe elsewhere."""
-        if offer := self._take_ahead():
+        """Let a claim that was made ahead be undone: no place became free here, but maybe elsewhere."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._undoing = self._executor.submit(self._undo, ahead)
+
+    def _undo(self, ahead: "Future[Offer | None]") -> None:
+        if offer := ahead.result():
             self._keeper.let_go(offer.claim)
             self._ledger.withdraw(offer.claim)
 
-    def finish_claiming(self) -> None:
-        """Wait for a claim that is being made. The keeper holds it then, as all others."""
-        if self._ahead is not None:
-            wait([self._ahead])
-        self._ahead = None
+    def _finish_undoing(self) -> None:
+        undoing, self._undoing = self._undoing, None
+        if undoing is not None:
+            undoing.result()
 
-    def _take_ahead(self) -> Offer | None:
-        ahead, self._ahead = self._ahead, None
-        return ahead.result() if ahead else None
+    def finish_claiming(self) -> None:
+        """Wait for a claim that is being made or undone. The keeper holds it then, as all others."""
+        jobs: list[Future[Any]] = [job for job in (self._ahead, self._undoing) if job is not None]
+        wait(jobs)
+        self._ahead = self._undoing = None
 
     def _obtain(self, held: Collection[int]) -> Offer | None:
         while (claim := self._ledger.claim(held, self._strategy.promotes)) is not None:

@@ -48,6 +48,8 @@ def replay(
     workspace = Workspace(config, cache)
     if workspace.dataset.fingerprint != entry.dataset:
         raise other_dataset(entry.name, entry.dataset, workspace.dataset.fingerprint)
+    # Where the study never was on such a device, the trunk computes what it computes here.
+    workspace.agree(lambda device, digest: entry.trunks.get(device, digest))
     stream_epochs = [epoch["stream_epoch"] for epoch in recorded]
     results = train(config, workspace, stream_epochs=stream_epochs)
     for epoch, result in zip(recorded, results, strict=False):  # a pruned trial has fewer on record

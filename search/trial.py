@@ -57,6 +57,7 @@ class Trial:
         self._writes: list[Future[Any]] = []  # what is to be written or ended, in order
         self._verdict: Future[Decision] | None = None  # the record that says whether it goes on
         self._newest: Snapshot | None = None
+        self._waiting: Snapshot | None = None  # that is yet to be written
         self._is_due = False  # whether it is to be saved if it goes on
         self._has_ended = False
 
@@ -89,6 +90,7 @@ class Trial:
 
     def look(self) -> None:
         """Act on what was decided meanwhile, and on what went wrong."""
+        decision = None
         with self._charged():
             self.raise_errors()
             if self._verdict is None or not self._verdict.done():
@@ -96,10 +98,10 @@ class Trial:
             decision, self._verdict = self._verdict.result(), None
             if self._has_ended:
                 self._leave()
-            elif decision == Decision.PAUSED:
-                self.give_back(Outcome.PAUSED, decision.after(len(self.run.history)))
-            elif self._may_save:
+            elif decision == Decision.GOES_ON and self._may_save:
                 self._queue(self._worker.writer, self._writes, self._save, self._snapshot())
+        if decision == Decision.PAUSED:  # what goes wrong there is charged there
+            self.give_back(Outcome.PAUSED, decision.after(len(self.run.history)))
 
     def raise_errors(self) -> None:
         """Raise what went wrong with its records or its files."""
@@ -170,7 +172,7 @@ class Trial:
     @property
     def _may_save(self) -> bool:
         """Whether a save is due. One at a time waits to be written: else the memory would fill."""
-        return self._is_due and not self._unsaved.is_nothing and not self._writes
+        return self._is_due and not self._unsaved.is_nothing and self._waiting is None
 
     def _queue(
         self, thread: Executor, jobs: "list[Future[Any]]", job: Callable[..., Any], *details: Any
@@ -187,14 +189,18 @@ class Trial:
 
     def _snapshot(self) -> Snapshot:
         self._unsaved.reset()
-        self._newest = self._worker.snapshots.take(self.run)
+        self._newest = self._waiting = self._worker.snapshots.take(self.run)
         return self._newest
 
     def _leave(self) -> None:
         """Make place for another, and free the device's memory."""
         self._worker.trials.remove(self)
         self._worker.leaving.append(self)
-        del self.run, self._unsaved
+        self._drop_run()
+
+    def _drop_run(self) -> None:
+        for name in ("run", "_unsaved"):  # which may be missing, if it did not begin
+            self.__dict__.pop(name, None)
 
     # In the thread that records.
 
@@ -293,6 +299,8 @@ class Trial:
                 self._checkpoints.withdraw()
                 raise
         worker.snapshots.free(snapshot)
+        if self._waiting is snapshot:
+            self._waiting = None
 
     def _finish(self, outcome: Outcome, value: float, reason: str | None) -> None:
         """End the trial, with a picture of its curve. Raises LeaseLost, OSError."""
@@ -338,7 +346,9 @@ class Trial:
         if fault is Fault.DATABASE:
             raise error
         self.finish_jobs()
-        self.__dict__.pop("run", None)  # its memory is for others
+        for jobs in (self._records, self._writes):  # their errors would keep the run in memory
+            jobs.clear()
+        self._drop_run()
         worker.trials[:] = others
         worker.leaving[:] = [trial for trial in worker.leaving if trial is not self]
         if fault is Fault.LEASE:

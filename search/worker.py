@@ -186,7 +186,9 @@ class Worker:
             else:
                 return
             if len(self.leaving) > self.pack:  # the disk is slower than the training
-                self._finish_leaving()
+                with self._waiting_for("disk"):
+                    self.leaving[0].finish_jobs()
+                self._look()
 
     def _look(self, but: Collection[Trial] = ()) -> None:
         """Act on what has become of the trials meanwhile, but of those that are being trained."""

@@ -310,7 +310,7 @@ class Ledger:
         return self._renew(
             claim,
             recording.RECORD,
-            **{**recording.NO_WAITS, **result},
+            **{**recording.UNKNOWN, **result},
             value=None if math.isnan(value) else value,
             intermediate_value=stored,
             intermediate_value_type=kind.name,

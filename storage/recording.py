@@ -42,8 +42,10 @@ WITH {_RENEWAL}, marked AS (
 
 # All columns of the table, so that a new metric is added only there.
 _COLUMNS = [column for column in Epoch.__table__.columns if column.name not in ("recorded", "again")]
-# Of a result that says nothing of them.
-NO_WAITS = dict.fromkeys(column.name for column in _COLUMNS if column.name.startswith("waited_for_"))
+# Of a result that says nothing of how busy the worker was.
+UNKNOWN = dict.fromkeys(
+    name for column in _COLUMNS if (name := column.name) == "busy" or name.startswith("waited_for_")
+)
 RECORD = sa.text(f"""
 WITH {_RENEWAL}, epoch_entry AS (
     INSERT INTO atelier.epoch (recorded, {", ".join(column.name for column in _COLUMNS)})

@@ -28,7 +28,7 @@ from storage.ranks import read_ranks
 from storage.studies import select_array_jobs
 from storage.tables import Attempt, Epoch, Study, Worker
 from storage.usage import gpu_seconds
-from storage.workers import WorkerRow, read_workers
+from storage.workers import IMAGES_PER_SECOND, WorkerRow, read_workers
 
 
 class State(StrEnum):
@@ -267,7 +267,7 @@ def _trials(session: Session, study_id: int) -> list[TrialRow]:
             Epoch.trial_id,
             sa.func.max(Epoch.epoch).label("last"),
             sa.func.sum(Epoch.seconds).label("seconds"),
-            (sa.func.sum(Epoch.images) / sa.func.nullif(sa.func.sum(Epoch.seconds), 0)).label("pace"),
+            IMAGES_PER_SECOND.label("pace"),
             sa.func.avg(Epoch.busy).label("busy"),
             sa.func.count(Epoch.again).label("differing"),
         )

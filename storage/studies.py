@@ -31,6 +31,7 @@ class StudyEntry:
     attributes: list[dict[str, Any]]  # see storage.tables.Study
     optuna_version: str
     created: datetime
+    trunks: dict[str, str]  # what the trunk computes, by device: see `agree_on_trunk`
 
     @property
     def places(self) -> dict[str, str]:
@@ -75,6 +76,7 @@ def study_entry(bind: sa.Engine | sa.Connection, name_or_id: str | int) -> Study
         study.attributes or [],
         study.optuna_version,
         study.created,
+        study.trunks,
     )
 
 

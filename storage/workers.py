@@ -14,6 +14,10 @@ from storage.paths import path_from_record
 from storage.tables import Attempt, Epoch, Worker
 
 LATELY = 300  # seconds
+# Trial-images per second of all epochs of a group.
+IMAGES_PER_SECOND = sa.cast(sa.func.sum(Epoch.images), sa.Double) / sa.func.nullif(
+    sa.func.sum(Epoch.seconds), 0.0
+)
 # What a worker may wait for while it trains nothing.
 WAITS = {
     "database": Epoch.waited_for_database,
@@ -100,7 +104,7 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
 def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
     """How fast workers have trained lately, as fields of WorkerRow."""
     columns = (Epoch.seconds, Epoch.images, *WAITS.values())
-    sums = [sa.func.coalesce(sa.func.sum(column), 0.0) for column in columns]
+    sums = [sa.cast(sa.func.coalesce(sa.func.sum(column), 0), sa.Double) for column in columns]
     query = (
         sa.select(Attempt.worker_id, sa.func.avg(Epoch.busy), *sums)
         .join(Attempt, sa.and_(Attempt.trial_id == Epoch.trial_id, Attempt.number == Epoch.attempt))
@@ -113,7 +117,7 @@ def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
 def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> dict[str, Any]:
     longest, what = max(zip(waits, WAITS, strict=True))
     return {
-        "images_per_second": float(images) / seconds if seconds else None,
+        "images_per_second": images / seconds if seconds else None,
         "busy": busy,
         "waits": sum(waits) / (sum(waits) + seconds) if seconds else None,
         "waits_for": what if longest else None,
@@ -125,9 +129,8 @@ def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machin
     """The machines that a study's trials ran on; those with most workers first."""
     slurm = Worker.slurm_job.is_not(None)
     count = sa.func.count(Worker.id.distinct())
-    pace = sa.func.sum(Epoch.images) / sa.func.nullif(sa.func.sum(Epoch.seconds), 0)
     query = (
-        sa.select(Worker.host, Worker.gpu, count, slurm, pace, sa.func.avg(Epoch.busy))
+        sa.select(Worker.host, Worker.gpu, count, slurm, IMAGES_PER_SECOND, sa.func.avg(Epoch.busy))
         .join(Attempt, Attempt.worker_id == Worker.id)
         .outerjoin(Epoch, sa.and_(Epoch.trial_id == Attempt.trial_id, Epoch.attempt == Attempt.number))
         .where(Attempt.study_id == study_id)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.trial import TrialState
 
-from storage import schema, studies
+from storage import recording, schema, studies
 from storage.optuna_tables import (
     TrialIntermediateValueModel,
     TrialModel,
@@ -29,6 +29,8 @@ SPACE = {
 }
 FINITE = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
 CATEGORIES = {"texture": 7, "sleeve": 3, "length": 3, "neckline": 4, "fabric": 6, "fit": 3}
+# Columns of the table of epochs that differ from run to run.
+MAY_DIFFER = {"attempt", "recorded", "seconds", "peak_memory", "again", *recording.UNKNOWN}
 ATTRIBUTES = [
     {"name": f"{category}_{index}", "category": category, "images": 9 + 41 * index}
     for category, size in CATEGORIES.items()

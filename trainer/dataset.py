@@ -192,12 +192,9 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
     if findings[0].kind == MISSING:
         more, advice = "", "name the dataset's folder with --data"
         if (usable := listed_splits(Path(folder))) and dataset is not None:
-            use = f"is only good for: atelier predict --split {' or '.join(usable)}"
-            advice = (
-                f"without it the folder {use}"
-                if labelled
-                else f"there is: --split {' or '.join(usable)}"
-            )
+            splits = f"--split {' or '.join(usable)}"
+            without = f"without it the folder is only good for: atelier predict {splits}"
+            advice = without if labelled else f"give {splits}"
     raise DatasetError(f"{findings[0]}{more}; {advice}")
 
 

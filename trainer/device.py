@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
@@ -126,6 +127,21 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Copy a tensor to main memory, beside what the device does next. Returns what waits for it."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def is_out_of_memory(error: BaseException) -> bool:

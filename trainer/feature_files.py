@@ -104,7 +104,7 @@ class FeatureFiles:
         place = _lock_byte(block)
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-        except (BlockingIOError, PermissionError):  # another has it
+        except OSError:  # another has it, or there are no locks: then it costs time only
             yield False
             return
         try:
@@ -115,10 +115,8 @@ class FeatureFiles:
     def seconds_to_read(self, images: int) -> float:
         """How long the disk takes to read so many images' rows. Raises OSError."""
         block = Block(View("train", images, os.getpid(), TRIED), 0, np.arange(images))
-        path, rows = (
-            self._path(block.view),
-            torch.zeros(images, self._rows.values, dtype=self._rows.dtype),
-        )
+        path = self._path(block.view)
+        rows = torch.zeros(images, self._rows.values, dtype=self._rows.dtype)
         try:
             if not self.put(block, self._rows.as_made(rows)):
                 raise OSError(errno.ENOSPC, "there is no room")
@@ -251,8 +249,9 @@ def _join(folder: Path) -> int:
         with suppress(FileNotFoundError):  # the last user has just deleted it
             lock = _open(path, os.O_RDWR)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
-                return lock
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(lock)):
+                    return lock
             os.close(lock)
 
 

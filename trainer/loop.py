@@ -8,6 +8,7 @@ would get alone. The loop knows nothing of trials, databases or clusters.
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import CHECKPOINT_SECONDS, TrainConfig
@@ -125,7 +126,7 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
     except Exception as error:  # in the shared part
         yield from _failed(active, error)
         return
-    for run in list(active):  # a GPU evaluates the next run while the host reads the one before
+    for run in list(active):  # a GPU goes on with the others while the host reads the first
         try:
             run.evaluate_epoch()
         except Exception as error:
@@ -163,5 +164,6 @@ def _end_epoch(run: Run) -> EpochOutcome:
 def _without_tensors(error: Exception, run: Run) -> Exception:
     """Release the device memory that the error's traceback and its run hold. Returns the error."""
     traceback.clear_frames(error.__traceback__)
-    run.optimizer.zero_grad(set_to_none=True)
+    with suppress(RuntimeError):  # a broken GPU raises everywhere
+        run.give_up()
     return error

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.config import ARITHMETIC, TUNABLE, TrainConfig
-from trainer.device import is_out_of_memory, peak_memory
+from trainer.device import is_out_of_memory, peak_memory, to_host
 from trainer.diagnosis import first_not_finite
 from trainer.images import READER
 from trainer.loss import AttributeLoss, class_weights
@@ -72,7 +72,7 @@ class Run:
         self.block_size = config.batch_size if self.owns_trunk else _block_size(config.batch_size)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.tail = self._make_tail()
-        self._steps = Steps(self._compute_step, self.generator, config.graphs == "auto")
+        self._steps = Steps(self.generator, config.graphs == "auto")
         self.optimizer = torch.optim.Adam(
             self.tail.parameters(),
             lr=self._steps.rate,
@@ -96,7 +96,7 @@ class Run:
         self.stream_epoch: int | None = None  # of the running epoch
         self.partial = PartialEpoch()
         self._began = time.monotonic()  # the running epoch, in this process
-        self._ending: list[torch.Tensor] | None = None  # what `end_epoch` reads
+        self._ending: Callable[[], list[torch.Tensor]] | None = None  # what `end_epoch` reads
         self.history: list[EpochResult] = []
         self._resume()
 
@@ -216,7 +216,7 @@ class Run:
 
     def train_step(self, features: torch.Tensor, target: torch.Tensor) -> None:
         """One optimizer step on trunk output."""
-        logits, loss = self._steps.take(features, target, self.rate(self.step))
+        logits, loss = self._steps.take(self._compute_step, features, target, self.rate(self.step))
         self.step += 1
         self.partial.losses.append(loss)
         self.partial.logits.append(logits)
@@ -234,6 +234,11 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)  # at once: other runs can use the memory
         return logits.detach(), (loss.detach() * len(logits)).reshape(1)
 
+    def give_up(self) -> None:
+        """Let no step be under way, and free gradients, after an error."""
+        self._steps.join()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @property
     def graph_bytes(self) -> int:
         """Bytes of the GPU's memory that the captured steps hold."""
@@ -247,7 +252,7 @@ class Run:
         if self.config.validates:
             logits = self.evaluate()
             outputs += [self.loss.of_split(logits, self.workspace.val_targets).mean(), logits]
-        self._ending = outputs
+        self._ending = _to_host(outputs)
         partial.seconds += time.monotonic() - started
 
     def end_epoch(self) -> EpochResult:
@@ -256,7 +261,7 @@ class Run:
         assert self._ending is not None
         started = time.monotonic()
         workspace, partial, sizes = self.workspace, self.partial, self.workspace.sizes
-        losses, trained, *validated = _to_host(self._ending)  # here the host waits for the device
+        losses, trained, *validated = self._ending()  # here the host waits for the device
         val_loss, val_logits = validated or (None, None)
         measured = {}
         if val_loss is not None and val_logits is not None:
@@ -383,11 +388,16 @@ class PartialEpoch:
     seconds: float = 0.0  # spent so far
 
 
-def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy float tensors to main memory, in one transfer."""
-    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def _to_host(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """Copy float tensors to main memory, in one transfer. Returns what waits for it."""
+    wait_for_whole = to_host(torch.cat([tensor.flatten() for tensor in tensors]))
+    shapes = [tensor.shape for tensor in tensors]
+
+    def copies() -> list[torch.Tensor]:
+        parts = torch.split(wait_for_whole(), [shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return copies
 
 
 def _block_size(batch_size: int) -> int:

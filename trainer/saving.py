@@ -45,7 +45,7 @@ class Snapshots:
 
         state = _map(run.state(), copy)
         if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+            torch.cuda.current_stream(run.device).synchronize()  # other runs go on
         return Snapshot(*run.position, state, copies)
 
     def free(self, snapshot: Snapshot) -> None:

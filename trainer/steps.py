@@ -33,11 +33,11 @@ class _Captured(NamedTuple):
 class Steps:
     """Takes a run's steps in order. With `graphs` the numbers are the same, bit for bit.
 
-    `generator` is the only one that `compute` draws from. `compute` reads the learning rate from `rate`.
+    What computes a step draws from `generator` alone, and reads the learning rate from `rate`.
     """
 
-    def __init__(self, compute: Compute, generator: torch.Generator, graphs: bool) -> None:
-        self._compute, self._generator, self._graphs = compute, generator, graphs
+    def __init__(self, generator: torch.Generator, graphs: bool) -> None:
+        self._generator, self._graphs = generator, graphs
         self.rate = torch.zeros((), device=generator.device)
         self.graph_bytes = 0  # of the GPU's memory that the graphs hold
         self._stream: torch.cuda.Stream | None = None
@@ -48,16 +48,19 @@ class Steps:
         self._captured: dict[int, _Captured] = {}  # by batch size
 
     def take(
-        self, features: torch.Tensor, target: torch.Tensor, rate: float
+        self, compute: Compute, features: torch.Tensor, target: torch.Tensor, rate: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a step. Read what it returns after `join`."""
+        """Take a step. Read what it returns after `join`.
+
+        `compute` is the same for all steps. It is not kept, as it would keep the run.
+        """
         if self._stream is None:
             self.rate.fill_(rate)
-            return self._compute(features, target)
+            return compute(features, target)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             self.rate.fill_(rate)
-            outputs = self._on_stream(features, target)
+            outputs = self._on_stream(compute, features, target)
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._pending.append(self._stream.record_event(done))
         for tensor in (features, target):  # their memory is not used again before the step is over
@@ -72,24 +75,24 @@ class Steps:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _on_stream(
-        self, features: torch.Tensor, target: torch.Tensor
+        self, compute: Compute, features: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size = len(features)
         # The first step of a size prepares what must not happen in a capture: the libraries' workspaces,
         # and the optimizer's state.
         if self._graphs and size in self._is_ready and size not in self._captured:
-            self._capture(features, target)
+            self._capture(compute, features, target)
         self._is_ready.add(size)
         captured = self._captured.get(size)
         if captured is None:
-            return self._compute(features, target)
+            return compute(features, target)
         captured.features.copy_(features)
         captured.target.copy_(target)
         captured.graph.replay()
         logits, loss = captured.outputs  # the next replay writes them again
         return logits.clone(), loss.clone()
 
-    def _capture(self, features: torch.Tensor, target: torch.Tensor) -> None:
+    def _capture(self, compute: Compute, features: torch.Tensor, target: torch.Tensor) -> None:
         """Make the graph of a step, which computes nothing yet. Where that fails, do without graphs."""
         held = torch.cuda.memory_reserved(features.device)
         graph, generator_before = torch.cuda.CUDAGraph(), self._generator.clone_state()
@@ -101,7 +104,7 @@ class Steps:
             # Not by `torch.cuda.graph`, which lets all runs wait, and gives free memory back.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                outputs = self._compute(features, target)
+                outputs = compute(features, target)
             finally:
                 graph.capture_end()
         except RuntimeError as error:

@@ -225,7 +225,7 @@ class Workspace:
             "version": [KIND, READER],
             "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],
             "settings": [config.image_size, config.augment, config.allow_tf32],
-            "compiled": self.frozen is not self._eager,
+            "output": self._tried.digest,  # the same settings may be compiled or not
             "network": [config.backbone, config.trainable, weights.hexdigest()],
             "normalisation": [backbone.mean, backbone.std],
             "arithmetic": [runtime.rounds, runtime.images_at_once],

@@ -240,7 +240,7 @@ def _entry() -> "StudyEntry":
 
     attributes = [{"category": kind} for kind in (1, 1, 3, 3)]
     created = datetime(2026, 1, 1, tzinfo=UTC)
-    return StudyEntry(1, "tiny", 2, {}, "0123", attributes, "5", created)
+    return StudyEntry(1, "tiny", 2, {}, "0123", attributes, "5", created, {})
 
 
 def _read_accounts(path: Path) -> None:

@@ -13,10 +13,9 @@ from search.trial import MOST_UNRECORDED
 from storage import studies
 from storage.outcome import SPENT, STOPPED
 from storage.tables import Attempt, Epoch
+from tests.studies import MAY_DIFFER
 from trainer.checkpoint import Checkpoints
 from trainer.predictions import Predictions
-
-MAY_DIFFER = {"attempt", "recorded", "seconds", "peak_memory", "again"}
 
 
 def epochs(engine, number=0):

@@ -83,7 +83,6 @@ class SimulatedRun(Run):
         self.block_size = BLOCK
         self.steps_per_block = BLOCK // config.batch_size
         self.steps_per_epoch = math.ceil(IMAGES / config.batch_size)
-        self.optimizer = SimpleNamespace(zero_grad=lambda **_: None)
         self.digest = _digest(identity(config))
         self.step = 0
         self.stream_epoch = None
@@ -108,6 +107,9 @@ class SimulatedRun(Run):
         self.step += 1
 
     def evaluate_epoch(self) -> None:
+        pass
+
+    def give_up(self) -> None:
         pass
 
     def end_epoch(self) -> EpochResult:

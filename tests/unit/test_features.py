@@ -454,7 +454,6 @@ def test_rows_that_depend_on_their_neighbours_are_kept_by_blocks(tiny, cache, mo
 CHANGES = {
     "image_size": {"image_size": 48},
     "augment": {"augment": "none"},
-    "compile": {"compile": "none"},
     "tf32": {"allow_tf32": False},
     "precision": {"precision": "fp32" if torch.cuda.is_available() else "bf16"},
     "cut": {"trainable": "layer3"},

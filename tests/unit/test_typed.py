@@ -272,6 +272,7 @@ def entry(slurm):
         attributes=[],
         optuna_version="5",
         created=datetime.datetime.now(datetime.UTC),
+        trunks={},
     )
 
 

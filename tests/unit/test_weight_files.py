@@ -579,7 +579,7 @@ def test_what_torch_says_is_without_advice(tmp_path):
     assert "\x1b[" in str(raised.value)  # so it is worth a test
     name = f"{Odd.__module__}.Odd"
     assert reason(raised.value) == (
-        f"UnpicklingError: Unsupported global: GLOBAL {name} was not an allowed global by default."
+        f"UnpicklingError: Unsupported global: GLOBAL {name} was not an allowed global by default"
     )
     hints = (
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other\n"

@@ -1,0 +1,307 @@
+"""How fast a GPU searches, compared with loops written by hand and with the bare kernels.
+
+    python -m benchmarks.gpu --data DIR                         # at most 200 s on an H100
+    python -m benchmarks.gpu --data DIR --search                # at most 300 s: a search of 100 trials
+    python -m benchmarks.gpu --data DIR --mission --weights FILE
+
+The table, in images per second of SE-ResNeXt50 at 224 with batch 128: the report's loop; a good loop
+(channels_last, bf16, fused Adam, cudnn.benchmark, 16 loader processes); the same with the images on the
+GPU already; Atelier with 1, 4 and 8 trials at once, as a worker trains them, with database, records,
+checkpoints and validation. Cold is as the trunk's output is made, warm is as it is read. Then the bare
+kernels: trunk, tails alone and on streams, evaluation; and the share of their bound that a worker
+reaches. And the seconds from a worker's command to its first step.
+
+`--search` runs the search of studies/fashion.toml. `--mission` searches, confirms, exports, trains 120
+epochs and predicts, with EfficientNet-Lite0 and its weights in FILE. `--small` is for trying all of this
+on a CPU: a small network, few images, short times.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import sqlalchemy as sa
+import torch
+
+from benchmarks.saving import make_worker
+from benchmarks.server import temporary_home
+from benchmarks.speed import BATCH, Baseline
+from search.study_config import StudyConfig
+from search.toml_file import load_study_file
+from search.worker import Worker
+from storage import database
+from storage.paths import image_cache
+from storage.tables import Epoch
+from trainer.device import prepare_process, wait_for
+from trainer.feature_places import places
+from trainer.run import Run
+from trainer.stream import BLOCK
+from trainer.workspace import Workspace
+
+ATELIER = [sys.executable, "-m", "atelier_command"]
+PACKS = (1, 4, 8)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large all is."""
+
+    settings: tuple[str, ...]
+    seconds: float  # of a side of the comparison
+    rounds: dict[int, int]  # of cold epochs, by the trials at once
+    epochs: int  # of a trial; those of the first trials are cold
+    processes: dict[str, int]  # that load images
+    search: tuple[str, ...]
+    mission: tuple[str, ...]
+    long_run: int  # epochs
+
+
+LARGE = Scale(
+    settings=(),
+    seconds=20,
+    rounds={1: 3, 4: 2, 8: 1},
+    epochs=10,
+    processes={"report": 7, "good": 16},
+    search=("study.max_trials=100",),
+    mission=("study.max_trials=40", "train.trainable='blocks.5'", "train.epochs=20"),
+    long_run=120,
+)
+TINY = ("train.backbone='test_resnet'", "train.trainable='layer4'", "train.image_size=32")
+SHORT = ("train.train_images=300", "train.epochs=4", "train.warmup_epochs=1", "study.rungs=[1]")
+SMALL = Scale(
+    settings=(*TINY, "train.train_images=300"),
+    seconds=1,
+    rounds=dict.fromkeys(PACKS, 1),
+    epochs=3,
+    processes={"report": 1, "good": 1},
+    search=(*TINY, *SHORT, "study.max_trials=4"),
+    mission=(*TINY, *SHORT, "study.max_trials=3"),
+    long_run=6,
+)
+
+
+def rate(step: Callable[[], object], images: int, seconds: float, device: torch.device) -> float:
+    """Images per second of a step, after some that are not counted."""
+    for _ in range(4):
+        step()
+    wait_for(device)
+    started, steps = time.monotonic(), 0
+    while time.monotonic() - started < seconds:
+        step()
+        steps += 1
+        if steps % 4 == 0:
+            wait_for(device)  # else the host would run far ahead
+    wait_for(device)
+    return steps * images / (time.monotonic() - started)
+
+
+def hand_written(workspace: Workspace, scale: Scale) -> dict[str, float]:
+    """Images per second of the loops that people write."""
+    rates = {}
+    for name, processes in scale.processes.items():
+        loop = Baseline(workspace.config, workspace.device, processes, is_good=name == "good")
+        sides = {f"the {name} loop": loop.step}
+        if name == "good":
+            batch = loop.next_batch()
+            sides["the same, images on the device"] = lambda loop=loop, batch=batch: loop.train(*batch)
+        for side, step in sides.items():
+            rates[side] = rate(step, BATCH, scale.seconds / 3, workspace.device)
+    torch.backends.cudnn.benchmark = False
+    return rates
+
+
+def side_of(workspace: Workspace, config: StudyConfig, pack: int, scale: Scale) -> dict[str, float]:
+    """A worker's trial-images per second, cold and warm; and how busy the device was while warm."""
+    seconds = images = 0.0
+    for number in range(scale.rounds[pack]):
+        workspace.store.close()  # forgets all
+        name = {"name": f"pack {pack}, {number + 1}"}
+        named = config.model_copy(update={"study": config.study.model_copy(update=name)})
+        worker = make_worker(named, workspace, pack)
+        worker.fill()
+        worker.train()  # captures graphs
+        started = time.monotonic()
+        for _ in range(scale.epochs - 1):
+            worker.fill()
+            images += len(worker.trials) * len(workspace.indices)
+            worker.train()
+        seconds += time.monotonic() - started
+        if number + 1 < scale.rounds[pack]:
+            end(worker)
+    rates = {"cold": images / seconds}
+    started, images = time.monotonic(), 0.0
+    while (passed := time.monotonic() - started) < scale.seconds:
+        worker.fill()
+        images += len(worker.trials) * len(workspace.indices)
+        worker.train()
+    end(worker)
+    busy = workspace.utilization.since(started)
+    return rates | {"warm": images / passed, "busy": math.nan if busy is None else busy}
+
+
+def end(worker: Worker) -> None:
+    """End a worker's threads. Its study is left as it is."""
+    for thread in (worker.recorder, worker.writer):
+        thread.shutdown(cancel_futures=True)
+
+
+def kernels(workspace: Workspace, scale: Scale) -> dict[str, float]:
+    """Images per second of the parts alone, and the seconds of an evaluation."""
+    part, seconds, device = workspace.indices[:BLOCK], scale.seconds / 10, workspace.device
+
+    def features() -> torch.Tensor:
+        images = workspace.stream.images(0, 0, part)
+        return workspace.runtime.features(workspace.frozen, images)
+
+    rates = {"trunk": rate(features, len(part), seconds, device)}
+    block, targets = features(), workspace.train_targets[: len(part)]
+    for pack in PACKS:
+        runs = [Run(workspace.config, workspace) for _ in range(pack)]
+
+        def tails(runs: list[Run] = runs) -> None:
+            for start in range(0, len(part), BATCH):
+                rows = slice(start, start + BATCH)
+                for run in runs:
+                    run.train_step(block[rows], targets[rows])
+
+        rates[f"tails {pack}"] = rate(tails, pack * len(part), seconds, device)
+    rates["evaluation"] = 1 / rate(runs[0].evaluate, 1, seconds, device)
+    return rates
+
+
+def bound(workspace: Workspace, parts: dict[str, float], pack: int, cold: bool) -> float:
+    """Trial-images per second if an epoch had nothing but the bare kernels."""
+    images = len(workspace.indices)
+    seconds = pack * (images / parts[f"tails {pack}"] + parts["evaluation"])
+    return pack * images / (seconds + (images / parts["trunk"] if cold else 0))
+
+
+def seconds_to_first_step(data: str, scale: Scale) -> float:
+    """From a worker's command on, with warm caches."""
+    settings = (*scale.settings, "study.name='start'", "study.max_trials=1", "train.weights='none'")
+    started = time.monotonic()
+    words = [*ATELIER, "worker", "studies/fashion.toml", "--data", data, *given(settings)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "first optimizer step" in line:
+                passed = time.monotonic() - started
+                process.kill()
+                return passed
+    sys.exit("".join(lines))
+
+
+def given(settings: Sequence[str]) -> list[str]:
+    """Settings as options."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def compare(data: str, scale: Scale) -> None:
+    """Print the table."""
+    settings = [f"train.data={json.dumps(data)}", "train.weights='none'", *scale.settings]
+    fixed = ("study.strategy='none'", "study.sampler='random'", "study.first=[]")
+    settings += [*fixed, "study.max_trials=100000", f"space.batch_size=[{BATCH}]"]
+    settings += [f"train.epochs={scale.epochs}", "train.warmup_epochs=1"]
+    config = load_study_file(Path("studies/fashion.toml"), settings)
+    # As in a worker, but not on the disk: that is for several workers.
+    workspace = Workspace(
+        config.largest, image_cache(), None, [BATCH], lambda device: replace(places(device), disk=0)
+    )
+    print(f"{workspace.device_name or 'CPU'}, torch {torch.__version__}", flush=True)
+    loops = hand_written(workspace, scale)
+    print("images/s:")
+    for name, value in loops.items():
+        print(f"  {name}: {value:,.0f}", flush=True)
+    good, on_device = list(loops.values())[1:]
+    parts = kernels(workspace, scale)
+    print("  bare kernels: " + ", ".join(f"{n} {v:,.4g}" for n, v in parts.items()), flush=True)
+    for pack in PACKS:
+        side = side_of(workspace, config, pack, scale)
+        for name in ("cold", "warm"):
+            most = bound(workspace, parts, pack, name == "cold")
+            print(
+                f"  atelier, pack {pack}, {name}: {side[name]:,.0f}, {100 * side[name] / most:.0f} % of "
+                f"{most:,.0f}; {side[name] / good:.2f}x the good loop, {side[name] / on_device:.2f}x "
+                "with images on the device",
+                flush=True,
+            )
+        print(f"  atelier, pack {pack}, warm: the device is busy {100 * side['busy']:.0f} %")
+    workspace.close()
+    print(f"a worker's first step: after {seconds_to_first_step(data, scale):.1f} s")
+
+
+def search(data: str, scale: Scale) -> None:
+    """Print how long a search takes, and how busy the device is in it."""
+    words = ["search", "studies/fashion.toml", "--data", data, "--weights", "none", "-o", "best.toml"]
+    seconds = run(*words, *given(scale.search))
+    with database.connect().connect() as connection:
+        first, last, images, busy = connection.execute(
+            sa.select(
+                sa.func.min(Epoch.recorded),
+                sa.func.max(Epoch.recorded),
+                sa.func.sum(Epoch.images),
+                sa.func.avg(Epoch.busy),
+            )
+        ).one()
+    between = (last - first).total_seconds()
+    share = "unknown" if busy is None else f"{100 * busy:.0f} %"
+    print(f"from the command to its end: {seconds:.0f} s")
+    print(f"between the first and the last epoch: {images / between:,.0f} trial-images/s, busy {share}")
+
+
+def mission(data: str, weights: str, scale: Scale) -> None:
+    """Search, confirm, export, train and predict; prints what they print, and their times."""
+    name = "studies/fashion-cpu.toml"
+    run("search", name, "--data", data, "--weights", weights, "-o", "best.toml", *given(scale.mission))
+    run("confirm", "fashion-cpu", "--top", "2", "--seeds", "2")
+    run("export", "fashion-cpu", "-o", "best.toml")
+    run("train", "best.toml", "--epochs", str(scale.long_run))
+    scores = Path(data, "split", "val_attr.txt")
+    run("predict", "best.run", "--split", "val", "--scores", str(scores), "-o", "prediction.zip")
+
+
+def run(*words: str) -> float:
+    """Run a command of atelier in the present home. Returns the seconds that it took."""
+    folder = Path(os.environ["ATELIER_HOME"])
+    studies = [str(Path(word).absolute()) if word.startswith("studies/") else word for word in words]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path[1:]])}
+    started = time.monotonic()
+    result = subprocess.run([*ATELIER, *studies], cwd=folder, env=environment, check=False)
+    if result.returncode:
+        sys.exit(f"atelier {' '.join(words)}: ended with {result.returncode}")
+    print(f"== atelier {words[0]}: {time.monotonic() - started:.0f} s", flush=True)
+    return time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--mission", action="store_true")
+    parser.add_argument("--weights", default="none", help="of EfficientNet-Lite0, for --mission")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    scale, data = SMALL if options.small else LARGE, str(Path(options.data).absolute())
+    prepare_process()
+    started = time.monotonic()
+    with temporary_home():
+        if options.search:
+            search(data, scale)
+        elif options.mission:
+            mission(data, os.path.abspath(options.weights), scale)
+        else:
+            compare(data, scale)
+    print(f"all of it: {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
