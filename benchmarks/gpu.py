@@ -47,6 +47,9 @@ from trainer.workspace import Workspace
 
 ATELIER = [sys.executable, "-m", "atelier_command"]
 PACKS = (1, 4, 8)
+# Cold: no epoch of the stream comes twice. Warm: all are alike, so that the first one is kept for all;
+# a trial has as many as in studies/fashion.toml, so that trials begin and end.
+SIDES = {"cold": ("train.epochs=100000",), "warm": ("train.augment='none'",)}
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,6 @@ class Scale:
 
     settings: tuple[str, ...]
     seconds: float  # of a side of the comparison
-    rounds: dict[int, int]  # of cold epochs, by the trials at once
-    epochs: int  # of a trial; those of the first trials are cold
     processes: dict[str, int]  # that load images
     search: tuple[str, ...]
     mission: tuple[str, ...]
@@ -66,8 +67,6 @@ class Scale:
 LARGE = Scale(
     settings=(),
     seconds=20,
-    rounds={1: 3, 4: 2, 8: 1},
-    epochs=10,
     processes={"report": 7, "good": 16},
     search=("study.max_trials=100",),
     mission=("study.max_trials=40", "train.trainable='blocks.5'", "train.epochs=20"),
@@ -78,8 +77,6 @@ SHORT = ("train.train_images=300", "train.epochs=4", "train.warmup_epochs=1", "s
 SMALL = Scale(
     settings=(*TINY, "train.train_images=300"),
     seconds=1,
-    rounds=dict.fromkeys(PACKS, 1),
-    epochs=3,
     processes={"report": 1, "good": 1},
     search=(*TINY, *SHORT, "study.max_trials=4"),
     mission=(*TINY, *SHORT, "study.max_trials=3"),
@@ -117,33 +114,22 @@ def hand_written(workspace: Workspace, scale: Scale) -> dict[str, float]:
     return rates
 
 
-def side_of(workspace: Workspace, config: StudyConfig, pack: int, scale: Scale) -> dict[str, float]:
-    """A worker's trial-images per second, cold and warm; and how busy the device was while warm."""
-    seconds = images = 0.0
-    for number in range(scale.rounds[pack]):
-        workspace.store.close()  # forgets all
-        name = {"name": f"pack {pack}, {number + 1}"}
-        named = config.model_copy(update={"study": config.study.model_copy(update=name)})
-        worker = make_worker(named, workspace, pack)
+def side_of(workspace: Workspace, config: StudyConfig, pack: int, seconds: float) -> dict[str, float]:
+    """A worker's trial-images per second, and how busy the device is."""
+    workspace.store.close()  # forgets all
+    study = config.study.model_copy(update={"name": f"pack {pack}, {config.shared.augment}"})
+    worker = make_worker(config.model_copy(update={"study": study}), workspace, pack)
+    for _ in range(2):  # in the first, graphs are captured and what is the same in each epoch is kept
         worker.fill()
-        worker.train()  # captures graphs
-        started = time.monotonic()
-        for _ in range(scale.epochs - 1):
-            worker.fill()
-            images += len(worker.trials) * len(workspace.indices)
-            worker.train()
-        seconds += time.monotonic() - started
-        if number + 1 < scale.rounds[pack]:
-            end(worker)
-    rates = {"cold": images / seconds}
-    started, images = time.monotonic(), 0.0
-    while (passed := time.monotonic() - started) < scale.seconds:
+        worker.train()
+    started, images = time.monotonic(), 0
+    while (passed := time.monotonic() - started) < seconds:
         worker.fill()
         images += len(worker.trials) * len(workspace.indices)
         worker.train()
-    end(worker)
     busy = workspace.utilization.since(started)
-    return rates | {"warm": images / passed, "busy": math.nan if busy is None else busy}
+    end(worker)
+    return {"rate": images / passed, "busy": math.nan if busy is None else busy}
 
 
 def end(worker: Worker) -> None:
@@ -207,36 +193,40 @@ def given(settings: Sequence[str]) -> list[str]:
 
 def compare(data: str, scale: Scale) -> None:
     """Print the table."""
-    settings = [f"train.data={json.dumps(data)}", "train.weights='none'", *scale.settings]
-    fixed = ("study.strategy='none'", "study.sampler='random'", "study.first=[]")
-    settings += [*fixed, "study.max_trials=100000", f"space.batch_size=[{BATCH}]"]
-    settings += [f"train.epochs={scale.epochs}", "train.warmup_epochs=1"]
-    config = load_study_file(Path("studies/fashion.toml"), settings)
-    # As in a worker, but not on the disk: that is for several workers.
-    workspace = Workspace(
-        config.largest, image_cache(), None, [BATCH], lambda device: replace(places(device), disk=0)
-    )
-    print(f"{workspace.device_name or 'CPU'}, torch {torch.__version__}", flush=True)
-    loops = hand_written(workspace, scale)
-    print("images/s:")
-    for name, value in loops.items():
-        print(f"  {name}: {value:,.0f}", flush=True)
-    good, on_device = list(loops.values())[1:]
-    parts = kernels(workspace, scale)
-    print("  bare kernels: " + ", ".join(f"{n} {v:,.4g}" for n, v in parts.items()), flush=True)
-    for pack in PACKS:
-        side = side_of(workspace, config, pack, scale)
-        for name in ("cold", "warm"):
+    loops: dict[str, float] = {}
+    for name, settings in SIDES.items():
+        config = config_of(data, (*scale.settings, *settings))
+        # As in a worker, but not on the disk: that is for several workers.
+        workspace = Workspace(
+            config.largest, image_cache(), None, [BATCH], lambda device: replace(places(device), disk=0)
+        )
+        if not loops:
+            print(f"{workspace.device_name or 'CPU'}, torch {torch.__version__}; images/s:", flush=True)
+            loops = hand_written(workspace, scale)
+            for loop, value in loops.items():
+                print(f"  {loop}: {value:,.0f}", flush=True)
+            parts = kernels(workspace, scale)
+            print("  bare kernels: " + ", ".join(f"{n} {v:,.4g}" for n, v in parts.items()), flush=True)
+        good, on_device = list(loops.values())[1:]
+        for pack in PACKS:
+            side = side_of(workspace, config, pack, scale.seconds)
             most = bound(workspace, parts, pack, name == "cold")
             print(
-                f"  atelier, pack {pack}, {name}: {side[name]:,.0f}, {100 * side[name] / most:.0f} % of "
-                f"{most:,.0f}; {side[name] / good:.2f}x the good loop, {side[name] / on_device:.2f}x "
-                "with images on the device",
+                f"  atelier, pack {pack}, {name}: {side['rate']:,.0f}, {side['rate'] / most:.0%} of the "
+                f"bound {most:,.0f}, {side['rate'] / good:.2f}x the good loop, "
+                f"{side['rate'] / on_device:.2f}x with images on the device; busy {side['busy']:.0%}",
                 flush=True,
             )
-        print(f"  atelier, pack {pack}, warm: the device is busy {100 * side['busy']:.0f} %")
-    workspace.close()
+        workspace.close()
     print(f"a worker's first step: after {seconds_to_first_step(data, scale):.1f} s")
+
+
+def config_of(data: str, settings: Sequence[str]) -> StudyConfig:
+    """The study of a side: its trials go on, whatever their accuracy."""
+    fixed = ("study.strategy='none'", "study.sampler='random'", "study.first=[]")
+    budget = ("study.max_trials=100000", f"space.batch_size=[{BATCH}]", "train.weights='none'")
+    words = [f"train.data={json.dumps(data)}", *fixed, *budget, *settings]
+    return load_study_file(Path("studies/fashion.toml"), words)
 
 
 def search(data: str, scale: Scale) -> None:
@@ -261,6 +251,7 @@ def search(data: str, scale: Scale) -> None:
 def mission(data: str, weights: str, scale: Scale) -> None:
     """Search, confirm, export, train and predict; prints what they print, and their times."""
     name = "studies/fashion-cpu.toml"
+    weights = weights if weights == "none" else str(Path(weights).absolute())
     run("search", name, "--data", data, "--weights", weights, "-o", "best.toml", *given(scale.mission))
     run("confirm", "fashion-cpu", "--top", "2", "--seeds", "2")
     run("export", "fashion-cpu", "-o", "best.toml")
@@ -297,7 +288,7 @@ def main() -> None:
         if options.search:
             search(data, scale)
         elif options.mission:
-            mission(data, os.path.abspath(options.weights), scale)
+            mission(data, options.weights, scale)
         else:
             compare(data, scale)
     print(f"all of it: {time.monotonic() - started:.0f} s")

@@ -39,7 +39,7 @@ COMPILED_PIXELS = 20_000_000
 KIND = 1
 
 EVALUATED_ON_GPU = 1024  # validation images at once; on a CPU it is BLOCK
-DIGESTED = 16  # images whose output tells whether two workers compute the same
+DIGESTED = 4  # images whose output tells whether two workers compute the same
 
 Block = tuple[torch.Tensor, torch.Tensor]  # trunk output [n, ...], int64 indices into train
 
@@ -57,7 +57,6 @@ class _Tried(NamedTuple):
     images: int  # that went through it together
     seconds: float  # that they took
     rows_depend: bool  # whether an image's output depends on those beside it
-    digest: str  # of the first images' output
 
 
 class Workspace:
@@ -191,7 +190,7 @@ class Workspace:
         if depend:
             log.info("the trunk's output of an image depends on those beside it: it is kept by blocks")
         rows = Rows(tuple(forwards.shape[1:]), forwards.dtype, self.device)
-        return _Tried(rows, len(some), seconds, depend, _digest(forwards[:DIGESTED]))
+        return _Tried(rows, len(some), seconds, depend)
 
     def agree(self, on_record: Callable[[str, str], str]) -> None:
         """Let the trunk compute what it computes in other workers: compiled and not may differ in bits.
@@ -202,17 +201,24 @@ class Workspace:
         if self.config.frozen_batchnorm == "train":  # every run has a trunk of its own
             return
         device = f"{device_model(self.device)}, torch {torch.__version__}"
-        agreed = on_record(device, self._tried.digest)
-        if agreed != self._tried.digest and self.frozen is not self._eager:
+        agreed = on_record(device, self._digest())
+        if agreed != self._digest() and self.frozen is not self._eager:
             log.info("the trunk is not compiled, as in the study's first worker")
             self.frozen = self._eager
-            del self._tried
-        if agreed != self._tried.digest:
+        if agreed != self._digest():
             raise TrunkError(
                 f"the trunk computes other bits on {socket.gethostname()} than where the study's first "
                 "worker with such a device ran; a node without a C compiler may be the reason: mend "
                 "that, or use another node"
             )
+
+    def _digest(self) -> str:
+        """What the trunk computes from images of noise."""
+        size = self.config.image_size
+        noise = np.random.default_rng(0).integers(0, 256, (DIGESTED, 3, size, size), np.uint8)
+        output = self.runtime.features(self.frozen, torch.from_numpy(noise)).contiguous().cpu()
+        data = output.flatten().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()[:32]
 
     def _kind(self) -> str:
         """A digest of all that the trunk's output depends on, beside the view."""
@@ -225,7 +231,7 @@ class Workspace:
             "version": [KIND, READER],
             "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],
             "settings": [config.image_size, config.augment, config.allow_tf32],
-            "output": self._tried.digest,  # the same settings may be compiled or not
+            "output": self._digest(),  # the same settings may be compiled or not
             "network": [config.backbone, config.trainable, weights.hexdigest()],
             "normalisation": [backbone.mean, backbone.std],
             "arithmetic": [runtime.rounds, runtime.images_at_once],
@@ -253,11 +259,6 @@ def prepare_images(config: TrainConfig, batch_sizes: Iterable[int], cache: Path)
     """
     pick_device()
     Workspace(config, cache, torch.device("cpu"), batch_sizes, places)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    data = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()[:32]
 
 
 def _prepare_compiler(cache: Path) -> None:
