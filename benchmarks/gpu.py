@@ -39,6 +39,7 @@ from search.worker import Worker
 from storage import database
 from storage.paths import image_cache
 from storage.tables import Epoch
+from trainer.demo import write_demo
 from trainer.device import prepare_process, wait_for
 from trainer.feature_places import places
 from trainer.run import Run
@@ -76,10 +77,10 @@ TINY = ("train.backbone='test_resnet'", "train.trainable='layer4'", "train.image
 SHORT = ("train.train_images=300", "train.epochs=4", "train.warmup_epochs=1", "study.rungs=[1]")
 SMALL = Scale(
     settings=(*TINY, "train.train_images=300"),
-    seconds=1,
+    seconds=0.5,
     processes={"report": 1, "good": 1},
     search=(*TINY, *SHORT, "study.max_trials=4"),
-    mission=(*TINY, *SHORT, "study.max_trials=3"),
+    mission=(*TINY, *SHORT, "study.max_trials=3", "study.strategy='none'"),
     long_run=6,
 )
 
@@ -275,16 +276,21 @@ def run(*words: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="with --small: the demo's, if it is not given")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--mission", action="store_true")
     parser.add_argument("--weights", default="none", help="of EfficientNet-Lite0, for --mission")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    scale, data = SMALL if options.small else LARGE, str(Path(options.data).absolute())
+    if not options.data and not options.small:
+        parser.error("--data is missing: the dataset's folder")
+    scale = SMALL if options.small else LARGE
     prepare_process()
     started = time.monotonic()
-    with temporary_home():
+    with temporary_home() as home:
+        if not options.data:
+            write_demo(home / "demo", train=300, val=100, test=10)
+        data = str(Path(options.data or home / "demo").absolute())
         if options.search:
             search(data, scale)
         elif options.mission:

@@ -345,6 +345,8 @@ class Trial:
         fault = worker.blame.judge(self.claim, error, in_company=bool(others))
         if fault is Fault.DATABASE:
             raise error
+        if fault is Fault.MEMORY and self._has_ended:
+            fault = Fault.MACHINE  # the training, which is over, had enough
         self.finish_jobs()
         for jobs in (self._records, self._writes):  # their errors would keep the run in memory
             jobs.clear()

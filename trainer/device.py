@@ -148,7 +148,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory")  # of main memory, and of memory that is pinned
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
 def is_device_fault(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""A run's training steps: one by one on a CPU; on a GPU as CUDA graphs, on a stream of the run's own.
+"""A run's training steps, on a GPU as CUDA graphs on a stream of the run's own.
 
 A step has hundreds of small kernels. A GPU is done with one before the host has started the next, unless
 a graph starts them all. And runs on streams of their own share the GPU.

@@ -403,9 +403,9 @@ PLANTS: dict[str, list[Edit]] = {
     "checkpoint-before-record": [
         (
             "search.trial.Trial._record",
-            "decision = self._decide(result)",
+            "decision = self._decide(result, waited)",
             "if snapshot: self._queue(self._worker.writer, self._writes, self._save, snapshot)\n"
-            "    return self._decide(result)",
+            "    return self._decide(result, waited)",
         )
     ],
     "released-before-saved": [
