@@ -11,7 +11,7 @@ MEGABYTES := 7500
 missing = { echo "make: $(strip $(1))" >&2; exit 2; }
 SLOWEST := --durations=10 --durations-min=1
 
-.PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos simulation fuzz check format
+.PHONY: help venv search test test-browser test-cluster test-cluster-newer chaos simulation benchmark fuzz check format
 help:
 	@echo "make search   install, then run a whole search (DATA=folder for your own data)"
 	@echo "make test     install, then run the tests"
@@ -21,6 +21,7 @@ help:
 	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
 	@echo "              then what holds is checked. As root with a full disk and a second host"
 	@echo "make simulation   searches in which FAULTS go wrong, each of which a seed repeats"
+	@echo "make benchmark   benchmarks/gpu.py on this machine, small: does it still run?"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
@@ -73,6 +74,11 @@ chaos: venv
 
 simulation: venv
 	$(BIN)/python -m tests.simulation --faults $(FAULTS)
+
+benchmark: venv
+	$(BIN)/python -m benchmarks.gpu --small
+	$(BIN)/python -m benchmarks.gpu --small --search
+	$(BIN)/python -m benchmarks.gpu --small --mission
 
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz --runs $(RUNS)
