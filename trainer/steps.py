@@ -112,6 +112,7 @@ class Steps:
                 raise
             log.warning("steps are not captured as CUDA graphs: %s", said(error))
             self._generator.graphsafe_set_state(generator_before)
+            self._captured.clear()  # these would draw from the generator's other state
             self._graphs = False
             return
         self._captured[len(features)] = _Captured(graph, features, target, outputs)

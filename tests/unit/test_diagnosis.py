@@ -29,7 +29,8 @@ def prepared(tiny, cache):
     """A run with other settings, before its first epoch."""
 
     def run(**settings):
-        config = tiny.model_copy(update=settings)
+        # In bf16, as on a GPU, the remedy would be fp32.
+        config = tiny.model_copy(update={"precision": "fp32"} | settings)
         return Run(config, Workspace(config, cache))
 
     return run

@@ -374,7 +374,7 @@ def test_training_on_both_splits_validates_nothing(tiny, demo, cache, tmp_path):
     assert not any(result.validated for result in results)
     assert all(result.finite and math.isnan(result.val_accuracy) for result in results)
     train_part, val_part = (read_dataset(demo).splits[name].labels for name in ("train", "val"))
-    assert np.array_equal(workspace.train_targets.numpy(), np.concatenate([train_part, val_part]))
+    assert np.array_equal(workspace.train_targets.cpu().numpy(), np.concatenate([train_part, val_part]))
     # From the checkpoint, the same again.
     again = list(train(config, workspace, checkpoints))
     assert [r.train_loss for r in again] == [r.train_loss for r in results]
@@ -396,9 +396,11 @@ def test_validation_images_of_attributes_that_no_training_image_has(demo, tiny, 
     assert result.val_accuracy < 0.5
 
 
-def test_a_mirror_image_has_its_say(tiny, workspace, cache, tmp_path):
+def test_a_mirror_image_has_its_say(tiny, cache, tmp_path):
+    config = tiny.model_copy(update={"precision": "fp32"})  # in bf16 more classes are equal
+    workspace = Workspace(config, cache)
     files = ModelFiles(tmp_path / "run", workspace.dataset)
-    list(train(tiny, workspace, keep=files.keep))
+    list(train(config, workspace, keep=files.keep))
     model, dataset = SavedModel(tmp_path / "run" / "last.safetensors"), workspace.dataset
     one, both = (model.predict(dataset, dataset.split("train"), cache, flip) for flip in (False, True))
     assert 0.5 < (one == both).mean() < 1
