@@ -1,4 +1,4 @@
-"""`atelier predict`: predicts a split with a run's model, and writes it in the challenge's form."""
+"""`atelier predict --split`: predicts a split of the dataset, in the challenge's form."""
 
 import hashlib
 import io
@@ -32,6 +32,12 @@ def model_path(run: Path) -> Path:
     raise InputError(f"{run}: no model in it; give the run folder of a finished: atelier train")
 
 
+def reader_notes(model: SavedModel) -> list[str]:
+    """A note if the network learned from images that another version of the reader had read."""
+    reader = model.description.reader
+    return [] if reader == READER else [reader_note("run", reader)]
+
+
 class Predictor:
     """A run's model and the images to predict. `truth` is a file with their labels.
 
@@ -46,8 +52,7 @@ class Predictor:
         self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
         self._dataset = read_dataset(data or self._model.config.data, split.split("+"), labelled=False)
         self._model.check(self._dataset)
-        reader = self._model.description.reader
-        self.notes = [] if reader == READER else [reader_note("run", reader)]
+        self.notes = reader_notes(self._model)
         self._split = self._dataset.split(split)
         sizes = self._dataset.sizes
         self._truth = read_labels(truth, len(self._split), sizes) if truth else None

@@ -1,6 +1,8 @@
 """A trained network as one .safetensors file: weights of trunk and tail, configuration, attributes."""
 
+import itertools
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -15,18 +17,20 @@ from trainer.checkpoint import State
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
-from trainer.images import READER
+from trainer.images import READER, ImageError
 from trainer.kind import SAFETENSORS, kind_of
 from trainer.metrics import EpochResult
 from trainer.model import ModelError, as_saved, make_head, saved_names
 from trainer.run import Run
 from trainer.runtime import Runtime
 from trainer.saving import Snapshot, Write
-from trainer.stream import BLOCK, prepared_images, read_images
+from trainer.stream import BLOCK, of_each, prepared, prepared_images, read_images
 from trainer.torch_file import reason, said
 from trainer.weights import KEY, not_finite
 
 FORMAT = 1
+# The most probable attribute of each category, by its name, with the probability.
+Attributes = dict[str, tuple[str, float]]
 
 
 class Description(BaseModel):
@@ -159,10 +163,45 @@ class SavedModel:
         parts = []
         for start in range(0, len(split), BLOCK):
             block = read_images(path, np.arange(start, min(start + BLOCK, len(split))))
-            logits = self._logits(block)
-            parts.append((logits + self._logits(block.flip(3))) / 2 if flip else logits)
+            parts.append(self.logits(block, flip))
         slices = torch.split(torch.cat(parts), [*dataset.sizes], 1)
         return torch.stack([part.argmax(1) for part in slices], 1).numpy()
+
+    def logits(self, images: torch.Tensor, flip: bool = False) -> torch.Tensor:
+        """Logits of prepared images, uint8 [n, 3, size, size]: float [n, attributes], on the host.
+
+        With `flip` they are averaged with those of the mirror images.
+        """
+        logits = self._logits(images)
+        return (logits + self._logits(images.flip(3))) / 2 if flip else logits
+
+    def look_at(self, pictures: Sequence[Path], flip: bool = False) -> Iterator[Attributes | ImageError]:
+        """What each picture shows, or why it cannot be read. `flip` is that of `logits`."""
+        for start in range(0, len(pictures), BLOCK):
+            images = list(of_each(pictures[start : start + BLOCK], self._prepared))
+            usable = [image for image in images if isinstance(image, torch.Tensor)]
+            found = self._attributes(torch.stack(usable), flip) if usable else iter(())
+            yield from (image if isinstance(image, ImageError) else next(found) for image in images)
+
+    def _prepared(self, picture: Path) -> torch.Tensor | ImageError:
+        try:
+            return prepared(picture, self.config.image_size)
+        except ImageError as error:
+            return error
+
+    def _attributes(self, images: torch.Tensor, flip: bool) -> Iterator[Attributes]:
+        description = self.description
+        attributes = iter(description.attributes)
+        names = [list(itertools.islice(attributes, size)) for size in description.sizes]
+        slices = torch.split(self.logits(images, flip), description.sizes, 1)
+        best = [part.softmax(1).max(1) for part in slices]
+        for row in range(len(images)):
+            yield {
+                category: (of_category[int(indices[row])], float(shares[row]))
+                for category, of_category, (shares, indices) in zip(
+                    description.categories, names, best, strict=True
+                )
+            }
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

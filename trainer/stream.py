@@ -8,11 +8,12 @@ epoch and the image's index. So any process can repeat any epoch, from any block
 import errno
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ BLOCK = 256  # images per pass through the trunk; a multiple of every batch size
 # copied to it.
 RESIDENT_SHARE = 1 / 8
 AT_ONCE = 256  # images in memory while they are prepared
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _draw = lru_cache(maxsize=1)(draw)  # for a whole split at once: the blocks of an epoch share it
 
@@ -55,7 +59,7 @@ def prepared_images(dataset: Dataset, split: Split, size: int, cache: Path) -> P
     path = cache / f"{dataset.images_digest(split)}-{size}-reader{READER}.npy"
     shape = (len(split), 3, size, size)
     if not _is_valid(path, shape):
-        for _ in _of_each(split.paths, lambda name: load_image(dataset.folder / name)):
+        for _ in of_each(split.paths, lambda name: load_image(dataset.folder / name)):
             pass  # a broken image ends the command before anything is written
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -73,12 +77,6 @@ def _is_valid(path: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
-    transform = deterministic_transform(size)
-
-    def pixels(name: str) -> bytes:
-        image = functional.pil_to_tensor(transform(load_image(dataset.folder / name)))
-        return bytes(image.numpy().data)
-
     partial = path.with_suffix(".partial")
     shape = (len(split), 3, size, size)
     try:
@@ -87,8 +85,8 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             _reserve(file, math.prod(shape))
-            for data in _of_each(split.paths, pixels):
-                file.write(data)
+            for image in of_each(split.paths, lambda name: prepared(dataset.folder / name, size)):
+                file.write(image.numpy().data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -96,11 +94,19 @@ def _prepare(dataset: Dataset, split: Split, size: int, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _of_each(names: Sequence[str], function: Callable[[str], Any]) -> Iterator[Any]:
-    """The function's results in the names' order, from a thread for each CPU. Raises its first error."""
-    with ThreadPoolExecutor(cpu_count()) as threads:
-        for start in range(0, len(names), AT_ONCE):  # so that few results wait in memory
-            yield from threads.map(function, names[start : start + AT_ONCE])
+def prepared(path: Path, size: int) -> torch.Tensor:
+    """An image after the steps that are not random: uint8 [3, size, size]. Raises ImageError."""
+    image = deterministic_transform(size)(load_image(path))
+    pixels: torch.Tensor = functional.pil_to_tensor(image)
+    return pixels.contiguous()
+
+
+def of_each(items: Sequence[T], function: Callable[[T], R]) -> Iterator[R]:
+    """The function's results in the items' order, from a thread for each CPU. Raises its first error."""
+    # The reader of images changes Python's filters of warnings, which all threads share.
+    with warnings.catch_warnings(), ThreadPoolExecutor(cpu_count()) as threads:
+        for start in range(0, len(items), AT_ONCE):  # so that few results wait in memory
+            yield from threads.map(function, items[start : start + AT_ONCE])
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

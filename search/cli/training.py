@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.terminal import Grid, console
+from search import pictures
 from search import predict as prediction
 from search.cli.errors import say
 from search.cli.options import AUTO, say_each
@@ -148,6 +150,24 @@ def predict(
         say(f"note: the run learned from, or was chosen by, the images of {split}")
     for name, accuracy in predictor.scores(classes).items():
         typer.echo(f"{name:<27}{accuracy.value:.4f}  95 %: {accuracy.low:.4f} to {accuracy.high:.4f}")
+
+
+def predict_pictures(run: Path, words: list[str], output: Path, flip: bool) -> None:
+    """Predict pictures into a table. Raises typer.Exit if none of them can be read."""
+    prepare_process()
+    found = pictures.find_pictures(words, sys.stdin)
+    predictor = pictures.PicturePredictor(run)
+    say_each(predictor.notes)
+    pictures.check_table(output, predictor.categories)
+    predictions = list(predictor.predict(found, flip))
+    with with_users_umask():
+        pictures.write_table(predictions, output, predictor.categories)
+    broken = [one.error for one in predictions if one.error]
+    say(f"{len(found) - len(broken)} of {len(found)} pictures are predicted, in {output}")
+    if broken:
+        say(f"error: {len(broken)} cannot be read, their lines say why; the first: {broken[0]}")
+    if len(broken) == len(found):
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def print_stages(config: TrainConfig) -> None:

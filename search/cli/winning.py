@@ -206,21 +206,41 @@ def replay(
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")],
-    split: Annotated[str, typer.Option(help="Which images: test, val or train.")] = "test",
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("prediction.zip"),
+    pictures: Annotated[
+        list[str] | None,
+        typer.Argument(help="Pictures, folders of them, or - for a list on standard input."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Images of the dataset: test, val or train; default: test.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Default: prediction.csv (or .jsonl); of a split .zip."),
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="File of the true labels, to print accuracies.")
     ] = None,
     tta: Annotated[str, typer.Option(help="none, or flip: average with the mirror image.")] = "none",
     data: Data = None,
 ) -> None:
-    """Predict a split's attributes in the challenge's form, with the run's best model."""
+    """Predict attributes with a run's best model: of pictures, or of a split of the dataset.
+
+    Pictures get a table with names and probabilities, a split the challenge's form.
+    """
     if tta not in ("none", "flip"):
         raise InputError(f"--tta {tta!r}: allowed are none and flip")
+    if pictures and (split or scores or data):
+        raise InputError(
+            "--split, --scores and --data are of a dataset; leave them out, or the pictures"
+        )
+    output = output or Path("prediction.csv" if pictures else "prediction.zip")
     check_output(output)
     from search.cli import training  # late: with torch, after the arguments are checked
 
-    training.predict(run, split, output, scores, tta == "flip", data)
+    if pictures:
+        training.predict_pictures(run, pictures, output, tta == "flip")
+    else:
+        training.predict(run, split or "test", output, scores, tta == "flip", data)
 
 
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:

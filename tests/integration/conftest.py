@@ -80,8 +80,8 @@ def atelier(tmp_path, study_text, prepared_url, home, monkeypatch):
     monkeypatch.setattr(search.local, "POLL_SECONDS", 0.1)
     threads = torch.get_num_threads()
 
-    def run(*words, code=0):
-        result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+    def run(*words, code=0, typed=None):
+        result = CliRunner().invoke(app, [*map(str, words)], input=typed, catch_exceptions=False)
         assert result.exit_code == code, result.output
         return result
 
