@@ -148,10 +148,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    words = ("allocate memory", "out of memory")  # of main memory, and of memory that is pinned
+    # Of main memory; of a graph and of memory that is pinned; of cuBLAS.
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
 def is_device_fault(error: BaseException) -> bool:
     """Whether the GPU is unusable for this process from now on."""
-    return "CUDA error" in str(error)
+    return "CUDA error" in str(error) and not is_out_of_memory(error)

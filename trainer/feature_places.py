@@ -151,7 +151,8 @@ def _file_system(path: Path) -> str:
 def _of_device(device: torch.device) -> float:
     if device.type != "cuda":
         return 0
-    free, _ = torch.cuda.mem_get_info(device)
+    kept_free = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + kept_free
     return max(min(free - RUNS_ON_DEVICE, 3 / 4 * free), 0)
 
 

@@ -3,7 +3,7 @@
 import logging
 
 from trainer.config import TrainConfig
-from trainer.device import available_memory, peak_memory
+from trainer.device import available_memory, peak_memory, wait_for
 from trainer.loop import train_epoch
 from trainer.run import Run
 from trainer.workspace import Workspace
@@ -28,13 +28,15 @@ def pack_that_fits(largest: TrainConfig, workspace: Workspace) -> int:
     [(_, outcome)] = train_epoch([run], lambda run, _: run.step == 2)  # the second is a graph
     if isinstance(outcome, Exception):
         raise outcome
+    wait_for(run.device)  # before the run goes
     if largest.validates:
         run.evaluate()
     # Each run has weights, Adam's two moments and its graphs. Without graphs, activations and gradients
     # exist for one run at a time.
     weights = sum(weight.numel() * weight.element_size() for weight in run.tail.parameters())
     bytes_per_run = 3 * weights + run.graph_bytes
-    bytes_left = FILLED * available_memory(run.device) - peak_memory(run.device)
+    first = peak_memory(run.device) + run.graph_bytes
+    bytes_left = FILLED * available_memory(run.device) - first
     runs = max(min(1 + int(bytes_left / bytes_per_run), MOST_SIDE_BY_SIDE), 1)
     workspace.store.leave_to_runs(bytes_left - (runs - 1) * bytes_per_run)
     return runs

@@ -5,6 +5,8 @@ a graph starts them all. And runs on streams of their own share the GPU.
 """
 
 import logging
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +23,16 @@ AHEAD = 2
 
 # Takes a step on features and targets. Returns the logits, and the loss times the images, float [1].
 Compute = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+# Streams of ended runs. Torch would give a stream of a run that is at work again.
+_free_streams: list[torch.cuda.Stream] = []
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    if _free_streams:
+        return _free_streams.pop()
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Captured(NamedTuple):
@@ -42,7 +54,8 @@ class Steps:
         self.graph_bytes = 0  # of the GPU's memory that the graphs hold
         self._stream: torch.cuda.Stream | None = None
         if generator.device.type == "cuda":
-            self._stream = torch.cuda.Stream(generator.device)  # type: ignore[no-untyped-call]
+            self._stream = _stream(generator.device)
+            weakref.finalize(self, _free_streams.append, self._stream)
         self._pending: deque[torch.cuda.Event] = deque()
         self._is_ready: set[int] = set()  # batch sizes that have had a step
         self._captured: dict[int, _Captured] = {}  # by batch size
@@ -94,19 +107,18 @@ class Steps:
 
     def _capture(self, compute: Compute, features: torch.Tensor, target: torch.Tensor) -> None:
         """Make the graph of a step, which computes nothing yet. Where that fails, do without graphs."""
-        held = torch.cuda.memory_reserved(features.device)
-        graph, generator_before = torch.cuda.CUDAGraph(), self._generator.clone_state()
-        graph.register_generator_state(self._generator)
-        features, target = features.clone(), target.clone()
-        # Graphs of one run never run at once, so they can use the same memory.
-        pool = next((captured.graph.pool() for captured in self._captured.values()), None)
+        generator_before = self._generator.clone_state()
         try:
-            # Not by `torch.cuda.graph`, which lets all runs wait, and gives free memory back.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                outputs = compute(features, target)
-            finally:
-                graph.capture_end()
+                self._try_capture(compute, features, target)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # A capture cannot use memory that is kept free for other streams, or for ended runs.
+                traceback.clear_frames(error.__traceback__)
+                self._captured.clear()
+                torch.cuda.empty_cache()
+                self._try_capture(compute, features, target)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -114,6 +126,19 @@ class Steps:
             self._generator.graphsafe_set_state(generator_before)
             self._captured.clear()  # these would draw from the generator's other state
             self._graphs = False
-            return
+
+    def _try_capture(self, compute: Compute, features: torch.Tensor, target: torch.Tensor) -> None:
+        held = torch.cuda.memory_reserved(features.device)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        features, target = features.clone(), target.clone()
+        # Graphs of one run never run at once, so they can use the same memory.
+        pool = next((captured.graph.pool() for captured in self._captured.values()), None)
+        # Not by `torch.cuda.graph`, which lets all runs wait, and gives free memory back.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            outputs = compute(features, target)
+        finally:
+            graph.capture_end()
         self._captured[len(features)] = _Captured(graph, features, target, outputs)
         self.graph_bytes += max(torch.cuda.memory_reserved(features.device) - held, 0)

@@ -1,5 +1,6 @@
 """What the runs of one process share: data, the frozen trunk, and the output of it that is kept."""
 
+import contextvars
 import hashlib
 import json
 import logging
@@ -91,7 +92,9 @@ class Workspace:
         check_size(config, backbone)
         check_batches(config, backbone, len(self.indices), batch_sizes)
         with ThreadPoolExecutor(1, "compiler") as thread:  # compiles while the images are prepared
-            compiled = thread.submit(self.runtime.compiled, self._eager)
+            # In this context, which has the compiler's settings.
+            here = contextvars.copy_context()
+            compiled = thread.submit(here.run, self.runtime.compiled, self._eager)
             self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
             self._val_images: Path | None = None
             if config.validates:  # else no images are left to validate on
