@@ -34,7 +34,8 @@ import torch
 
 from benchmarks.saving import make_worker
 from benchmarks.server import temporary_home
-from benchmarks.speed import BATCH, Baseline
+from benchmarks.speed import BATCH, PACKS, Baseline
+from dashboards.study_tables import share
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from search.worker import Worker
@@ -49,7 +50,6 @@ from trainer.stream import BLOCK
 from trainer.workspace import Workspace
 
 ATELIER = [sys.executable, "-m", "atelier_command"]
-PACKS = (1, 4, 8)
 # Cold: no epoch of the stream comes twice. Warm: all are alike, so that the first one is kept for all;
 # a trial has as many as in studies/fashion.toml, so that trials begin and end.
 SIDES = {"cold": ("train.epochs=100000",), "warm": ("train.augment='none'",)}
@@ -253,9 +253,9 @@ def search(data: str, scale: Scale) -> None:
             )
         ).one()
     between = (last - first).total_seconds()
-    share = "unknown" if busy is None else f"{100 * busy:.0f} %"
     print(f"from the command to its end: {seconds:.0f} s")
-    print(f"between the first and the last epoch: {images / between:,.0f} trial-images/s, busy {share}")
+    pace = f"{images / between:,.0f} trial-images/s, busy {share(busy) or 'unknown'}"
+    print(f"between the first and the last epoch: {pace}")
 
 
 def mission(data: str, weights: str, scale: Scale) -> None:
@@ -279,8 +279,9 @@ def run(*words: str) -> float:
     result = subprocess.run([*ATELIER, *studies], cwd=folder, env=environment, check=False)
     if result.returncode:
         sys.exit(f"atelier {' '.join(words)}: ended with {result.returncode}")
-    print(f"== atelier {words[0]}: {time.monotonic() - started:.0f} s", flush=True)
-    return time.monotonic() - started
+    passed = time.monotonic() - started
+    print(f"== atelier {words[0]}: {passed:.0f} s", flush=True)
+    return passed
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +102,11 @@ def _header(categories: Sequence[str]) -> list[str]:
 
 
 def _row(prediction: Prediction, categories: Sequence[str]) -> list[str]:
-    none = ("", math.nan)
-    pairs = [prediction.attributes.get(name, none) for name in categories]
-    cells = [cell for name, share in pairs for cell in (name, "" if name == "" else f"{share:.4f}")]
-    return [str(prediction.picture), *cells, prediction.error or ""]
+    if prediction.error:
+        return [str(prediction.picture), *[""] * 2 * len(categories), prediction.error]
+    pairs = [prediction.attributes[name] for name in categories]
+    cells = [cell for name, share in pairs for cell in (name, f"{share:.4f}")]
+    return [str(prediction.picture), *cells, ""]
 
 
 def _object(prediction: Prediction) -> dict[str, object]:

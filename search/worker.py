@@ -80,9 +80,8 @@ class Worker:
         self.leaving: list[Trial] = []  # that wait to be saved and released, or ended
         self.epoch_seconds = 0.0  # as last measured in this process
         self.spent = False  # whether the study's GPU-hours were at the last record
-        self.waits = defaultdict[str, float](
-            float
-        )  # seconds since the last epoch, by what it waited for
+        # Seconds since the last epoch, by what it waited for.
+        self.waits = defaultdict[str, float](float)
         self.waited: dict[str, float] = {}  # before the running epoch, a trial's share
 
     @property
@@ -186,9 +185,7 @@ class Worker:
             else:
                 return
             if len(self.leaving) > self.pack:  # the disk is slower than the training
-                with self._waiting_for("disk"):
-                    self.leaving[0].finish_jobs()
-                self._look()
+                self._finish_oldest()
 
     def _look(self, but: Collection[Trial] = ()) -> None:
         """Act on what has become of the trials meanwhile, but of those that are being trained."""
@@ -210,9 +207,12 @@ class Worker:
 
     def _finish_leaving(self) -> None:
         while self.leaving:
-            with self._waiting_for("disk"):
-                self.leaving[0].finish_jobs()
-            self._look()
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        with self._waiting_for("disk"):
+            self.leaving[0].finish_jobs()
+        self._look()
 
     def train(self) -> None:
         """Train the trials that are ready for an epoch, and act on what it brings each of them."""

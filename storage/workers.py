@@ -14,6 +14,8 @@ from storage.paths import path_from_record
 from storage.tables import Attempt, Epoch, Worker
 
 LATELY = 300  # seconds
+# Which attempt trained an epoch.
+TRAINED_IN = sa.and_(Epoch.trial_id == Attempt.trial_id, Epoch.attempt == Attempt.number)
 # Trial-images per second of all epochs of a group.
 IMAGES_PER_SECOND = sa.cast(sa.func.sum(Epoch.images), sa.Double) / sa.func.nullif(
     sa.func.sum(Epoch.seconds), 0.0
@@ -107,7 +109,7 @@ def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
     sums = [sa.cast(sa.func.coalesce(sa.func.sum(column), 0), sa.Double) for column in columns]
     query = (
         sa.select(Attempt.worker_id, sa.func.avg(Epoch.busy), *sums)
-        .join(Attempt, sa.and_(Attempt.trial_id == Epoch.trial_id, Attempt.number == Epoch.attempt))
+        .join(Attempt, TRAINED_IN)
         .where(Attempt.worker_id.in_(workers), seconds_since(Epoch.recorded) < LATELY)
         .group_by(Attempt.worker_id)
     )
@@ -132,7 +134,7 @@ def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machin
     query = (
         sa.select(Worker.host, Worker.gpu, count, slurm, IMAGES_PER_SECOND, sa.func.avg(Epoch.busy))
         .join(Attempt, Attempt.worker_id == Worker.id)
-        .outerjoin(Epoch, sa.and_(Epoch.trial_id == Attempt.trial_id, Epoch.attempt == Attempt.number))
+        .outerjoin(Epoch, TRAINED_IN)
         .where(Attempt.study_id == study_id)
         .group_by(Worker.host, Worker.gpu, slurm)
         .order_by(count.desc(), Worker.host)

@@ -54,9 +54,8 @@ class TrainConfig(BaseModel):
     allow_tf32: bool = True
     # "auto" compiles the augmentation where that saves time, and on a GPU the trunk.
     compile: Literal["auto", "none"] = "auto"
-    graphs: Literal["auto", "none"] = (
-        "auto"  # "auto": on a GPU a step is a CUDA graph; no number changes
-    )
+    # With "auto" a step is a CUDA graph on a GPU, which changes no number.
+    graphs: Literal["auto", "none"] = "auto"
 
     @property
     def validates(self) -> bool:

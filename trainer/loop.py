@@ -129,7 +129,7 @@ def _pass_over_stream(runs: list[Run], interrupt: Interrupt) -> Iterator[tuple[R
     for run in list(active):  # a GPU goes on with the others while the host reads the first
         try:
             run.evaluate_epoch()
-        except Exception as error:
+        except Exception as error:  # of this run; the others go on
             active.remove(run)
             yield run, _without_tensors(error, run)
     yield from ((run, _end_epoch(run)) for run in active)

@@ -340,17 +340,15 @@ class Run:
                 f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; go on "
                 "with the version that made it, or delete the checkpoint"
             )
-        if (reader := state.get("reader", 1)) != READER:
-            raise CheckpointError(
-                f"the checkpoint was made with version {reader} of the reader of images, this is "
-                f"{READER} (CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
-            )
-        if (arithmetic := state.get("arithmetic", 1)) != ARITHMETIC:
-            raise CheckpointError(
-                f"the checkpoint was made with version {arithmetic} of the training's arithmetic, this "
-                f"is {ARITHMETIC} (CHANGELOG.md); go on with the Atelier that made it, or delete the "
-                "checkpoint"
-            )
+        for what, version, here in (
+            ("reader of images", state.get("reader", 1), READER),
+            ("training's arithmetic", state.get("arithmetic", 1), ARITHMETIC),
+        ):
+            if version != here:
+                raise CheckpointError(
+                    f"the checkpoint was made with version {version} of the {what}, this is {here} "
+                    "(CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
+                )
         self._check_config(state["config"])
         self.tail.load_state_dict(state["tail"])
         if self.owns_trunk:

@@ -204,17 +204,19 @@ class Workspace:
         if self.config.frozen_batchnorm == "train":  # every run has a trunk of its own
             return
         device = f"{device_model(self.device)}, torch {torch.__version__}"
-        agreed = on_record(device, self._digest())
-        if agreed != self._digest() and self.frozen is not self._eager:
+        agreed = on_record(device, self._digest)
+        if agreed != self._digest and self.frozen is not self._eager:
             log.info("the trunk is not compiled, as in the study's first worker")
             self.frozen = self._eager
-        if agreed != self._digest():
+            del self._digest
+        if agreed != self._digest:
             raise TrunkError(
                 f"the trunk computes other bits on {socket.gethostname()} than where the study's first "
                 "worker with such a device ran; a node without a C compiler may be the reason: mend "
                 "that, or use another node"
             )
 
+    @cached_property
     def _digest(self) -> str:
         """What the trunk computes from images of noise."""
         size = self.config.image_size
@@ -234,7 +236,7 @@ class Workspace:
             "version": [KIND, READER],
             "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],
             "settings": [config.image_size, config.augment, config.allow_tf32],
-            "output": self._digest(),  # the same settings may be compiled or not
+            "output": self._digest,  # the same settings may be compiled or not
             "network": [config.backbone, config.trainable, weights.hexdigest()],
             "normalisation": [backbone.mean, backbone.std],
             "arithmetic": [runtime.rounds, runtime.images_at_once],

@@ -167,9 +167,11 @@ def confirm(
         return
     engine, entry = find_search(study)
     config = plan_confirmation(engine, entry, top, seeds).with_paths(data, weights)
-    workers = 1 if to_slurm else workers_here(workers)
-    pack = pack if to_slurm else pack_here(pack, workers)
-    check_pack(pack)
+    workers = workers_here(workers)
+    if to_slurm:
+        check_pack(pack)
+    else:
+        pack = pack_here(pack, workers)
     arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]
     if to_slurm:
         next_commands = [
