@@ -1,6 +1,7 @@
 """Shows a study, its trials, workers and attempts as text and tables for a terminal."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -8,6 +9,7 @@ from rich.text import Text
 
 from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
+from storage.efficiency import WorkerUse
 from storage.outcome import Outcome
 from storage.paths import home
 from storage.status import State, Status, difference_line, parameter_names
@@ -116,6 +118,34 @@ def render_workers(status: Status) -> RenderableType:
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)
+
+
+def render_efficiency(uses: Sequence[WorkerUse], advice: Sequence[str]) -> RenderableType:
+    """What workers were granted and made of it, a row for each, and what to ask for next time."""
+    columns = ("time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
+    table = Grid(("worker", "job", *columns, "pack", "epochs", "ended"), left=("worker", "job", "ended"))
+    for use in uses:
+        waited = sum(use.waits.values())
+        parts = (use.seconds_training, waited, use.seconds_lost)
+        table.add(
+            use.worker,
+            use.job or "",
+            duration(use.seconds),
+            "" if use.wall_seconds is None else duration(use.wall_seconds),
+            *(share(seconds / use.seconds if use.seconds else None) for seconds in parts),
+            _gib(use.peak_memory),
+            _gib(use.memory),
+            share(use.busy),
+            "" if use.pack is None else str(use.pack),
+            str(use.epochs),
+            (use.ended or "not yet, or killed").splitlines()[0],
+        )
+    head = "\nfor next time:" if advice else "\nno worker has trained an epoch yet"
+    return Group(table, Text(head, style="bold"), *(Text(f"  {line}") for line in advice))
+
+
+def _gib(memory: float | None) -> str:
+    return "" if memory is None else f"{memory / (1 << 30):.1f}"
 
 
 def share(value: float | None) -> str:

@@ -14,11 +14,13 @@ from dashboards.plot import check_figure, save_figure
 from dashboards.study_tables import audit_line, pace, share
 from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
+from search.efficiency import advice
 from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
 from storage import curves
 from storage.database import one_moment, retrying
+from storage.efficiency import WorkerUse, read_uses
 from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
 from storage.workers import Machine, read_machines
@@ -56,6 +58,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
             _facts(entry, reading.status, choice, reading.confirmation),
             compared=compared,
             machines=reading.machines,
+            advice=advice(reading.uses),
         )
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -77,6 +80,7 @@ class _Reading(NamedTuple):
     best: list[curves.Curve]
     ends: list[curves.EndPoint]
     machines: list[Machine]
+    uses: list[WorkerUse]
 
 
 @retrying
@@ -90,6 +94,7 @@ def _read(engine: sa.Engine, entry: StudyEntry) -> _Reading:
             curves.read_curves(connection, entry.study_id, best),
             curves.read_ends(connection, entry.study_id),
             read_machines(connection, entry.study_id),
+            read_uses(connection, entry.study_id),
         )
 
 

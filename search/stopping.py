@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from search.exit_codes import ExitCode
+from storage.outcome import WALL_TIME
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Stop:
             return False
         if not self.requested and self.leaves_time_for(0):
             return False  # no signal yet: use the time there is
-        self.ask("wall time", ExitCode.WALL_TIME)
+        self.ask(WALL_TIME, ExitCode.WALL_TIME)
         return True
 
 

@@ -15,6 +15,7 @@ from search.exit_codes import ExitCode
 from search.slurm.job import own_job, seconds_to_kill
 from search.stopping import Stop, on_signals
 from storage.curves import Curve
+from storage.outcome import WALL_TIME
 from storage.status import State, TrialRow
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
@@ -60,7 +61,7 @@ def _run(
         nonlocal steps
         steps += 1
         if not stop.leaves_time_for(0):
-            stop.ask("wall time", ExitCode.WALL_TIME)
+            stop.ask(WALL_TIME, ExitCode.WALL_TIME)
         return stop.requested  # at once: a checkpoint inside an epoch loses nothing
 
     results = []

@@ -26,10 +26,11 @@ from search.trial import Trial
 from storage.database import DATABASE_ERRORS
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
-from storage.outcome import NOTHING_LEFT, SPENT, STOPPED, Outcome
+from storage.outcome import NOTHING_LEFT, SPENT, STOPPED, WALL_TIME, Outcome
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous
 from storage.studies import has_only_failed
+from trainer.allocation import memory_limit
 from trainer.loop import train_epoch
 from trainer.run import Run
 from trainer.saving import Snapshots
@@ -91,7 +92,9 @@ class Worker:
 
     def run(self) -> ExitCode:
         """Work; returns why it ended, with the details in `stop.reason`."""
-        self.ledger.register(gpu=self.workspace.device_name, log=_log_file())
+        self.ledger.register(
+            gpu=self.workspace.device_name, pack=self.pack, memory=memory_limit(), log=_log_file()
+        )
         reason = "an error"
         try:
             with on_signals(self.stop), self.keeper, self._threads():
@@ -228,12 +231,13 @@ class Worker:
             trials.pop(run).settle(outcome)
             del run, outcome  # else they would live until the next one comes
             self._look(but=trials.values())
+        self.waits["images"] = self.workspace.stream.seconds_read()
         self.epoch_seconds = time.monotonic() - started
 
     def _may_go_on(self) -> bool:
         """Whether to begin another epoch."""
         if not self.stop.leaves_time_for(self.epoch_seconds):
-            self.stop.ask("wall time", ExitCode.WALL_TIME)
+            self.stop.ask(WALL_TIME, ExitCode.WALL_TIME)
         return not self.stop.requested
 
     def _held(self) -> list[int]:

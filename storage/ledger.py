@@ -43,6 +43,7 @@ from storage.liveness import (
     Liveness,
     host,
     hosts_at_work,
+    peak_memory,
     probe_this_host,
     process_identity,
     read_holders,
@@ -120,7 +121,7 @@ class Ledger:
         self.worker_id: str | None = None
 
     @retrying
-    def register(self, gpu: str | None = None, log: str | None = None) -> str:
+    def register(self, **columns: Any) -> str:
         """Put this process on record as a worker. Returns its id; every process gets a new one."""
         self.worker_id = self.worker_id or uuid.uuid4().hex
         values = {
@@ -128,11 +129,10 @@ class Ledger:
             "host": host(),
             "pid": os.getpid(),
             "process": process_identity(),
-            "gpu": gpu,
-            "log": log,
             "started": now(),
             "last_seen": now(),
             **self._job,
+            **columns,
         }
         with self.engine.begin() as connection:
             connection.execute(insert(Worker).values(values).on_conflict_do_nothing())
@@ -149,7 +149,7 @@ class Ledger:
             connection.execute(
                 sa.update(Worker)
                 .where(Worker.id == self.worker_id)
-                .values(stopped=now(), last_seen=now(), reason=reason)
+                .values(stopped=now(), last_seen=now(), reason=reason, peak_memory=peak_memory())
             )
 
     @retrying
@@ -284,6 +284,7 @@ class Ledger:
         parameters = entries | {
             "study_id": self.study_id,
             "worker_id": self.worker_id,
+            "peak_memory": peak_memory(),
             "lease_seconds": self.lease_seconds,
             "trial_id": claim.trial_id,
             "attempt": claim.attempt,

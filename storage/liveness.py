@@ -1,6 +1,7 @@
 """Identify worker processes, and find out which holders of trials are still alive."""
 
 import os
+import resource
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ def process_identity(pid: int | None = None) -> str:
     """
     pid = pid or os.getpid()
     return f"{_machine()}:{pid}:{_start_time(pid)}"
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has used."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def host() -> str:

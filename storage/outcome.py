@@ -21,6 +21,7 @@ LEFT = "the worker ended without signing off"  # the reason of a lost attempt
 RESTORED = "the database was restored from a backup"
 SICK_HOST = "sick host"  # the reason of a worker whose host is at fault begins so
 STOPPED = "atelier stop"
+WALL_TIME = "wall time"
 SPENT = "the study's GPU-hours are spent"
 NOTHING_LEFT = "nothing left to claim"
 NEVER_AMONG_THE_BEST = "never among the best"  # the reason of a trial that was paused to the end ends so

@@ -21,7 +21,7 @@ held AS (
     WHERE trial_id = :trial_id AND number = :attempt AND worker_id = :worker_id AND released IS NULL
     RETURNING trial_id, renewed
 ), seen AS (
-    UPDATE atelier.worker SET last_seen = {NOW} WHERE id = :worker_id
+    UPDATE atelier.worker SET last_seen = {NOW}, peak_memory = :peak_memory WHERE id = :worker_id
 )
 """
 _ANSWER = f"""

@@ -77,6 +77,10 @@ class Worker(Base):
     slurm_array_task: Mapped[str | None]
     slurm_restarts: Mapped[int] = mapped_column(server_default="0")  # a requeued job keeps its id
     gpu: Mapped[str | None]
+    pack: Mapped[int | None]  # trials that it trains at once
+    memory: Mapped[float | None]  # bytes of main memory that it was granted; NULL without a limit
+    peak_memory: Mapped[float | None]  # the most bytes of main memory that it has used
+    wall_seconds: Mapped[float | None]  # of wall time that it had at its start; NULL without a limit
     log: Mapped[str | None]  # its log file: see storage.paths.path_to_record
     started: Mapped[datetime] = mapped_column(server_default=func.now())
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -136,9 +140,10 @@ class Epoch(Base):
     images: Mapped[int]
     peak_memory: Mapped[float]  # bytes
     busy: Mapped[float | None]  # share of the time in which the GPU computed; NULL if nobody knows
-    # Seconds before the epoch in which the worker could not train; the run's share, if there were more.
+    # Seconds since the record before in which the worker could not train; the run's share of them.
     waited_for_database: Mapped[float | None]
     waited_for_disk: Mapped[float | None]
+    waited_for_images: Mapped[float | None]  # read from their file
     waited_for_trials: Mapped[float | None]  # nothing was there to claim
     # If another attempt trained it again with other numbers: that attempt, and by how much they differ.
     again: Mapped[dict[str, Any] | None]

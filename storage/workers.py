@@ -25,6 +25,7 @@ WAITS = {
     "database": Epoch.waited_for_database,
     "disk": Epoch.waited_for_disk,
     "trials": Epoch.waited_for_trials,
+    "images": Epoch.waited_for_images,  # inside an epoch's seconds
 }
 
 
@@ -45,7 +46,7 @@ class WorkerRow:
     images_per_second: float | None = None  # trial-images
     busy: float | None = None  # share of the time in which its GPU computed; None if nobody knows
     waits: float | None = None  # share of the time in which it could not train
-    waits_for: str | None = None  # what for: database, disk or trials; the one that took longest
+    waits_for: str | None = None  # what for, of WAITS: what took longest
 
 
 @dataclass
@@ -91,7 +92,7 @@ def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
             worker=worker.id,
             host=worker.host,
             pid=worker.pid,
-            job=_job(worker),
+            job=job_of(worker),
             gpu=worker.gpu,
             log=_log(worker),
             trial=number,
@@ -118,10 +119,11 @@ def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
 
 def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> dict[str, Any]:
     longest, what = max(zip(waits, WAITS, strict=True))
+    *outside, _ = waits
     return {
         "images_per_second": images / seconds if seconds else None,
         "busy": busy,
-        "waits": sum(waits) / (sum(waits) + seconds) if seconds else None,
+        "waits": sum(waits) / (sum(outside) + seconds) if seconds else None,
         "waits_for": what if longest else None,
     }
 
@@ -161,7 +163,7 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
                 trial=number,
                 attempt=attempt.number,
                 worker=f"{worker.host}:{worker.pid}",
-                job=_job(worker),
+                job=job_of(worker),
                 log=_log(worker),
                 outcome=attempt.outcome,
                 reason=attempt.reason,
@@ -170,7 +172,8 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
         ]
 
 
-def _job(worker: Worker) -> str | None:
+def job_of(worker: Worker) -> str | None:
+    """A worker's job in SLURM, as in 12_3."""
     if worker.slurm_array_job is None:
         return worker.slurm_job
     return f"{worker.slurm_array_job}_{worker.slurm_array_task}"

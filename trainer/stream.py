@@ -8,6 +8,7 @@ epoch and the image's index. So any process can repeat any epoch, from any block
 import errno
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +142,7 @@ class Stream:
         """Use the images with these `indices` of the file at `path`."""
         self.indices, self.device, self._augmentation = indices, device, augmentation
         self._path, self._shape = path, np.load(path, mmap_mode="r").shape
+        self._seconds_read = 0.0
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The indices in the order in which an epoch visits them."""
@@ -161,7 +163,7 @@ class Stream:
     def _block(self, part: np.ndarray) -> torch.Tensor:
         if self._resident is not None:
             return self._resident[torch.from_numpy(part).to(self.device, non_blocking=True)]
-        images = read_images(self._path, part)
+        images = self._read(part)
         if self.device.type == "cuda":
             images = images.pin_memory()  # otherwise the copy waits for the device
         return images.to(self.device, non_blocking=True)
@@ -171,5 +173,16 @@ class Stream:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             if math.prod(self._shape) <= total * RESIDENT_SHARE:
-                return read_images(self._path, np.arange(self._shape[0])).to(self.device)
+                return self._read(np.arange(self._shape[0])).to(self.device)
         return None
+
+    def _read(self, part: np.ndarray) -> torch.Tensor:
+        started = time.monotonic()
+        images = read_images(self._path, part)
+        self._seconds_read += time.monotonic() - started
+        return images
+
+    def seconds_read(self) -> float:
+        """For how long images were read from their file since the last call."""
+        seconds, self._seconds_read = self._seconds_read, 0.0
+        return seconds

@@ -85,27 +85,32 @@ class Workspace:
         self.sizes = self.dataset.sizes
         self.trunk, self.stages = backbone.split(config.trainable)
         self.runtime.place(self.trunk)
-        self._eager = self.frozen = self.runtime.freeze(self.trunk)
+        self._eager = self.runtime.freeze(self.trunk)
         self.utilization = Utilization(self.device)
         train = self.dataset.split(config.train_on)
         self.indices = self.dataset.training_rows(config)
         check_size(config, backbone)
         check_batches(config, backbone, len(self.indices), batch_sizes)
-        with ThreadPoolExecutor(1, "compiler") as thread:  # compiles while the images are prepared
-            # In this context, which has the compiler's settings.
-            here = contextvars.copy_context()
-            compiled = thread.submit(here.run, self.runtime.compiled, self._eager)
-            self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
-            self._val_images: Path | None = None
-            if config.validates:  # else no images are left to validate on
-                val = self.dataset.split("val")
-                self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
-                self.val_labels = _labels(val)
-                self.val_targets = self.val_labels.to(self.device)
-        self.frozen = compiled.result()
+        # Compiles in this context, which has the compiler's settings, while the images are prepared and
+        # a worker opens its study.
+        thread, here = ThreadPoolExecutor(1, "compiler"), contextvars.copy_context()
+        self._compiled = thread.submit(here.run, self.runtime.compiled, self._eager)
+        thread.shutdown(wait=False)
+        self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
+        self._val_images: Path | None = None
+        if config.validates:  # else no images are left to validate on
+            val = self.dataset.split("val")
+            self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
+            self.val_labels = _labels(val)
+            self.val_targets = self.val_labels.to(self.device)
         self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
         self.train_labels = _labels(train)
         self.train_targets = self.train_labels.to(self.device)
+
+    @cached_property
+    def frozen(self) -> nn.Module:
+        """The trunk that all runs share, in its fastest form."""
+        return self._compiled.result()
 
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":

@@ -27,6 +27,7 @@ VERBS = {
     "logs": ("search.cli.watching:logs", "Show the workers' logs and the last traceback."),
     "status": ("search.cli.watching:status", "Show a study: progress, trials, workers, GPU-hours."),
     "trials": ("search.cli.watching:trials", "List a study's trials, one a row."),
+    "efficiency": ("search.cli.watching:efficiency", "Show what workers used, and what to ask for."),
     "verify": ("search.cli.watching:verify", "Check that all holds what is promised of a study."),
     "plot": ("search.cli.watching:plot", "Draw the figures of the dashboard into a file."),
     "report": ("search.cli.winning:report", "Write a study's results with figures as one page."),

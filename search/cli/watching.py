@@ -1,4 +1,4 @@
-"""The verbs that look at a study: status, trials, logs, verify and plot."""
+"""The verbs that look at a study: status, trials, efficiency, logs, verify and plot."""
 
 import json
 import time
@@ -19,18 +19,21 @@ from dashboards.study_tables import (
     progress_line,
     render,
     render_attempts,
+    render_efficiency,
     render_trials,
     render_workers,
 )
 from dashboards.terminal import can_redraw, console, printable
 from search.cli.errors import say
 from search.cli.options import StudyName, find_study
+from search.efficiency import advice, as_dict
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.slurm.queue import Tasks, task_states
 from search.slurm.script import newest_log
 from search.verify.look import verify as verify_study
 from storage.database import READING
+from storage.efficiency import read_uses
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, home, total_size
 from storage.status import Status, read_status
@@ -110,6 +113,24 @@ def trials(
         check_overwritable(csv, ",".join(names[:3]), "a table of trials")
         with with_users_umask():
             csv.write_text(csv_text(names, rows), "utf-8", newline="")
+
+
+def efficiency(
+    study: StudyName,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what each worker was granted and used, and what to ask for next time.
+
+    The times and memory are on record with each worker, whatever SLURM keeps of its jobs.
+    """
+    engine, entry = find_study(study)
+    uses = read_uses(engine, entry.study_id)
+    if as_json:
+        typer.echo(json.dumps(as_dict(uses), indent=2))
+    elif uses:
+        console().print(render_efficiency(uses, advice(uses)), soft_wrap=True)
+    else:
+        say(f"study {entry.name!r} has had no worker yet")
 
 
 def logs(

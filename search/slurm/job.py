@@ -40,6 +40,8 @@ class OwnJob:
         The cluster is among them only if the job's state says whether this process is alive.
         """
         values: dict[str, Any] = {"slurm_job": self.number}
+        if (end := self.end) is not None:
+            values["wall_seconds"] = max(end - time.time(), 0.0)
         if self.job is not None and self.job.restarts is not None:
             values["slurm_restarts"] = self.job.restarts
             if environment.is_job_itself():

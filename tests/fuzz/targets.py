@@ -403,7 +403,7 @@ def _backups() -> Iterable[bytes]:
     manifest = {
         "format": 1,
         "created": "2026-01-01T00:00:00+00:00",
-        "schema_revision": "0007",
+        "schema_revision": "0008",
         "optuna": "5.0.0",
         "columns": {"studies": ["study_id", "study_name"]},
         "members": {

@@ -154,3 +154,38 @@ def test_prune_removes_what_no_longer_matters_and_nothing_else(engine, home):
     assert atelier("db", "prune", "s", "--keep", "1") == "0 files, 0.0 MB: removed\n"
     assert [*superfluous(engine, 1, runs, 0, [best])] == []
     assert [*superfluous(engine, 1, runs, 0)] == [runs.predictions(best)]
+
+
+def test_what_workers_used_says_what_to_ask_for_next_time(engine):
+    study = make_study(engine, settings=SETTINGS)
+    assert "no worker yet" in atelier("efficiency", "s")
+    studies.enter_array_job(engine, study._study_id, "12", "0-2")
+    job = {"slurm_job": "13", "slurm_array_job": "12", "slurm_array_task": "0"}
+    worker = make_worker(engine, study, job=job | {"wall_seconds": 3600.0, "pack": 1, "memory": 8 << 30})
+    make_worker(engine, study, job=job | {"slurm_array_task": "1"})  # that finds nothing to train
+    make_worker(engine, make_study(engine, name="other"))
+    claim = worker.claim()
+    for epoch, busy in enumerate((0.2, 0.4)):
+        extra = {"epoch": epoch, "busy": busy, "waited_for_disk": 0.25, "waited_for_images": 0.5}
+        worker.record(claim, RESULT | extra, 0.5)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text("UPDATE atelier.worker SET started = started - interval '40 min', peak_memory = 3e9")
+        )
+    first, idle = json.loads(atelier("efficiency", "s", "--json"))["workers"]
+    assert (first["job"], idle["job"]) == ("12_0", "12_1")
+    assert (first["trials"], first["epochs"], idle["epochs"]) == (1, 2, 0)
+    assert first["busy"] == pytest.approx(0.3)
+    assert first["waits"] == {"database": 0, "disk": 0.5, "trials": 0, "images": 1.0}
+    # The images are waited for inside the epochs.
+    assert first["seconds_lost"] == pytest.approx(2400 - 2 * RESULT["seconds"] - 0.5, abs=20)
+    assert json.loads(atelier("efficiency", "s", "--json"))["advice"] == [
+        'memory = "4G" (--mem): a worker used 2.8 GiB at most, with kept output',
+        'time = "00:50:00" (--time): no worker took longer than 40 min 00 s',
+        "--pack auto, instead of 1: the GPU was busy for only 30% of the time",
+        "--array 0-0: 1 of 2 tasks trained nothing",
+    ]
+    worker.sign_off("wall time")
+    text = atelier("efficiency", "s")
+    assert "it ended 1 of 1 workers" in text
+    assert "1 h 00 min" in text

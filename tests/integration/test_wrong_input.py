@@ -350,8 +350,8 @@ def test_a_database_of_an_older_schema(engine, study_text, tmp_path, monkeypatch
     assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trials")
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE atelier.attempt SET released = now() WHERE released IS NULL"))
-    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0007\n"
-    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0007 -> 0007\n"
+    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0008\n"
+    assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0008 -> 0008\n"
     assert runner.invoke(app, ["status", "s"]).exit_code == 0
 
 
