@@ -20,7 +20,7 @@ import numpy as np
 import sqlalchemy as sa
 from scipy.stats import spearmanr
 
-from search.confirm.evidence import attribute_sizes, predictions_of
+from dashboards.predictions import attribute_sizes, predictions_of
 from search.confirm.intervals import attribute_index, class_means, compare, hits, per_class_accuracy
 from search.confirm.plan import SUFFIX, TOP
 from search.score import KINDS, epoch_value, score

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dashboards.predictions import Judgement
 from dashboards.wilson import wilson
 from storage.curves import Curve, EndPoint
 from storage.status import State
@@ -41,6 +42,19 @@ class Series:
 
 
 @dataclass
+class Matrix:
+    """Counts by true attribute (rows) and predicted attribute (columns)."""
+
+    names: list[str]
+    counts: list[list[int]]
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """The counts as shares of their row; 0 in a row without any."""
+        return [[count / max(sum(row), 1) for count in row] for row in self.counts]
+
+
+@dataclass
 class Panel:
     """A pair of axes."""
 
@@ -53,6 +67,8 @@ class Panel:
     epochs: int = 0  # the last epoch, if the x axis has epochs, which begin at 1
     percent: bool = False  # the y axis has fractions, shown in percent
     tall: bool = False
+    matrix: Matrix | None = None  # instead of series
+    picture: bytes | None = None  # a JPEG instead of axes, with the note's lines below it
 
 
 @dataclass
@@ -266,3 +282,30 @@ def attributes(hits: Sequence[int], table: list[dict[str, Any]]) -> Figure:
     panel = Panel("Accuracy of each attribute (validation images)", "", "accuracy", [bars], tall=True)
     panel.range, panel.percent = (0.0, 1.0), True
     return Figure([panel], [(name, _color(number)) for number, name in enumerate(categories)])
+
+
+def confusion(judgement: Judgement) -> Figure:
+    """A trial's confusion matrix of each category."""
+    panels = [
+        Panel(
+            category.capitalize(),
+            "predicted",
+            "true",
+            matrix=Matrix([_word(name) for name in names], judgement.confusion(category).tolist()),
+        )
+        for category, names in judgement.names.items()
+    ]
+    return Figure(panels)
+
+
+def errors(judgement: Judgement, pictures: dict[int, bytes]) -> Figure:
+    """Images with what a trial got wrong in them. `pictures` are JPEGs, by the image's number."""
+    panels = []
+    for image, data in pictures.items():
+        wrong = [verdict for verdict in judgement.of(image) if not verdict.is_right]
+        lines = [
+            f"{_word(one.true)}, not {_word(one.predicted)} ({100 * one.probability:.0f} %)"
+            for one in wrong
+        ]
+        panels.append(Panel(f"Image {image}", "", "", note="\n".join(lines), picture=data))
+    return Figure(panels, strokes="the share is the probability that the true attribute got")

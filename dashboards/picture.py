@@ -1,5 +1,6 @@
 """Draws a figure as a .png or .svg file, with Matplotlib, which needs no browser."""
 
+import io
 import logging
 import math
 import warnings
@@ -11,10 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
 
-from dashboards.charts import GREY, Figure, Panel, Series
+from dashboards.charts import GREY, Figure, Matrix, Panel, Series
 
 log = logging.getLogger(__name__)
+
+DARK = 0.6  # share of a matrix's row from which its cell is too dark for black letters
 
 
 def draw(figure: Figure, title: str, path: Path, source: str) -> None:
@@ -31,11 +35,11 @@ def draw(figure: Figure, title: str, path: Path, source: str) -> None:
 
 def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:
     columns = 2 if len(figure.panels) == 4 else min(len(figure.panels), 3)
+    width, height = 4.6, 7.0 if any(panel.tall for panel in figure.panels) else 3.2  # inches, of a panel
+    if any(panel.picture for panel in figure.panels):
+        columns, width, height = min(len(figure.panels), 6), 2.2, 3.6
     rows = math.ceil(len(figure.panels) / columns)
-    tall = any(panel.tall for panel in figure.panels)
-    canvas = Canvas(
-        figsize=(4.6 * columns + 0.4, (7.0 if tall else 3.2) * rows + 1.1), layout="constrained"
-    )
+    canvas = Canvas(figsize=(width * columns + 0.4, height * rows + 1.1), layout="constrained")
     FigureCanvasAgg(canvas)
     canvas.suptitle(title, fontweight="bold")
     for number, panel in enumerate(figure.panels, 1):
@@ -55,7 +59,16 @@ def _draw_file(figure: Figure, title: str, path: Path, source: str) -> None:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
-    axes.set_title(panel.title + (f"\n{panel.note}" if panel.note else ""), fontsize=10)
+    text = panel.title + (f"\n{panel.note}" if panel.note else "")
+    if panel.picture is not None:
+        axes.imshow(Image.open(io.BytesIO(panel.picture)))
+        axes.set_axis_off()
+        axes.set_title(text, fontsize=7, y=-0.05, va="top")
+        return
+    axes.set_title(text, fontsize=10)
+    if panel.matrix is not None:
+        _draw_matrix(axes, panel, panel.matrix)
+        return
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for series in panel.series:
@@ -72,6 +85,18 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         value_axis.set_major_formatter(PercentFormatter(1.0))
     if panel.range:
         (axes.set_xlim if panel.tall else axes.set_ylim)(*panel.range)
+
+
+def _draw_matrix(axes: Any, panel: Panel, matrix: Matrix) -> None:
+    axes.imshow(matrix.shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    places = range(len(matrix.names))
+    axes.set_xticks(places, matrix.names, rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(places, matrix.names, fontsize=7)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    for i, row in enumerate(matrix.counts):
+        for j, count in enumerate(row):
+            color = "white" if matrix.shares[i][j] > DARK else "black"
+            axes.text(j, i, count, ha="center", va="center", fontsize=7, color=color)
 
 
 def _draw_series(axes: Any, series: Series) -> None:

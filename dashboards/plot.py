@@ -10,12 +10,15 @@ import sqlalchemy as sa
 from dashboards import charts, render
 from dashboards.arguments import ArgumentError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
+from dashboards.predictions import SURE, Judgement
+from dashboards.thumbnails import find_pictures, thumbnail
 from storage import curves
 from storage.paths import artifacts, make_private
 from storage.status import Status, TrialRow, parameter_names, read_status
 from storage.studies import StudyEntry
 
-KINDS = ("curves", "compare", "history")
+KINDS = ("curves", "compare", "history", "confusion", "errors")
+ERRORS = 24  # images that are drawn, those that are most surely wrong
 
 
 class PlotError(ValueError):
@@ -37,8 +40,14 @@ def plot_study(
     if output.suffix not in render.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
     check_figure(output, entry.name)
+    title = entry.name
     if kind == "history":
         figure = _history(engine, entry)
+    elif kind in ("confusion", "errors"):
+        status = read_status(engine, entry.study_id, entry.name)
+        judgement = Judgement(entry, _complete(status, trials))
+        title += f", trial {judgement.number}"
+        figure = charts.confusion(judgement) if kind == "confusion" else surest_errors(entry, judgement)
     else:
         status = read_status(engine, entry.study_id, entry.name)
         chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
@@ -50,7 +59,7 @@ def plot_study(
             figure = charts.compare(
                 drawn, next(iter(names), "") if by is None else _read("by", by, names)
             )
-    save_figure(figure, output, entry.name)
+    save_figure(figure, output, entry.name, title)
 
 
 def _history(engine: sa.Engine, entry: StudyEntry) -> charts.Figure:
@@ -66,7 +75,7 @@ def _check_options(
     """Check that every given option applies to this kind of figure, so that none is ignored silently."""
     _read("kind", kind, KINDS)
     for option, given, kinds in (
-        ("trials", trials is not None, ("curves", "compare")),
+        ("trials", trials is not None, ("curves", "compare", "confusion", "errors")),
         ("top", top, ("curves", "compare")),
         ("by", by is not None, ("compare",)),
         ("smooth", smooth, ("curves",)),
@@ -84,14 +93,35 @@ def _read(option: str, text: str, allowed: Collection[str]) -> str:
         raise PlotError(f"--{option} {error}") from None
 
 
+def _complete(status: Status, trials: str | None) -> int:
+    """The trial that is asked for, which must be complete; else the best one."""
+    complete = status.completed()
+    if not complete:
+        raise PlotError(f"study {status.study!r} has no complete trial yet; these keep predictions")
+    if trials is None:
+        return complete[0].number
+    chosen = _chosen(sorted(complete, key=lambda row: row.number), trials, "no predictions")
+    if len(chosen) > 1:
+        raise PlotError(f"--trials {trials}: give one trial, as each has a figure of its own")
+    return chosen[0].number
+
+
+def surest_errors(entry: StudyEntry, judgement: Judgement) -> charts.Figure:
+    """The images that a trial got most surely wrong. Raises PicturesError."""
+    folder = entry.places.get("data", "")
+    pictures = find_pictures(folder, judgement.labels)
+    images = judgement.choose(SURE)[:ERRORS].tolist()
+    return charts.errors(judgement, {image: thumbnail(folder, pictures[image]) for image in images})
+
+
 def check_figure(output: Path, study: str) -> None:
     """Check that a figure of the study may be written there. Raises OutputError, OSError."""
     check_overwritable(output, mark(study), f"a figure of study {study!r}")
 
 
-def save_figure(figure: charts.Figure, output: Path, study: str) -> None:
+def save_figure(figure: charts.Figure, output: Path, study: str, title: str = "") -> None:
     """Draw a figure of the study into a file that is marked as the study's. Raises OSError."""
-    render.save(figure, study, output, mark(study))
+    render.save(figure, title or study, output, mark(study))
 
 
 def attach_curve(folder: str, trial: TrialRow, epochs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,10 +147,15 @@ def _choose(status: Status, trials: str | None, top: int) -> list[TrialRow]:
         raise PlotError(f"study {status.study!r} has no finished epoch yet")
     if trials is None:
         return curves.top(drawable, top)
+    return _chosen(drawable, trials, "no epoch on record")
+
+
+def _chosen(rows: list[TrialRow], trials: str, lacking: str) -> list[TrialRow]:
+    """The trials that the text names. `rows` ascend by number."""
     try:
-        chosen, absent = pick(drawable, read_trials(trials))
+        chosen, absent = pick(rows, read_trials(trials))
     except ArgumentError as error:
         raise PlotError(f"--trials {error}") from None
     if absent:
-        raise PlotError(f"--trials: no epoch on record of {in_words(absent)}; leave them out")
+        raise PlotError(f"--trials: {lacking} of {in_words(absent)}; leave them out")
     return chosen

@@ -1,5 +1,6 @@
 """Turns a figure into a file of any kind, or into data that Plotly's script draws on a page."""
 
+import base64
 import html
 import importlib.resources
 import math
@@ -10,13 +11,15 @@ from typing import Any
 
 import jinja2
 
-from dashboards.charts import GREY, Figure, Panel, Series
+from dashboards.charts import GREY, PALETTE, Figure, Matrix, Panel, Series
 
 FORMATS = (".png", ".svg", ".html")
 
 
 def plotly(panel: Panel) -> dict[str, Any]:
     """A panel as data and layout for Plotly's script. The page adds the colours of its theme."""
+    if panel.matrix is not None:
+        return _heatmap(panel, panel.matrix)
     axis = {"automargin": True, "zeroline": False}
     value_axis: dict[str, Any] = {**axis, "title": {"text": panel.y}}
     if panel.percent:
@@ -41,6 +44,32 @@ def plotly(panel: Panel) -> dict[str, Any]:
             "uirevision": "kept",  # so that an update keeps the zoom
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
             **({"height": 26 * len(panel.series[0].x) + 60} if panel.tall else {}),
+        },
+    }
+
+
+def _heatmap(panel: Panel, matrix: Matrix) -> dict[str, Any]:
+    names = [html.escape(name, quote=False) for name in matrix.names]
+    axis = {"automargin": True, "showgrid": False, "zeroline": False}
+    trace = {
+        "type": "heatmap",
+        "x": names,
+        "y": names,
+        "z": matrix.shares,
+        "zmin": 0,
+        "zmax": 1,
+        "text": matrix.counts,
+        "texttemplate": "%{text}",
+        "colorscale": [[0, "#f6f7f9"], [1, PALETTE[0]]],
+        "showscale": False,
+        "hovertemplate": "%{y}, said %{x}: %{text}, %{z:.0%}<extra></extra>",
+    }
+    return {
+        "data": [trace],
+        "layout": {
+            "xaxis": {**axis, "title": {"text": panel.x}},
+            "yaxis": {**axis, "title": {"text": panel.y}, "autorange": "reversed"},
+            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
         },
     }
 
@@ -113,11 +142,12 @@ def save(figure: Figure, title: str, path: Path, source: str = "", suffix: str =
 def _page(figure: Figure, title: str, source: str) -> str:
     """The figure as a single HTML file, which has Plotly's script in it."""
     templates = jinja2.Environment(loader=jinja2.PackageLoader("dashboards"), autoescape=True)
+    templates.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return templates.get_template("file.html").render(
         title=title,
         source=source,
         figure=figure,
-        drawings=[plotly(panel) for panel in figure.panels],
+        drawings=[plotly(panel) for panel in figure.panels if panel.picture is None],
         script=plotly_script().decode(),
     )
 

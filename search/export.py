@@ -13,7 +13,8 @@ import sqlalchemy as sa
 import tomli_w
 from pydantic import BaseModel, ConfigDict
 
-from search.confirm.evidence import Confirmation, attribute_sizes, predictions_of
+from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
+from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
@@ -94,7 +95,7 @@ def known_accuracy(
             }
     try:
         predictions = predictions_of(entry, row.number)
-    except InputError:
+    except PredictionsError:
         return {}
     accuracy = of_hits(hits(predictions), predictions.labels, attribute_sizes(entry))
     return asdict(accuracy) | {"noise": "images", "seeds": 1}

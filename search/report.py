@@ -1,6 +1,7 @@
 """`atelier report`: writes what a study found as one page, in Markdown and in HTML, with its figures."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from markdown_it import MarkdownIt
 
 from dashboards import charts
 from dashboards.outputs import check_overwritable, mark
-from dashboards.plot import check_figure, save_figure
+from dashboards.plot import check_figure, save_figure, surest_errors
+from dashboards.predictions import Judgement, PredictionsError
 from dashboards.study_tables import audit_line, pace, share
+from dashboards.thumbnails import PicturesError
 from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.efficiency import advice
@@ -46,6 +49,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         "history.png": charts.history(reading.ends),
         "curves.png": charts.curves(best[:DRAWN], curves.category_names(entry.attributes, best)),
         **{f"compare-{name}.png": charts.compare(best, name) for name in compared},
+        **(judged := _judged(entry, choice.row.number)),
     }
     _check_folder(folder, entry.name, figures)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +61,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         .render(
             _facts(entry, reading.status, choice, reading.confirmation),
             compared=compared,
+            judged=judged,
             machines=reading.machines,
             advice=advice(reading.uses),
         )
@@ -104,6 +109,16 @@ def _compared(best: list[curves.Curve]) -> list[str]:
     return [name for name in COMPARED if name in present]
 
 
+def _judged(entry: StudyEntry, trial: int) -> dict[str, charts.Figure]:
+    """What a trial gets wrong, as far as its predictions and the pictures are on this machine."""
+    figures: dict[str, charts.Figure] = {}
+    with suppress(PredictionsError, PicturesError):
+        judgement = Judgement(entry, trial)
+        figures["confusion.png"] = charts.confusion(judgement)
+        figures["errors.png"] = surest_errors(entry, judgement)
+    return figures
+
+
 def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:
     """Check that the report may be written there. Raises InputError, OutputError, OSError."""
     if folder.exists() and not folder.is_dir():
@@ -135,6 +150,7 @@ def _facts(
         "verdict": f"Trial {choice.row.number} is {choice.words}.",
         "accuracy": in_words(accuracy) if accuracy else "",
         "winner": _winning(choice, train),
+        "winner_number": choice.row.number,
         "confirmation": confirmation,
         "columns": COLUMNS,
         "rows": [cells(candidate) for candidate in confirmation.candidates] if confirmation else [],

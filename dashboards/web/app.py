@@ -17,7 +17,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
 
-from dashboards.web import pages
+from dashboards.web import images, pages
 from dashboards.web.accounts import Accounts, OneTimeLink
 from dashboards.web.auth import (
     SESSION,
@@ -68,6 +68,7 @@ def make_app(
     app.after_request(_harden)
     app.register_error_handler(Exception, _explain)
     app.register_blueprint(pages.blueprint)
+    app.register_blueprint(images.blueprint)
     app.add_url_rule("/", "root", lambda: redirect(url_for("pages.index")))
     app.add_url_rule("/logout", "logout", log_out, methods=["POST"])
     app.add_url_rule("/healthz", "health", lambda: "ok\n")

@@ -100,12 +100,14 @@ def studies_table() -> Response:
     return Filters().table("studies", csv_tables.columns(StudyRow), rows)
 
 
-def _open_study(study_id: int) -> tuple[StudyEntry, Status]:
-    entry = _entry(study_id)
+def open_study(study_id: int) -> tuple[StudyEntry, Status]:
+    """A study of ours and its status. Ends the request with 404 if there is none."""
+    entry = find_entry(study_id)
     return entry, read_status(g.engine, study_id, entry.name)
 
 
-def _entry(study_id: int) -> StudyEntry:
+def find_entry(study_id: int) -> StudyEntry:
+    """A study of ours. Ends the request with 404 if there is none."""
     entry = study_entry(g.engine, study_id)
     if entry is None:
         abort(404, "There is no such study of Atelier's. It may have been deleted.")
@@ -116,7 +118,7 @@ def _entry(study_id: int) -> StudyEntry:
 def study(study_id: int) -> Any:
     filters = Filters("state", "rows")
     states, shown = filters.states(), filters.count("rows", ROWS, MOST_ROWS)
-    _, status = _open_study(study_id)
+    _, status = open_study(study_id)
     ends = curves.read_ends(g.engine, study_id)
     rows = in_states(status.ranked(), states)
     return filters.page(
@@ -136,7 +138,7 @@ def study(study_id: int) -> Any:
 def trials_table(study_id: int) -> Response:
     filters = Filters("state")
     states = filters.states()
-    _, status = _open_study(study_id)
+    _, status = open_study(study_id)
     return filters.table(
         f"{status.study} trials", *csv_tables.trial_table(in_states(status.trials, states))
     )
@@ -145,14 +147,14 @@ def trials_table(study_id: int) -> Response:
 @blueprint.get("/studies/<int:study_id>/ends.csv")
 def ends_table(study_id: int) -> Response:
     """The data of the figure of scores over time."""
-    entry = _entry(study_id)
+    entry = find_entry(study_id)
     rows = [asdict(end) for end in curves.read_ends(g.engine, study_id)]
     return Filters().table(f"{entry.name} ends", csv_tables.columns(curves.EndPoint), rows)
 
 
 @blueprint.get("/studies/<int:study_id>/workers.csv")
 def workers_table(study_id: int) -> Response:
-    _, status = _open_study(study_id)
+    _, status = open_study(study_id)
     rows = [asdict(row) for row in status.workers]
     return Filters().table(f"{status.study} workers", csv_tables.columns(WorkerRow), rows)
 
@@ -160,7 +162,7 @@ def workers_table(study_id: int) -> Response:
 @blueprint.get("/studies/<int:study_id>/curves")
 def curves_page(study_id: int) -> Any:
     filters = Filters("trials", "top", "smooth", "state")
-    entry, status = _open_study(study_id)
+    entry, status = open_study(study_id)
     choice = choose_trials(filters, status, curves.DRAWN, curves.MOST_DRAWN)
     smooth = filters.count("smooth", 0, 95, least=0)
     drawn = curves.read_curves(g.engine, study_id, choice.trials)
@@ -180,7 +182,7 @@ def curves_page(study_id: int) -> Any:
 @blueprint.get("/studies/<int:study_id>/compare")
 def compare(study_id: int) -> Any:
     filters = Filters("by", "trials", "top", "state")
-    entry, status = _open_study(study_id)
+    entry, status = open_study(study_id)
     choice = choose_trials(filters, status, curves.COMPARED, curves.COMPARED)
     names = parameter_names(status.trials) or sorted(entry.settings["space"])
     by = filters.one("by", partial(read_choice, allowed=names), next(iter(names), ""))
@@ -200,7 +202,7 @@ def compare(study_id: int) -> Any:
 def epochs_table(study_id: int) -> Response:
     """The data of the curves, of all trials that the address names."""
     filters = Filters("trials", "top", "state")
-    entry, status = _open_study(study_id)
+    entry, status = open_study(study_id)
     choice = choose_trials(filters, status, curves.DRAWN, MOST_ROWS)
     filters.problems += choice.left_out
     drawn = curves.read_curves(g.engine, study_id, choice.trials)
@@ -219,7 +221,7 @@ def epochs_table(study_id: int) -> Response:
 
 
 def _open_trial(study_id: int, trial: int) -> tuple[StudyEntry, Status, TrialRow]:
-    entry, status = _open_study(study_id)
+    entry, status = open_study(study_id)
     row = next((row for row in status.trials if row.number == trial), None)
     if row is None:
         abort(404, f"Study {entry.name} has no trial {trial}; it has {len(status.trials)}, from 0.")

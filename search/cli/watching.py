@@ -180,7 +180,7 @@ def verify(
 def plot(
     study: StudyName,
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .html file.")],
-    kind: Annotated[str, typer.Option(help="curves, compare or history.")] = "curves",
+    kind: Annotated[str, typer.Option(help="curves, compare, history, confusion or errors.")] = "curves",
     trials: Annotated[str | None, typer.Option(help="As in 3,5-9; default: the best.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="How many of the best.")] = None,
     by: Annotated[str | None, typer.Option(help="With compare: the hyperparameter.")] = None,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
+from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.intervals import (
     Estimate,
     compare,
@@ -17,11 +18,8 @@ from search.confirm.intervals import (
     selection_bias,
 )
 from search.confirm.plan import SUFFIX, recorded
-from search.errors import InputError
-from storage.paths import RunFolder
 from storage.status import State, Status, TrialRow, difference_line, read_status
 from storage.studies import StudyEntry, study_entry
-from trainer.predictions import Predictions
 
 WINS = 0.95  # a candidate that is the best with this probability has won
 DROPPED = 0.01  # below this probability it gets no further seeds
@@ -100,7 +98,7 @@ def read_confirmation(
 ) -> Confirmation | None:
     """What is known of a search's leaders by now. None if nobody asked for a confirmation.
 
-    Raises InputError if the predictions of a complete rerun cannot be read.
+    Raises PredictionsError if the predictions of a complete rerun cannot be read.
     """
     linked = study_entry(bind, search.name + SUFFIX)
     if linked is None or (plan := recorded(linked)) is None:
@@ -143,25 +141,6 @@ def read_confirmation(
     )
 
 
-def attribute_sizes(entry: StudyEntry) -> list[int]:
-    """How many attributes each category of the study's dataset has."""
-    kinds = [row["category"] for row in entry.attributes]
-    return [kinds.count(kind) for kind in dict.fromkeys(kinds)]
-
-
-def predictions_of(entry: StudyEntry, number: int) -> Predictions:
-    """What a complete trial predicted. Raises InputError."""
-    path = RunFolder(entry.name, entry.created).predictions(number)
-    sizes = attribute_sizes(entry)
-    try:
-        predictions = Predictions.load(path)
-        if predictions.labels.shape[1] == len(sizes) and (predictions.labels < sizes).all():
-            return predictions
-    except (OSError, ValueError):
-        pass
-    raise InputError(f"{path} cannot be read; use the ATELIER_HOME that the workers used")
-
-
 @dataclass(frozen=True)
 class _Searched:
     """What the search's best trials predicted: hits and accuracies by number."""
@@ -178,7 +157,7 @@ def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Seque
     for number in numbers:
         try:
             predictions = predictions_of(search, number)
-        except InputError:
+        except PredictionsError:
             continue
         runs[number], labels = hits(predictions), predictions.labels
     sizes = attribute_sizes(search)
@@ -201,7 +180,10 @@ def _optimism(
 
 
 class _Evidence:
-    """The hits of a confirmation's complete trials, and the estimates from them. Raises InputError."""
+    """The hits of a confirmation's complete trials, and the estimates from them.
+
+    Raises PredictionsError.
+    """
 
     def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
         self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
@@ -235,6 +217,6 @@ def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | N
         return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
     try:
         estimate = _Evidence(linked, trials).estimates.get(candidate)
-    except InputError:
+    except PredictionsError:
         return None  # a missing file is not this trial's fault
     return CANNOT_WIN if estimate is not None and estimate.best < DROPPED else None

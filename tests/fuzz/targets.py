@@ -226,7 +226,7 @@ def _read_model(path: Path) -> None:
 
 
 def _read_predictions(path: Path) -> None:
-    from search.confirm.evidence import predictions_of
+    from dashboards.predictions import predictions_of
     from search.confirm.intervals import hits, of_hits
 
     home = {"ATELIER_HOME": str(path.parents[3])}
@@ -238,7 +238,7 @@ def _read_predictions(path: Path) -> None:
 def _entry() -> "StudyEntry":
     from storage.studies import StudyEntry
 
-    attributes = [{"category": kind} for kind in (1, 1, 3, 3)]
+    attributes = [{"name": f"a{i}", "category": kind} for i, kind in enumerate((1, 1, 3, 3))]
     created = datetime(2026, 1, 1, tzinfo=UTC)
     return StudyEntry(1, "tiny", 2, {}, "0123", attributes, "5", created, {})
 

@@ -151,6 +151,7 @@ class Machines:
         search.cli.errors.say = search.cli.training.say = lambda text: process().said.append(text)
         search.slurm.queue.say = lambda text: process().said.append(text)
         storage.ledger.process_identity = lambda: process().identity
+        storage.ledger.peak_memory = lambda: 0
         storage.liveness.is_gone = self._sees_gone
         search.slurm.environment.os = SimpleNamespace(
             environ=_Environment(process), getpid=lambda: process().pid

@@ -155,6 +155,7 @@ def workspace(world: World, config: TrainConfig) -> Any:
         config=config,
         dataset=dataset,
         device_name=None,
+        stream=SimpleNamespace(seconds_read=lambda: 0.0),
         agree=lambda on_record: on_record("a simulated device", "what its trunk computes"),
         keeps=lambda seed, epoch, block: epoch < world.kept_epochs,
         train_targets=Rows(),

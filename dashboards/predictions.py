@@ -1,0 +1,140 @@
+"""What a complete trial predicted of each validation image, and where it was wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.paths import RunFolder
+from storage.studies import StudyEntry
+from trainer.predictions import Predictions
+
+SURE, WRONG, RIGHT, ALL = SHOWN = ("surely wrong", "wrong", "right", "all")
+
+
+class PredictionsError(ValueError):
+    """A trial's predictions cannot be read. The message is one line."""
+
+
+def attribute_names(entry: StudyEntry) -> dict[str, list[str]]:
+    """The attributes of each category of the study's dataset, in the order of the network's outputs."""
+    names: dict[str, list[str]] = {}
+    for row in entry.attributes:
+        names.setdefault(row["category"], []).append(row["name"])
+    return names
+
+
+def attribute_sizes(entry: StudyEntry) -> list[int]:
+    """How many attributes each category of the study's dataset has."""
+    return [len(names) for names in attribute_names(entry).values()]
+
+
+def predictions_of(entry: StudyEntry, number: int) -> Predictions:
+    """What a complete trial predicted. Raises PredictionsError."""
+    path = RunFolder(entry.name, entry.created).predictions(number)
+    sizes = attribute_sizes(entry)
+    try:
+        predictions = Predictions.load(path)
+        if predictions.labels.shape[1] == len(sizes) and (predictions.labels < sizes).all():
+            return predictions
+    except (OSError, ValueError):
+        pass
+    raise PredictionsError(f"{path} cannot be read; use the ATELIER_HOME that the workers used")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial said of one image in one category."""
+
+    category: str
+    true: str
+    predicted: str
+    probability: float  # that it gave to the true attribute
+
+    @property
+    def is_right(self) -> bool:
+        return self.true == self.predicted
+
+
+class Judgement:
+    """A trial's predictions after its last epoch, with the images in the order of the split's list."""
+
+    def __init__(self, entry: StudyEntry, number: int) -> None:
+        """Raises PredictionsError."""
+        found = predictions_of(entry, number)
+        self.number, self.names = number, attribute_names(entry)
+        self.labels = found.labels.astype(int)  # [images, categories], as the two below
+        self.classes = found.classes[-1].astype(int)
+        self.probabilities = np.exp(found.log_probs[-1].astype(float))  # of the true attribute
+        self.right = self.labels == self.classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of(self, image: int) -> list[Verdict]:
+        """What was said of an image, in each category."""
+        columns = zip(
+            self.names.items(),
+            self.labels[image],
+            self.classes[image],
+            self.probabilities[image],
+            strict=True,
+        )
+        return [
+            Verdict(category, names[label], names[predicted], float(probability))
+            for (category, names), label, predicted, probability in columns
+        ]
+
+    def confusion(self, category: str) -> np.ndarray:
+        """How many images have each true attribute (row) and were given each (column): int [n, n]."""
+        column, size = [*self.names].index(category), len(self.names[category])
+        counts = np.zeros((size, size), int)
+        np.add.at(counts, (self.labels[:, column], self.classes[:, column]), 1)
+        return counts
+
+    def choose(
+        self,
+        shown: str,
+        category: str = "",
+        true: str = "",
+        predicted: str = "",
+        other: "Judgement | None" = None,
+    ) -> np.ndarray:
+        """The images to show, by their number. Empty texts ask for all.
+
+        An image is wrong if it is wrong in any of the categories that are asked for. Those that are
+        "surely wrong" come in the order of the probability that the true attribute got. With another
+        trial's predictions only images are left on which the two differ.
+        """
+        columns = [i for i, name in enumerate(self.names) if category in ("", name)]
+        wanted = np.ones(len(self), bool)
+        for text, values in ((true, self.labels), (predicted, self.classes)):
+            if text:
+                wanted &= self._has(text, values)
+        wrong = ~self.right[:, columns]
+        if shown in (SURE, WRONG):
+            wanted &= wrong.any(1)
+        elif shown == RIGHT:
+            wanted &= ~wrong.any(1)
+        if other is not None:
+            wanted &= (self.classes != other.classes)[:, columns].any(1)
+        images = np.flatnonzero(wanted)
+        if shown != SURE:
+            return images
+        least = np.where(wrong, self.probabilities[:, columns], np.inf).min(1)
+        return images[np.argsort(least[images], kind="stable")]
+
+    def _has(self, attribute: str, values: np.ndarray) -> np.ndarray:
+        column, place = next(
+            (column, names.index(attribute))
+            for column, names in enumerate(self.names.values())
+            if attribute in names
+        )
+        found: np.ndarray = values[:, column] == place
+        return found
+
+
+def same_images(judgements: Sequence[Judgement]) -> bool:
+    """Whether the predictions are for the same images, as far as their labels tell."""
+    first, *rest = judgements
+    return all(np.array_equal(first.labels, one.labels) for one in rest)

@@ -1,0 +1,76 @@
+"""Which pictures the validation images of a study are, and small copies of them."""
+
+import hashlib
+import io
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from storage.paths import image_cache, make_private
+from trainer.dataset import DatasetError, read_dataset
+from trainer.files import write_atomically
+from trainer.images import READER, ImageError, load_image
+
+PIXELS = 224  # width and height that a small copy fits into
+QUALITY = 85  # of its JPEG
+
+
+class PicturesError(ValueError):
+    """The pictures are not to be had on this machine. The message is one line."""
+
+
+def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, ...]:
+    """The validation images of a data folder, in the order of its list. Raises PicturesError.
+
+    `labels`, int [images, categories], are those that a trial was judged by. They must be the folder's.
+    """
+    try:
+        changed = max(path.stat().st_mtime_ns for path in Path(folder, "split").glob("val*.txt"))
+        pictures, found = _read(folder, changed)
+    except (DatasetError, OSError, ValueError) as error:
+        reason = error if isinstance(error, DatasetError) else "no dataset is there"
+        raise PicturesError(
+            f"the pictures are in {folder}, which this machine does not see: {reason}"
+        ) from None
+    if labels is not None and not np.array_equal(found, labels):
+        raise PicturesError(
+            f"{folder} has other validation images now than when the trials ran: no picture is shown"
+        )
+    return pictures
+
+
+@lru_cache(maxsize=8)
+def _read(folder: str, _: int) -> tuple[tuple[Path, ...], np.ndarray]:
+    dataset = read_dataset(folder, ["val"])
+    val = dataset.split("val")
+    assert val.labels is not None
+    return tuple(dataset.folder / path for path in val.paths), val.labels
+
+
+def thumbnail(folder: str, picture: Path) -> bytes:
+    """A small copy of a picture of a data folder, as JPEG. It is made once. Raises PicturesError."""
+    try:
+        real = picture.resolve(strict=True)
+        if not real.is_relative_to(Path(folder).resolve()):
+            raise PicturesError(f"{picture} leads out of the data folder, so it is not shown")
+        status = real.stat()
+        identity = f"{real} {status.st_mtime_ns} {status.st_size} {READER} {PIXELS}"
+        kept = image_cache() / "thumbnails" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jpg"
+        with suppress(OSError):
+            return kept.read_bytes()
+        small = _small(real)
+    except (ImageError, OSError) as error:
+        raise PicturesError(str(error)) from None
+    with suppress(OSError):  # a full disk, or a home that cannot be written
+        make_private(kept.parent)
+        write_atomically(kept, small)
+    return small
+
+
+def _small(picture: Path) -> bytes:
+    image, data = load_image(picture), io.BytesIO()
+    image.thumbnail((PIXELS, PIXELS))
+    image.save(data, "JPEG", quality=QUALITY)
+    return data.getvalue()

@@ -1,0 +1,212 @@
+"""The page of images: what a trial got right and wrong, image by image, and its confusion matrices."""
+
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from flask import Blueprint, Response, abort
+
+from dashboards.arguments import ArgumentError, read_choice, read_count
+from dashboards.predictions import (
+    ALL,
+    SHOWN,
+    SURE,
+    Judgement,
+    PredictionsError,
+    Verdict,
+    attribute_names,
+    same_images,
+)
+from dashboards.thumbnails import PicturesError, find_pictures, thumbnail
+from dashboards.web.filters import Filters
+from dashboards.web.pages import find_entry, open_study
+from storage.studies import StudyEntry
+
+blueprint = Blueprint("images", __name__, url_prefix="/atelier/studies/<int:study_id>/images")
+
+FILTERS = ("trial", "against", "category", "true", "predicted", "show")
+SHOWN_AT_ONCE, MOST_PAGES = 24, 100_000
+
+
+class Choice(NamedTuple):
+    """What the address asks for. Empty texts stand for all."""
+
+    trial: int | None  # None if no trial is complete
+    against: int | None  # a second trial
+    category: str
+    true: str
+    predicted: str
+    show: str
+
+
+class Shown(NamedTuple):
+    """One image, and what was said of it."""
+
+    number: int  # in the validation list, from 0
+    verdicts: list[Verdict]
+    others: list[Verdict]  # of the second trial; empty without one
+
+
+class Reading:
+    """What an address asks for, and the predictions of its one or two trials.
+
+    There are none if no trial is complete, and after a problem, which the filters then have.
+    """
+
+    def __init__(self, study_id: int, filters: Filters) -> None:
+        self.entry, self.status = open_study(study_id)
+        self._names, self._problems = attribute_names(self.entry), filters.problems
+        self.choice = self._choice(filters)
+        self.judgements = [] if filters.problems else self._judgements()
+
+    def _choice(self, filters: Filters) -> Choice:
+        category_of = {one: category for category, some in self._names.items() for one in some}
+        complete = [row.number for row in self.status.completed()]
+        trial = partial(_read_trial, complete=complete)
+        attribute = partial(read_choice, allowed=category_of)
+        choice = Choice(
+            trial=filters.one("trial", trial, complete[0] if complete else None),
+            against=filters.one("against", trial, None),
+            category=filters.one("category", partial(read_choice, allowed=self._names), ""),
+            true=filters.one("true", attribute, ""),
+            predicted=filters.one("predicted", attribute, ""),
+            show=filters.one("show", partial(read_choice, allowed=SHOWN), ""),
+        )
+        asked = {choice.category, *(category_of.get(one, "") for one in (choice.true, choice.predicted))}
+        if len(asked - {""}) > 1:
+            filters.problems.append(f"{', '.join(sorted(asked - {''}))}: choose from one category")
+        # Who asks for an attribute, or for differences, wants all of it, right or wrong.
+        is_narrow = choice.true or choice.predicted or choice.against is not None
+        return choice._replace(category=max(asked), show=choice.show or (ALL if is_narrow else SURE))
+
+    def _judgements(self) -> list[Judgement]:
+        numbers = [n for n in (self.choice.trial, self.choice.against) if n is not None]
+        try:
+            judgements = [Judgement(self.entry, number) for number in numbers]
+        except PredictionsError as error:
+            self._problems.append(str(error))
+            return []
+        if judgements and not same_images(judgements):
+            self._problems.append("the two trials predicted other images, and cannot be compared")
+            return []
+        return judgements
+
+    def images(self) -> list[int]:
+        """The numbers of the images that are asked for, in their order."""
+        if not self.judgements:
+            return []
+        first, *rest = self.judgements
+        choice, other = self.choice, rest[0] if rest else None
+        chosen = first.choose(choice.show, choice.category, choice.true, choice.predicted, other)
+        return [int(image) for image in chosen]
+
+    def shown(self, image: int) -> Shown:
+        """One of them."""
+        verdicts = [judgement.of(image) for judgement in self.judgements]
+        return Shown(image, verdicts[0], verdicts[1] if len(verdicts) > 1 else [])
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        """The first trial's confusion matrices, by category."""
+        return {name: one.confusion(name) for one in self.judgements[:1] for name in self._names}
+
+    def missing(self) -> str | None:
+        """Why no picture can be shown. None if they can, or if there is nothing to show."""
+        try:
+            for judgement in self.judgements[:1]:
+                find_pictures(_folder(self.entry), judgement.labels)
+        except PicturesError as error:
+            return str(error)
+        return None
+
+
+def _read_trial(text: str, complete: list[int]) -> int:
+    number = read_count(text, 0, 10**9 - 1)
+    if number not in complete:
+        raise ArgumentError(f"trial {number} is not complete; only complete trials keep predictions")
+    return number
+
+
+def _folder(entry: StudyEntry) -> str:
+    return entry.places.get("data", "")
+
+
+@blueprint.get("")
+def images(study_id: int) -> Any:
+    filters = Filters(*FILTERS, "page")
+    page = filters.count("page", 1, MOST_PAGES)
+    reading = Reading(study_id, filters)
+    found = reading.images()
+    return filters.page(
+        "images.html",
+        study_id=study_id,
+        status=reading.status,
+        choice=reading.choice,
+        names=attribute_names(reading.entry),
+        ways=SHOWN,
+        shown=[
+            reading.shown(image) for image in found[(page - 1) * SHOWN_AT_ONCE : page * SHOWN_AT_ONCE]
+        ],
+        found=len(found),
+        images=sum(len(judgement) for judgement in reading.judgements[:1]),
+        page=page,
+        pages=-(-len(found) // SHOWN_AT_ONCE),
+        matrices=reading.matrices(),
+        missing=reading.missing(),
+    )
+
+
+@blueprint.get("/<int:image>.jpg")
+def picture(study_id: int, image: int) -> Response:
+    """A small copy of a validation image."""
+    folder = _folder(find_entry(study_id))
+    try:
+        pictures = find_pictures(folder)
+        if image >= len(pictures):
+            abort(404, f"There is no image {image}; the list has {len(pictures)}, from 0.")
+        response = Response(thumbnail(folder, pictures[image]), mimetype="image/jpeg")
+    except PicturesError as error:
+        abort(404, str(error))
+    response.headers["Cache-Control"] = "private, max-age=3600"
+    return response
+
+
+@blueprint.get("/images.csv")
+def images_table(study_id: int) -> Response:
+    """What was said of all images that the address asks for, a row for each category and trial."""
+    filters = Filters(*FILTERS)
+    reading = Reading(study_id, filters)
+    files = _files(reading.entry)
+    rows = [
+        {"image": image, "file": files.get(image, ""), "trial": one.number, **asdict(verdict)}
+        for image in reading.images()
+        for one in reading.judgements
+        for verdict in one.of(image)
+    ]
+    columns = ["image", "file", "trial", *(field.name for field in fields(Verdict))]
+    return filters.table(f"{reading.entry.name} trial {reading.choice.trial} images", columns, rows)
+
+
+def _files(entry: StudyEntry) -> dict[int, str]:
+    """The images' paths in the data folder, by number. Empty where that is not to be seen."""
+    try:
+        pictures = enumerate(find_pictures(_folder(entry)))
+        return {image: str(path.relative_to(_folder(entry))) for image, path in pictures}
+    except (PicturesError, ValueError):
+        return {}
+
+
+@blueprint.get("/confusion.csv")
+def confusion_table(study_id: int) -> Response:
+    """The confusion matrices, a row for each pair of attributes."""
+    filters = Filters(*FILTERS)
+    reading = Reading(study_id, filters)
+    names = attribute_names(reading.entry)
+    rows = [
+        {"category": category, "true": true, "predicted": predicted, "images": int(count)}
+        for category, counts in reading.matrices().items()
+        for true, row in zip(names[category], counts, strict=True)
+        for predicted, count in zip(names[category], row, strict=True)
+    ]
+    columns = ["category", "true", "predicted", "images"]
+    return filters.table(f"{reading.entry.name} trial {reading.choice.trial} confusion", columns, rows)
