@@ -1,6 +1,5 @@
 """What a complete trial predicted of each validation image, and where it was wrong."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,8 +103,13 @@ class Judgement:
 
         An image is wrong if it is wrong in any of the categories that are asked for. Those that are
         "surely wrong" come in the order of the probability that the true attribute got. With another
-        trial's predictions only images are left on which the two differ.
+        trial's predictions only images are left on which the two differ. Raises PredictionsError if
+        those are for other images.
         """
+        if other is not None and not np.array_equal(self.labels, other.labels):
+            raise PredictionsError(
+                f"trials {self.number} and {other.number} predicted other images; they do not compare"
+            )
         columns = [i for i, name in enumerate(self.names) if category in ("", name)]
         wanted = np.ones(len(self), bool)
         for text, values in ((true, self.labels), (predicted, self.classes)):
@@ -132,9 +136,3 @@ class Judgement:
         )
         found: np.ndarray = values[:, column] == place
         return found
-
-
-def same_images(judgements: Sequence[Judgement]) -> bool:
-    """Whether the predictions are for the same images, as far as their labels tell."""
-    first, *rest = judgements
-    return all(np.array_equal(first.labels, one.labels) for one in rest)

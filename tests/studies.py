@@ -16,9 +16,11 @@ from storage.optuna_tables import (
     TrialParamModel,
     TrialValueModel,
 )
+from storage.paths import RunFolder
 from storage.tables import Attempt, Epoch, Worker
 from trainer.config import ARITHMETIC
 from trainer.images import READER
+from trainer.predictions import Predictions
 
 SPACE = {
     "lr": FloatDistribution(1e-4, 1e-2, log=True),
@@ -45,7 +47,7 @@ STATES = {
 }
 
 
-def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
+def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, data="nowhere"):
     """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
     storage = schema.open_storage(engine)
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
@@ -66,7 +68,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
                 else {"low": one.low, "high": one.high, "log": one.log}
                 for name, one in SPACE.items()
             },
-            "places": {"data": "nowhere", "weights": "none"},
+            "places": {"data": str(data), "weights": "none"},
         },
         dataset="f" * 64,
         attributes=ATTRIBUTES,
@@ -133,6 +135,21 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None):
             if some:
                 connection.execute(sa.insert(model), some)
     return study_id
+
+
+def predict(entry, trial, dataset, seed):
+    """Write what a complete trial may have predicted of a dataset's validation images: Predictions."""
+    random, labels = np.random.default_rng(seed), dataset.split("val").labels
+    guesses = random.integers(0, dataset.sizes, labels.shape)
+    classes = np.where(random.random(labels.shape) < 0.6, labels, guesses)
+    predictions = Predictions(
+        labels.astype(np.uint8),
+        classes.astype(np.uint8)[np.newaxis],
+        np.log(random.uniform(0.01, 0.99, (1, *labels.shape))).astype(np.float16),
+        np.ones(1, np.int32),
+    )
+    predictions.save(RunFolder(entry.name, entry.created).predictions(trial))
+    return predictions
 
 
 def _param(trial, name, distribution, random):

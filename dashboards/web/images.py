@@ -16,7 +16,6 @@ from dashboards.predictions import (
     PredictionsError,
     Verdict,
     attribute_names,
-    same_images,
 )
 from dashboards.thumbnails import PicturesError, find_pictures, thumbnail
 from dashboards.web.filters import Filters
@@ -51,14 +50,16 @@ class Shown(NamedTuple):
 class Reading:
     """What an address asks for, and the predictions of its one or two trials.
 
-    There are none if no trial is complete, and after a problem, which the filters then have.
+    There are none if no trial is complete, if they are not here, and after a problem with the address.
     """
 
     def __init__(self, study_id: int, filters: Filters) -> None:
         self.entry, self.status = open_study(study_id)
-        self._names, self._problems = attribute_names(self.entry), filters.problems
+        self._names = attribute_names(self.entry)
         self.choice = self._choice(filters)
+        self.missing: str | None = None  # why nothing, or no picture, can be shown
         self.judgements = [] if filters.problems else self._judgements()
+        self.images = self._images() if self.judgements else []
 
     def _choice(self, filters: Filters) -> Choice:
         category_of = {one: category for category, some in self._names.items() for one in some}
@@ -84,21 +85,24 @@ class Reading:
         numbers = [n for n in (self.choice.trial, self.choice.against) if n is not None]
         try:
             judgements = [Judgement(self.entry, number) for number in numbers]
+            for judgement in judgements:
+                find_pictures(_folder(self.entry), judgement.labels)
         except PredictionsError as error:
-            self._problems.append(str(error))
+            self.missing = str(error)
             return []
-        if judgements and not same_images(judgements):
-            self._problems.append("the two trials predicted other images, and cannot be compared")
-            return []
+        except PicturesError as error:
+            self.missing = str(error)
         return judgements
 
-    def images(self) -> list[int]:
+    def _images(self) -> list[int]:
         """The numbers of the images that are asked for, in their order."""
-        if not self.judgements:
-            return []
         first, *rest = self.judgements
         choice, other = self.choice, rest[0] if rest else None
-        chosen = first.choose(choice.show, choice.category, choice.true, choice.predicted, other)
+        try:
+            chosen = first.choose(choice.show, choice.category, choice.true, choice.predicted, other)
+        except PredictionsError as error:
+            self.missing = str(error)
+            return []
         return [int(image) for image in chosen]
 
     def shown(self, image: int) -> Shown:
@@ -109,15 +113,6 @@ class Reading:
     def matrices(self) -> dict[str, np.ndarray]:
         """The first trial's confusion matrices, by category."""
         return {name: one.confusion(name) for one in self.judgements[:1] for name in self._names}
-
-    def missing(self) -> str | None:
-        """Why no picture can be shown. None if they can, or if there is nothing to show."""
-        try:
-            for judgement in self.judgements[:1]:
-                find_pictures(_folder(self.entry), judgement.labels)
-        except PicturesError as error:
-            return str(error)
-        return None
 
 
 def _read_trial(text: str, complete: list[int]) -> int:
@@ -136,7 +131,7 @@ def images(study_id: int) -> Any:
     filters = Filters(*FILTERS, "page")
     page = filters.count("page", 1, MOST_PAGES)
     reading = Reading(study_id, filters)
-    found = reading.images()
+    found = reading.images
     return filters.page(
         "images.html",
         study_id=study_id,
@@ -152,7 +147,7 @@ def images(study_id: int) -> Any:
         page=page,
         pages=-(-len(found) // SHOWN_AT_ONCE),
         matrices=reading.matrices(),
-        missing=reading.missing(),
+        missing=reading.missing,
     )
 
 
@@ -179,7 +174,7 @@ def images_table(study_id: int) -> Response:
     files = _files(reading.entry)
     rows = [
         {"image": image, "file": files.get(image, ""), "trial": one.number, **asdict(verdict)}
-        for image in reading.images()
+        for image in reading.images
         for one in reading.judgements
         for verdict in one.of(image)
     ]

@@ -6,6 +6,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from dashboards.predictions import PredictionsError
 from search.cli.errors import say
 from search.cli.options import (
     Data,
@@ -73,7 +74,7 @@ def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output:
     status = read_status(engine, entry.study_id, entry.name)
     try:
         confirmation = read_confirmation(engine, entry, status)
-    except InputError:
+    except PredictionsError:
         if trial is None:
             raise
         confirmation = None  # a trial that the user names needs no evidence

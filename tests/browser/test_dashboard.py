@@ -20,7 +20,7 @@ from storage import optuna_tables, studies
 from storage.status import read_status
 from tests.browser.conftest import PATIENCE, SCREENSHOTS, ask_again, drawn, log_in, wait_until
 from tests.conftest import PASSWORD, STUDY
-from tests.studies import fill
+from tests.studies import fill, predict
 from trainer.dataset import read_dataset
 
 MIXED = ["complete", "pruned", "failed", "running", "waiting"] + ["complete", "pruned"] * 12
@@ -91,19 +91,24 @@ PAGES = {
     "compare": ("/atelier/studies/{study}/compare?by=dropout", 4),
     "trial": ("/atelier/studies/{study}/trials/0", 10),
     "failed-trial": ("/atelier/studies/{study}/trials/2", 10),
+    "images": ("/atelier/studies/{study}/images", 0),
+    "differing-images": ("/atelier/studies/{study}/images?trial=0&against=5&category=fit", 0),
+    "no-images": ("/atelier/studies/{empty}/images", 0),
     "error": ("/atelier/nowhere", 0),
 }
 AUDITED = [(1440, "light"), (390, "dark")]
-SHOWN = {"studies", "study", "curves", "compare", "trial"}  # in every way
+SHOWN = {"studies", "study", "curves", "compare", "trial", "images"}  # in every way
 
 
 @pytest.fixture(scope="module")
-def fashion(site):
-    """A study with a log, and an empty one."""
+def fashion(site, demo):
+    """A study with a log, predictions and pictures, and an empty one."""
     log = site.home / "slurm" / "12_3.log"
     log.parent.mkdir(parents=True)
     log.write_text("2026-01-01 10:00:00+0000 INFO trial 0: attempt 1\n" * 9)
-    study = fill(site.engine, MIXED, name="fashion", max_trials=60, log=str(log))
+    study = fill(site.engine, MIXED, name="fashion", max_trials=60, log=str(log), data=demo)
+    for trial in [number for number, state in enumerate(MIXED) if state == "complete"]:
+        predict(studies.study_entry(site.engine, study), trial, read_dataset(demo), trial)
     return {"study": study, "empty": fill(site.engine, [], name="<b>empty</b> & more", max_trials=5)}
 
 

@@ -219,7 +219,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     text = (tmp_path / "pages" / "report.md").read_text()
     for word in (f"Trial {winner}", "Confirmation", "| 5 |", "2 (out)", "class weights", "resnet10t"):
         assert word in text
-    for image in ("history", "curves", "compare-batch_size"):
+    for image in ("history", "curves", "compare-batch_size", "confusion", "errors"):
         assert (tmp_path / "pages" / f"{image}.png").stat().st_size > 10_000
         assert f"{image}.png" in text
 

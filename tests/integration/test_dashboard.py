@@ -410,7 +410,7 @@ def test_the_one_time_link_lets_in_once_and_only_without_accounts(connections, h
 
 
 PAGES = ["", "/curves", "/curves?smooth=60&top=3&state=pruned", "/compare?by=batch_size", "/trials/0"]
-PAGES += ["/compare", "/curves?trials=0,2,999", "/curves?trials=0-3"]
+PAGES += ["/compare", "/curves?trials=0,2,999", "/curves?trials=0-3", "/images", "/images?show=all"]
 
 
 @pytest.mark.parametrize("page", PAGES)
