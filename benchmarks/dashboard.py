@@ -4,7 +4,7 @@
 
 The server is a real `atelier dashboard` on an embedded PostgreSQL in a temporary folder. Each page is
 asked for 3 times to warm up, and then 40 times. The table has the median and the 95th percentile of the
-40, and the bytes sent. The last column compares the median with that of optuna-dashboard's own study
+40, and the bytes sent. The page of images has 1,000 of them, whose small copies are not in its bytes. The last column compares the median with that of optuna-dashboard's own study
 data. The same server is asked for that at every fourth turn.
 """
 
@@ -16,14 +16,19 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.parse import urlencode
 
 from benchmarks.server import temporary_home
 from dashboards.web.accounts import Accounts
 from storage import database
-from tests.studies import fill
+from storage.status import read_status
+from storage.studies import study_entry
+from tests.studies import fill, predict
+from trainer.dataset import read_dataset
+from trainer.demo import write_demo
 
-PAGES = ["", "/curves", "/curves?top=40&smooth=50", "/compare?by=dropout", "/trials/7"]
+PAGES = ["", "/curves", "/curves?top=40&smooth=50", "/compare?by=dropout", "/trials/7", "/images"]
 WARM_UP, REQUESTS = 3, 40
 STATES = ["complete"] * 30 + ["pruned"] * 65 + ["failed"] * 3 + ["waiting", "running"]
 
@@ -32,16 +37,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trials", type=int, action="append")
     sizes = parser.parse_args().trials or [1000, 10000]
-    with temporary_home():
-        measure(sizes)
+    with temporary_home() as home:
+        measure(sizes, home / "demo")
 
 
-def measure(sizes: list[int]) -> None:
-    engine = database.connect()
+def measure(sizes: list[int], data: Path) -> None:
+    write_demo(data, train=1, val=1000, test=1)
+    dataset, engine = read_dataset(data), database.connect()
     studies = {}
     for size in sizes:
         states = random.Random(0).choices(STATES, k=size)
-        studies[size] = fill(engine, states, name=f"{size} trials")
+        study = studies[size] = fill(engine, states, name=f"{size} trials", data=data)
+        entry = study_entry(engine, study)
+        for row in read_status(engine, study, entry.name).completed()[:1]:
+            predict(entry, row.number, dataset, seed=0)
     engine.dispose()
     Accounts().put("vera", "viewer", "correct horse battery")
     with socket.socket() as free_port:
