@@ -106,6 +106,7 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
         np.std([per_class_accuracy(run, study.labels, SIZES) for run in by_seed.values()], ddof=1)
         for by_seed in runs
     ]
+    named = min(range(TOP), key=lambda i: estimates[i].within)
     flips = seed_flips(runs, study.labels, SIZES)
     luck = selection_bias(searched, study.labels, SIZES, flips)
     return {
@@ -115,6 +116,9 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
         ],
         "difference covered": [_holds(estimates[i].behind, truth[leader] - truth[i]) for i in others],
         "winner declared": won,
+        "within holds": bool(truth.max() - truth[named] <= estimates[named].within),
+        "within": estimates[named].within,
+        "named is the leader": named == leader,
         "exported at least as good as the naive one": truth[leader if won else 0] >= truth[0],
         "declared winner at least as good": truth[leader] >= truth[0] if won else math.nan,
         "leader at least as good": truth[leader] >= truth[0],

@@ -4,8 +4,9 @@
 
 The server is a real `atelier dashboard` on an embedded PostgreSQL in a temporary folder. Each page is
 asked for 3 times to warm up, and then 40 times. The table has the median and the 95th percentile of the
-40, and the bytes sent. The page of images has 1,000 of them, whose small copies are not in its bytes. The last column compares the median with that of optuna-dashboard's own study
-data. The same server is asked for that at every fourth turn.
+40, and the bytes sent. The last column compares the median with that of optuna-dashboard's own study
+data. The same server is asked for that at every fourth turn. The page of images has 1,000 of them. Their
+small copies are not counted.
 """
 
 import argparse

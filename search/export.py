@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
+from search.confirm.table import in_points
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
 from search.study import reader_note, reader_of
@@ -36,7 +37,7 @@ class Choice:
     """The trial to export, and why it is that one."""
 
     row: TrialRow
-    standing: str  # "confirmed", "unconfirmed", or "chosen by hand"
+    standing: str  # "confirmed", "near the best", "unconfirmed", or "chosen by hand"
     words: str
 
 
@@ -50,15 +51,23 @@ def find_trial(status: Status, number: int) -> TrialRow:
 
 
 def choose(status: Status, confirmation: Confirmation | None, number: int | None) -> Choice:
-    """The given trial, else the confirmed winner, else the best with a warning. Raises InputError."""
+    """The given trial, else what a confirmation names, else the best with a warning.
+
+    Raises InputError.
+    """
     row = None if number is None else find_trial(status, number)
-    winner = confirmation.winner if confirmation else None
-    if row is not None and not (winner and winner.number == number):
+    named = (confirmation.winner or confirmation.choice) if confirmation else None
+    if row is not None and not (named and named.number == number):
         return Choice(row, "chosen by hand", "chosen by hand")
-    if confirmation and winner and winner.estimate:
-        sure = f"{100 * winner.estimate.best:.0f} %"
-        words = f"confirmed: the best of {len(confirmation.candidates)} candidates with {sure}"
-        return Choice(find_trial(status, winner.number), "confirmed", words)
+    if confirmation and named and named.estimate:
+        row, candidates = find_trial(status, named.number), len(confirmation.candidates)
+        if named is confirmation.winner:
+            sure = f"{100 * named.estimate.best:.0f} %"
+            return Choice(
+                row, "confirmed", f"confirmed: the best of {candidates} candidates with {sure}"
+            )
+        words = f"confirmed with 95 % to be {in_points(named.estimate.within, candidates)} candidates"
+        return Choice(row, "near the best", words)
     if status.best is None:
         raise InputError(
             f"study {status.study!r} has no complete trial yet; see: atelier status {status.study}"
@@ -92,6 +101,7 @@ def known_accuracy(
                 "noise": "images and seeds",
                 "seeds": candidate.seeds,
                 "probability_best": candidate.estimate.best,
+                "within": candidate.estimate.within,
             }
     try:
         predictions = predictions_of(entry, row.number)

@@ -19,7 +19,7 @@ from trainer.images import READER
 log = logging.getLogger(__name__)
 
 # These settings may change: trials stay comparable.
-NOT_COMPARED = {"places", "slurm", "search", "images", "arithmetic"}
+NOT_COMPARED = {"places", "slurm", "search", "images", "arithmetic", "wanted"}
 SAME_NUMBERS = {"graphs"}  # of [train]
 
 

@@ -145,6 +145,14 @@ def confirm(
     seeds: Annotated[
         int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; default: 5.")
     ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Points: train no more once a candidate is known to be so near the best; 0: never.",
+        ),
+    ] = None,
     workers: Workers = None,
     show: Annotated[
         bool, typer.Option("--show", help="Train nothing; show the results so far.")
@@ -158,15 +166,17 @@ def confirm(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Rerun the best trials on fresh seeds, and say which one is reliably the best."""
+    """Rerun the best trials on fresh seeds, and say which one to take and how sure that is."""
     to_slurm = goes_to_slurm(submit, dry_run, array=array, profile=profile)
     if show or as_json:
-        if to_slurm or top or seeds:
-            raise InputError("--show and --json train nothing: leave out --top, --seeds and --submit")
+        if to_slurm or top or seeds or within is not None:
+            raise InputError(
+                "--show and --json train nothing: leave out --top, --seeds, --within and --submit"
+            )
         _show_confirmation(*find_search(study), as_json)
         return
     engine, entry = find_search(study)
-    config = plan_confirmation(engine, entry, top, seeds).with_paths(data, weights)
+    config = plan_confirmation(engine, entry, top, seeds, within).with_paths(data, weights)
     workers = workers_here(workers)
     if to_slurm:
         check_pack(pack)

@@ -15,7 +15,7 @@ from search import pictures
 from search import predict as prediction
 from search.cli.errors import say
 from search.cli.options import AUTO, say_each
-from search.confirm.evidence import cannot_win
+from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
 from search.export import Bundle, check_origin
@@ -76,7 +76,7 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: str | None) -> None
     log.info("trials at once: %d", at_once)
     worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, at_once)
     if isinstance(config, ConfirmationFile):
-        worker.claims.rules_out = lambda params: cannot_win(engine, entry, params["candidate"])
+        worker.claims.rules_out = lambda params: gains_nothing(engine, entry, params["candidate"])
     if job and multiprocessing.parent_process() is None:  # else the search owns the task
         worker.requeue = job.requeue
     end = worker.run()

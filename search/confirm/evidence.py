@@ -23,7 +23,9 @@ from storage.studies import StudyEntry, study_entry
 
 WINS = 0.95  # a candidate that is the best with this probability has won
 DROPPED = 0.01  # below this probability it gets no further seeds
-CANNOT_WIN = "cannot win any more"  # why a rerun is pruned before its first epoch
+# Why a rerun is pruned before its first epoch.
+CANNOT_WIN = "cannot win any more"
+NEAR_ENOUGH = "a candidate is known to be as near to the best as was asked for"
 LEAST_SEEDS = 2  # before anything is said of a candidate
 WINNING_SEEDS = 5  # of a winner; with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
 MOST_RIVALS = 100  # trials of the search that show how lucky the first one is
@@ -76,20 +78,34 @@ class Confirmation:
         """The candidate that is the best with a probability of 95 %. None before the end."""
         # Not before the end: whoever looks often enough sees any candidate win for a while. And none of
         # whose reruns failed: it may have lost its bad seeds, or its rivals.
-        first, rivals = self.leader, self.candidates[1:]
-        if first is None or first.estimate is None or not self.finished or first.failed:
+        first = self.leader
+        if first is None or first.estimate is None or not self._is_decided or first.failed:
             return None
-        if first.seeds < WINNING_SEEDS:
+        return first if first.seeds >= WINNING_SEEDS and first.estimate.best >= WINS else None
+
+    @property
+    def choice(self) -> Candidate | None:
+        """The candidate that is the least behind the best one, with 95 %. None before the end."""
+        if not self._is_decided:
             return None
-        all_known = bool(rivals) and all(rival.estimate for rival in rivals)
-        return first if all_known and first.estimate.best >= WINS else None
+        return min(
+            (one for one in self.candidates if one.estimate and not one.failed),
+            key=lambda one: one.estimate.within if one.estimate else 1.0,
+            default=None,
+        )
+
+    @property
+    def _is_decided(self) -> bool:
+        several = len(self.candidates) > 1
+        return self.finished and several and all(one.estimate for one in self.candidates)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: what `--json` prints. This form stays stable."""
-        winner = self.winner
+        winner, choice = self.winner, self.choice
         return asdict(self) | {
             "finished": self.finished,
             "winner": None if winner is None else winner.number,
+            "choice": None if choice is None else choice.number,
         }
 
 
@@ -116,13 +132,14 @@ def read_confirmation(
             if row.params.get("candidate") == number and row.state in (State.PRUNED, State.FAILED)
         ]
         given_up = [row for row in ended if row.reason == CANNOT_WIN]
+        failed = [row for row in ended if row.reason not in (CANNOT_WIN, NEAR_ENOUGH)]
         candidates.append(
             Candidate(
                 number=number,
                 params=planned["params"],
                 searched=predicted.accuracy.get(number),
                 seeds=len(evidence.runs.get(number, {})),
-                failed=len(ended) - len(given_up),
+                failed=len(failed),
                 passed_over=bool(given_up),
                 estimate=evidence.estimates.get(number),
             )
@@ -210,13 +227,20 @@ class _Evidence:
         return dict(zip(self._enough, estimates, strict=True))
 
 
-def cannot_win(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
+def gains_nothing(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
     """Why a candidate is worth no further seed. None if it is worth one."""
     trials = read_status(engine, linked.study_id, linked.name).trials
     if any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials):
         return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
     try:
-        estimate = _Evidence(linked, trials).estimates.get(candidate)
+        estimates = _Evidence(linked, trials).estimates
     except PredictionsError:
         return None  # a missing file is not this trial's fault
-    return CANNOT_WIN if estimate is not None and estimate.best < DROPPED else None
+    if candidate in estimates and estimates[candidate].best < DROPPED:
+        return CANNOT_WIN
+    plan = recorded(linked)
+    is_known = plan is not None and len(estimates) == len(plan.candidates)
+    if plan is not None and plan.within and is_known:
+        nearest = min(estimate.within for estimate in estimates.values())
+        return NEAR_ENOUGH if 100 * nearest <= plan.within else None
+    return None

@@ -44,6 +44,7 @@ class Estimate:
     score: Interval
     behind: Interval  # how far it is behind the highest score; 0 without a width for that one itself
     best: float  # the probability of being the best candidate; equal candidates share it
+    within: float  # how far it is behind the best candidate at most, with 95 %
 
 
 def hits(predictions: Predictions) -> np.ndarray:
@@ -102,6 +103,8 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
     best = equal @ best / equal.sum(1)  # equal candidates share the probability
     images = _worth(attributes)
+    truths = means - moves  # as in `_interval`: the estimates err as the replicates do
+    within = np.quantile(truths.max(1, keepdims=True) - truths, LEVEL, axis=0)
     estimates = []
     for index, mean in enumerate(means.tolist()):
         score = _interval(mean, moves[:, index], 0.0)
@@ -111,7 +114,11 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
         behind = _interval(distance, moves[:, leader] - moves[:, index], -1.0)
         if same[leader, index] and index != leader:
             behind = _wider(behind, _unseen(distance, images))
-        estimates.append(Estimate(score, behind, float(best[index])))
+        rivals = np.flatnonzero(same[index])  # itself too
+        unseen = [_unseen(float(means[i]) - mean, images).high for i in rivals if i != index]
+        estimates.append(
+            Estimate(score, behind, float(best[index]), max(float(within[index]), *unseen, 0))
+        )
     return estimates
 
 

@@ -65,6 +65,7 @@ class ConfirmationFile(StudyConfig):
     confirms: str  # the search's name
     candidates: list[dict[str, Any]]  # {"number", "params"} of its trials
     dataset: str  # the fingerprint of the search's
+    within: float | None = None  # points: no reruns are needed once a candidate is known to be so near
 
     @property
     def dataset_fingerprint(self) -> str:
@@ -90,6 +91,9 @@ class ConfirmationFile(StudyConfig):
         """The search's identity and the candidates, which must not change."""
         return super().identity() | {"confirms": {"study": self.confirms, "candidates": self.candidates}}
 
+    def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return super().metadata(first) | {"wanted": {"within": self.within}}
+
     def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
         return Plan(self.candidates, self.shared.seed)
 
@@ -100,11 +104,16 @@ def recorded(entry: StudyEntry) -> ConfirmationFile | None:
         return None
     confirms = entry.settings["confirms"]
     seeds = entry.max_trials // len(confirms["candidates"])
-    return _confirmation_file(entry, confirms["study"], confirms["candidates"], seeds)
+    within = entry.settings.get("wanted", {}).get("within")
+    return _confirmation_file(entry, confirms["study"], confirms["candidates"], seeds, within)
 
 
 def _confirmation_file(
-    entry: StudyEntry, search: str, candidates: list[dict[str, Any]], seeds: int
+    entry: StudyEntry,
+    search: str,
+    candidates: list[dict[str, Any]],
+    seeds: int,
+    within: float | None,
 ) -> ConfirmationFile:
     """A confirmation of a search's trials. The other settings are those of a study on record."""
     file = StudyConfig.from_record(entry)
@@ -116,13 +125,18 @@ def _confirmation_file(
         "strategy": "none",
     }
     confirmation = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
-    return validate(ConfirmationFile, tables | confirmation, f"confirmation of {search!r}")
+    tables |= confirmation | {"within": within}
+    return validate(ConfirmationFile, tables, f"confirmation of {search!r}")
 
 
 def plan_confirmation(
-    engine: sa.Engine, search: StudyEntry, top: int | None, seeds: int | None
+    engine: sa.Engine,
+    search: StudyEntry,
+    top: int | None,
+    seeds: int | None,
+    within: float | None = None,
 ) -> ConfirmationFile:
-    """The confirmation on record, with more seeds if asked for. Else a new one.
+    """The confirmation on record, with more seeds or another `within` if asked for. Else a new one.
 
     Raises InputError if there is nothing to confirm, or if the one on record was begun otherwise.
     """
@@ -137,7 +151,7 @@ def plan_confirmation(
                 f"study {search.name!r} has {shortage} yet; see: atelier status {search.name}"
             )
         candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
-        return _confirmation_file(search, search.name, candidates, seeds or SEEDS)
+        return _confirmation_file(search, search.name, candidates, seeds or SEEDS, within)
     begun = recorded(linked)
     if begun is None:
         raise InputError(f"{linked.name!r} is the name of a search; a confirmation cannot have it too")
@@ -149,4 +163,5 @@ def plan_confirmation(
         )
     if seeds is not None and seeds < n_seeds:
         raise InputError(f"--seeds {seeds}: each candidate has {n_seeds} already; allowed are more")
-    return _confirmation_file(linked, search.name, begun.candidates, seeds or n_seeds)
+    within = begun.within if within is None else within
+    return _confirmation_file(linked, search.name, begun.candidates, seeds or n_seeds, within)

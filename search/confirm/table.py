@@ -4,10 +4,19 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dashboards.terminal import Grid
-from search.confirm.evidence import WINNING_SEEDS, WINS, Candidate, Confirmation
+from search.confirm.evidence import Candidate, Confirmation
 
-TIED = 0.05  # a candidate that is the best with this probability is named in a tie
-COLUMNS = ("trial", "seeds", "search", "score", "95 % interval", "behind", "95 % interval", "best")
+COLUMNS = (
+    "trial",
+    "seeds",
+    "search",
+    "score",
+    "95 % interval",
+    "behind",
+    "95 % interval",
+    "best",
+    "within",
+)
 
 
 def render(confirmation: Confirmation) -> RenderableType:
@@ -36,6 +45,7 @@ def cells(candidate: Candidate) -> list[str]:
         f"{100 * behind.value:.2f}",
         f"{100 * behind.low:.2f} to {100 * behind.high:.2f}" if behind.error else "",
         f"{100 * candidate.estimate.best:.0f} %",
+        f"{100 * candidate.estimate.within:.2f}",
     ]
 
 
@@ -64,21 +74,21 @@ def _who_is_best(confirmation: Confirmation) -> str:
     if leader is None or leader.estimate is None or not confirmation.finished:
         return f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
     if winner is not None:
-        return f"trial {winner.number} is the best of them with {100 * leader.estimate.best:.0f} %"
+        return (
+            f"take trial {winner.number}: it is the best of them with {100 * leader.estimate.best:.0f} %"
+        )
+    if (choice := confirmation.choice) is not None and choice.estimate is not None:
+        n = len(confirmation.candidates)
+        return f"take trial {choice.number}: with 95 % it is {in_points(choice.estimate.within, n)}"
     if len(confirmation.candidates) == 1:
         return "one candidate alone has nobody to win against"
-    best = {
-        candidate.number: round(candidate.estimate.best, 2)
-        for candidate in confirmation.candidates
-        if candidate.estimate
-    }
-    tied = [str(number) for number, probability in best.items() if probability >= TIED]
-    if len(tied) > 1:
-        return (
-            f"no winner yet: trials {', '.join(tied)} tie; more seeds may tell them apart, or choose by "
-            "other reasons"
-        )
+    unknown = ", ".join(str(one.number) for one in confirmation.candidates if not one.estimate)
     return (
-        f"no winner yet: trial {leader.number} leads with {100 * leader.estimate.best:.0f} %; a winner "
-        f"has {100 * WINS:.0f} %, {WINNING_SEEDS} seeds and no failed rerun"
+        f"no verdict: too few reruns of {unknown or 'any candidate'} have ended well; see why with: "
+        f"atelier logs {confirmation.linked}"
     )
+
+
+def in_points(within: float, candidates: int) -> str:
+    """How far a candidate is behind the best one at most, in words."""
+    return f"at most {100 * within:.2f} points behind the best of these {candidates}"

@@ -187,9 +187,9 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     # Two seeds that agree, else Student's t with its one degree of freedom leaves the loser a chance.
     Predictions.load(folder.predictions(1)).save(folder.predictions(3))
     shown = atelier("confirm", "tiny", "--seeds", "3").stdout
-    assert f"trial {winner} leads with 100 %; a winner has 95 %, 5 seeds" in shown
+    assert f"take trial {winner}: with 95 % it is at most 0.00 points behind the best" in shown
     shown = atelier("confirm", "tiny", "--seeds", "5").stdout
-    assert f"trial {winner} is the best of them" in shown
+    assert f"take trial {winner}: it is the best of them" in shown
     rows = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"] * 3
     assert rows[4]["reason"] == rows[8]["reason"] == "cannot win any more"
@@ -237,6 +237,29 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     assert [row["state"] for row in rows] == ["pruned", "complete"]
 
 
+def test_no_more_is_trained_once_a_candidate_is_near_enough_to_the_best(confirmed, tmp_path):
+    atelier = confirmed
+    assert confirmation(atelier)["choice"] is not None  # there is one at each end
+    shown = atelier("confirm", "tiny", "--seeds", "4", "--within", "99").stdout
+    rows = trials(atelier, tmp_path, "tiny-confirm")
+    assert [(row["state"], row["epochs"]) for row in rows[4:]] == [("pruned", "0")] * 4
+    known = confirmation(atelier)
+    assert known["finished"]
+    assert [(one["failed"], one["passed_over"]) for one in known["candidates"]] == [(0, False)] * 2
+    [named] = [one for one in known["candidates"] if one["number"] == known["choice"]]
+    within = named["estimate"]["within"]
+    assert within == min(one["estimate"]["within"] for one in known["candidates"])
+    assert f"take trial {known['choice']}: with 95 % it is at most {100 * within:.2f} points" in shown
+    atelier("export", "tiny", "-o", "near.toml")
+    origin = tomllib.loads((tmp_path / "near.toml").read_text())["origin"]
+    assert (origin["trial"], origin["standing"]) == (known["choice"], "near the best")
+    assert origin["accuracy"]["within"] == pytest.approx(within)
+    # With 0 it goes on to the end of the further seeds.
+    atelier("confirm", "tiny", "--seeds", "5", "--within", "0")
+    rows = trials(atelier, tmp_path, "tiny-confirm")
+    assert [row["state"] for row in rows[8:]] == ["complete"] * 2
+
+
 def test_reruns_that_fail_bar_a_win(confirmed, engine, tmp_path):
     """Whose reruns diverge must not win by the seeds that are left, nor by having no rivals left."""
     atelier = confirmed
@@ -253,7 +276,7 @@ def test_reruns_that_fail_bar_a_win(confirmed, engine, tmp_path):
     assert known["winner"] is None
     shown = atelier("confirm", "tiny", "--show").stdout
     assert "1 (1 failed)" in shown
-    assert f"trial {first} leads with 100 %; a winner has 95 %, 5 seeds and no failed rerun" in shown
+    assert (known["choice"], f"too few reruns of {second} have ended well" in shown) == (None, True)
     assert "unconfirmed" in atelier("export", "tiny").stderr
 
 

@@ -101,6 +101,18 @@ def test_candidates_that_do_not_differ_tie_and_a_better_one_wins(labels):
     assert better[0].behind.low > 0
 
 
+def test_a_candidate_is_within_so_many_points_of_the_best(labels):
+    """One that leads for sure is the best; one that is surely behind is so by its distance or more."""
+    near, far = compare([runs_of(labels, 0.9, 5), runs_of(labels, 0.5, 5, first=50)], labels, SIZES)
+    assert near.within == 0
+    assert far.within > far.behind.value
+    assert far.within < far.behind.high  # one-sided
+    # Equal candidates are no proof that other images would not tell them apart.
+    equal = runs_of(labels, 0.7, 5)
+    for one in compare([equal, equal], labels, SIZES):
+        assert 0 < one.within < 0.02
+
+
 def test_the_same_evidence_gives_the_same_answer_and_seeds_may_be_missing(labels):
     full, short = runs_of(labels, 0.7, 5), runs_of(labels, 0.6, 5, 10)
     gaps = {seed: short[seed] for seed in (0, 3)}
