@@ -74,8 +74,8 @@ class PortableModel:
         """
         if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
             raise ModelError(
-                f"ONNX needs {' and '.join(missing)}, which is not installed; get it with: pip install "
-                f"{' '.join(missing)}"
+                f"no package {' or '.join(missing)} is installed, and a model in ONNX needs "
+                f"{' and '.join(ONNX_PACKAGES)}; get them with: pip install {' '.join(ONNX_PACKAGES)}"
             )
         given, size = self._model.pretrained_cfg, self.saved.config.image_size
         program = torch.onnx.export(

@@ -286,7 +286,7 @@ def test_an_export_replaces_only_its_own(run_of, finished_run, tiny, atelier, tm
         (["{run}", "-o", "mine"], "mine/config.json: there is a file that is not an export of this run"),
         (["{run}", "-o", "odd"], "--output odd: has README.md, which is not of an exported model"),
         (["{run}", "--to", "tflite"], "--to 'tflite': allowed is onnx, or leave it out"),
-        (["{run}", "--to", "onnx"], "ONNX needs onnxscript, which is not installed; get it with: pip i"),
+        (["{run}", "--to", "onnx"], "no package onnxscript is installed, and a model in ONNX needs"),
     ],
 )
 def test_what_cannot_be_exported(atelier, finished_run, tmp_path, monkeypatch, words, said):
