@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import tomli_w
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.evidence import Confirmation
@@ -95,14 +95,16 @@ def known_accuracy(
 
     Empty if it is not complete, or if its run folder is on another machine.
     """
-    for candidate in confirmation.candidates if confirmation else []:
-        if candidate.number == row.number and candidate.estimate is not None:
-            return asdict(candidate.estimate.score) | {
-                "noise": "images and seeds",
-                "seeds": candidate.seeds,
-                "probability_best": candidate.estimate.best,
-                "within": candidate.estimate.within,
-            }
+    if confirmation is not None:
+        for candidate in confirmation.candidates:
+            if candidate.number == row.number and candidate.estimate is not None:
+                return asdict(candidate.estimate.score) | {
+                    "noise": "images and seeds",
+                    "seeds": candidate.seeds,
+                    "probability_best": candidate.estimate.best,
+                    "within": candidate.estimate.within,
+                    "optimism": confirmation.optimism,
+                }
     try:
         predictions = predictions_of(entry, row.number)
     except PredictionsError:
@@ -202,6 +204,32 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+class Accuracy(BaseModel):
+    """What `known_accuracy` says of a trial."""
+
+    value: float
+    low: float
+    high: float
+    noise: str
+    seeds: int
+    within: float | None = None  # see `Estimate`; None without a confirmation
+    optimism: float | None = None  # see `Confirmation`
+
+
+class Origin(BaseModel):
+    """What others than `train` read of [origin]. A user may have changed it."""
+
+    study: str = "?"
+    trial: int | str = "?"
+    standing: str = "?"
+    accuracy: Accuracy | None = None
+
+    @field_validator("accuracy", mode="before")
+    @classmethod
+    def _none_if_unknown(cls, value: object) -> object:
+        return value or None
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An exported file that has been read."""
@@ -240,6 +268,7 @@ def load_bundle(path: Path) -> Bundle:
         )
     checked = validate(_Tables, tables, path)
     config = validate(TrainConfig, checked.train, path, "train")
+    validate(Origin, checked.origin, path, "origin")
     return Bundle(config, checked.origin, checked.slurm)
 
 

@@ -38,6 +38,11 @@ def reader_notes(model: SavedModel) -> list[str]:
     return [] if reader == READER else [reader_note("run", reader)]
 
 
+def source_of(model: SavedModel) -> str:
+    """A mark that tells what comes of this configuration from what comes of another."""
+    return mark(hashlib.sha256(model.config.model_dump_json().encode()).hexdigest()[:16])
+
+
 class Predictor:
     """A run's model and the images to predict. `truth` is a file with their labels.
 
@@ -60,7 +65,7 @@ class Predictor:
     @property
     def source(self) -> str:
         """A mark that tells this configuration's predictions from those of another."""
-        return mark(hashlib.sha256(self._model.config.model_dump_json().encode()).hexdigest()[:16])
+        return source_of(self._model)
 
     def predict(self, cache: Path, flip: bool) -> np.ndarray:
         """The attributes, int64 [images, categories], in the order of the split's list."""

@@ -3,9 +3,10 @@
 import csv
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -30,13 +31,17 @@ LOCK_SECONDS = 10  # a requeued job's predecessor may still be ending
 
 
 def run_to_end(
-    config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
+    config: TrainConfig,
+    workspace: Workspace,
+    folder: Path,
+    facts: Mapping[str, Any],
+    show: Callable[[EpochResult], None],
 ) -> ExitCode:
     """Train, and write a checkpoint wherever it has to stop. `show` gets every epoch's result.
 
-    The folder then has best.safetensors and last.safetensors, curve.csv and curve.png. Returns why it
-    ended. Raises CheckpointError if the folder has another configuration's run, InputError if another
-    process works in it, or if the loss diverges.
+    The folder then has best.safetensors and last.safetensors, which keep `facts`, curve.csv and
+    curve.png. Returns why it ended. Raises CheckpointError if the folder has another configuration's
+    run, InputError if another process works in it, or if the loss diverges.
     """
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
@@ -44,7 +49,8 @@ def run_to_end(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
-            return _run(config, workspace, folder, show)
+            files = ModelFiles(folder, workspace.dataset, facts)
+            return _run(config, workspace, folder, files, show)
     except Timeout:
         raise InputError(
             f"{folder}: another atelier train is at work in it; wait for it, or give another --run"
@@ -52,7 +58,11 @@ def run_to_end(
 
 
 def _run(
-    config: TrainConfig, workspace: Workspace, folder: Path, show: Callable[[EpochResult], None]
+    config: TrainConfig,
+    workspace: Workspace,
+    folder: Path,
+    files: ModelFiles,
+    show: Callable[[EpochResult], None],
 ) -> ExitCode:
     job, steps = own_job(), 0
     stop = Stop(job.end if job else None, kill_seconds=seconds_to_kill())
@@ -65,7 +75,6 @@ def _run(
         return stop.requested  # at once: a checkpoint inside an epoch loses nothing
 
     results = []
-    files = ModelFiles(folder, workspace.dataset)
     with on_signals(stop):
         with closing(train(config, workspace, Checkpoints(folder), interrupt, files.keep)) as training:
             for result in training:

@@ -65,6 +65,7 @@ class Backbone:
     features: int  # width of the last stage
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    whole: nn.Module  # timm's model, of which the stages are parts
 
     @property
     def cuts(self) -> list[str]:
@@ -166,7 +167,7 @@ def load_backbone(config: TrainConfig) -> Backbone:
         )
     stages["pool"] = model.global_pool
     cfg = model.pretrained_cfg
-    backbone = Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]))
+    backbone = Backbone(stages, model.num_features, tuple(cfg["mean"]), tuple(cfg["std"]), model)
     if config.weights != "none":
         _fill(backbone, model, config)
     return backbone

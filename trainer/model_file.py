@@ -2,9 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import safetensors
@@ -46,6 +46,7 @@ class Description(BaseModel):
     sizes: list[PositiveInt]  # attributes of each category
     format: int = FORMAT
     reader: int = 1  # version of the image reader that the network learned with
+    facts: dict[str, Any] = {}  # what the run's maker says of it; earlier versions kept nothing
 
     @model_validator(mode="after")
     def _each_attribute_has_a_category(self) -> Self:
@@ -58,11 +59,12 @@ class ModelFiles:
     """best.safetensors and last.safetensors of a run, in its folder.
 
     Give `keep` to trainer.loop.train, which asks it after each epoch. The best epoch has the highest
-    average per-class accuracy. A run without validation has only last.safetensors.
+    average per-class accuracy. A run without validation has only last.safetensors. The files keep
+    `facts`, which are as in JSON, as they are given.
     """
 
-    def __init__(self, folder: Path, dataset: Dataset) -> None:
-        self._folder, self._dataset = folder, dataset
+    def __init__(self, folder: Path, dataset: Dataset, facts: Mapping[str, Any] | None = None) -> None:
+        self._folder, self._dataset, self._facts = folder, dataset, dict(facts or {})
 
     def keep(self, run: Run, result: EpochResult) -> Write | None:
         """What writes the files that this epoch changes. A network that has diverged changes none."""
@@ -90,6 +92,7 @@ class ModelFiles:
             categories=list(self._dataset.categories),
             sizes=list(self._dataset.sizes),
             reader=READER,
+            facts=self._facts,
         )
         trunk = state["trunk"] or run.trunk.state_dict()  # which is the run's own, or never changes
         named = as_saved(trunk, state["tail"])
@@ -182,6 +185,16 @@ class SavedModel:
             usable = [image for image in images if isinstance(image, torch.Tensor)]
             found = self._attributes(torch.stack(usable), flip) if usable else iter(())
             yield from (image if isinstance(image, ImageError) else next(found) for image in images)
+
+    def as_timm(self) -> nn.Module:
+        """timm's own model of the architecture, with our head in the place of its classifier.
+
+        It shares the weights, and is in eval mode.
+        """
+        whole = self._runtime.backbone.whole
+        classifier = str(whole.pretrained_cfg["classifier"])  # type: ignore[index]
+        setattr(whole, classifier, self._tail[1])
+        return whole.eval()
 
     def _prepared(self, picture: Path) -> torch.Tensor | ImageError:
         try:

@@ -36,6 +36,7 @@ VERBS = {
     "train": ("search.cli.winning:train", "Train one configuration to its end."),
     "replay": ("search.cli.winning:replay", "Train a trial again, and compare every number."),
     "predict": ("search.cli.winning:predict", "Predict a split's attributes with a trained model."),
+    "export-model": ("search.cli.winning:export_model", "Write a trained model for use elsewhere."),
     "model": ("search.cli.winning:model", "Print the network's stages and their sizes."),
     "data": ("search.cli.admin:data_app", "Make or check a dataset."),
     "db": ("search.cli.database:db_app", "Start, check, back up, clean or upgrade the database."),
@@ -125,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
         datefmt="%Y-%m-%d %H:%M:%S%z",  # logs are read far from the machine's clock
         stream=sys.stderr,
     )
-    for name in ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib"):
+    quiet = ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib", "onnxscript")
+    for name in (*quiet, "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # torch's import sets this too, unless it is cut short.
     logging.getLogger("torch").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What the verbs do that need PyTorch: work, train, replay, predict and print_stages."""
+"""What the verbs do that need PyTorch: work, train, replay, predict, export_model and print_stages."""
 
 import logging
 import multiprocessing
@@ -19,6 +19,8 @@ from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
 from search.export import Bundle, check_origin
+from search.model_card import facts_of
+from search.model_folder import ModelFolder
 from search.replay import replay as replay_epochs
 from search.slurm.job import own_job
 from search.slurm.queue import probe_liveness
@@ -115,7 +117,8 @@ def train(bundle: Bundle, config: TrainConfig, folder: Path, notes: list[str]) -
     absent = absent_attributes(workspace.dataset.attribute_table(config))
     say_each([f"note: {line}" for line in absent])
     with with_users_umask():
-        return run_to_end(config, workspace, folder, show)
+        facts = facts_of(bundle, config, workspace.dataset).model_dump()
+        return run_to_end(config, workspace, folder, facts, show)
 
 
 def replay(engine: sa.Engine, entry: StudyEntry, config: StudyConfig, trial: int) -> tuple[int, int]:
@@ -168,6 +171,16 @@ def predict_pictures(run: Path, words: list[str], output: Path, flip: bool) -> N
         say(f"error: {len(broken)} cannot be read, their lines say why; the first: {broken[0]}")
     if len(broken) == len(found):
         raise typer.Exit(ExitCode.FAILED)
+
+
+def export_model(run: Path, output: Path, onnx: bool) -> None:
+    """Write a run's model for programs without Atelier."""
+    prepare_process()
+    folder = ModelFolder(run, output, onnx)
+    say_each(folder.notes)
+    with with_users_umask():
+        folder.write()
+    say(f"the model is in {output}: {', '.join(folder.files)}")
 
 
 def print_stages(config: TrainConfig) -> None:

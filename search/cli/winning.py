@@ -1,4 +1,4 @@
-"""The verbs that use what a search found: export, report, train, predict, replay and model."""
+"""The verbs that use what a search found: from export and train to predict and export-model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +50,9 @@ from storage.studies import StudyEntry, job_in_words, split_job
 from trainer.config import TrainConfig
 
 PROFILE = "final"
+TrainedRun = Annotated[
+    Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")
+]
 
 
 def export(
@@ -206,7 +209,7 @@ def replay(
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder of `atelier train`, or a .safetensors file.")],
+    run: TrainedRun,
     pictures: Annotated[
         list[str] | None,
         typer.Argument(help="Pictures, folders of them, or - for a list on standard input."),
@@ -242,6 +245,19 @@ def predict(
         training.predict_pictures(run, pictures, output, tta == "flip")
     else:
         training.predict(run, split or "test", output, scores, tta == "flip", data)
+
+
+def export_model(
+    run: TrainedRun,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the files.")] = Path("model"),
+    to: Annotated[str | None, typer.Option(help="onnx: write a model.onnx too.")] = None,
+) -> None:
+    """Write a run's best model under timm's own names, with its configuration and a model card."""
+    if to not in (None, "onnx"):
+        raise InputError(f"--to {to!r}: allowed is onnx, or leave it out")
+    from search.cli import training  # late: with torch, after the arguments are checked
+
+    training.export_model(run, output, to == "onnx")
 
 
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:

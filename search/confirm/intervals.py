@@ -102,7 +102,7 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
     equal = same & np.isclose(means[:, np.newaxis], means, rtol=0, atol=1e-9)
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
     best = equal @ best / equal.sum(1)  # equal candidates share the probability
-    images = _worth(attributes)
+    images = _worth(np.bincount(attributes.ravel()))
     truths = means - moves  # as in `_interval`: the estimates err as the replicates do
     within = np.quantile(truths.max(1, keepdims=True) - truths, LEVEL, axis=0)
     estimates = []
@@ -154,7 +154,15 @@ def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Inte
     every = np.asarray(right, dtype=float)[np.newaxis]
     attributes = attribute_index(labels, sizes)
     variance = float(_image_covariance(every, attributes, sizes)[0, 0])
-    return _share(value, variance, _worth(attributes))
+    return _share(value, variance, _worth(np.bincount(attributes.ravel())))
+
+
+def of_counts(value: float, counts: Sequence[int]) -> Interval:
+    """The same, where only the accuracy and the number of each attribute's images are known.
+
+    As if the accuracy were the same for all attributes.
+    """
+    return _share(value, 0.0, _worth(np.array(counts)))
 
 
 def of_mean(values: np.ndarray) -> Interval:
@@ -191,13 +199,12 @@ def _wider(first: Interval, second: Interval) -> Interval:
     return Interval(first.value, max(first.error, second.error), low, high)
 
 
-def _worth(attributes: np.ndarray) -> float:
+def _worth(counts: np.ndarray) -> float:
     """How many images of a single share would tell as much as these of the average of all shares.
 
-    `attributes` are [images, categories]. The average over C attributes that have n_c images,
+    `counts` are the images of each attribute. The average over C attributes that have n_c images,
     all of one accuracy p, has the variance p (1 - p) sum(1 / n_c) / C^2.
     """
-    counts = np.bincount(attributes.ravel())
     counts = counts[counts > 0]
     return float(len(counts) ** 2 / (1 / counts).sum())
 

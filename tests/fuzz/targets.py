@@ -65,7 +65,7 @@ warmup_epochs = 1
 study = "tiny"
 trial = 3
 dataset = "0123"
-accuracy = { value = 0.5, seeds = 1 }
+accuracy = { value = 0.5, low = 0.4, high = 0.6, noise = "images", seeds = 1 }
 [slurm.final]
 gpus = 1
 """

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dashboards.web.accounts import ROLES
+from search.export import Accuracy
 from search.profile import SlurmProfile
 from search.study_config import StudySettings
 from tests.fuzz.targets import ATTRIBUTES, CASES, CONFIG, STUDY, TARGETS
@@ -222,6 +223,7 @@ BUNDLED = {
     "": {"format", "train", "origin", "slurm"},
     "train": set(TrainConfig.model_fields),
     "origin": {"study", "trial", "standing", "dataset", "weights"},
+    "origin.accuracy": set(Accuracy.model_fields),
     "slurm.final": set(SlurmProfile.model_fields),
 }
 

@@ -209,6 +209,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     accuracy = best["origin"]["accuracy"]
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     assert (accuracy["seeds"], accuracy["noise"]) == (5, "images and seeds")
+    assert accuracy["optimism"] == pytest.approx(known["optimism"])
     assert "is confirmed" in atelier("export", "tiny", "--trial", winner, "-o", "best.toml").stderr
     (tmp_path / "mine.toml").write_text("[study]\n")
     refused = atelier("export", "tiny", "-o", "mine.toml", code=2).stderr

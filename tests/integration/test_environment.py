@@ -187,6 +187,7 @@ LOOKING = [
     ["train", "none.toml"],
     ["train", "none.toml", "--submit", "--dry-run"],
     ["predict", "none.run"],
+    ["export-model", "none.run"],
     ["model", "study.toml"],
     ["data", "check", "nowhere"],
     ["dashboard", "--port", "{port}"],

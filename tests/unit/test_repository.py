@@ -24,7 +24,7 @@ FORBIDDEN = {
 
 
 MOST_LINES = 450  # of a file
-MOST_LATE_IMPORTS = 15  # inside functions, in the whole project
+MOST_LATE_IMPORTS = 16  # inside functions, in the whole project
 
 
 def sources(*packages):
