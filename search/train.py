@@ -124,7 +124,7 @@ def _lengthened(config: TrainConfig, workspace: Workspace, checkpoints: Checkpoi
             config.epochs,
             "is the same so far"
             if position <= config.warmup_epochs
-            else "is another: it had higher rates",
+            else "is another, with higher rates up to there",
         )
     return run
 

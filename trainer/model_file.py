@@ -98,8 +98,8 @@ class ModelFiles:
                 if found.epoch >= done and epochs != run.config.epochs:
                     raise CheckpointError(
                         f"{path}: is of epoch {found.epoch + 1} of {epochs}, and the checkpoint has "
-                        f"{done}, because the run was killed; first go on with --epochs {epochs}, past "
-                        "that epoch"
+                        f"{done}, because the run was killed; first go on with --epochs {epochs} past "
+                        "that epoch, or give another --run"
                     )
 
     def _bytes(self, run: Run, state: State, result: EpochResult) -> bytes:

@@ -134,9 +134,9 @@ def train(
 
 def _read_init(path: Path) -> Init:
     """Read the model file that a run begins with. Raises ModelError."""
+    digest = weights_identity(str(path))  # first: `keep_init` finds that all was read from one file
     model = SavedModel(path)
     say_each(prediction.reader_notes(model))
-    digest = weights_identity(str(path))
     return Init(path, digest, tuple(model.description.attributes), model.head)
 
 

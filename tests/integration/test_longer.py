@@ -87,7 +87,7 @@ def test_a_lengthened_run_that_is_killed_equals_an_unbroken_one(train, config, t
     longer = ["--epochs", "8", "--lengthen"]
     said = train("--run", "whole", *longer)
     assert said.count("lengthened from 4 to 8 epochs") == 1
-    assert "an unbroken run of 8 epochs is another: it had higher rates" in said
+    assert "an unbroken run of 8 epochs is another, with higher rates up to there" in said
     train("--run", "broken", *longer, kill=(5, signal.SIGKILL), code=-9)
     train("--run", "broken", *longer, kill=(6, signal.SIGINT), code=130)
     # From its first checkpoint on it is an ordinary run of its new length.
@@ -143,7 +143,7 @@ def test_a_model_ahead_of_its_checkpoint_holds_the_run_to_its_schedule(atelier, 
     for words in (["--epochs", "9", "--lengthen"], []):
         error = atelier("train", "c.toml", "--run", "r", *words, code=2).stderr.splitlines()[-1]
         assert "best.safetensors: is of epoch 6 of 6, and the checkpoint has 4" in error
-        assert "first go on with --epochs 6, past that epoch" in error
+        assert "first go on with --epochs 6 past that epoch" in error
         assert files(tmp_path / "r") == before
     atelier("train", "c.toml", "--run", "r", "--epochs", "6", "--lengthen")
     atelier("train", "c.toml", "--run", "r", "--epochs", "9", "--lengthen")
@@ -180,7 +180,6 @@ def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed
 
 
 def test_what_a_run_cannot_begin_with(atelier, small, config, tmp_path, finished_run):
-    change(config, "other.toml", backbone="test_vit")
     change(config, "efficient.toml", backbone="test_efficientnet", trainable="head")
     for words, expected in (
         (["c.toml", "--init", "nowhere"], "nowhere: no model in it; give the run folder of a finished"),
@@ -192,6 +191,19 @@ def test_what_a_run_cannot_begin_with(atelier, small, config, tmp_path, finished
         assert error.startswith("error: ")
         assert expected in error
         assert not (tmp_path / "r").exists()
+
+
+def test_a_run_for_other_attributes_has_a_new_head_and_says_so(
+    atelier, small, config, demo, tmp_path, finished_run
+):
+    shutil.copytree(demo, tmp_path / "other")
+    listing = tmp_path / "other" / "split" / "list_attr_cloth.txt"
+    listing.write_text(listing.read_text().replace("floral", "flowery"))
+    name = change(config, "other.toml", data=str(tmp_path / "other"))
+    line = f"note: {finished_run}/best.safetensors has learned other attributes, so the head is new"
+    assert line in atelier("train", name, "--init", finished_run).stderr.splitlines()
+    assert "so the head is new" not in atelier("train", "c.toml", "--init", finished_run).stderr
+    atelier("predict", "other.run", "--data", tmp_path / "other")
 
 
 def test_the_script_of_a_run_that_goes_on_from_a_run(atelier, small, config, tmp_path, finished_run):
