@@ -6,7 +6,8 @@ from pathlib import Path
 from dashboards.outputs import check_overwritable
 from search.errors import InputError
 from search.model_card import model_card, read_facts
-from search.predict import model_path, reader_notes, source_of
+from search.predict import reader_notes, source_of
+from search.run_folder import model_path
 from trainer.files import write_atomically
 from trainer.portable import PortableModel
 

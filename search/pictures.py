@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dashboards.outputs import check_overwritable
 from search.errors import InputError
-from search.predict import model_path, reader_notes
+from search.predict import reader_notes
+from search.run_folder import model_path
 from trainer.files import write_atomically
 from trainer.images import ImageError
 from trainer.kind import IMAGES, kind_of

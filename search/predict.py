@@ -10,26 +10,12 @@ import numpy as np
 
 from dashboards.outputs import check_overwritable, mark
 from search.confirm.intervals import Interval, of_hits, of_mean
-from search.errors import InputError
+from search.run_folder import model_path
 from search.study import reader_note
 from trainer.dataset import read_dataset, read_labels
 from trainer.files import write_atomically
 from trainer.images import READER
 from trainer.model_file import SavedModel
-
-
-def model_path(run: Path) -> Path:
-    """The file to predict with: a finished run's best model, else its last. Raises InputError."""
-    if run.suffix == ".toml" and run.with_suffix(".run").is_dir():
-        raise InputError(f"{run} is a configuration; its run is {run.with_suffix('.run')}: give that")
-    if run.is_file():
-        return run
-    best, last = run / "best.safetensors", run / "last.safetensors"
-    if last.is_file():
-        return best if best.is_file() else last
-    if best.is_file():
-        raise InputError(f"{run}: the run is not finished; go on with atelier train, or name {best}")
-    raise InputError(f"{run}: no model in it; give the run folder of a finished: atelier train")
 
 
 def reader_notes(model: SavedModel) -> list[str]:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from dashboards import charts, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.run_folder import keep_init
 from search.slurm.job import own_job, seconds_to_kill
 from search.stopping import Stop, on_signals
 from storage.curves import Curve
@@ -21,9 +22,10 @@ from storage.status import State, TrialRow
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.files import write_atomically
-from trainer.loop import train
+from trainer.loop import finish
 from trainer.metrics import EpochResult
 from trainer.model_file import ModelFiles
+from trainer.run import Run, learning_rate
 from trainer.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -36,12 +38,15 @@ def run_to_end(
     folder: Path,
     facts: Mapping[str, Any],
     show: Callable[[EpochResult], None],
+    lengthen: bool = False,
 ) -> ExitCode:
     """Train, and write a checkpoint wherever it has to stop. `show` gets every epoch's result.
 
     The folder then has best.safetensors and last.safetensors, which keep `facts`, curve.csv and
-    curve.png. Returns why it ended. Raises CheckpointError if the folder has another configuration's
-    run, InputError if another process works in it, or if the loss diverges.
+    curve.png. Returns why it ended. With `lengthen` the folder's run may have begun with fewer epochs.
+
+    Raises CheckpointError if the folder has another configuration's run, InputError if another process
+    works in it, if there is nothing to lengthen, or if the loss diverges.
     """
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
@@ -50,7 +55,7 @@ def run_to_end(
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
             files = ModelFiles(folder, workspace.dataset, facts)
-            return _run(config, workspace, folder, files, show)
+            return _run(config, workspace, folder, files, show, lengthen)
     except Timeout:
         raise InputError(
             f"{folder}: another atelier train is at work in it; wait for it, or give another --run"
@@ -63,6 +68,7 @@ def _run(
     folder: Path,
     files: ModelFiles,
     show: Callable[[EpochResult], None],
+    lengthen: bool,
 ) -> ExitCode:
     job, steps = own_job(), 0
     stop = Stop(job.end if job else None, kill_seconds=seconds_to_kill())
@@ -75,8 +81,13 @@ def _run(
         return stop.requested  # at once: a checkpoint inside an epoch loses nothing
 
     results = []
+    checkpoints = Checkpoints(folder)
     with on_signals(stop):
-        with closing(train(config, workspace, Checkpoints(folder), interrupt, files.keep)) as training:
+        run = (_lengthened if lengthen else Run)(config, workspace, checkpoints)
+        files.check(run)
+        if workspace.init:
+            keep_init(folder, workspace.init.path, workspace.init.digest)
+        with closing(finish(run, checkpoints, interrupt, files.keep)) as training:
             for result in training:
                 results.append(result)
                 show(result)
@@ -93,6 +104,34 @@ def _run(
             return ExitCode.INTERRUPTED if stop.reason == "SIGINT" else stop.end
     _write_curve(folder, results)
     return ExitCode.DONE
+
+
+def _lengthened(config: TrainConfig, workspace: Workspace, checkpoints: Checkpoints) -> Run:
+    """The folder's run, by the configuration's schedule from where it is. Raises InputError.
+
+    It may have that schedule already. Raises CheckpointError if anything but the length differs.
+    """
+    state = checkpoints.latest()
+    if state is None:
+        raise InputError(
+            f"--lengthen: no checkpoint in {checkpoints.folder}; leave that out, or give another --run"
+        )
+    epochs = min(state["config"]["epochs"], config.epochs)  # a shorter schedule is refused by the run
+    shorter = config.model_copy(update={"epochs": epochs})
+    run = Run(shorter, workspace, checkpoints)
+    if epochs < config.epochs:
+        position = run.lengthen(config.epochs).position
+        log.info(
+            "lengthened from %d to %d epochs: after %g the rate was %.2e, and it goes on at the longer "
+            "schedule's %.2e; an unbroken run of %d epochs %s",
+            *(epochs, config.epochs, position),
+            *(learning_rate(position, schedule) for schedule in (shorter, config)),
+            config.epochs,
+            "is the same so far"
+            if position <= config.warmup_epochs
+            else "is another, with higher rates up to there",
+        )
+    return run
 
 
 def _write_curve(folder: Path, results: list[EpochResult]) -> None:

@@ -79,6 +79,16 @@ class TrainConfig(BaseModel):
         return self
 
 
+class Lengthening(BaseModel):
+    """A run got a longer schedule than it had begun with, and goes on in that at the same position."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: int  # epochs of its schedule until then
+    epochs: int  # from then on
+    position: float  # where that was, in epochs from the start
+
+
 # Changes with whatever changes a bit of a curve. Studies and checkpoints of another version are refused.
 ARITHMETIC = 2
 CHECKPOINT_SECONDS = 20.0  # of work that may be unsaved, where epochs are shorter

@@ -40,17 +40,31 @@ def train(
     so the consumer sees the whole curve. The curve is the same, bit for bit, as without an
     interruption, on one machine with as many threads.
 
+    `stream_epochs` are the epochs of the stream to go through, for a run that began in a pack. The rest
+    are those of `finish`.
+    """
+    run = Run(config, workspace, checkpoints, stream_epochs)
+    yield from finish(run, checkpoints, interrupt, keep, checkpoint_seconds)
+
+
+def finish(
+    run: Run,
+    checkpoints: Checkpoints | None,
+    interrupt: Interrupt = lambda *_: False,
+    keep: Keep = lambda *_: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Generator[EpochResult]:
+    """Train a run from where it is to its end, as `train` does. Raises OSError.
+
     - `interrupt` is that of `train_epoch`. Once it returns True, the iteration ends with a checkpoint
       in the middle of the epoch.
     - `keep` is asked about every new result. What it writes is never older than the checkpoint.
-    - `stream_epochs` are the epochs of the stream to go through, for a run that began in a pack.
     - At most `checkpoint_seconds` of work are unsaved, or one epoch. Close the iterator when you leave
       it early, to save the rest.
     """
-    run = Run(config, workspace, checkpoints, stream_epochs)
     yield from list(run.history)
     with Saver(run, checkpoints, checkpoint_seconds) as saver:
-        while len(run.history) < config.epochs:
+        while len(run.history) < run.config.epochs:
             [(_, outcome)] = train_epoch([run], interrupt)
             if isinstance(outcome, Exception):
                 raise outcome

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import nn
 
-from trainer.checkpoint import State
-from trainer.config import TrainConfig
+from trainer.checkpoint import CheckpointError, State
+from trainer.config import Lengthening, TrainConfig
 from trainer.dataset import Dataset, Split
 from trainer.files import write_atomically
 from trainer.images import READER, ImageError
@@ -47,6 +48,8 @@ class Description(BaseModel):
     format: int = FORMAT
     reader: int = 1  # version of the image reader that the network learned with
     facts: dict[str, Any] = {}  # what the run's maker says of it; earlier versions kept nothing
+    init: str | None = None  # digest of the model file that the run began with
+    lengthened: list[Lengthening] = []
 
     @model_validator(mode="after")
     def _each_attribute_has_a_category(self) -> Self:
@@ -83,6 +86,24 @@ class ModelFiles:
 
         return write if names else None
 
+    def check(self, run: Run) -> None:
+        """Check that no file is of a later epoch by another schedule. Raises CheckpointError.
+
+        A run that is killed after it has written a file, and before its checkpoint, trains that epoch
+        again. By another schedule the epoch would be another, and the best model would be of none.
+        """
+        for name in ("best", "last"):
+            path = self._folder / f"{name}.safetensors"
+            with suppress(ModelError):  # absent, or damaged, which is no matter
+                found, _ = _read(path)
+                epochs, done = found.config.epochs, len(run.history)
+                if found.epoch >= done and epochs != run.config.epochs:
+                    raise CheckpointError(
+                        f"{path}: is of epoch {found.epoch + 1} of {epochs}, and the checkpoint has "
+                        f"{done}, because the run was killed; first go on with --epochs {epochs} past "
+                        "that epoch, or give another --run"
+                    )
+
     def _bytes(self, run: Run, state: State, result: EpochResult) -> bytes:
         description = Description(
             config=run.config,
@@ -93,6 +114,8 @@ class ModelFiles:
             sizes=list(self._dataset.sizes),
             reader=READER,
             facts=self._facts,
+            init=run.init,
+            lengthened=run.lengthened,
         )
         trunk = state["trunk"] or run.trunk.state_dict()  # which is the run's own, or never changes
         named = as_saved(trunk, state["tail"])
@@ -104,23 +127,7 @@ class SavedModel:
     """A network from a file of `ModelFiles`, ready to predict. Raises ModelError."""
 
     def __init__(self, path: Path, device: torch.device | None = None) -> None:
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get(KEY)
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise ModelError(
-                f"{path}: cannot be read ({said(error)}); give a run of: atelier train"
-            ) from None
-        except safetensors.SafetensorError as error:
-            kind = kind_of(path)
-            fault = (
-                f"is {kind}" if kind not in (None, SAFETENSORS) else f"cannot be read ({said(error)})"
-            )
-            raise ModelError(f"{path}: {fault}; give a run of: atelier train") from None
-        if text is None:
-            raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
-        self.description = _described(path, text)
+        self.description, state = _read(path)
         self.config = self.description.config
         self._runtime = Runtime(
             self.config.model_copy(update={"weights": "none", "compile": "none"}), device
@@ -148,6 +155,11 @@ class SavedModel:
         if problem := not_finite(saved_names(self._trunk, self._tail)):
             raise ModelError(f"{path}: {problem}; give a run of: atelier train that did not diverge")
         self._frozen = self._runtime.freeze(self._trunk)
+
+    @property
+    def head(self) -> Mapping[str, torch.Tensor]:
+        """The head's state dict."""
+        return self._tail[1].state_dict()
 
     def check(self, dataset: Dataset) -> None:
         """Check that the dataset has the attributes that the network learned. Raises ModelError."""
@@ -220,6 +232,25 @@ class SavedModel:
         with torch.no_grad():
             features = self._runtime.features(self._frozen, images)
             return self._runtime.logits(self._tail, features).cpu()
+
+
+def _read(path: Path) -> tuple[Description, dict[str, torch.Tensor]]:
+    """A file's description and tensors. Raises ModelError."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({said(error)}); give a run of: atelier train"
+        ) from None
+    except safetensors.SafetensorError as error:
+        kind = kind_of(path)
+        fault = f"is {kind}" if kind not in (None, SAFETENSORS) else f"cannot be read ({said(error)})"
+        raise ModelError(f"{path}: {fault}; give a run of: atelier train") from None
+    if text is None:
+        raise ModelError(f"{path}: has no configuration inside; give a run of: atelier train")
+    return _described(path, text), state
 
 
 def _described(path: Path, text: str) -> Description:

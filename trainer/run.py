@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.checkpoint import CheckpointError, Checkpoints, State
-from trainer.config import ARITHMETIC, TUNABLE, TrainConfig
+from trainer.config import ARITHMETIC, TUNABLE, Lengthening, TrainConfig
 from trainer.device import is_out_of_memory, peak_memory, to_host
 from trainer.diagnosis import first_not_finite
 from trainer.images import READER
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights", "graphs")
 # Settings that may differ between a run and the workspace of its process.
-PER_RUN = ("seed", *TUNABLE)
+PER_RUN = ("seed", "epochs", *TUNABLE)
 FORMAT = 4  # of `Run.state`
 
 
@@ -98,6 +99,7 @@ class Run:
         self._began = time.monotonic()  # the running epoch, in this process
         self._ending: Callable[[], list[torch.Tensor]] | None = None  # what `end_epoch` reads
         self.history: list[EpochResult] = []
+        self.lengthened: list[Lengthening] = []
         self._resume()
 
     def _resume(self) -> None:
@@ -140,6 +142,8 @@ class Run:
                 self.config.dropout,
                 self.generator,
             )
+        if self.workspace.head is not None:
+            head.load_state_dict(self.workspace.head)
         tail = nn.Sequential(copy.deepcopy(self.workspace.stages), head)
         self.workspace.runtime.place(tail).requires_grad_(True)
         return tail
@@ -299,7 +303,24 @@ class Run:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step. Steps count from 0 over the whole run."""
-        return learning_rate(step / self.steps_per_epoch, self.config)
+        position, config = step / self.steps_per_epoch, self.config
+        for lengthening in reversed(self.lengthened):
+            if position < lengthening.position:
+                config = config.model_copy(update={"epochs": lengthening.before})
+        return learning_rate(position, config)
+
+    def lengthen(self, epochs: int) -> Lengthening:
+        """Go on by the schedule of a run of so many epochs. It is longer, so the rate rises."""
+        position = self.step / self.steps_per_epoch
+        lengthening = Lengthening(before=self.config.epochs, epochs=epochs, position=position)
+        self.config = self.config.model_copy(update={"epochs": epochs})
+        self.lengthened.append(lengthening)
+        return lengthening
+
+    @property
+    def init(self) -> str | None:
+        """The digest of the model file that the run began with. None if it began with no other run's."""
+        return self.workspace.init.digest if self.workspace.init else None
 
     def evaluate(self) -> torch.Tensor:
         """Logits of all validation images, float [images, attributes]."""
@@ -322,6 +343,8 @@ class Run:
             "reader": READER,
             "arithmetic": ARITHMETIC,
             "config": self.config.model_dump(),
+            "init": self.init,
+            "lengthened": [lengthening.model_dump() for lengthening in self.lengthened],
             "tail": self.tail.state_dict(),
             "trunk": self.trunk.state_dict() if self.owns_trunk else {},
             "optimizer": self.optimizer.state_dict(),
@@ -350,6 +373,12 @@ class Run:
                     "(CHANGELOG.md); go on with the Atelier that made it, or delete the checkpoint"
                 )
         self._check_config(state["config"])
+        if state.get("init") != self.init:
+            raise CheckpointError(
+                f"the checkpoint was made with init = {state.get('init')!r}, this run has "
+                f"{self.init!r}; use the same --init, or another run folder"
+            )
+        self.lengthened = [Lengthening(**values) for values in state.get("lengthened", [])]
         self.tail.load_state_dict(state["tail"])
         if self.owns_trunk:
             self.trunk.load_state_dict(state["trunk"])
@@ -367,13 +396,14 @@ class Run:
         kept = zip(state["history"], predictions, strict=True)
         self.history = [EpochResult(**values, predictions=part) for values, part in kept]
 
-    def _check_config(self, saved: dict[str, object]) -> None:
-        settings = self.config.model_dump()
-        for key in settings.keys() - set(MOVABLE):
-            if saved.get(key) != settings[key]:
+    def _check_config(self, saved: dict[str, Any]) -> None:
+        for key, value in self.config.model_dump().items():
+            if key not in MOVABLE and saved.get(key) != value:
+                is_longer = key == "epochs" and value > saved[key]
                 raise CheckpointError(
-                    f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
-                    f"{settings[key]!r}; use the same configuration, or another run folder"
+                    f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has {value!r}; "
+                    f"{'--lengthen makes it longer; else ' if is_longer else ''}"
+                    "use the same configuration, or another run folder"
                 )
 
 

@@ -43,8 +43,8 @@ def load_weights(
     After an error some tensors may be filled. Each spelling gives other names to the same tensors of the
     network, and a file uses one of the spellings. Tensors of integers may be absent.
 
-    The log says what was taken and what was not used. It says nothing about a file in the first spelling
-    whose other names are all in `usual_names`.
+    The log says what was taken and what is not the backbone's. It says nothing about a file in the first
+    spelling whose other names are all in `usual_names`.
     """
     try:
         if problem := not_weights(path):
@@ -71,7 +71,7 @@ def load_weights(
     unused = [name.removeprefix(taken.prefix) for name in file.tensors if name not in taken.used]
     if taken.prefix or taken.spelling is not spellings[0] or not set(unused) <= set(usual_names):
         of = f" (the file names {_few([file.of_what])})" if file.is_of_another(backbone) else ""
-        rest = f"; not used: {_few(unused)}" if unused else ""
+        rest = f"; not of the backbone: {_few(unused)}" if unused else ""
         log.info("weights = %r%s: the backbone's are %s%s", str(path), of, taken.place, rest)
 
 

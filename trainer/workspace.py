@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,15 @@ class TrunkError(RuntimeError):
     exit_code = 1  # not the input's fault, because another machine may do
 
 
+class Init(NamedTuple):
+    """The network of a finished run, with which other runs begin."""
+
+    path: Path  # of its model file
+    digest: str  # of that file
+    attributes: tuple[str, ...]  # that it learned
+    head: Mapping[str, torch.Tensor]  # the head's state dict
+
+
 class _Tried(NamedTuple):
     """What a trial of the trunk has shown."""
 
@@ -64,8 +73,9 @@ class Workspace:
     """Data, trunk and the output of it that is kept, shared by the runs of one process.
 
     `cache` is the folder for prepared images and compiled code. All `batch_sizes` that runs may have are
-    checked. `places` says where the trunk's output is kept, and how much of it. Raises DatasetError,
-    ImageError, ModelError, and the errors of `pick_device` and `places`.
+    checked. `places` says where the trunk's output is kept, and how much of it. With `init` runs begin
+    with its weights and not with the configuration's, and with its head if the attributes are the same.
+    Raises DatasetError, ImageError, ModelError, and the errors of `pick_device` and `places`.
     """
 
     def __init__(
@@ -75,10 +85,15 @@ class Workspace:
         device: torch.device | None = None,
         batch_sizes: Iterable[int] = (),
         places: Callable[[torch.device], Places] = constant_only,
+        init: Init | None = None,
     ) -> None:
         self.dataset = read_dataset(config.data)  # first, because its errors are found fastest
-        self.config = config
-        self.runtime = Runtime(config, device)
+        self.config, self.init = config, init
+        weights = config.weights if init is None else str(init.path)
+        self.runtime = Runtime(config.model_copy(update={"weights": weights}), device)
+        self.head: Mapping[str, torch.Tensor] | None = None
+        if init is not None and init.attributes == self.dataset.attributes:
+            self.head = init.head
         self.device, backbone = self.runtime.device, self.runtime.backbone
         self._places = places(self.device)
         _prepare_compiler(cache / "compiled")

@@ -25,7 +25,7 @@ from search.replay import replay as replay_epochs
 from search.slurm.job import own_job
 from search.slurm.queue import probe_liveness
 from search.study import open_study
-from search.study_config import StudyConfig
+from search.study_config import StudyConfig, weights_identity
 from search.train import run_to_end
 from search.worker import Worker
 from storage import database, roles, schema
@@ -40,8 +40,9 @@ from trainer.device import prepare_process
 from trainer.feature_places import places
 from trainer.metrics import EpochResult
 from trainer.model import stage_table
+from trainer.model_file import SavedModel
 from trainer.pack import pack_that_fits
-from trainer.workspace import Workspace
+from trainer.workspace import Init, Workspace
 
 CHALLENGE_ATTRIBUTES = 26
 
@@ -96,8 +97,18 @@ def _trials_at_once(pack: str | None, config: StudyConfig, workspace: Workspace)
     return int(pack or 1)
 
 
-def train(bundle: Bundle, config: TrainConfig, folder: Path, notes: list[str]) -> ExitCode:
-    """Train to the end, or until asked to stop, and print every epoch."""
+def train(
+    bundle: Bundle,
+    config: TrainConfig,
+    folder: Path,
+    notes: list[str],
+    lengthen: bool,
+    init: Path | None,
+) -> ExitCode:
+    """Train to the end, or until asked to stop, and print every epoch.
+
+    `init` is the model file that the run begins with.
+    """
 
     def show(result: EpochResult) -> None:
         validated = (
@@ -111,14 +122,25 @@ def train(bundle: Bundle, config: TrainConfig, folder: Path, notes: list[str]) -
         )
 
     prepare_process()
-    workspace = Workspace(config, image_cache(), batch_sizes=[config.batch_size])
+    begins = _read_init(init) if init else None
+    workspace = Workspace(config, image_cache(), batch_sizes=[config.batch_size], init=begins)
     check_origin(bundle, config, workspace.dataset.fingerprint)
     say_each(notes)
+    if init and workspace.head is None:
+        say(f"note: {init} has learned other attributes, so the head is new")
     absent = absent_attributes(workspace.dataset.attribute_table(config))
     say_each([f"note: {line}" for line in absent])
     with with_users_umask():
         facts = facts_of(bundle, config, workspace.dataset).model_dump()
-        return run_to_end(config, workspace, folder, facts, show)
+        return run_to_end(config, workspace, folder, facts, show, lengthen)
+
+
+def _read_init(path: Path) -> Init:
+    """Read the model file that a run begins with. Raises ModelError."""
+    digest = weights_identity(str(path))  # first: `keep_init` finds that all was read from one file
+    model = SavedModel(path)
+    say_each(prediction.reader_notes(model))
+    return Init(path, digest, tuple(model.description.attributes), model.head)
 
 
 def replay(engine: sa.Engine, entry: StudyEntry, config: StudyConfig, trial: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The verbs that use what a search found: from export and train to predict and export-model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ from search.export import (
     known_accuracy,
     load_bundle,
 )
+from search.run_folder import init_path
 from search.slurm.script import log_folder, run_script
 from search.slurm.submit import submit_run
 from storage.ownership import with_users_umask
@@ -129,6 +131,12 @@ def train(
         str | None, typer.Option(help="train, or train+val for the final run, without validation.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default: CONFIG.run.")] = None,
+    lengthen: Annotated[
+        bool, typer.Option("--lengthen", help="Go on with a run that has fewer epochs.")
+    ] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="Begin with the weights of another run: its folder.")
+    ] = None,
     submit: Submit = False,
     profile: Profile = None,
     dry_run: DryRun = False,
@@ -144,23 +152,41 @@ def train(
         "weights": weights,
     }
     bundle = load_bundle(config)
-    settings, notes = changed(bundle, changes, config, stretch_warmup)
     folder = run or config.with_suffix(".run")
+    if lengthen and not folder.is_dir():
+        raise InputError(f"--lengthen: no run in {folder}; leave that out, or give another --run")
+    options = changes | {"run": folder.absolute(), "init": init and init.absolute()}
+    if init:
+        bundle, init = _without_weights(bundle, weights), init_path(folder, init)
+    settings, notes = changed(bundle, changes, config, stretch_warmup)
+    if init:
+        notes.append(
+            f"note: it begins with the weights of {init}; optimizer and schedule begin anew, with a "
+            f"warm-up of {settings.warmup_epochs} to a rate of {settings.lr:g}"
+        )
     if goes_to_slurm(submit, dry_run, profile=profile):
-        given = {key: value for key, value in changes.items() if value is not None}
-        options = given | {"run": folder.absolute()}
-        words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-        words += ["--stretch-warmup"] * stretch_warmup
+        given = {key: value for key, value in options.items() if value is not None}
+        words = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        words += ["--stretch-warmup"] * stretch_warmup + ["--lengthen"] * lengthen
         arguments = [*words, "--", str(config.absolute())]
         _submit_run(bundle, settings, arguments, PROFILE if profile is None else profile, dry_run, notes)
         return
     from search.cli import training  # late: with torch, which a submit does not need
 
-    end = training.train(bundle, settings, folder, notes)
+    end = training.train(bundle, settings, folder, notes, lengthen, init)
     if end != ExitCode.DONE:
         say("not finished; the same command continues it")
         raise typer.Exit(end)
     say(f"the run is in {folder}; predict with: {command('predict', str(folder))}")
+
+
+def _without_weights(bundle: Bundle, weights: str | None) -> Bundle:
+    """The bundle for a run that begins with another run's weights. Raises InputError."""
+    if weights is not None:
+        raise InputError(f"--init and --weights {weights} are two sources of weights; give one of them")
+    config = bundle.config.model_copy(update={"weights": "none"})
+    origin = {key: value for key, value in bundle.origin.items() if key != "weights"}
+    return replace(bundle, config=config, origin=origin)
 
 
 def _submit_run(

@@ -1,9 +1,11 @@
 """The command as a user types it, in the test's process; and a worker inside the test."""
 
+import os
 import subprocess
 import time
 
 import pytest
+import tomli_w
 import torch
 from typer.testing import CliRunner
 
@@ -11,7 +13,7 @@ import search.local
 import search.trial
 from dashboards.plot import attach_curve
 from search import forking
-from search.cli import app
+from search.cli import app, main
 from search.study import open_study
 from search.toml_file import load_study_file
 from search.verify.look import verify
@@ -63,6 +65,35 @@ def slow_steps(seconds):
         train_step(*details)
 
     Run.train_step = slow_step
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
+    """The configuration of a run, of 4 epochs of 5 steps, in the file c.toml."""
+    values = tiny.model_dump(exclude_none=True) | {"epochs": 4, "image_size": 96, "batch_size": 32}
+    (tmp_path / "c.toml").write_text(tomli_w.dumps({"format": 1, "train": values}))
+    return tmp_path / "c.toml"
+
+
+@pytest.fixture
+def start(tmp_path, home, monkeypatch, start_process):
+    """Starts `atelier train` in a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return lambda *words: start_process(_slowly, ["train", *map(str, words)], environment)
+
+
+def _slowly(arguments):
+    slow_steps(0.05)
+    main(arguments)
+
+
+def wait_for_epoch(process, number):
+    """Wait until it says that an epoch is finished, and go into the next one."""
+    while f"epoch {number}/" not in process.output.read_text():
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.02)
+    time.sleep(0.3)
 
 
 def end_of(process, seconds=300):

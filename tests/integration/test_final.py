@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 import zipfile
 from pathlib import Path
 
@@ -11,41 +10,12 @@ import pytest
 import tomli_w
 import torch
 
-from search.cli import main
 from search.export import changed, load_bundle
 from search.toml_file import load_study_file
-from tests.integration.conftest import end_of, slow_steps
+from tests.integration.conftest import end_of, wait_for_epoch
 from trainer.dataset import read_dataset
 from trainer.demo import write_demo
 from trainer.run import learning_rate
-
-
-@pytest.fixture
-def config(tmp_path, tiny):
-    values = tiny.model_dump(exclude_none=True) | {"epochs": 4, "image_size": 96, "batch_size": 32}
-    (tmp_path / "c.toml").write_text(tomli_w.dumps({"format": 1, "train": values}))
-    return tmp_path / "c.toml"
-
-
-@pytest.fixture
-def start(tmp_path, home, monkeypatch, start_process):
-    """Starts `atelier train` in a process of its own."""
-    monkeypatch.chdir(tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return lambda *words: start_process(slowly, ["train", *map(str, words)], environment)
-
-
-def slowly(arguments):
-    slow_steps(0.05)
-    main(arguments)
-
-
-def wait_for_epoch(process, number):
-    """Wait until it says that an epoch is finished, and go into the next one."""
-    while f"epoch {number}/" not in process.output.read_text():
-        assert process.is_alive(), process.output.read_text()
-        time.sleep(0.02)
-    time.sleep(0.3)
 
 
 def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start, tmp_path):

@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from sklearn.metrics import recall_score
 
 from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.config import Lengthening
 from trainer.dataset import read_dataset
 from trainer.feature_places import Places
-from trainer.loop import train, train_epoch
+from trainer.loop import finish, train, train_epoch
 from trainer.model import ModelError, fold_batchnorm, load_backbone, stage_table
 from trainer.model_file import ModelFiles, SavedModel
 from trainer.predictions import Predictions
-from trainer.run import Run
-from trainer.workspace import Workspace
+from trainer.run import Run, learning_rate
+from trainer.workspace import Init, Workspace
 
 
 @pytest.fixture(scope="module")
@@ -489,3 +490,108 @@ def test_steps_as_graphs_change_no_number(tiny, unbroken_curves, tmp_path):
     """On a GPU; on a CPU there are no graphs."""
     config = tiny.model_copy(update={"graphs": "none"})
     assert curve(train(config, Workspace(config, tmp_path))) == curve(unbroken_curves(tiny))
+
+
+def lengthened(config, workspace, checkpoints, epochs):
+    """The folder's run of `config`, with a longer schedule, from its checkpoint on."""
+    run = Run(config, workspace, checkpoints)
+    run.lengthen(epochs)
+    return run
+
+
+@pytest.mark.parametrize("steps", [16, 15, 8])  # of 15: finished, before the last evaluation, and inside
+def test_a_lengthened_run_is_one_whose_rate_jumps_to_the_longer_schedule(
+    tiny, cache, tmp_path, monkeypatch, steps
+):
+    """An unbroken run of 5 epochs whose schedule is another function is the reference."""
+    longer, done = tiny.model_copy(update={"epochs": 5}), min(steps, 15) / 5
+
+    def both(position, config):
+        return learning_rate(position, tiny if position < done else longer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.run.learning_rate", both)
+        reference = curve(train(longer, Workspace(longer, cache)))
+    checkpoints = Checkpoints(tmp_path / "run")
+    with closing(train(tiny, Workspace(tiny, cache), checkpoints, after(steps))) as results:
+        list(results)
+    run = lengthened(tiny, Workspace(tiny, cache), checkpoints, 5)
+    # Interrupted again, in the first step of its longer schedule; then it is an ordinary run.
+    list(finish(run, checkpoints, after(1)))
+    resumed = Run(longer, Workspace(longer, cache), checkpoints)
+    assert curve(finish(resumed, checkpoints)) == reference
+    assert resumed.lengthened == [Lengthening(before=3, epochs=5, position=done)]
+    assert reference != curve(train(longer, Workspace(longer, cache)))
+
+
+def test_a_run_that_is_lengthened_in_its_warmup_equals_an_unbroken_one(
+    tiny, cache, unbroken_curves, tmp_path
+):
+    longer = tiny.model_copy(update={"epochs": 4})
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert list(train(tiny, Workspace(tiny, cache), checkpoints, after(4))) == []
+    run = lengthened(tiny, Workspace(tiny, cache), checkpoints, 4)
+    assert curve(finish(run, checkpoints)) == unbroken_curves(longer)
+
+
+@pytest.fixture(scope="module")
+def parent(cache, tmp_path_factory, demo):
+    """Trains a run to its end. Returns the logits of its last epoch, and how others begin with it."""
+
+    def train_to_end(config):
+        folder, workspace = tmp_path_factory.mktemp("parent"), Workspace(config, cache)
+        run = Run(config, workspace)
+        list(finish(run, None, keep=ModelFiles(folder, workspace.dataset).keep))
+        model = SavedModel(folder / "last.safetensors")
+        attributes = tuple(model.description.attributes)
+        return run.evaluate(), Init(folder / "last.safetensors", "its digest", attributes, model.head)
+
+    return train_to_end
+
+
+@pytest.mark.parametrize("frozen_batchnorm", ["eval", "train"])
+def test_a_run_that_begins_with_another_first_predicts_what_that_one_did(
+    tiny, cache, parent, frozen_batchnorm
+):
+    logits, init = parent(tiny.model_copy(update={"frozen_batchnorm": frozen_batchnorm}))
+    changes = {"seed": 5, "lr": 0.01, "batch_size": 32, "dropout": 0.1}
+    other = tiny.model_copy(update=changes | {"frozen_batchnorm": frozen_batchnorm})
+    begun = Run(other, Workspace(other, cache, init=init))
+    assert torch.equal(begun.evaluate(), logits)
+    assert not begun.optimizer.state_dict()["state"]
+    assert (begun.step, begun.history) == (0, [])
+    for trainable in ("stem", "layer2", "head"):  # folded elsewhere, which rounds otherwise
+        other = tiny.model_copy(update={"trainable": trainable})
+        begun = Run(other, Workspace(other, cache, init=init))
+        assert torch.allclose(begun.evaluate(), logits, atol=1e-4 * float(logits.abs().max()))
+    assert not torch.allclose(Run(tiny, Workspace(tiny, cache)).evaluate(), logits, atol=0.01)
+
+
+def test_a_run_that_begins_with_another_has_a_new_head_for_other_attributes(
+    tiny, demo, cache, parent, tmp_path
+):
+    _, init = parent(tiny)
+    config = tiny.model_copy(update={"data": first_images(demo, tmp_path / "data", train=64, val=9)})
+    listing = tmp_path / "data" / "split" / "list_attr_cloth.txt"
+    listing.write_text(listing.read_text().replace("floral", "flowery"))
+    begun = Run(config, Workspace(config, cache, init=init))
+    fresh = Run(config, Workspace(config, cache))
+    (stages, head), (drawn, fresh_head) = begun.tail, fresh.tail
+    assert equal_states(head, fresh_head)
+    assert not equal_states(stages, drawn)
+
+
+def equal_states(one, other):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_checkpoint_of_a_run_that_began_with_another_is_refused_elsewhere(
+    tiny, cache, parent, tmp_path
+):
+    _, init = parent(tiny)
+    checkpoints = Checkpoints(tmp_path / "run")
+    list(train(tiny, Workspace(tiny, cache, init=init), checkpoints))
+    for other in (None, init._replace(digest="another")):
+        with pytest.raises(CheckpointError, match="made with init = 'its digest', this run has"):
+            Run(tiny, Workspace(tiny, cache, init=other), checkpoints)

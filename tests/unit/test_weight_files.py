@@ -238,7 +238,7 @@ def test_the_log_says_what_was_taken(tmp_path, caplog):
     loaded(RESNET, path)
     assert caplog.messages == [
         f"weights = '{path}': the backbone's are under 'state_dict.module.'; "
-        "not used: fc.weight, fc.bias and 1 more"
+        "not of the backbone: fc.weight, fc.bias and 1 more"
     ]
 
 
