@@ -45,9 +45,12 @@ def plot_study(
         figure = _history(engine, entry)
     elif kind in ("confusion", "errors"):
         status = read_status(engine, entry.study_id, entry.name)
-        judgement = Judgement(entry, _complete(status, trials))
+        judgement = Judgement.of_trial(entry, _complete(status, trials))
         title += f", trial {judgement.number}"
-        figure = charts.confusion(judgement) if kind == "confusion" else surest_errors(entry, judgement)
+        if kind == "confusion":
+            figure = charts.confusion(judgement)
+        else:
+            figure = surest_errors(entry.places.get("data", ""), judgement)
     else:
         status = read_status(engine, entry.study_id, entry.name)
         chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
@@ -106,9 +109,8 @@ def _complete(status: Status, trials: str | None) -> int:
     return chosen[0].number
 
 
-def surest_errors(entry: StudyEntry, judgement: Judgement) -> charts.Figure:
-    """The images that a trial got most surely wrong. Raises PicturesError."""
-    folder = entry.places.get("data", "")
+def surest_errors(folder: str, judgement: Judgement) -> charts.Figure:
+    """The images of a data folder that were most surely wrong. Raises PicturesError."""
     pictures = find_pictures(folder, judgement.labels)
     images = judgement.choose(SURE)[:ERRORS].tolist()
     return charts.errors(judgement, {image: thumbnail(folder, pictures[image]) for image in images})

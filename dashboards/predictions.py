@@ -1,6 +1,8 @@
 """What a complete trial predicted of each validation image, and where it was wrong."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -56,16 +58,23 @@ class Verdict:
 
 
 class Judgement:
-    """A trial's predictions after its last epoch, with the images in the order of the split's list."""
+    """What was right and wrong after the last epoch of some predictions.
 
-    def __init__(self, entry: StudyEntry, number: int) -> None:
-        """Raises PredictionsError."""
-        found = predictions_of(entry, number)
-        self.number, self.names = number, attribute_names(entry)
+    The images are in the order of the split's list. `names` are the attributes of each category.
+    """
+
+    def __init__(self, found: Predictions, names: Mapping[str, Sequence[str]], number: int = 0) -> None:
+        """`number` is the trial's."""
+        self.number, self.names = number, names
         self.labels = found.labels.astype(int)  # [images, categories], as the two below
         self.classes = found.classes[-1].astype(int)
         self.probabilities = np.exp(found.log_probs[-1].astype(float))  # of the true attribute
         self.right = self.labels == self.classes
+
+    @classmethod
+    def of_trial(cls, entry: StudyEntry, number: int) -> Self:
+        """That of a complete trial. Raises PredictionsError."""
+        return cls(predictions_of(entry, number), attribute_names(entry), number)
 
     def __len__(self) -> int:
         return len(self.labels)

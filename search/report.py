@@ -113,9 +113,9 @@ def _judged(entry: StudyEntry, trial: int) -> dict[str, charts.Figure]:
     """What a trial gets wrong, as far as its predictions and the pictures are on this machine."""
     figures: dict[str, charts.Figure] = {}
     with suppress(PredictionsError, PicturesError):
-        judgement = Judgement(entry, trial)
+        judgement = Judgement.of_trial(entry, trial)
         figures["confusion.png"] = charts.confusion(judgement)
-        figures["errors.png"] = surest_errors(entry, judgement)
+        figures["errors.png"] = surest_errors(entry.places.get("data", ""), judgement)
     return figures
 
 

@@ -4,13 +4,16 @@ import csv
 import io
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dashboards import charts, render
+from dashboards.plot import surest_errors
+from dashboards.predictions import Judgement
+from dashboards.thumbnails import PicturesError
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.run_folder import keep_init
@@ -42,8 +45,9 @@ def run_to_end(
 ) -> ExitCode:
     """Train, and write a checkpoint wherever it has to stop. `show` gets every epoch's result.
 
-    The folder then has best.safetensors and last.safetensors, which keep `facts`, curve.csv and
-    curve.png. Returns why it ended. With `lengthen` the folder's run may have begun with fewer epochs.
+    The folder then has best.safetensors and last.safetensors, which keep `facts`, curve.csv, curve.png,
+    confusion.png and errors.png. Returns why it ended. With `lengthen` the folder's run may have begun
+    with fewer epochs.
 
     Raises CheckpointError if the folder has another configuration's run, InputError if another process
     works in it, if there is nothing to lengthen, or if the loss diverges.
@@ -103,6 +107,7 @@ def _run(
                 log.info("requeued: the job goes on where it stopped")
             return ExitCode.INTERRUPTED if stop.reason == "SIGINT" else stop.end
     _write_curve(folder, results)
+    _draw_judgement(folder, results, workspace)
     return ExitCode.DONE
 
 
@@ -132,6 +137,19 @@ def _lengthened(config: TrainConfig, workspace: Workspace, checkpoints: Checkpoi
             else "is another, with higher rates up to there",
         )
     return run
+
+
+def _draw_judgement(folder: Path, results: list[EpochResult], workspace: Workspace) -> None:
+    """Draw what the best epoch, which is that of best.safetensors, got right and wrong."""
+    best = max(results, key=lambda result: result.val_accuracy)
+    if best.predictions is None:  # a run without validation
+        return
+    dataset = workspace.dataset
+    judgement = Judgement(best.predictions, dict(zip(dataset.categories, dataset.names, strict=True)))
+    title = f"{folder.name}, epoch {best.epoch + 1}"
+    render.save(charts.confusion(judgement), title, folder / "confusion.png")
+    with suppress(PicturesError):  # the images are prepared, and the folder may be gone
+        render.save(surest_errors(workspace.config.data, judgement), title, folder / "errors.png")
 
 
 def _write_curve(folder: Path, results: list[EpochResult]) -> None:

@@ -84,7 +84,7 @@ class Reading:
     def _judgements(self) -> list[Judgement]:
         numbers = [n for n in (self.choice.trial, self.choice.against) if n is not None]
         try:
-            judgements = [Judgement(self.entry, number) for number in numbers]
+            judgements = [Judgement.of_trial(self.entry, number) for number in numbers]
             for judgement in judgements:
                 find_pictures(_folder(self.entry), judgement.labels)
         except PredictionsError as error:

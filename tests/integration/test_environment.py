@@ -171,6 +171,8 @@ LOOKING = [
     ["trials", "demo"],
     ["trials", "demo", "--csv", "trials.csv"],
     ["logs", "demo"],
+    ["efficiency", "demo"],
+    ["efficiency", "demo", "--json"],
     ["verify", "demo"],
     ["verify", "demo", "--json"],
     ["plot", "demo", "-o", "x.png"],

@@ -36,7 +36,8 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(config, start,
     curves = [(tmp_path / run / "curve.csv").read_text().splitlines() for run in ("broken", "whole")]
     columns = [[line.split(",")[:8] for line in lines] for lines in curves]
     assert columns[0] == columns[1]
-    assert (tmp_path / "whole" / "curve.png").stat().st_size > 10_000
+    for figure in ("curve", "confusion", "errors"):
+        assert (tmp_path / "whole" / f"{figure}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

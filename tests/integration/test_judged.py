@@ -81,7 +81,7 @@ def rows(answer):
 
 
 def test_a_confusion_matrix_is_that_of_scikit_learn(judged):
-    judgement, predictions = Judgement(judged.entry, 2), judged.predictions[2]
+    judgement, predictions = Judgement.of_trial(judged.entry, 2), judged.predictions[2]
     table = rows(judged.get("/confusion.csv", trial=2))
     for column, (category, names) in enumerate(judgement.names.items()):
         true, predicted = predictions.labels[:, column], predictions.classes[-1, :, column]
@@ -94,7 +94,7 @@ def test_a_confusion_matrix_is_that_of_scikit_learn(judged):
 def test_who_asks_for_mistakes_gets_the_surest_first(judged):
     predictions = judged.predictions[2]
     wrong = predictions.classes[-1] != predictions.labels
-    column = [*Judgement(judged.entry, 2).names].index("texture")
+    column = [*Judgement.of_trial(judged.entry, 2).names].index("texture")
     by_probability = sorted(
         np.flatnonzero(wrong[:, column]), key=lambda image: predictions.log_probs[-1, image, column]
     )

@@ -20,6 +20,7 @@ VERBS = {
     "logs": ["tiny"],
     "status": ["tiny", "--json"],
     "trials": ["tiny", "--csv", "trials.csv"],
+    "efficiency": ["tiny"],
     "verify": ["tiny"],
     "plot": ["tiny", "-o", "history.html"],
     "report": ["tiny", "-o", "pages"],
