@@ -23,7 +23,8 @@ def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
     splits = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
     dataset, findings = examine(folder, [*splits], labelled)
     if dataset is not None:
-        if labelled and all(name in dataset.splits for name in LEARNED) and not findings:
+        is_whole = not any(finding.is_error for finding in findings)
+        if labelled and is_whole and all(name in dataset.splits for name in LEARNED):
             findings += _absent(dataset)
         findings += _of_images(dataset)
     if labelled:  # a search does not use the test split
@@ -85,7 +86,7 @@ def _repeated(dataset: Dataset, first: Row, repeat: Row) -> Iterator[Finding]:
     differing = [
         f"{names[label]}, not {names[first_label]}"
         for names, first_label, label in columns
-        if first_label != label
+        if first_label != label and min(first_label, label) >= 0
     ]
     if differing:
         text = f"other labels than {first_place}, the same image: {'; '.join(differing)}"

@@ -3,7 +3,7 @@
 - `img/*.jpg`: the images.
 - `split/{train,val,test}.txt`: the path of one image in each line.
 - `split/{train,val}_attr.txt`: the labels of one image in each line. A label is the index, from 0, of an
-  attribute inside its category.
+  attribute inside its category, or -1 if it is unknown.
 - `split/list_attr_cloth.txt`: the number of attributes, a head, and each attribute with the number of
   its category.
 
@@ -39,9 +39,9 @@ CATEGORY_NAMES = {
 ATTRIBUTES = "list_attr_cloth.txt"
 HEAD = re.compile(r"\S*name\s+\S*type", re.IGNORECASE)  # attribute_name attribute_type
 MOST_DIGITS = 9  # in a label
-MOST_OF_A_TYPE = 256  # attributes of one type, because predictions are kept in bytes
+MOST_OF_A_TYPE = 255  # attributes of one type: predictions are kept in bytes, and one says "unknown"
 LEARNED = ("train", "val")  # the splits of a search
-MISSING = "missing files"  # the kind of a finding
+MISSING, UNKNOWN = "missing files", "unknown labels"  # kinds of findings
 
 
 class DatasetError(ValueError):
@@ -63,7 +63,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split, in file order. `labels` is int64 [images, categories] or None."""
+    """The images of one split, in file order.
+
+    `labels` is int64 [images, categories], with -1 for an unknown label, or None.
+    """
 
     name: str
     paths: tuple[str, ...]
@@ -162,7 +165,7 @@ class Dataset:
         return [
             count
             for column, size in zip(labels.T, self.sizes, strict=True)
-            for count in np.bincount(column, minlength=size).tolist()
+            for count in np.bincount(column + 1, minlength=size + 1)[1:].tolist()  # without the unknown
         ]
 
 
@@ -179,12 +182,18 @@ def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: bool = True) -> Dataset:
+def read_dataset(
+    folder: Path | str,
+    splits: Sequence[str] = LEARNED,
+    labelled: bool = True,
+    unknown_labels: bool = False,
+) -> Dataset:
     """Read the lists and labels of some splits, but no images. Labels are read if `labelled` is True.
 
-    Raises DatasetError with the first finding.
+    They may be -1 if `unknown_labels` is True. Raises DatasetError with the first finding.
     """
     dataset, findings = examine(Path(folder), splits, labelled)
+    findings = [one for one in findings if one.is_error or not unknown_labels]
     if dataset is not None and not findings:
         return dataset
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
@@ -207,13 +216,19 @@ def listed_splits(folder: Path) -> list[str]:
 def examine(
     folder: Path, splits: Sequence[str], labelled: bool = True
 ) -> tuple[Dataset | None, list[Finding]]:
-    """Read the dataset with these splits as far as possible, and what is wrong in its text files."""
+    """Read the dataset with these splits as far as possible, and what is wrong in its text files.
+
+    That labels are unknown is no error, but a warning.
+    """
     reader = _Reader(as_on_disk(folder))
     return reader.read(splits, labelled), reader.findings
 
 
 def read_labels(path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray:
-    """Read the labels of so many images: int64 [images, categories]. Raises DatasetError."""
+    """Read the labels of so many images: int64 [images, categories], -1 for unknown.
+
+    Raises DatasetError.
+    """
     reader = _Reader(path.parent)
     labels = reader.labels(path, images, sizes)
     if reader.findings or labels is None:
@@ -251,13 +266,15 @@ class _Reader:
         counts = Counter(kind for _, kind in rows)  # in the order of the file
         sizes = tuple(counts.values())
         read_splits = [self._split(name, sizes, labelled) for name in splits]
-        return Dataset(
+        dataset = Dataset(
             folder,
             tuple(name for name, _ in rows),
             tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in counts),
             sizes,
             {split.name: split for split in read_splits if split is not None},
         )
+        self.findings += _unknown(dataset)
+        return dataset
 
     def _lines(self, path: Path) -> list[str] | None:
         try:
@@ -351,8 +368,27 @@ class _Reader:
         return None if faults else np.array(values, np.int64).reshape(images, len(sizes))
 
 
+def _unknown(dataset: Dataset) -> Iterator[Finding]:
+    """A finding for each category of a split, in the line of its first unknown label."""
+    for split in dataset.splits.values():
+        if split.labels is None:
+            continue
+        path = _list(dataset.folder, f"{split.name}_attr")
+        unknown = split.labels < 0
+        if unknown.all() and unknown.size:
+            yield Finding(f"{path}:1", "labels", "every label is unknown; a split needs labels")
+            continue
+        for category, column in zip(dataset.categories, unknown.T, strict=True):
+            if count := int(column.sum()):
+                text = (
+                    f"{category} is unknown (-1) in {count} of {len(split)} images, first in this one; "
+                    f"unknown_labels = true in [train] leaves them out of {category}"
+                )
+                yield Finding(f"{path}:{int(column.argmax()) + 1}", UNKNOWN, text, is_error=False)
+
+
 def _fault_of_labels(words: list[str], sizes: tuple[int, ...]) -> str | None:
-    if len(words) != len(sizes) or not all(map(_is_number, words)):
+    if len(words) != len(sizes) or not all(word == "-1" or _is_number(word) for word in words):
         return f"expected {len(sizes)} indices, whole numbers from 0, found {' '.join(words)!r}"
     for column, (word, size) in enumerate(zip(words, sizes, strict=True), 1):
         if int(word) >= size:

@@ -251,7 +251,7 @@ class Run:
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss.of_split(logits, self.workspace.val_targets).mean(), logits]
+            outputs += [self.loss(logits, self.workspace.val_targets), logits]
         self._ending = _to_host(outputs)
         partial.seconds += time.monotonic() - started
 
@@ -370,9 +370,11 @@ class Run:
     def _check_config(self, saved: dict[str, object]) -> None:
         settings = self.config.model_dump()
         for key in settings.keys() - set(MOVABLE):
-            if saved.get(key) != settings[key]:
+            # A setting that an earlier version did not know had today's default.
+            made_with = saved.get(key, TrainConfig.model_fields[key].default)
+            if made_with != settings[key]:
                 raise CheckpointError(
-                    f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has "
+                    f"the checkpoint was made with {key} = {made_with!r}, this run has "
                     f"{settings[key]!r}; use the same configuration, or another run folder"
                 )
 

@@ -76,7 +76,8 @@ class Workspace:
         batch_sizes: Iterable[int] = (),
         places: Callable[[torch.device], Places] = constant_only,
     ) -> None:
-        self.dataset = read_dataset(config.data)  # first, because its errors are found fastest
+        # First, because its errors are found fastest.
+        self.dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
         self.config = config
         self.runtime = Runtime(config, device)
         self.device, backbone = self.runtime.device, self.runtime.backbone

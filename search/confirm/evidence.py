@@ -21,7 +21,7 @@ from search.errors import InputError
 from storage.paths import RunFolder
 from storage.status import State, Status, TrialRow, difference_line, read_status
 from storage.studies import StudyEntry, study_entry
-from trainer.predictions import Predictions
+from trainer.predictions import UNKNOWN, Predictions
 
 WINS = 0.95  # a candidate that is the best with this probability has won
 DROPPED = 0.01  # below this probability it gets no further seeds
@@ -155,7 +155,8 @@ def predictions_of(entry: StudyEntry, number: int) -> Predictions:
     sizes = attribute_sizes(entry)
     try:
         predictions = Predictions.load(path)
-        if predictions.labels.shape[1] == len(sizes) and (predictions.labels < sizes).all():
+        labels = predictions.labels
+        if labels.shape[1] == len(sizes) and ((labels < sizes) | (labels == UNKNOWN)).all():
             return predictions
     except (OSError, ValueError):
         pass
