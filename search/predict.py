@@ -54,8 +54,8 @@ class Predictor:
         self._model.check(self._dataset)
         self.notes = reader_notes(self._model)
         self._split = self._dataset.split(split)
-        sizes = self._dataset.sizes
-        self._truth = read_labels(truth, len(self._split), sizes) if truth else None
+        sizes, columns = self._dataset.sizes, self._dataset.columns
+        self._truth = read_labels(truth, len(self._split), sizes, columns) if truth else None
         if self._truth is not None and (unknown := int((self._truth < 0).sum())):
             self.notes.append(
                 f"note: {unknown} of {self._truth.size} labels in {truth} are unknown (-1) and count "

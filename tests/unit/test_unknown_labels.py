@@ -219,13 +219,13 @@ def test_they_are_refused_unless_the_study_allows_them(data):
         read_dataset(data)
     said = str(caught.value)
     assert "\n" not in said
-    assert said.startswith(f"{data}/split/train_attr.txt:3: texture is unknown (-1) in ")
+    assert said.startswith(f"{data}/split/train_attr.txt:3: texture is unknown in ")
     assert "unknown_labels = true in [train]" in said
     dataset = read_dataset(data, unknown_labels=True)
     assert (dataset.splits["val"].labels[:, 5] == -1).all()
     assert dataset.counts(dataset.splits["val"])[-3:] == [0, 0, 0]
     warned = [str(finding) for finding in check_dataset(data)[1]]
-    assert f"{data}/split/val_attr.txt:1: fit is unknown (-1) in 80 of 80 images" in "\n".join(warned)
+    assert f"{data}/split/val_attr.txt:1: fit is unknown in 80 of 80 images" in "\n".join(warned)
     result = CliRunner().invoke(app, ["data", "check", str(data)])
     assert result.exit_code == 0
     assert "no errors" in result.output
