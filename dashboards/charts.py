@@ -302,7 +302,7 @@ def errors(judgement: Judgement, pictures: dict[int, bytes]) -> Figure:
     """Images with what a trial got wrong in them. `pictures` are JPEGs, by the image's number."""
     panels = []
     for image, data in pictures.items():
-        wrong = [verdict for verdict in judgement.of(image) if not verdict.is_right]
+        wrong = [verdict for verdict in judgement.of(image) if verdict.is_wrong]
         lines = [
             f"{_word(one.true)}, not {_word(one.predicted)} ({100 * one.probability:.0f} %)"
             for one in wrong

@@ -8,7 +8,7 @@ import numpy as np
 
 from storage.paths import RunFolder
 from storage.studies import StudyEntry
-from trainer.predictions import Predictions
+from trainer.predictions import UNKNOWN, Predictions
 
 SURE, WRONG, RIGHT, ALL = SHOWN = ("surely wrong", "wrong", "right", "all")
 
@@ -36,7 +36,8 @@ def predictions_of(entry: StudyEntry, number: int) -> Predictions:
     sizes = attribute_sizes(entry)
     try:
         predictions = Predictions.load(path)
-        if predictions.labels.shape[1] == len(sizes) and (predictions.labels < sizes).all():
+        labels = predictions.labels
+        if labels.shape[1] == len(sizes) and ((labels < sizes) | (labels == UNKNOWN)).all():
             return predictions
     except (OSError, ValueError):
         pass
@@ -48,13 +49,13 @@ class Verdict:
     """What a trial said of one image in one category."""
 
     category: str
-    true: str
+    true: str  # empty if it is unknown
     predicted: str
     probability: float  # that it gave to the true attribute
 
     @property
-    def is_right(self) -> bool:
-        return self.true == self.predicted
+    def is_wrong(self) -> bool:
+        return bool(self.true) and self.true != self.predicted
 
 
 class Judgement:
@@ -66,10 +67,11 @@ class Judgement:
     def __init__(self, found: Predictions, names: Mapping[str, Sequence[str]], number: int = 0) -> None:
         """`number` is the trial's."""
         self.number, self.names = number, names
-        self.labels = found.labels.astype(int)  # [images, categories], as the two below
+        # [images, categories], as those below; -1 where a label is unknown.
+        self.labels = np.where(found.labels == UNKNOWN, -1, found.labels.astype(int))
         self.classes = found.classes[-1].astype(int)
         self.probabilities = np.exp(found.log_probs[-1].astype(float))  # of the true attribute
-        self.right = self.labels == self.classes
+        self.wrong = (self.labels >= 0) & (self.labels != self.classes)
 
     @classmethod
     def of_trial(cls, entry: StudyEntry, number: int) -> Self:
@@ -89,15 +91,16 @@ class Judgement:
             strict=True,
         )
         return [
-            Verdict(category, names[label], names[predicted], float(probability))
+            Verdict(category, names[label] if label >= 0 else "", names[predicted], float(probability))
             for (category, names), label, predicted, probability in columns
         ]
 
     def confusion(self, category: str) -> np.ndarray:
         """How many images have each true attribute (row) and were given each (column): int [n, n]."""
         column, size = [*self.names].index(category), len(self.names[category])
+        known = self.labels[:, column] >= 0
         counts = np.zeros((size, size), int)
-        np.add.at(counts, (self.labels[:, column], self.classes[:, column]), 1)
+        np.add.at(counts, (self.labels[known, column], self.classes[known, column]), 1)
         return counts
 
     def choose(
@@ -124,11 +127,11 @@ class Judgement:
         for text, values in ((true, self.labels), (predicted, self.classes)):
             if text:
                 wanted &= self._has(text, values)
-        wrong = ~self.right[:, columns]
+        wrong = self.wrong[:, columns]
         if shown in (SURE, WRONG):
             wanted &= wrong.any(1)
         elif shown == RIGHT:
-            wanted &= ~wrong.any(1)
+            wanted &= ~wrong.any(1) & (self.labels[:, columns] >= 0).any(1)
         if other is not None:
             wanted &= (self.classes != other.classes)[:, columns].any(1)
         images = np.flatnonzero(wanted)

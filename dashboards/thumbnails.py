@@ -12,6 +12,7 @@ from storage.paths import image_cache, make_private
 from trainer.dataset import DatasetError, read_dataset
 from trainer.files import write_atomically
 from trainer.images import READER, ImageError, load_image
+from trainer.layouts import Layout
 
 PIXELS = 224  # width and height that a small copy fits into
 QUALITY = 85  # of its JPEG
@@ -27,12 +28,13 @@ def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, 
     `labels`, int [images, categories], are those that a trial was judged by. They must be the folder's.
     """
     try:
-        changed = max(path.stat().st_mtime_ns for path in Path(folder, "split").glob("val*.txt"))
-        pictures, found = _read(folder, changed)
-    except (DatasetError, OSError, ValueError) as error:
-        reason = error if isinstance(error, DatasetError) else "no dataset is there"
+        layout = Layout.of(Path(folder))
+        lists = layout.attributes, layout.images("val"), layout.labels("val")
+        pictures, found = _read(folder, *(path.stat().st_mtime_ns for path in lists))
+    except (DatasetError, OSError) as error:
+        reason = str(error).partition("; ")[0] if isinstance(error, DatasetError) else error.strerror
         raise PicturesError(
-            f"the pictures are in {folder}, which this machine does not see: {reason}"
+            f"the pictures are in {folder}, which this machine does not see ({reason})"
         ) from None
     if labels is not None and not np.array_equal(found, labels):
         raise PicturesError(
@@ -42,8 +44,8 @@ def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, 
 
 
 @lru_cache(maxsize=8)
-def _read(folder: str, _: int) -> tuple[tuple[Path, ...], np.ndarray]:
-    dataset = read_dataset(folder, ["val"])
+def _read(folder: str, *_: int) -> tuple[tuple[Path, ...], np.ndarray]:
+    dataset = read_dataset(folder, ["val"], unknown_labels=True)
     val = dataset.split("val")
     assert val.labels is not None
     return tuple(dataset.folder / path for path in val.paths), val.labels

@@ -30,7 +30,7 @@ def source_of(model: SavedModel) -> str:
 
 
 class Predictor:
-    """A run's model and the images to predict. `truth` is a file with their labels.
+    """A run's model and the images to predict. `truth` is a file with their labels, -1 if unknown.
 
     Raises InputError, DatasetError and ModelError before anything is computed.
     """
@@ -45,8 +45,13 @@ class Predictor:
         self._model.check(self._dataset)
         self.notes = reader_notes(self._model)
         self._split = self._dataset.split(split)
-        sizes = self._dataset.sizes
-        self._truth = read_labels(truth, len(self._split), sizes) if truth else None
+        sizes, columns = self._dataset.sizes, self._dataset.columns
+        self._truth = read_labels(truth, len(self._split), sizes, columns) if truth else None
+        if self._truth is not None and (unknown := int((self._truth < 0).sum())):
+            self.notes.append(
+                f"note: {unknown} of {self._truth.size} labels in {truth} are unknown (-1) and count "
+                "nowhere"
+            )
 
     @property
     def source(self) -> str:
@@ -61,15 +66,30 @@ class Predictor:
         """The accuracies of predictions, the challenge's first; none without the truth."""
         if self._truth is None:
             return {}
-        right = classes == self._truth
+        right, known = classes == self._truth, self._truth >= 0
+        columns = zip(self._dataset.categories, right.T, known.T, strict=True)
         return {
             "average per-class accuracy": of_hits(right, self._truth, self._dataset.sizes),
-            "overall accuracy": of_mean(right.mean(1)),
+            "overall accuracy": of_mean(_by_image(right, known)),
             **{
-                name: of_mean(column.astype(float))
-                for name, column in zip(self._dataset.categories, right.T, strict=True)
+                name: of_mean(column[is_known].astype(float))
+                for name, column, is_known in columns
+                if is_known.any()
             },
         }
+
+
+def _by_image(right: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """What each image adds to the overall accuracy, the mean of these: float [images].
+
+    Where a label is unknown this is the category's accuracy, and the known ones weigh the more. So their
+    variance is that of a ratio (Cochran 1977, section 2.11). `right` and `known` are bool [images,
+    categories].
+    """
+    right, known = (part[:, known.any(0)] for part in (right, known))
+    share = known.mean(0)
+    accuracy = right.sum(0) / known.sum(0)
+    return np.asarray((right / share + (1 - known / share) * accuracy).mean(1))
 
 
 def check_submission(output: Path, source: str) -> None:

@@ -16,7 +16,7 @@ def preflight(config: StudyConfig) -> Dataset:
     Prepares the images and returns the dataset. Raises DatasetError, ModelError, DeviceError,
     UnknownDeviceError, FeaturesError and CallFailedError.
     """
-    dataset = read_dataset(config.shared.data)
+    dataset = read_dataset(config.shared.data, unknown_labels=config.shared.unknown_labels)
     forking.start_server()  # it imports torch meanwhile; this process needs none
     import dashboards.note  # noqa: F401  # late: a new study needs it, and now its second is free
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.dataset import ATTRIBUTES, LEARNED, Dataset, Finding, Split, examine, listed_splits
+from trainer.dataset import LEARNED, Dataset, Finding, Split, examine, listed_splits
 from trainer.images import ImageError, image_digest
-from trainer.text import as_on_disk, read_lines
+from trainer.layouts import Layout
+from trainer.text import as_on_disk
 
 Row = tuple[Split, int]  # where an image is listed: its split, and its index there
 
@@ -18,21 +19,18 @@ def check_dataset(folder: Path) -> tuple[Dataset | None, list[Finding]]:
 
     An error prevents a search or, in a folder without labels, a prediction. All else is a warning.
     """
-    present = listed_splits(folder)
-    labelled = any((as_on_disk(folder) / "split" / f"{name}_attr.txt").is_file() for name in LEARNED)
+    present, layout = listed_splits(folder), Layout.of(as_on_disk(folder))
+    labelled = any(layout.labels(name).is_file() for name in LEARNED)
     splits = dict.fromkeys([*LEARNED, *present]) if labelled or not present else present
     dataset, findings = examine(folder, [*splits], labelled)
     if dataset is not None:
-        if labelled and all(name in dataset.splits for name in LEARNED) and not findings:
+        is_whole = not any(finding.is_error for finding in findings)
+        if labelled and is_whole and all(name in dataset.splits for name in LEARNED):
             findings += _absent(dataset)
         findings += _of_images(dataset)
     if labelled:  # a search does not use the test split
-        findings = [replace(f, is_error=f.is_error and not _is_of_test(f)) for f in findings]
+        findings = [replace(f, is_error=f.is_error and f.split != "test") for f in findings]
     return dataset, sorted(findings, key=lambda finding: not finding.is_error)
-
-
-def _is_of_test(finding: Finding) -> bool:
-    return "/split/test" in finding.place
 
 
 def summary(findings: list[Finding]) -> str:
@@ -56,7 +54,7 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
             try:
                 rows_by_digest[image_digest(file)].append((split, index))
             except ImageError as error:
-                yield Finding(_place(dataset, (split, index)), "broken images", str(error))
+                yield Finding(split.place(index), "broken images", str(error), True, split.name)
     for first, *repeats in rows_by_digest.values():
         for repeat in repeats:
             yield from _repeated(dataset, first, repeat)
@@ -65,7 +63,7 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
 def _repeated(dataset: Dataset, first: Row, repeat: Row) -> Iterator[Finding]:
     """The findings about two rows with the same image."""
     (split, index), (repeat_split, repeat_index) = first, repeat
-    first_place = f"{split.name}.txt:{index + 1}"
+    first_place = Path(split.place(index)).name
     if split is not repeat_split:
         kind, text = (
             "images in two splits",
@@ -78,31 +76,26 @@ def _repeated(dataset: Dataset, first: Row, repeat: Row) -> Iterator[Finding]:
             "equal images",
             f"the same image as {first_place}, byte for byte, under another name",
         )
-    yield Finding(_place(dataset, repeat), kind, text, is_error=False)
+    yield Finding(repeat_split.place(repeat_index), kind, text, is_error=False)
     if split.labels is None or repeat_split.labels is None:
         return
     columns = zip(dataset.names, split.labels[index], repeat_split.labels[repeat_index], strict=True)
     differing = [
         f"{names[label]}, not {names[first_label]}"
         for names, first_label, label in columns
-        if first_label != label
+        if first_label != label and min(first_label, label) >= 0
     ]
     if differing:
         text = f"other labels than {first_place}, the same image: {'; '.join(differing)}"
-        yield Finding(_place(dataset, repeat, "_attr"), "contradicting labels", text, is_error=False)
-
-
-def _place(dataset: Dataset, row: Row, suffix: str = "") -> str:
-    split, index = row
-    return f"{dataset.folder / 'split' / split.name}{suffix}.txt:{index + 1}"
+        place = repeat_split.place(repeat_index, of_labels=True)
+        yield Finding(place, "contradicting labels", text, is_error=False)
 
 
 def _absent(dataset: Dataset) -> Iterator[Finding]:
-    listing = dataset.folder / "split" / ATTRIBUTES
-    rows = [number for number, line in enumerate(read_lines(listing), 1) if number > 2 and line]
     counts = [dataset.counts(dataset.splits[name]) for name in LEARNED]
-    for line, attribute, *images in zip(rows, dataset.attributes, *counts, strict=True):
+    for row, (attribute, *images) in enumerate(zip(dataset.attributes, *counts, strict=True)):
         lacking = [name for name, count in zip(LEARNED, images, strict=True) if not count]
         if lacking:
             text = f"no image of {' and '.join(lacking)} has {attribute}"
-            yield Finding(f"{listing}:{line}", "attributes without images", text, is_error=False)
+            place = dataset.attributes_from.place(row)
+            yield Finding(place, "attributes without images", text, is_error=False)

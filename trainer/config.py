@@ -38,6 +38,7 @@ class TrainConfig(BaseModel):
     augment: Literal["report", "none"] = "report"  # the random part of the training transform
     train_images: Whole | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
+    unknown_labels: bool = False  # labels may be -1: then the image is left out of that category
 
     epochs: Whole = Field(30, ge=1, le=1_000_000)
     warmup_epochs: Whole = Field(5, ge=0, le=1_000_000)  # learning rate rises linearly from 0 in these

@@ -1,18 +1,11 @@
 """Read a dataset's folder, and fingerprint it to tell one dataset from another.
 
-- `img/*.jpg`: the images.
-- `split/{train,val,test}.txt`: the path of one image in each line.
-- `split/{train,val}_attr.txt`: the labels of one image in each line. A label is the index, from 0, of an
-  attribute inside its category.
-- `split/list_attr_cloth.txt`: the number of attributes, a head, and each attribute with the number of
-  its category.
-
-Nothing here has a fixed size, so the full DeepFashion set is read in the same way.
+`trainer/layouts.py` knows the layouts that the folder may have. A label is the index, from 0, of an
+attribute inside its category, or -1 if it is unknown. Nothing here has a fixed size.
 """
 
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,24 +17,22 @@ import numpy as np
 
 from trainer.config import TrainConfig
 from trainer.kind import kind_of
+from trainer.layouts import (
+    ATTRIBUTES,
+    SPLITS,
+    Fault,
+    Layout,
+    Lines,
+    attributes_of,
+    labels_by_image,
+    labels_by_row,
+    layouts_around,
+    partition_of,
+)
 from trainer.text import TextError, as_on_disk, read_lines, same_letters
 
-# What the numbers in list_attr_cloth.txt stand for (DeepFashion's documentation).
-CATEGORY_NAMES = {
-    "1": "texture",
-    "2": "sleeve",
-    "3": "length",
-    "4": "neckline",
-    "5": "fabric",
-    "6": "fit",
-}
-
-ATTRIBUTES = "list_attr_cloth.txt"
-HEAD = re.compile(r"\S*name\s+\S*type", re.IGNORECASE)  # attribute_name attribute_type
-MOST_DIGITS = 9  # in a label
-MOST_OF_A_TYPE = 256  # attributes of one type, because predictions are kept in bytes
 LEARNED = ("train", "val")  # the splits of a search
-MISSING = "missing files"  # the kind of a finding
+MISSING, UNKNOWN = "missing files", "unknown labels"  # kinds of findings
 
 
 class DatasetError(ValueError):
@@ -56,6 +47,7 @@ class Finding:
     kind: str  # in the plural, for a summary
     text: str
     is_error: bool = True  # else a warning: the dataset can be used as it is
+    split: str | None = None  # if it is about one split
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}"
@@ -63,14 +55,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split, in file order. `labels` is int64 [images, categories] or None."""
+    """The images of one split, in file order.
+
+    `labels` is int64 [images, categories], with -1 for an unknown label, or None.
+    """
 
     name: str
     paths: tuple[str, ...]
     labels: np.ndarray | None
+    images_from: Lines | None = None  # None of splits that are joined
+    labels_from: Lines | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def place(self, row: int, of_labels: bool = False) -> str:
+        """The file and line that list an image, or its labels."""
+        lines = self.labels_from if of_labels else self.images_from
+        assert lines is not None
+        return lines.place(row)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Dataset:
     categories: tuple[str, ...]
     sizes: tuple[int, ...]  # attributes per category, in file order
     splits: dict[str, Split]
+    attributes_from: Lines
 
     @property
     def fingerprint(self) -> str:
@@ -150,6 +154,11 @@ class Dataset:
         ]
 
     @property
+    def columns(self) -> np.ndarray:
+        """Where each attribute stands in the attribute list, from 0: int64 [attributes]."""
+        return np.argsort(np.argsort(self.attributes_from.numbers))
+
+    @property
     def names(self) -> list[tuple[str, ...]]:
         """The attributes of each category."""
         ends = np.cumsum(self.sizes)
@@ -162,7 +171,7 @@ class Dataset:
         return [
             count
             for column, size in zip(labels.T, self.sizes, strict=True)
-            for count in np.bincount(column, minlength=size).tolist()
+            for count in np.bincount(column + 1, minlength=size + 1)[1:].tolist()  # without the unknown
         ]
 
 
@@ -179,12 +188,18 @@ def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: bool = True) -> Dataset:
+def read_dataset(
+    folder: Path | str,
+    splits: Sequence[str] = LEARNED,
+    labelled: bool = True,
+    unknown_labels: bool = False,
+) -> Dataset:
     """Read the lists and labels of some splits, but no images. Labels are read if `labelled` is True.
 
-    Raises DatasetError with the first finding.
+    They may be -1 if `unknown_labels` is True. Raises DatasetError with the first finding.
     """
     dataset, findings = examine(Path(folder), splits, labelled)
+    findings = [one for one in findings if one.is_error or not unknown_labels]
     if dataset is not None and not findings:
         return dataset
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
@@ -200,110 +215,173 @@ def read_dataset(folder: Path | str, splits: Sequence[str] = LEARNED, labelled: 
 
 def listed_splits(folder: Path) -> list[str]:
     """The splits that have a list of images."""
-    folder = as_on_disk(folder)
-    return [name for name in (*LEARNED, "test") if _list(folder, name).is_file()]
+    return _Reader(as_on_disk(folder)).listed_splits()
 
 
 def examine(
     folder: Path, splits: Sequence[str], labelled: bool = True
 ) -> tuple[Dataset | None, list[Finding]]:
-    """Read the dataset with these splits as far as possible, and what is wrong in its text files."""
+    """Read the dataset with these splits as far as possible, and what is wrong in its text files.
+
+    That labels are unknown is no error, but a warning.
+    """
     reader = _Reader(as_on_disk(folder))
     return reader.read(splits, labelled), reader.findings
 
 
-def read_labels(path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray:
-    """Read the labels of so many images: int64 [images, categories]. Raises DatasetError."""
+def read_labels(
+    path: Path, images: int, sizes: Sequence[int], columns: np.ndarray | None = None
+) -> np.ndarray:
+    """Read the labels of so many images: int64 [images, categories], -1 for unknown.
+
+    `columns` are `Dataset.columns`; without it the attribute list is sorted. Raises DatasetError.
+    """
     reader = _Reader(path.parent)
-    labels = reader.labels(path, images, sizes)
+    labels = reader.labels(path, images, sizes, np.arange(sum(sizes)) if columns is None else columns)
     if reader.findings or labels is None:
         raise DatasetError(str(reader.findings[0]))
     return labels
-
-
-def _list(folder: Path, split: str) -> Path:
-    return folder / "split" / f"{split}.txt"
 
 
 class _Reader:
     """Reads the text files of a dataset folder, and collects what is wrong with them."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._layout = folder, Layout.of(folder)
+        self._root = self._layout.root
         self.findings: list[Finding] = []
+        self._split: str | None = None  # that is being read
         self._names: dict[Path, dict[str, list[str]]] = {}  # the names in each folder, for `_on_disk`
 
     def _add(self, place: str, kind: str, text: str) -> None:
-        self.findings.append(Finding(place, kind, text))
+        self.findings.append(Finding(place, kind, text, split=self._split))
+
+    def _add_faults(self, path: Path, kind: str, faults: Sequence[Fault]) -> None:
+        for number, text in faults:
+            self._add(f"{path}:{number}", kind, text)
 
     def read(self, splits: Sequence[str], labelled: bool) -> Dataset | None:
         """The dataset with these splits. None if its attributes cannot be read."""
-        folder = self._folder
+        folder, layout = self._folder, self._layout
         if not folder.is_dir():
             problem = "the folder does not exist"
             if folder.exists():
                 problem = f"it is {kind_of(folder) or 'a file'}, not a folder"
             self._add(f"no dataset at {folder}", MISSING, problem)
             return None
-        rows = self._attributes(folder / "split" / ATTRIBUTES)
-        if rows is None:
+        rows = self._attributes()
+        if not rows:
             return None
-        counts = Counter(kind for _, kind in rows)  # in the order of the file
-        sizes = tuple(counts.values())
-        read_splits = [self._split(name, sizes, labelled) for name in splits]
-        return Dataset(
+        counts = Counter(kind for _, _, kind in rows)  # by ascending types
+        dataset = self._dataset = Dataset(
             folder,
-            tuple(name for name, _ in rows),
-            tuple(CATEGORY_NAMES.get(kind, f"category {kind}") for kind in counts),
-            sizes,
-            {split.name: split for split in read_splits if split is not None},
+            tuple(name for _, name, _ in rows),
+            tuple(layout.category_names.get(kind, f"category {kind}") for kind in counts),
+            tuple(counts.values()),
+            {},
+            Lines(layout.attributes, [number for number, _, _ in rows]),
         )
+        for name in splits:
+            self._split = name
+            if (split := self._read_split(name, labelled)) is not None:
+                dataset.splits[name] = split
+        self.findings += _unknown(dataset)
+        return dataset
+
+    def listed_splits(self) -> list[str]:
+        """The splits that have a list of images."""
+        if self._layout.is_partitioned:
+            return [name for name, images in self._partition.items() if images]
+        return [name for name in SPLITS if self._layout.images(name).is_file()]
 
     def _lines(self, path: Path) -> list[str] | None:
         try:
             return read_lines(path)
         except FileNotFoundError:
-            hint = _elsewhere(self._folder) if path.name == ATTRIBUTES else ""
-            self._add(str(path), MISSING, f"no such file{hint}")
+            near = layouts_around(self._folder) if path.name == ATTRIBUTES else []
+            self._add(str(path), MISSING, f"no such file{f'; did you mean {near[0]}?' if near else ''}")
         except TextError as error:
             place, _, text = str(error).partition(": ")
             self._add(place, "unreadable files", text)
         return None
 
-    def _attributes(self, path: Path) -> list[tuple[str, str]] | None:
-        """Names and types in the order of the network's outputs. None if the list has a fault."""
+    def _attributes(self) -> list[tuple[int, str, str]]:
+        """Lines, names and types in the order of the network's outputs; none if the list has a fault."""
+        path = self._layout.attributes
         lines = self._lines(path)
         if lines is None:
-            return None
-        rows = [
-            (number, *" ".join(line.split()).rpartition(" ")[::2])
-            for number, line in enumerate(lines, 1)
-            if number > 2 and line
-        ]
-        faults = [*_faults_of_head(lines, len(rows)), *_faults_of_attributes(rows)]
-        for number, text in faults:
-            self._add(f"{path}:{number}", "attributes", text)
-        return None if faults else [(name, str(int(kind))) for _, name, kind in rows]
+            return []
+        rows, faults = attributes_of(lines, self._layout.is_ascending)
+        self._add_faults(path, "attributes", faults)
+        return rows
 
-    def _split(self, name: str, sizes: tuple[int, ...], labelled: bool) -> Split | None:
-        listing = _list(self._folder, name)
-        listed = self._lines(listing)
+    @cached_property
+    def _partition(self) -> dict[str, list[tuple[int, str]]]:
+        """Line and path of the images of each split, from the one list of all."""
+        path = self._layout.images("")
+        lines = self._lines(path)
+        if lines is None:
+            return {}
+        images, faults = partition_of(lines)
+        self._add_faults(path, "missing images", faults)
+        return images
+
+    def _listed(self, name: str) -> list[tuple[int, str]] | None:
+        """Line and path of a split's images. None if there is no list."""
+        if self._layout.is_partitioned:
+            return self._partition.get(name)
+        lines = self._lines(self._layout.images(name))
+        return None if lines is None else [*enumerate(lines, 1)]
+
+    def _read_split(self, name: str, labelled: bool) -> Split | None:
+        path, listed = self._layout.images(name), self._listed(name)
         if listed is None:
             return None
         if not listed:
-            self._add(f"{listing}:1", "missing images", "no images in it")
+            self._add(f"{path}:1", "missing images", f"no images of {name} in it")
         paths = []
-        for number, path in enumerate(listed, 1):
-            path_on_disk = self._on_disk(path) if path else None
-            if path_on_disk is None:
-                listed_path = path or "(empty line)"
-                self._add(f"{listing}:{number}", "missing images", f"no such image: {listed_path}")
-            paths.append(path_on_disk or path)
-        label_file = listing.with_name(f"{name}_attr.txt")
+        for number, image in listed:
+            on_disk = self._on_disk(os.path.join(self._root, image)) if image else None
+            if on_disk is None:
+                self._add(
+                    f"{path}:{number}", "missing images", f"no such image: {image or '(empty line)'}"
+                )
+            paths.append(on_disk or image)
         # The public part of the challenge has no labels of the test split.
-        has_labels = labelled and (name != "test" or label_file.exists())
-        labels = self.labels(label_file, len(paths), sizes) if has_labels else None
-        return Split(name, tuple(paths), labels)
+        has_labels = labelled and (name != "test" or self._layout.labels(name).exists())
+        labels, labels_from = self._labels(name, listed) if has_labels else (None, None)
+        images_from = Lines(path, [number for number, _ in listed])
+        return Split(name, tuple(paths), labels, images_from, labels_from)
+
+    def _labels(
+        self, name: str, listed: list[tuple[int, str]]
+    ) -> tuple[np.ndarray | None, Lines | None]:
+        """The labels of a split's images, and where they come from. None if they have a fault."""
+        path, dataset = self._layout.labels(name), self._dataset
+        if not self._layout.is_partitioned:
+            labels = self.labels(path, len(listed), dataset.sizes, dataset.columns)
+            return labels, Lines(path, range(1, len(listed) + 1))
+        if self._by_image is None:
+            return None, None
+        rows, labels = self._by_image
+        text = f"the image has no row in {path}"
+        lacking = [(number, text) for number, image in listed if image not in rows]
+        self._add_faults(self._layout.images(name), "labels", lacking)
+        if lacking:
+            return None, None
+        chosen = [rows[image] for _, image in listed]
+        return labels[chosen], Lines(path, [row + 3 for row in chosen])
+
+    @cached_property
+    def _by_image(self) -> tuple[dict[str, int], np.ndarray] | None:
+        """Each image's row, and the rows' labels, from the one list of all. None if it has a fault."""
+        path = self._layout.labels("")
+        lines = self._lines(path)
+        if lines is None:
+            return None
+        rows, labels, faults = labels_by_image(lines, self._dataset.sizes, self._dataset.columns)
+        self._add_faults(path, "labels", faults)
+        return None if faults else (rows, labels)
 
     def _on_disk(self, path: str) -> str | None:
         """A listed path in the spelling that it has on disk.
@@ -311,7 +389,7 @@ class _Reader:
         The list may have backslashes, other upper and lower case, or another Unicode form of accents,
         because it may come from another system. None if no file fits, or if several do.
         """
-        if os.path.isfile(self._folder / path):  # also False for a text that cannot be a path
+        if os.path.isfile(os.path.join(self._folder, path)):  # also False for what cannot be a path
             return path
         real_path = ""
         for part in path.replace("\\", "/").split("/"):
@@ -331,78 +409,37 @@ class _Reader:
                 self._names[place][same_letters(present).casefold()].append(present)
         return self._names[place]
 
-    def labels(self, path: Path, images: int, sizes: tuple[int, ...]) -> np.ndarray | None:
+    def labels(
+        self, path: Path, images: int, sizes: Sequence[int], columns: np.ndarray
+    ) -> np.ndarray | None:
         """The labels, int64 [images, categories]. None if something is wrong with them."""
         rows = self._lines(path)
         if rows is None:
             return None
-        faults = (
-            [(max(len(rows), 1), f"{len(rows)} rows for {images} images")] if len(rows) != images else []
-        )
-        values = []
-        for number, row in enumerate(rows, 1):
-            words = row.replace(",", " ").split()
-            if fault := _fault_of_labels(words, sizes):
-                faults.append((number, fault))
-            else:
-                values.append([int(word) for word in words])
-        for number, fault in faults:
-            self._add(f"{path}:{number}", "labels", fault)
-        return None if faults else np.array(values, np.int64).reshape(images, len(sizes))
+        labels, faults = labels_by_row(rows, sizes, columns)
+        if len(rows) != images:
+            faults = [(max(len(rows), 1), f"{len(rows)} rows for {images} images"), *faults]
+        self._add_faults(path, "labels", faults)
+        return None if faults else labels
 
 
-def _fault_of_labels(words: list[str], sizes: tuple[int, ...]) -> str | None:
-    if len(words) != len(sizes) or not all(map(_is_number, words)):
-        return f"expected {len(sizes)} indices, whole numbers from 0, found {' '.join(words)!r}"
-    for column, (word, size) in enumerate(zip(words, sizes, strict=True), 1):
-        if int(word) >= size:
-            return f"label {int(word)} in column {column}, allowed is 0 to {size - 1}"
-    return None
-
-
-def _faults_of_head(lines: list[str], attributes: int) -> Iterator[tuple[int, str]]:
-    """What is wrong with the first two lines of an attribute list, with the line's number."""
-    stated, head = [*lines, "", ""][:2]
-    if not _is_number(stated):
-        yield 1, f"found {stated!r}, allowed is the number of attributes"
-    if not HEAD.fullmatch(head):
-        yield 2, f"found {head!r}, allowed is the head 'attribute_name attribute_type'"
-    if not attributes:
-        yield max(len(lines), 1), "no attributes in it"
-    elif _is_number(stated) and int(stated) != attributes:
-        yield 1, f"says {stated} attributes, but {attributes} follow"
-
-
-def _faults_of_attributes(rows: list[tuple[int, str, str]]) -> Iterator[tuple[int, str]]:
-    """What is wrong with the rows of an attribute list: line, name and type."""
-    last, lines, counts = 0, dict[tuple[str, int], int](), Counter[int]()
-    for line, name, text in rows:
-        if not name or not _is_number(text):
-            row = f"{name} {text}".strip()
-            yield line, f"found {row!r}, allowed is a name and the number of its type"
+def _unknown(dataset: Dataset) -> Iterator[Finding]:
+    """A finding for each category of a split, in the line of its first unknown label."""
+    for split in dataset.splits.values():
+        if split.labels is None:
             continue
-        kind = int(text)
-        if (first := lines.setdefault((name, kind), line)) != line:
-            yield line, f"{name} of type {kind} stands in line {first} already"
-        if kind < last:
-            yield (
-                line,
-                f"type {kind} after type {last}; sort them, since the columns of the labels go by "
-                "ascending types",
-            )
-        counts[kind] += 1
-        if counts[kind] == MOST_OF_A_TYPE + 1:
-            yield line, f"more than {MOST_OF_A_TYPE} attributes of type {kind}; leave some out"
-        last = kind
-
-
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) <= MOST_DIGITS
-
-
-def _elsewhere(folder: Path) -> str:
-    """A hint for a message, if the dataset is one folder further in or out."""
-    inside = sorted(path.parents[1] for path in folder.glob(f"*/split/{ATTRIBUTES}"))
-    outside = [parent for parent in folder.parents[:1] if (parent / "split" / ATTRIBUTES).is_file()]
-    datasets = [*inside, *outside]
-    return f"; did you mean {datasets[0]}?" if datasets else ""
+        unknown = split.labels < 0
+        if unknown.all() and unknown.size:
+            place = split.place(0, of_labels=True)
+            text = "every label is unknown; a split needs labels"
+            yield Finding(place, "labels", text, split=split.name)
+            continue
+        for category, column in zip(dataset.categories, unknown.T, strict=True):
+            if count := int(column.sum()):
+                text = (
+                    f"{category} is unknown in {count} of {len(split)} images, first in this one (-1, "
+                    "or not exactly one attribute); unknown_labels = true in [train] leaves them out of "
+                    f"{category}"
+                )
+                place = split.place(int(column.argmax()), of_labels=True)
+                yield Finding(place, UNKNOWN, text, False, split.name)

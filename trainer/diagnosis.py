@@ -63,7 +63,7 @@ def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
     workspace = run.workspace
     where, remedy = f"in the validation after step {run.steps_per_epoch}", _remedy(run, run.step)
     if logits.isfinite().all():
-        losses = run.loss.of_split(logits.to(run.device), workspace.val_targets)
+        losses = run.loss.by_category(logits.to(run.device), workspace.val_targets)
         return _Finding(_loss_of(run, losses), where, remedy)
     usable = torch.cat([_usable(part) for part in workspace.val_features(run.runnable_trunk)])
     if finding := _of_trunk(run, usable, workspace.dataset.split("val").paths, where):

@@ -1,7 +1,7 @@
 """What an epoch reports, and how it is computed: a new metric goes here.
 
 Logits are float [images, attributes], one slice after another for each category. Targets are int64
-[images, categories]: the index inside the slice.
+[images, categories]: the index inside the slice, or -1 for an unknown label, which counts nowhere.
 """
 
 import math
@@ -32,7 +32,7 @@ class EpochResult:
     val_loss: float = math.nan
     val_accuracy: float = math.nan  # average per-class accuracy: the challenge's metric
     val_overall: float = math.nan  # mean over categories of the plain accuracy
-    val_category: tuple[float, ...] = ()  # plain accuracy of each category
+    val_category: tuple[float, ...] = ()  # plain accuracy of each category; NaN without known labels
     val_hits: tuple[int, ...] = ()  # correctly predicted images of each attribute
     val_log_loss: float = math.nan  # mean over attributes of their images' mean -ln p(true attribute)
     seconds: float  # of the device; the run's share, if several go side by side
@@ -82,7 +82,7 @@ REPEATABLE = tuple(
 
 def _equal(recorded: Any, again: Any) -> bool:
     if isinstance(recorded, list):
-        return recorded == list(again)
+        return len(recorded) == len(again) and all(map(_equal, recorded, again))
     if recorded is None:  # an earlier version did not record it
         return True
     return bool(recorded == again) or (math.isnan(recorded) and math.isnan(again))
@@ -107,11 +107,11 @@ def validation_metrics(
     """
     classes, log_probs = _predict(logits, targets, sizes)
     right = classes == targets
-    category = right.double().mean(0)
+    category = right.double().sum(0) / (targets >= 0).sum(0)
     return {
         "val_loss": float(loss),
         "val_accuracy": float(_mean_over_attributes(right, targets, sizes)),
-        "val_overall": float(category.mean()),
+        "val_overall": float(category[~category.isnan()].mean()),
         "val_category": tuple(category.tolist()),
         "val_hits": tuple(_sums_by_attribute(right, targets, sizes).long().tolist()),
         "val_log_loss": float(-_mean_over_attributes(log_probs, targets, sizes)),
@@ -133,10 +133,13 @@ def per_class_accuracy(logits: torch.Tensor, targets: torch.Tensor, sizes: tuple
 def _predict(
     logits: torch.Tensor, targets: torch.Tensor, sizes: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes (int64) and ln of the true classes' probability, both [images, categories]."""
+    """Predicted classes (int64) and ln of the true classes' probability, both [images, categories].
+
+    Where the label is unknown, the second is that of class 0.
+    """
     slices = torch.split(logits.float(), [*sizes], 1)
     log_probs = [
-        F.log_softmax(part, 1).gather(1, target.unsqueeze(1))
+        F.log_softmax(part, 1).gather(1, target.clamp(min=0).unsqueeze(1))
         for part, target in zip(slices, targets.T, strict=True)
     ]
     return torch.stack([part.argmax(1) for part in slices], 1), torch.cat(log_probs, 1)

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.files import write_atomically
 
+UNKNOWN = 255  # -1, an unknown label, as a byte
 # Limit of a file's unpacked arrays, because a zip can claim any size. An epoch with 1,000 images of 6
 # categories has 18 kB.
 MOST_BYTES = 1 << 28
@@ -22,9 +23,10 @@ MOST_BYTES = 1 << 28
 class Predictions:
     """The predictions of one or more epochs, with the images in file order."""
 
-    labels: np.ndarray  # uint8 [images, categories], the true index inside each category
+    labels: np.ndarray  # uint8 [images, categories], the true index inside each category, or UNKNOWN
     classes: np.ndarray  # uint8 [epochs, images, categories], the predicted index
-    log_probs: np.ndarray  # float16 [epochs, images, categories], ln of the true index's probability
+    # float16 [epochs, images, categories], ln of the true index's probability; of index 0 if UNKNOWN
+    log_probs: np.ndarray
     attempts: np.ndarray  # int32 [epochs], the attempt at the trial that trained the epoch; 0 if unknown
 
     @classmethod

@@ -255,7 +255,7 @@ class Run:
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss.of_split(logits, self.workspace.val_targets).mean(), logits]
+            outputs += [self.loss(logits, self.workspace.val_targets), logits]
         self._ending = _to_host(outputs)
         partial.seconds += time.monotonic() - started
 
@@ -398,10 +398,12 @@ class Run:
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         for key, value in self.config.model_dump().items():
-            if key not in MOVABLE and saved.get(key) != value:
-                is_longer = key == "epochs" and value > saved[key]
+            # A setting that an earlier version did not know had today's default.
+            made_with = saved.get(key, TrainConfig.model_fields[key].default)
+            if key not in MOVABLE and made_with != value:
+                is_longer = key == "epochs" and value > made_with
                 raise CheckpointError(
-                    f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has {value!r}; "
+                    f"the checkpoint was made with {key} = {made_with!r}, this run has {value!r}; "
                     f"{'--lengthen makes it longer; else ' if is_longer else ''}"
                     "use the same configuration, or another run folder"
                 )

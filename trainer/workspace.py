@@ -87,7 +87,8 @@ class Workspace:
         places: Callable[[torch.device], Places] = constant_only,
         init: Init | None = None,
     ) -> None:
-        self.dataset = read_dataset(config.data)  # first, because its errors are found fastest
+        # First, because its errors are found fastest.
+        self.dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
         self.config, self.init = config, init
         weights = config.weights if init is None else str(init.path)
         self.runtime = Runtime(config.model_copy(update={"weights": weights}), device)

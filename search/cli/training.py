@@ -208,7 +208,7 @@ def export_model(run: Path, output: Path, onnx: bool) -> None:
 def print_stages(config: TrainConfig) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
     try:
-        outputs = len(read_dataset(config.data).attributes)
+        outputs = len(read_dataset(config.data, labelled=False).attributes)
     except DatasetError:
         outputs = CHALLENGE_ATTRIBUTES
         say(f"note: no dataset at hand, so the head has the challenge's {outputs} attributes")

@@ -7,6 +7,8 @@ truth on which these intervals were measured.
 
 Where the images do not vary, the bootstrap sees no noise. There an interval is as wide as Wilson's for
 so many images (dashboards.wilson).
+
+An image whose label in a category is unknown counts nowhere in that category.
 """
 
 import statistics
@@ -17,7 +19,7 @@ import numpy as np
 
 from dashboards.wilson import LEVEL, Z, wilson
 from search.score import LAST, PRIOR_IMAGES
-from trainer.predictions import Predictions
+from trainer.predictions import UNKNOWN, Predictions
 
 REPLICATES = 10_000
 ONE_SIGMA = statistics.NormalDist().cdf(-1)
@@ -48,21 +50,30 @@ class Estimate:
 
 
 def hits(predictions: Predictions) -> np.ndarray:
-    """How often the last five epochs were right: a share for each image and category, float."""
+    """How often the last five epochs were right: a share for each image and category, float.
+
+    It is 0 where the label is unknown.
+    """
     right = predictions.classes[-LAST:] == predictions.labels
     return np.asarray(right.mean(0))
 
 
 def attribute_index(labels: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """The labels [images, categories] as indices into all attributes."""
+    """The labels [images, categories] as indices into all attributes. -1 and UNKNOWN become -1."""
     starts = np.cumsum([0, *sizes[:-1]])
-    return np.asarray(labels + starts)
+    return np.where(labels.astype(np.uint8) == UNKNOWN, -1, labels + starts)
+
+
+def _present(attributes: np.ndarray) -> np.ndarray:
+    """Those of the indices that occur, ascending."""
+    return np.unique(attributes[attributes >= 0])
 
 
 def class_means(values: np.ndarray, attributes: np.ndarray, n_attributes: int) -> np.ndarray:
     """The mean of values [images, categories] over the images of each attribute; NaN without any."""
-    counts = np.bincount(attributes.ravel(), minlength=n_attributes)
-    sums = np.bincount(attributes.ravel(), values.ravel(), n_attributes)
+    bins = attributes.ravel() + 1  # bin 0 has what is unknown
+    counts = np.bincount(bins, minlength=n_attributes + 1)[1:]
+    sums = np.bincount(bins, values.ravel(), n_attributes + 1)[1:]
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -102,7 +113,7 @@ def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estima
     equal = same & np.isclose(means[:, np.newaxis], means, rtol=0, atol=1e-9)
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
     best = equal @ best / equal.sum(1)  # equal candidates share the probability
-    images = _worth(np.bincount(attributes.ravel()))
+    images = _worth(np.bincount(attributes[attributes >= 0]))
     truths = means - moves  # as in `_interval`: the estimates err as the replicates do
     within = np.quantile(truths.max(1, keepdims=True) - truths, LEVEL, axis=0)
     estimates = []
@@ -154,7 +165,7 @@ def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Inte
     every = np.asarray(right, dtype=float)[np.newaxis]
     attributes = attribute_index(labels, sizes)
     variance = float(_image_covariance(every, attributes, sizes)[0, 0])
-    return _share(value, variance, _worth(np.bincount(attributes.ravel())))
+    return _share(value, variance, _worth(np.bincount(attributes[attributes >= 0])))
 
 
 def of_counts(value: float, counts: Sequence[int]) -> Interval:
@@ -230,16 +241,17 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     shown that before.
     """
     total = np.zeros((len(average), len(average)))
-    present = len(np.unique(attributes))
+    present = len(_present(attributes))
     for category in range(len(sizes)):
         column = attributes[:, category]
         # Sums of squared deviations from each attribute's mean, by attribute.
         squares = []
-        for attribute in np.unique(column):
+        for attribute in _present(column):
             values = average[:, column == attribute, category]
             deviations = values - values.mean(1, keepdims=True)
             squares.append((values.shape[1], deviations @ deviations.T))
-        pooled = sum(squared for _, squared in squares) / max(len(column) - len(squares), 1)
+        freedom = sum(n - 1 for n, _ in squares)
+        pooled = sum(squared for _, squared in squares) / max(freedom, 1)
         for n, squared in squares:
             variance = (squared + PRIOR_IMAGES * pooled) / (n - 1 + PRIOR_IMAGES)
             total += variance / (n * present**2)
@@ -252,18 +264,17 @@ def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     The mean over seeds carries this part into the images' variance, so it must not count twice. Where a
     whole attribute gets better or worse, the seed did that: it is not in this part.
     """
-    present = len(np.unique(attribute_index(labels, sizes)))
+    attributes = attribute_index(labels, sizes)
+    present = len(_present(attributes))
     total = 0.0
-    for category in range(len(sizes)):
-        for value in np.unique(labels[:, category]):
-            has_value = labels[:, category] == value
-            n = int(has_value.sum())
+    for category, column in enumerate(attributes.T):
+        for attribute in _present(column):
+            has_it = column == attribute
+            n = int(has_it.sum())
             if n < 2:
                 continue  # one image cannot be told from its attribute
             for by_seed in runs:
-                right = np.stack(
-                    [run[has_value, category] for run in by_seed.values()]
-                )  # [seeds, images]
+                right = np.stack([run[has_it, category] for run in by_seed.values()])  # [seeds, images]
                 flips = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
                 freedom = (len(right) - 1) * (n - 1)
                 total += float((flips**2).sum()) / freedom / (n * present**2) / len(runs)

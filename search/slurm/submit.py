@@ -74,7 +74,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
 
 def _dataset(config: TrainConfig) -> Dataset:
     """Read the dataset. Raises DatasetError, also for too few images for the configuration."""
-    dataset = read_dataset(config.data)
+    dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
     dataset.training_rows(config)
     return dataset
 

@@ -71,6 +71,8 @@ gpus = 1
 """
 ATTRIBUTES = ["plain", "striped", "short", "long"]
 SIZES = (2, 2)
+FLAGS = b"2\nimage_name attribute_labels\nimg/val-0.jpg -1 1 -1 1\nimg/val-1.jpg 1 0 1 -1\n"
+PARTITION = b"2\nimage_name evaluation_status\nimg/val-0.jpg train\nimg/val-1.jpg val\n"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _read_dataset(path: Path) -> None:
     folder = path.parents[1]
     _, findings = check_dataset(folder)
     assert summary(findings).isprintable()
-    dataset = read_dataset(folder)
+    dataset = read_dataset(folder, unknown_labels=True)
     dataset.attribute_table(TrainConfig(data=str(folder))), dataset.fingerprint
 
 
@@ -285,6 +287,16 @@ def _dataset(folder: Path) -> None:
             Image.new("RGB", (40, 50), (index * 99, 50, 90)).save(folder / path)
         (folder / "split" / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths))
         (folder / "split" / f"{split}_attr.txt").write_text("0 1\n1 0\n")
+
+
+def _coarse_dataset(folder: Path) -> None:
+    """The same, with one list of all labels and one of all images."""
+    _dataset(folder)
+    for name in ("Anno", "Eval"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "split" / "list_attr_cloth.txt").rename(folder / "Anno" / "list_attr_cloth.txt")
+    (folder / "Anno" / "list_attr_img.txt").write_bytes(FLAGS)
+    (folder / "Eval" / "list_eval_partition.txt").write_bytes(PARTITION)
 
 
 def _study_beside(folder: Path) -> None:
@@ -442,7 +454,21 @@ TARGETS = {
     "list": Target(
         _read_dataset, lambda: [b"img/val-0.jpg\nimg/val-1.jpg\n"], "split/val.txt", _dataset
     ),
-    "labels": Target(_read_dataset, lambda: [b"0 1\n1 0\n"], "split/val_attr.txt", _dataset),
+    "labels": Target(
+        _read_dataset, lambda: [b"0 1\n1 0\n", b"1 0 0 1\n0 1 1 0\n"], "split/val_attr.txt", _dataset
+    ),
+    "flags": Target(
+        _read_dataset,
+        lambda: [FLAGS],
+        "Anno/list_attr_img.txt",
+        _coarse_dataset,
+    ),
+    "partition": Target(
+        _read_dataset,
+        lambda: [PARTITION],
+        "Eval/list_eval_partition.txt",
+        _coarse_dataset,
+    ),
     "scores": Target(_read_truth, lambda: [b"0 1\n1 0\n"], share=5),
     "image": Target(_read_image, _images),
     "prepared": Target(_read_prepared, _prepared, "cache/file.npy", _dataset, share=5),

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import shutil
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from typer.testing import CliRunner
 
-from dashboards.predictions import SHOWN, Judgement
+from dashboards.predictions import ALL, RIGHT, SHOWN, SURE, WRONG, Judgement
 from dashboards.web.app import make_app
 from dashboards.web.server import connect_roles
 from search.cli import app as cli
@@ -23,6 +24,7 @@ from tests.conftest import copied_database, give_accounts
 from tests.integration.test_dashboard import Client, log_in
 from tests.studies import fill, predict
 from trainer.dataset import read_dataset
+from trainer.predictions import UNKNOWN
 
 runner = CliRunner()
 
@@ -217,3 +219,17 @@ def test_the_same_is_drawn_into_files_and_reported(judged, tmp_path):
         )
         assert (done.exit_code, words in done.output) == (2, True)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_an_unknown_label_is_neither_right_nor_wrong(judged):
+    found = judged.predictions[2]
+    labels = found.labels.copy()
+    labels[::2, 5] = UNKNOWN
+    judgement = Judgement(replace(found, labels=labels), Judgement.of_trial(judged.entry, 2).names)
+    verdicts = [judgement.of(image)[5] for image in range(80)]
+    assert {verdict.true for verdict in verdicts[::2]} == {""}
+    assert not any(verdict.is_wrong for verdict in verdicts[::2])
+    assert judgement.confusion("fit").sum() == 40
+    for shown in (SURE, WRONG, RIGHT):
+        assert all(image % 2 for image in judgement.choose(shown, "fit"))
+    assert len(judgement.choose(ALL, "fit")) == 80

@@ -82,7 +82,7 @@ LISTS = {
     "nothing but a head": (lambda lines: lines.__delitem__(slice(2, 99)), "2: no attributes in it"),
     "too many of a type": (
         lambda lines: lines.extend(f"a{number} 6" for number in range(260)),
-        "282: more than 256 attributes of type 6",
+        "281: more than 255 attributes of type 6",
     ),
 }
 
