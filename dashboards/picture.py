@@ -18,6 +18,7 @@ from dashboards.charts import GREY, Figure, Matrix, Panel, Series
 
 log = logging.getLogger(__name__)
 
+MOST_NUMBERS = 40  # attributes of a category whose matrix has its numbers written into it
 DARK = 0.6  # share of a matrix's row from which its cell is too dark for black letters
 
 
@@ -88,14 +89,15 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
 
 def _draw_matrix(axes: Any, panel: Panel, matrix: Matrix) -> None:
-    axes.imshow(matrix.shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shares = matrix.shares
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     places = range(len(matrix.names))
     axes.set_xticks(places, matrix.names, rotation=45, ha="right", fontsize=7)
     axes.set_yticks(places, matrix.names, fontsize=7)
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    for i, row in enumerate(matrix.counts):
+    for i, row in enumerate(matrix.counts if len(matrix.names) <= MOST_NUMBERS else []):
         for j, count in enumerate(row):
-            color = "white" if matrix.shares[i][j] > DARK else "black"
+            color = "white" if shares[i][j] > DARK else "black"
             axes.text(j, i, count, ha="center", va="center", fontsize=7, color=color)
 
 

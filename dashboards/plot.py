@@ -11,7 +11,7 @@ from dashboards import charts, render
 from dashboards.arguments import ArgumentError, in_words, pick, read_choice, read_trials
 from dashboards.outputs import check_overwritable, mark
 from dashboards.predictions import SURE, Judgement
-from dashboards.thumbnails import find_pictures, thumbnail
+from dashboards.thumbnails import PicturesError, find_pictures, thumbnail
 from storage import curves
 from storage.paths import artifacts, make_private
 from storage.status import Status, TrialRow, parameter_names, read_status
@@ -110,9 +110,11 @@ def _complete(status: Status, trials: str | None) -> int:
 
 
 def surest_errors(folder: str, judgement: Judgement) -> charts.Figure:
-    """The images of a data folder that were most surely wrong. Raises PicturesError."""
+    """The images of a data folder that were most surely wrong. Raises PicturesError if there is none."""
     pictures = find_pictures(folder, judgement.labels)
     images = judgement.choose(SURE)[:ERRORS].tolist()
+    if not images:
+        raise PicturesError("no image is wrong, so there is none to draw")
     return charts.errors(judgement, {image: thumbnail(folder, pictures[image]) for image in images})
 
 

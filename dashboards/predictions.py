@@ -36,8 +36,9 @@ def predictions_of(entry: StudyEntry, number: int) -> Predictions:
     sizes = attribute_sizes(entry)
     try:
         predictions = Predictions.load(path)
-        labels = predictions.labels
-        if labels.shape[1] == len(sizes) and ((labels < sizes) | (labels == UNKNOWN)).all():
+        labels, classes = predictions.labels, predictions.classes
+        fits = labels.shape[1] == len(sizes) and (classes < sizes).all()
+        if fits and ((labels < sizes) | (labels == UNKNOWN)).all():
             return predictions
     except (OSError, ValueError):
         pass

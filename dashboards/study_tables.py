@@ -125,8 +125,7 @@ def render_efficiency(uses: Sequence[WorkerUse], advice: Sequence[str]) -> Rende
     columns = ("time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
     table = Grid(("worker", "job", *columns, "pack", "epochs", "ended"), left=("worker", "job", "ended"))
     for use in uses:
-        waited = sum(use.waits.values())
-        parts = (use.seconds_training, waited, use.seconds_lost)
+        parts = (use.seconds_training, use.seconds_waiting, use.seconds_lost)
         table.add(
             use.worker,
             use.job or "",
@@ -138,7 +137,7 @@ def render_efficiency(uses: Sequence[WorkerUse], advice: Sequence[str]) -> Rende
             share(use.busy),
             "" if use.pack is None else str(use.pack),
             str(use.epochs),
-            (use.ended or "not yet, or killed").splitlines()[0],
+            (use.ended or ("not yet" if use.is_alive else "killed")).splitlines()[0],
         )
     head = "\nfor next time:" if advice else "\nno worker has trained an epoch yet"
     return Group(table, Text(head, style="bold"), *(Text(f"  {line}") for line in advice))

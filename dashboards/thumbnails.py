@@ -63,7 +63,7 @@ def thumbnail(folder: str, picture: Path) -> bytes:
         with suppress(OSError):
             return kept.read_bytes()
         small = _small(real)
-    except (ImageError, OSError) as error:
+    except (ImageError, OSError, RuntimeError) as error:  # the last of a loop of links
         raise PicturesError(str(error)) from None
     with suppress(OSError):  # a full disk, or a home that cannot be written
         make_private(kept.parent)

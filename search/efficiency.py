@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dashboards.study_tables import duration
+from dashboards.study_tables import MUCH, duration
 from storage.efficiency import WorkerUse
 from storage.outcome import WALL_TIME
+from storage.workers import WAITS
 
 SPARE = 1.2  # times what was used
 GIB = 1 << 30
@@ -28,19 +29,32 @@ def as_dict(uses: Sequence[WorkerUse]) -> dict[str, Any]:
     return {"workers": workers, "advice": advice(uses)}
 
 
-def _memory(uses: Iterable[WorkerUse]) -> str | None:
+def _memory(uses: Sequence[WorkerUse]) -> str | None:
     used = max((use.peak_memory for use in uses if use.peak_memory), default=None)
     if used is None:
         return None
+    killed = [use for use in uses if use.ended is None and not use.is_alive]
+    if killed:
+        granted = max((use.memory for use in killed if use.memory), default=used)
+        return (
+            f"memory of more than {max(granted, used) / GIB:.0f} GiB (--mem), if that was the reason: "
+            f"{len(killed)} of {len(uses)} workers were killed"
+        )
     enough = math.ceil(SPARE * used / GIB)
-    return f'memory = "{enough}G" (--mem): a worker used {used / GIB:.1f} GiB at most, with kept output'
+    return (
+        f'memory = "{enough}G" (--mem) for each worker of a job: none used more than {used / GIB:.1f} '
+        "GiB, with kept output"
+    )
 
 
-def _time(uses: Sequence[WorkerUse]) -> str | None:
-    cut = sum(use.ended == WALL_TIME for use in uses)
+def _time(uses: Iterable[WorkerUse]) -> str | None:
+    ended = [use for use in uses if not use.is_alive]
+    cut = sum(use.ended == WALL_TIME for use in ended)
     if cut:
-        return f"a longer time (--time): it ended {cut} of {len(uses)} workers, and each starts anew"
-    longest = max(use.seconds for use in uses)
+        return f"a longer time (--time): it ended {cut} of {len(ended)} workers, and each starts anew"
+    if not ended:
+        return None
+    longest = max(use.seconds for use in ended)
     minutes = math.ceil(SPARE * longest / STEP_SECONDS) * STEP_SECONDS // 60
     return (
         f'time = "{minutes // 60:02}:{minutes % 60:02}:00" (--time): no worker took longer than '
@@ -48,22 +62,33 @@ def _time(uses: Sequence[WorkerUse]) -> str | None:
     )
 
 
-def _pack(uses: Iterable[WorkerUse]) -> str | None:
-    known = [(use.busy, use.pack) for use in uses if use.busy is not None and use.pack is not None]
+def _pack(uses: Sequence[WorkerUse]) -> str | None:
+    known = [use for use in uses if use.busy is not None and use.pack is not None]
     if not known:
         return None
-    share = sum(busy for busy, _ in known) / len(known)
-    most = max(pack for _, pack in known)
+    share = sum(use.busy or 0.0 for use in known) / len(known)
     if share >= IDLE:
-        return f"--pack {most}: the GPU was busy for {share:.0%} of the time"
-    return f"--pack auto, instead of {most}: the GPU was busy for only {share:.0%} of the time"
-
-
-def _array(uses: Sequence[WorkerUse]) -> str | None:
-    """Fewer tasks, if some found nothing to train."""
-    tasks = {use.job for use in uses if use.job}
-    at_work = {use.job for use in uses if use.job and use.epochs}
-    if tasks == at_work:
         return None
-    idle = len(tasks - at_work)
-    return f"--array 0-{max(len(at_work), 1) - 1}: {idle} of {len(tasks)} tasks trained nothing"
+    waits = {what: sum(use.waits[what] for use in known) for what in WAITS}
+    longest = max(waits, key=lambda what: waits[what])
+    if waits[longest] >= MUCH * sum(use.seconds for use in known):
+        return f"the GPU was busy for {share:.0%} of the time, as workers waited for the {longest}"
+    most = max(use.pack or 0 for use in known)
+    return (
+        f"no --pack, so that as many trials train at once as fit: it was {most}, and the GPU was busy "
+        f"for {share:.0%} of the time"
+    )
+
+
+def _array(uses: Iterable[WorkerUse]) -> str | None:
+    """Fewer tasks, if some of the newest array found nothing to train."""
+    of_arrays = [use for use in uses if use.job and "_" in use.job]
+    if not of_arrays:
+        return None
+    newest = f"{of_arrays[-1].job}".partition("_")[0]
+    tasks = [use for use in of_arrays if f"{use.job}".partition("_")[0] == newest]
+    every, at_work = {use.job for use in tasks}, {use.job for use in tasks if use.epochs}
+    if every == at_work:
+        return None
+    idle = len(every) - len(at_work)
+    return f"--array 0-{max(len(at_work), 1) - 1}: {idle} of {len(every)} tasks trained nothing"

@@ -65,6 +65,9 @@ def model_card(
     loader = jinja2.PackageLoader("search")
     names = {key: Path(getattr(config, key)).name for key in ("data", "weights")}
     base = config.backbone if config.weights == "timm" and "." in config.backbone else None
+    settings = config.model_dump() | names  # without paths of this machine
+    if description.init is not None:
+        settings["weights"] = f"of another run, SHA-256 {description.init}"
     return (
         jinja2.Environment(loader=loader, autoescape=False, trim_blocks=True)
         .get_template("model_card.md")
@@ -72,7 +75,7 @@ def model_card(
             hub=hub_config,
             data=names["data"],
             base=base,
-            settings=config.model_dump() | names,  # without paths of this machine
+            settings=settings,
             description=description,
             is_best=is_best,
             score=_score(description, facts),

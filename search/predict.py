@@ -25,8 +25,15 @@ def reader_notes(model: SavedModel) -> list[str]:
 
 
 def source_of(model: SavedModel) -> str:
-    """A mark that tells what comes of this configuration from what comes of another."""
-    return mark(hashlib.sha256(model.config.model_dump_json().encode()).hexdigest()[:16])
+    """A mark that tells what comes of this run from what comes of another.
+
+    It stays if the run is lengthened. Runs of one configuration and one `init` have the same.
+    """
+    config, lengthened = model.config, model.description.lengthened
+    epochs = lengthened[0].before if lengthened else config.epochs
+    text = config.model_copy(update={"epochs": epochs}).model_dump_json()
+    text += model.description.init or ""
+    return mark(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 class Predictor:

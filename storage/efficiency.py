@@ -6,9 +6,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from storage.clock import seconds_since
 from storage.database import retrying
 from storage.tables import ArrayJob, Attempt, Epoch, Worker
-from storage.workers import TRAINED_IN, WAITS, job_of
+from storage.workers import INSIDE, LATELY, TRAINED_IN, WAITS, job_of
 
 
 @dataclass
@@ -19,6 +20,7 @@ class WorkerUse:
     job: str | None  # SLURM's, as in 12_3
     gpu: str | None
     ended: str | None  # why; None while it lasts, and after a kill
+    is_alive: bool  # whether it has given a sign lately
     pack: int | None  # trials at once
     trials: int  # that it has held
     epochs: int  # that are on record from it
@@ -31,10 +33,14 @@ class WorkerUse:
     busy: float | None  # share of its epochs' time in which the GPU computed
 
     @property
+    def seconds_waiting(self) -> float:
+        """What it waited outside its epochs."""
+        return sum(seconds for what, seconds in self.waits.items() if what != INSIDE)
+
+    @property
     def seconds_lost(self) -> float:
         """The rest: saving, ending, and what it trained without getting to an epoch's end."""
-        outside = sum(seconds for what, seconds in self.waits.items() if what != "images")
-        return max(self.seconds - self.seconds_training - outside, 0.0)
+        return max(self.seconds - self.seconds_training - self.seconds_waiting, 0.0)
 
 
 @retrying
@@ -62,6 +68,7 @@ def read_uses(bind: sa.Engine | sa.Connection, study_id: int) -> list[WorkerUse]
             held.c.trials,
             trained,
             sa.extract("epoch", last_sign - Worker.started).label("lasted"),
+            sa.and_(Worker.stopped.is_(None), seconds_since(last_sign) < LATELY).label("is_alive"),
         )
         .outerjoin(held, held.c.worker_id == Worker.id)
         .outerjoin(trained, trained.c.worker_id == Worker.id)
@@ -84,6 +91,7 @@ def _use(row: sa.Row[Any]) -> WorkerUse:
         job=job_of(worker),
         gpu=worker.gpu,
         ended=worker.reason,
+        is_alive=row.is_alive,
         pack=worker.pack,
         trials=row.trials or 0,
         epochs=row.epochs or 0,

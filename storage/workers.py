@@ -25,8 +25,9 @@ WAITS = {
     "database": Epoch.waited_for_database,
     "disk": Epoch.waited_for_disk,
     "trials": Epoch.waited_for_trials,
-    "images": Epoch.waited_for_images,  # inside an epoch's seconds
+    "images": Epoch.waited_for_images,
 }
+INSIDE = "images"  # what is waited for inside an epoch's seconds
 
 
 @dataclass
@@ -118,13 +119,14 @@ def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> dict[str, Any]:
-    longest, what = max(zip(waits, WAITS, strict=True))
-    *outside, _ = waits
+    by_what = dict(zip(WAITS, waits, strict=True))
+    what = max(by_what, key=lambda name: by_what[name])
+    outside = sum(waits) - by_what[INSIDE]
     return {
         "images_per_second": images / seconds if seconds else None,
         "busy": busy,
-        "waits": sum(waits) / (sum(outside) + seconds) if seconds else None,
-        "waits_for": what if longest else None,
+        "waits": sum(waits) / (outside + seconds) if seconds else None,
+        "waits_for": what if by_what[what] else None,
     }
 
 

@@ -95,13 +95,13 @@ class ModelFiles:
         for name in ("best", "last"):
             path = self._folder / f"{name}.safetensors"
             with suppress(ModelError):  # absent, or damaged, which is no matter
-                found, _ = _read(path)
+                found = _read(path, with_tensors=False)[0]
                 epochs, done = found.config.epochs, len(run.history)
                 if found.epoch >= done and epochs != run.config.epochs:
                     raise CheckpointError(
-                        f"{path}: is of epoch {found.epoch + 1} of {epochs}, and the checkpoint has "
-                        f"{done}, because the run was killed; first go on with --epochs {epochs} past "
-                        "that epoch, or give another --run"
+                        f"{path}: is of epoch {found.epoch + 1} of {epochs}, and no checkpoint has "
+                        f"more than {done}; first go on with --epochs {epochs} past that epoch, or give "
+                        "another --run"
                     )
 
     def _bytes(self, run: Run, state: State, result: EpochResult) -> bytes:
@@ -234,12 +234,13 @@ class SavedModel:
             return self._runtime.logits(self._tail, features).cpu()
 
 
-def _read(path: Path) -> tuple[Description, dict[str, torch.Tensor]]:
-    """A file's description and tensors. Raises ModelError."""
+def _read(path: Path, with_tensors: bool = True) -> tuple[Description, dict[str, torch.Tensor]]:
+    """A file's description, and its tensors if they are asked for. Raises ModelError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys() if with_tensors else []
+            state = {name: file.get_tensor(name) for name in names}
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be read ({said(error)}); give a run of: atelier train"

@@ -55,7 +55,7 @@ class Runtime:
 
         A machine that cannot compile says so in one line of the log.
         """
-        if not self._compiles or frozen.training or not len(list(frozen.parameters())):
+        if not self._compiles or not len(list(frozen.parameters())):
             return frozen
         compiled = copy.copy(frozen)  # shares the weights
         compiled.compile(dynamic=False)
@@ -71,7 +71,9 @@ class Runtime:
 
     @property
     def _compiles(self) -> bool:
-        return self.config.compile == "auto" and self.device.type == "cuda"
+        # With batch statistics each run has a trunk of its own, which the workspace's is not.
+        is_shared = self.config.frozen_batchnorm != "train"
+        return self.config.compile == "auto" and self.device.type == "cuda" and is_shared
 
     def features(self, trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """The trunk's output for uint8 images [n, 3, size, size].

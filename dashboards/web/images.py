@@ -1,11 +1,12 @@
 """The page of images: what a trial got right and wrong, image by image, and its confusion matrices."""
 
+import os
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from flask import Blueprint, Response, abort
+from flask import Blueprint, Response, abort, request
 
 from dashboards.arguments import ArgumentError, read_choice, read_count
 from dashboards.predictions import (
@@ -26,6 +27,7 @@ blueprint = Blueprint("images", __name__, url_prefix="/atelier/studies/<int:stud
 
 FILTERS = ("trial", "against", "category", "true", "predicted", "show")
 SHOWN_AT_ONCE, MOST_PAGES = 24, 100_000
+MOST_ATTRIBUTES = 40  # of a category whose confusion matrix is on the page
 
 
 class Choice(NamedTuple):
@@ -111,8 +113,9 @@ class Reading:
         return Shown(image, verdicts[0], verdicts[1] if len(verdicts) > 1 else [])
 
     def matrices(self) -> dict[str, np.ndarray]:
-        """The first trial's confusion matrices, by category."""
-        return {name: one.confusion(name) for one in self.judgements[:1] for name in self._names}
+        """The first trial's confusion matrices, of the categories that a page can show."""
+        small = [name for name, some in self._names.items() if len(some) <= MOST_ATTRIBUTES]
+        return {name: one.confusion(name) for one in self.judgements[:1] for name in small}
 
 
 def _read_trial(text: str, complete: list[int]) -> int:
@@ -151,18 +154,20 @@ def images(study_id: int) -> Any:
     )
 
 
-@blueprint.get("/<int:image>.jpg")
-def picture(study_id: int, image: int) -> Response:
-    """A small copy of a validation image."""
-    folder = _folder(find_entry(study_id))
+@blueprint.get("/<int:trial>/<int:image>.jpg")
+def picture(study_id: int, trial: int, image: int) -> Response:
+    """A small copy of an image, as long as the data folder has those that the trial was judged by."""
+    entry = find_entry(study_id)
+    folder = _folder(entry)
     try:
-        pictures = find_pictures(folder)
+        pictures = find_pictures(folder, Judgement.of_trial(entry, trial).labels)
         if image >= len(pictures):
             abort(404, f"There is no image {image}; the list has {len(pictures)}, from 0.")
         response = Response(thumbnail(folder, pictures[image]), mimetype="image/jpeg")
-    except PicturesError as error:
+    except (PicturesError, PredictionsError) as error:
         abort(404, str(error))
-    response.headers["Cache-Control"] = "private, max-age=3600"
+    response.add_etag()
+    response.make_conditional(request)
     return response
 
 
@@ -171,7 +176,7 @@ def images_table(study_id: int) -> Response:
     """What was said of all images that the address asks for, a row for each category and trial."""
     filters = Filters(*FILTERS)
     reading = Reading(study_id, filters)
-    files = _files(reading.entry)
+    files = _files(reading)
     rows = [
         {"image": image, "file": files.get(image, ""), "trial": one.number, **asdict(verdict)}
         for image in reading.images
@@ -182,13 +187,12 @@ def images_table(study_id: int) -> Response:
     return filters.table(f"{reading.entry.name} trial {reading.choice.trial} images", columns, rows)
 
 
-def _files(entry: StudyEntry) -> dict[int, str]:
-    """The images' paths in the data folder, by number. Empty where that is not to be seen."""
-    try:
-        pictures = enumerate(find_pictures(_folder(entry)))
-        return {image: str(path.relative_to(_folder(entry))) for image, path in pictures}
-    except (PicturesError, ValueError):
+def _files(reading: Reading) -> dict[int, str]:
+    """The images' paths in the data folder, by number. Empty where no picture can be shown."""
+    if reading.missing or not reading.judgements:
         return {}
+    folder = _folder(reading.entry)
+    return {image: os.path.relpath(path, folder) for image, path in enumerate(find_pictures(folder))}
 
 
 @blueprint.get("/confusion.csv")
@@ -199,9 +203,10 @@ def confusion_table(study_id: int) -> Response:
     names = attribute_names(reading.entry)
     rows = [
         {"category": category, "true": true, "predicted": predicted, "images": int(count)}
-        for category, counts in reading.matrices().items()
-        for true, row in zip(names[category], counts, strict=True)
-        for predicted, count in zip(names[category], row, strict=True)
+        for judgement in reading.judgements[:1]
+        for category, some in names.items()
+        for true, row in zip(some, judgement.confusion(category), strict=True)
+        for predicted, count in zip(some, row, strict=True)
     ]
     columns = ["category", "true", "predicted", "images"]
     return filters.table(f"{reading.entry.name} trial {reading.choice.trial} confusion", columns, rows)

@@ -79,7 +79,7 @@ def work_in(workspace: Workspace, config: StudyConfig, pack: str | None) -> None
     log.info("trials at once: %d", at_once)
     worker = Worker(config, study, ledger, workspace, runs, job.end if job else None, at_once)
     if isinstance(config, ConfirmationFile):
-        worker.claims.rules_out = lambda params: gains_nothing(engine, entry, params["candidate"])
+        worker.claims.rules_out = lambda params: gains_nothing(engine, entry.name, params["candidate"])
     if job and multiprocessing.parent_process() is None:  # else the search owns the task
         worker.requeue = job.requeue
     end = worker.run()

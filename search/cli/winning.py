@@ -62,7 +62,7 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
     trial: Annotated[int | None, typer.Option(help="This trial instead of the best.")] = None,
 ) -> None:
-    """Write the configuration of the confirmed winner, or of the best trial, for `atelier train`."""
+    """Write the configuration that a confirmation names, or of the best trial, for `atelier train`."""
     engine, entry = find_search(study)
     check_export(output, entry.name)
     export_best(engine, entry, trial, output)
@@ -75,7 +75,7 @@ def check_export(path: Path, study: str) -> None:
 
 
 def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output: Path) -> None:
-    """Write the configuration of this trial, or else of the confirmed winner or the best trial."""
+    """Write the configuration of this trial, else of what a confirmation names, else of the best."""
     status = read_status(engine, entry.study_id, entry.name)
     try:
         confirmation = read_confirmation(engine, entry, status)

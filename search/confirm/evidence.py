@@ -126,20 +126,18 @@ def read_confirmation(
     evidence = _Evidence(linked, status.trials)
     candidates = []
     for number, planned in zip(numbers, plan.candidates, strict=True):
-        ended = [
+        given_up = [
             row
             for row in status.trials
-            if row.params.get("candidate") == number and row.state in (State.PRUNED, State.FAILED)
+            if row.reason == CANNOT_WIN and row.params.get("candidate") == number
         ]
-        given_up = [row for row in ended if row.reason == CANNOT_WIN]
-        failed = [row for row in ended if row.reason not in (CANNOT_WIN, NEAR_ENOUGH)]
         candidates.append(
             Candidate(
                 number=number,
                 params=planned["params"],
                 searched=predicted.accuracy.get(number),
                 seeds=len(evidence.runs.get(number, {})),
-                failed=len(failed),
+                failed=len(_failed(status.trials, number)),
                 passed_over=bool(given_up),
                 estimate=evidence.estimates.get(number),
             )
@@ -227,8 +225,14 @@ class _Evidence:
         return dict(zip(self._enough, estimates, strict=True))
 
 
-def gains_nothing(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str | None:
-    """Why a candidate is worth no further seed. None if it is worth one."""
+def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str | None:
+    """Why a candidate is worth no further seed. None if it is worth one.
+
+    `confirmation` is the name of the linked study.
+    """
+    linked = study_entry(engine, confirmation)  # anew: who asks for it may have changed what is wanted
+    if linked is None or (plan := recorded(linked)) is None:
+        return None
     trials = read_status(engine, linked.study_id, linked.name).trials
     if any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials):
         return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
@@ -238,9 +242,21 @@ def gains_nothing(engine: sa.Engine, linked: StudyEntry, candidate: int) -> str 
         return None  # a missing file is not this trial's fault
     if candidate in estimates and estimates[candidate].best < DROPPED:
         return CANNOT_WIN
-    plan = recorded(linked)
-    is_known = plan is not None and len(estimates) == len(plan.candidates)
-    if plan is not None and plan.within and is_known:
-        nearest = min(estimate.within for estimate in estimates.values())
+    if plan.within and len(estimates) == len(plan.candidates):
+        nearest = min(
+            (one.within for number, one in estimates.items() if not _failed(trials, number)), default=1.0
+        )
         return NEAR_ENOUGH if 100 * nearest <= plan.within else None
     return None
+
+
+def _failed(trials: Sequence[TrialRow], candidate: int) -> list[TrialRow]:
+    """The reruns of a candidate that failed, diverged, or ran out of memory."""
+    ended = (State.PRUNED, State.FAILED)
+    return [
+        row
+        for row in trials
+        if row.params.get("candidate") == candidate
+        and row.state in ended
+        and row.reason not in (CANNOT_WIN, NEAR_ENOUGH)
+    ]

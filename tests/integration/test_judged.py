@@ -13,7 +13,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from typer.testing import CliRunner
 
+from dashboards import charts, render
+from dashboards.plot import surest_errors
 from dashboards.predictions import ALL, RIGHT, SHOWN, SURE, WRONG, Judgement
+from dashboards.thumbnails import PicturesError
 from dashboards.web.app import make_app
 from dashboards.web.server import connect_roles
 from search.cli import app as cli
@@ -24,7 +27,7 @@ from tests.conftest import copied_database, give_accounts
 from tests.integration.test_dashboard import Client, log_in
 from tests.studies import fill, predict
 from trainer.dataset import read_dataset
-from trainer.predictions import UNKNOWN
+from trainer.predictions import UNKNOWN, Predictions
 
 runner = CliRunner()
 
@@ -150,7 +153,7 @@ def test_what_an_address_asks_for_wrongly_is_said(judged, query, words):
 
 
 def test_a_thumbnail_is_a_small_copy_that_only_people_who_log_in_get(judged):
-    answer = judged.get("/7.jpg")
+    answer = judged.get("/2/7.jpg")
     small = Image.open(io.BytesIO(answer.data))
     assert (answer.mimetype, small.format, max(small.size)) == ("image/jpeg", "JPEG", 224)
     whole = Image.open(judged.data / (judged.data / "split" / "val.txt").read_text().split()[7])
@@ -158,10 +161,10 @@ def test_a_thumbnail_is_a_small_copy_that_only_people_who_log_in_get(judged):
     assert np.abs(np.asarray(small, float) - again).mean() < 6
     assert len(list((home_folder() / "cache" / "thumbnails").iterdir())) >= 1
     address = f"/atelier/studies/{judged.entry.study_id}/images"
-    assert judged.stranger.get(f"{address}/7.jpg").status_code in (302, 401)
+    assert judged.stranger.get(f"{address}/2/7.jpg").status_code in (302, 401)
     assert judged.stranger.get(address).status_code in (302, 401)
-    assert judged.get("/80.jpg").status_code == 404
-    assert judged.get("/99999999999999.jpg").status_code == 404
+    assert judged.get("/2/80.jpg").status_code == 404
+    assert judged.get("/2/99999999999999.jpg").status_code == 404
 
 
 def test_nothing_outside_the_data_folder_is_served(judged, tmp_path):
@@ -172,13 +175,16 @@ def test_nothing_outside_the_data_folder_is_served(judged, tmp_path):
     kept = picture.read_bytes()
     picture.unlink()
     picture.symlink_to(secret)
-    answer = judged.get("/11.jpg")
+    answer = judged.get("/2/11.jpg")
     assert (answer.status_code, b"leads out of the data folder" in answer.data) == (404, True)
     picture.unlink()
+    picture.symlink_to(picture)
+    assert judged.get("/2/11.jpg").status_code == 404
+    picture.unlink()
     picture.write_bytes(b"no picture")
-    assert judged.get("/11.jpg").status_code == 404
+    assert judged.get("/2/11.jpg").status_code == 404
     picture.write_bytes(kept)
-    assert judged.get("/11.jpg").status_code == 200
+    assert judged.get("/2/11.jpg").status_code == 200
 
 
 def test_pictures_or_predictions_that_are_not_here_are_said_in_one_line(judged):
@@ -189,12 +195,14 @@ def test_pictures_or_predictions_that_are_not_here_are_said_in_one_line(judged):
     assert "which this machine does not see" in page.text
     assert "<img" not in page.text
     assert 'id="confusion"' in page.text
-    assert judged.get("/7.jpg").status_code == 404
+    assert judged.get("/2/7.jpg").status_code == 404
     elsewhere.rename(judged.data)
     labels = judged.data / "split" / "val_attr.txt"
     kept = labels.read_text()
     labels.write_text(kept.replace(kept.splitlines()[0], "0 0 0 0 0 0", 1))
     assert "has other validation images now" in judged.get(trial=2).text
+    assert judged.get("/2/7.jpg").status_code == 404
+    assert {row["file"] for row in rows(judged.get("/images.csv", trial=2))} == {""}
     labels.write_text(kept)
     assert "<img" in judged.get(trial=2).text
     study = fill(judged.engine, ["complete", "running"], name="without files", data=judged.data)
@@ -233,3 +241,21 @@ def test_an_unknown_label_is_neither_right_nor_wrong(judged):
     for shown in (SURE, WRONG, RIGHT):
         assert all(image % 2 for image in judgement.choose(shown, "fit"))
     assert len(judgement.choose(ALL, "fit")) == 80
+
+
+def test_without_a_mistake_there_is_nothing_to_draw(judged):
+    found = judged.predictions[2]
+    right = replace(found, classes=found.labels[np.newaxis])
+    names = Judgement.of_trial(judged.entry, 2).names
+    with pytest.raises(PicturesError, match="no image is wrong"):
+        surest_errors(str(judged.data), Judgement(right, names))
+
+
+def test_a_matrix_of_many_attributes_is_drawn_without_numbers(tmp_path):
+    names = [f"a{number}" for number in range(255)]
+    labels = np.arange(255, dtype=np.uint8).reshape(-1, 1) % 255
+    found = Predictions(
+        labels, labels[np.newaxis], np.zeros((1, 255, 1), np.float16), np.ones(1, np.int32)
+    )
+    render.save(charts.confusion(Judgement(found, {"style": names})), "many", tmp_path / "many.svg")
+    assert (tmp_path / "many.svg").stat().st_size > 10_000

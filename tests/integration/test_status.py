@@ -180,11 +180,20 @@ def test_what_workers_used_says_what_to_ask_for_next_time(engine):
     # The images are waited for inside the epochs.
     assert first["seconds_lost"] == pytest.approx(2400 - 2 * RESULT["seconds"] - 0.5, abs=20)
     assert json.loads(atelier("efficiency", "s", "--json"))["advice"] == [
-        'memory = "4G" (--mem): a worker used 2.8 GiB at most, with kept output',
-        'time = "00:50:00" (--time): no worker took longer than 40 min 00 s',
-        "--pack auto, instead of 1: the GPU was busy for only 30% of the time",
+        'memory = "4G" (--mem) for each worker of a job: none used more than 2.8 GiB, with kept output',
+        "no --pack, so that as many trials train at once as fit: it was 1, and the GPU was busy for 30% "
+        "of the time",
         "--array 0-0: 1 of 2 tasks trained nothing",
     ]
+    with engine.begin() as connection:  # as after a kill by SLURM, which has seen 8 GiB
+        connection.execute(sa.text("UPDATE atelier.worker SET last_seen = now() - interval '10 min'"))
+    [killed, _] = json.loads(atelier("efficiency", "s", "--json"))["advice"][:2]
+    assert killed == (
+        "memory of more than 8 GiB (--mem), if that was the reason: 1 of 1 workers were killed"
+    )
+    assert "killed" in atelier("efficiency", "s")
+    worker.sign_off("nothing left to claim")
+    assert 'time = "00:50:00" (--time): no worker took longer than 40 min' in atelier("efficiency", "s")
     worker.sign_off("wall time")
     text = atelier("efficiency", "s")
     assert "it ended 1 of 1 workers" in text
