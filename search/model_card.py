@@ -67,7 +67,7 @@ def model_card(
     base = config.backbone if config.weights == "timm" and "." in config.backbone else None
     settings = config.model_dump() | names  # without paths of this machine
     if description.init is not None:
-        settings["weights"] = f"of another run, SHA-256 {description.init}"
+        settings["weights"] = f"of another run, {description.init}"
     return (
         jinja2.Environment(loader=loader, autoescape=False, trim_blocks=True)
         .get_template("model_card.md")

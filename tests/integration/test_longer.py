@@ -142,13 +142,15 @@ def test_a_model_ahead_of_its_checkpoint_holds_the_run_to_its_schedule(atelier, 
     before = files(tmp_path / "r")
     for words in (["--epochs", "9", "--lengthen"], []):
         error = atelier("train", "c.toml", "--run", "r", *words, code=2).stderr.splitlines()[-1]
-        assert "best.safetensors: is of epoch 6 of 6, and the checkpoint has 4" in error
+        assert "best.safetensors: is of epoch 6 of 6, and no checkpoint has more than 4" in error
         assert "first go on with --epochs 6 past that epoch" in error
         assert files(tmp_path / "r") == before
     atelier("train", "c.toml", "--run", "r", "--epochs", "6", "--lengthen")
     atelier("train", "c.toml", "--run", "r", "--epochs", "9", "--lengthen")
     lengths = description(tmp_path / "r" / "last.safetensors")["lengthened"]
     assert [(one["before"], one["epochs"], one["position"]) for one in lengths] == [(4, 6, 4), (6, 9, 6)]
+    atelier("export-model", "r", "-o", "model")
+    assert "After 6 of 6 epochs it was lengthened to 9" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed(
@@ -172,6 +174,15 @@ def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed
         "broken/init.safetensors; give that, or another --run\n"
     )
     assert files(tmp_path / "broken") == before
+    atelier("export-model", "whole", "-o", "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "The run began with the weights of another run's model." in card
+    assert "| weights | of another run, SHA-256 " in card
+    # What comes of it does not take the place of what comes of its parent.
+    assert (
+        "is not an export of this run"
+        in atelier("export-model", "parent/last.safetensors", "-o", "model", code=2).stderr
+    )
     shutil.rmtree(tmp_path / "parent")
     train("--run", "broken", "--init", "parent")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
