@@ -304,7 +304,7 @@ def errors(judgement: Judgement, pictures: dict[int, bytes]) -> Figure:
     for image, data in pictures.items():
         wrong = [verdict for verdict in judgement.of(image) if verdict.is_wrong]
         lines = [
-            f"{_word(one.true)}, not {_word(one.predicted)} ({100 * one.probability:.0f} %)"
+            f"{_word(one.true)} {100 * one.probability_of_true:.0f} %, not {_word(one.predicted)}"
             for one in wrong
         ]
         panels.append(Panel(f"Image {image}", "", "", note="\n".join(lines), picture=data))

@@ -52,7 +52,7 @@ class Verdict:
     category: str
     true: str  # empty if it is unknown
     predicted: str
-    probability: float  # that it gave to the true attribute
+    probability_of_true: float  # what the true attribute got
 
     @property
     def is_wrong(self) -> bool:

@@ -38,7 +38,8 @@ def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, 
         ) from None
     if labels is not None and not np.array_equal(found, labels):
         raise PicturesError(
-            f"{folder} has other validation images now than when the trials ran: no picture is shown"
+            f"{folder} has other validation images or labels now than when the trials ran: no picture "
+            "is shown"
         )
     return pictures
 

@@ -88,11 +88,12 @@ def model_card(
 
 
 def _score(description: Description, facts: Facts) -> str | None:
-    """The run's own accuracy, with an interval if the number of images is known. None without one."""
+    """The run's own accuracy, with an interval if the images are known. None without one."""
     value = description.val_accuracy
-    if value is None or not facts.attributes:
+    if value is None or not (facts.attributes and description.val_hits):
         return None if value is None else f"{100 * value:.2f} %"
-    interval = of_counts(value, [attribute.images for attribute in facts.attributes])
+    counts = [attribute.images for attribute in facts.attributes]
+    interval = of_counts(description.val_hits, counts, description.sizes)
     return in_words(vars(interval) | {"noise": "images"})
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Prediction:
 def find_pictures(words: Sequence[str], lines: Iterable[str]) -> list[Path]:
     """The pictures that the words name: files, folders with all that is in them, and `lines` for LIST.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or none where a word says.
     """
     found: list[Path] = []
     for word in words:
@@ -41,8 +42,10 @@ def find_pictures(words: Sequence[str], lines: Iterable[str]) -> list[Path]:
             found += [Path(line.rstrip("\n")) for line in lines if line.strip()]
         elif Path(word).is_dir():
             found += filter(_is_picture, sorted(Path(word).rglob("*")))
-        else:
+        elif os.path.exists(word):
             found.append(Path(word))  # if it cannot be read, its line says why
+        else:
+            raise InputError(f"{word}: no such file or folder; give pictures that are there")
     if not found:
         raise InputError(
             f"{', '.join(words)}: no picture there; give files, folders with pictures, or {LIST} for a "

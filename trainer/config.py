@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from trainer.text import as_on_disk
@@ -38,7 +46,7 @@ class TrainConfig(BaseModel):
     augment: Literal["report", "none"] = "report"  # the random part of the training transform
     train_images: Whole | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
-    unknown_labels: bool = False  # labels may be -1: then the image is left out of that category
+    unknown_labels: StrictBool = False  # labels may be -1: then the image is left out of that category
 
     epochs: Whole = Field(30, ge=1, le=1_000_000)
     warmup_epochs: Whole = Field(5, ge=0, le=1_000_000)  # learning rate rises linearly from 0 in these
@@ -52,7 +60,7 @@ class TrainConfig(BaseModel):
     smoothing: Literal["report", "uniform"] = "report"
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on CUDA, else fp32
-    allow_tf32: bool = True
+    allow_tf32: StrictBool = True
     # "auto" compiles the augmentation where that saves time, and on a GPU the trunk.
     compile: Literal["auto", "none"] = "auto"
     # With "auto" a step is a CUDA graph on a GPU, which changes no number.

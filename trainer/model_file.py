@@ -47,6 +47,7 @@ class Description(BaseModel):
     sizes: list[PositiveInt]  # attributes of each category
     format: int = FORMAT
     reader: int = 1  # version of the image reader that the network learned with
+    val_hits: list[int] = []  # correctly predicted images of each attribute; earlier versions kept none
     facts: dict[str, Any] = {}  # what the run's maker says of it; earlier versions kept nothing
     init: str | None = None  # digest of the model file that the run began with
     lengthened: list[Lengthening] = []
@@ -113,6 +114,7 @@ class ModelFiles:
             categories=list(self._dataset.categories),
             sizes=list(self._dataset.sizes),
             reader=READER,
+            val_hits=list(result.val_hits),
             facts=self._facts,
             init=run.init,
             lengthened=run.lengthened,

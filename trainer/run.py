@@ -374,9 +374,10 @@ class Run:
                 )
         self._check_config(state["config"])
         if state.get("init") != self.init:
+            advice = "use the same --init" if state.get("init") else "leave out --init"
             raise CheckpointError(
                 f"the checkpoint was made with init = {state.get('init')!r}, this run has "
-                f"{self.init!r}; use the same --init, or another run folder"
+                f"{self.init!r}; {advice}, or give another run folder"
             )
         self.lengthened = [Lengthening(**values) for values in state.get("lengthened", [])]
         self.tail.load_state_dict(state["tail"])

@@ -79,6 +79,8 @@ class Reading:
         asked = {choice.category, *(category_of.get(one, "") for one in (choice.true, choice.predicted))}
         if len(asked - {""}) > 1:
             filters.problems.append(f"{', '.join(sorted(asked - {''}))}: choose from one category")
+        if choice.against is not None and choice.against == choice.trial:
+            filters.problems.append(f"against: trial {choice.trial} itself; choose another one")
         # Who asks for an attribute, or for differences, wants all of it, right or wrong.
         is_narrow = choice.true or choice.predicted or choice.against is not None
         return choice._replace(category=max(asked), show=choice.show or (ALL if is_narrow else SURE))
@@ -121,7 +123,7 @@ class Reading:
 def _read_trial(text: str, complete: list[int]) -> int:
     number = read_count(text, 0, 10**9 - 1)
     if number not in complete:
-        raise ArgumentError(f"trial {number} is not complete; only complete trials keep predictions")
+        raise ArgumentError(f"no complete trial {number}; only complete trials keep predictions")
     return number
 
 

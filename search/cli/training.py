@@ -190,7 +190,8 @@ def predict_pictures(run: Path, words: list[str], output: Path, flip: bool) -> N
     broken = [one.error for one in predictions if one.error]
     say(f"{len(found) - len(broken)} of {len(found)} pictures are predicted, in {output}")
     if broken:
-        say(f"error: {len(broken)} cannot be read, their lines say why; the first: {broken[0]}")
+        kind = "error" if len(broken) == len(found) else "warning"
+        say(f"{kind}: {len(broken)} cannot be read, their lines say why; the first: {broken[0]}")
     if len(broken) == len(found):
         raise typer.Exit(ExitCode.FAILED)
 

@@ -61,6 +61,8 @@ class Confirmation:
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
+    left_out: int  # reruns that nobody needed, as a candidate was near enough
+    within: float | None  # points: how near was asked for
     difference: str  # which reruns have epochs that differ from their record, in words; empty for none
 
     @property
@@ -152,6 +154,8 @@ def read_confirmation(
         candidates=candidates,
         optimism=_optimism(search, predicted, numbers[0], evidence),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
+        left_out=sum(row.reason == NEAR_ENOUGH for row in status.trials),
+        within=plan.within,
         difference=difference_line(status.trials),
     )
 

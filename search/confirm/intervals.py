@@ -168,12 +168,23 @@ def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Inte
     return _share(value, variance, _worth(np.bincount(attributes[attributes >= 0])))
 
 
-def of_counts(value: float, counts: Sequence[int]) -> Interval:
-    """The same, where only the accuracy and the number of each attribute's images are known.
+def of_counts(hits: Sequence[int], counts: Sequence[int], sizes: Sequence[int]) -> Interval:
+    """`of_hits`, from each attribute's number of images and how many of them were right.
 
-    As if the accuracy were the same for all attributes.
+    Which images these are does not matter, as each category is resampled by itself.
     """
-    return _share(value, 0.0, _worth(np.array(counts)))
+    categories = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    images = max(sum(counts[i] for i in category) for category in categories)
+    labels = np.full((images, len(sizes)), -1)
+    right = np.zeros(labels.shape, bool)
+    for column, category in enumerate(categories):
+        of_each = [counts[i] for i in category]
+        labels[: sum(of_each), column] = np.repeat(np.arange(len(of_each)), of_each)
+        start = 0
+        for i in category:
+            right[start : start + hits[i], column] = True
+            start += counts[i]
+    return of_hits(right, labels, sizes)
 
 
 def of_mean(values: np.ndarray) -> Interval:

@@ -52,6 +52,11 @@ def cells(candidate: Candidate) -> list[str]:
 def verdict(confirmation: Confirmation) -> list[str]:
     """What follows, in sentences."""
     lines = [_who_is_best(confirmation)]
+    if confirmation.left_out:
+        lines.append(
+            f"{confirmation.left_out} reruns were left out, as --within {confirmation.within or 0:g} is "
+            "remembered; to train more, give a smaller one (0 for none) and more --seeds"
+        )
     if confirmation.optimism is not None:
         points = 100 * confirmation.optimism
         lines.append(

@@ -136,10 +136,11 @@ def test_two_trials_and_the_images_on_which_they_differ(judged):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ({"trial": "1"}, "trial 1 is not complete"),
+        ({"trial": "1"}, "no complete trial 1"),
         ({"trial": "9" * 30}, "write a whole number"),
         ({"true": "fit_0", "predicted": "texture_1"}, "choose from one category"),
         ({"category": "colour"}, "allowed are texture"),
+        ({"trial": "2", "against": "2"}, "choose another one"),
         ({"show": "wrongest"}, f"allowed are {', '.join(SHOWN)}"),
         ({"page": "0"}, "from 1"),
         ({"smooth": "3"}, "no such filter"),
@@ -200,7 +201,7 @@ def test_pictures_or_predictions_that_are_not_here_are_said_in_one_line(judged):
     labels = judged.data / "split" / "val_attr.txt"
     kept = labels.read_text()
     labels.write_text(kept.replace(kept.splitlines()[0], "0 0 0 0 0 0", 1))
-    assert "has other validation images now" in judged.get(trial=2).text
+    assert "has other validation images or labels now" in judged.get(trial=2).text
     assert judged.get("/2/7.jpg").status_code == 404
     assert {row["file"] for row in rows(judged.get("/images.csv", trial=2))} == {""}
     labels.write_text(kept)

@@ -68,9 +68,9 @@ def test_a_broken_picture_is_a_line_and_not_the_end(rows, pictures, atelier, fin
     assert "1 cannot be read, their lines say why; the first: " in said
 
 
-def test_without_a_picture_that_can_be_read_it_fails(rows):
-    [row] = rows("no-such.jpg", code=1)
-    assert "No such file" in row["error"]
+def test_without_a_picture_that_can_be_read_it_fails(rows, pictures):
+    [row] = rows(str(pictures / "z.jpg"), code=1)
+    assert "cannot be read" in row["error"]
 
 
 def test_a_list_on_standard_input_and_lines_of_json(atelier, finished_run, pictures, tmp_path):
@@ -90,11 +90,13 @@ def test_a_list_on_standard_input_and_lines_of_json(atelier, finished_run, pictu
         (["x.jpg", "-o", "out.txt"], "out.txt: allowed are names that end in .csv or .jsonl"),
         (["x.jpg", "-o", "mine.csv"], "mine.csv: there is a file that is not a prediction of pictures"),
         (["x.jpg", "-o", "none/out.csv"], "no such folder"),
+        (["x.jpg", "y.jpg"], "y.jpg: no such file or folder"),
     ],
 )
 def test_what_cannot_be_asked(atelier, finished_run, tmp_path, words, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "x.jpg").touch()
     result = atelier("predict", finished_run, *words, code=2)
     assert said in result.stderr
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"

@@ -10,6 +10,7 @@ from search.confirm import intervals
 from search.confirm.intervals import (
     compare,
     hits,
+    of_counts,
     of_hits,
     of_mean,
     per_class_accuracy,
@@ -99,6 +100,18 @@ def test_candidates_that_do_not_differ_tie_and_a_better_one_wins(labels):
     assert better[1].best > 0.99
     assert better[1].behind.value == better[1].behind.error == 0
     assert better[0].behind.low > 0
+
+
+def test_counts_of_each_attribute_tell_what_the_images_do(labels):
+    labels = labels.copy()
+    labels[:50, 1] = -1  # unknown
+    right = guesses(labels, 0.7, seed=3) == labels
+    places = [(column, value) for column, size in enumerate(SIZES) for value in range(size)]
+    counts = [int((labels[:, column] == value).sum()) for column, value in places]
+    found = [int(right[labels[:, column] == value, column].sum()) for column, value in places]
+    expected = of_hits(right, labels, SIZES)
+    for name, value in vars(of_counts(found, counts, SIZES)).items():
+        assert value == pytest.approx(getattr(expected, name), abs=1e-12)
 
 
 def test_a_candidate_is_within_so_many_points_of_the_best(labels):
