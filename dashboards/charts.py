@@ -51,7 +51,8 @@ class Matrix:
     @property
     def shares(self) -> list[list[float]]:
         """The counts as shares of their row; 0 in a row without any."""
-        return [[count / max(sum(row), 1) for count in row] for row in self.counts]
+        totals = [max(sum(row), 1) for row in self.counts]
+        return [[count / total for count in row] for row, total in zip(self.counts, totals, strict=True)]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def surest_errors(folder: str, judgement: Judgement) -> charts.Figure:
     if not images:
         raise PicturesError("no image is wrong, so there is none to draw")
     return charts.errors(judgement, {image: thumbnail(folder, pictures[image]) for image in images})
+
+
+def judged(judgement: Judgement, folder: str) -> dict[str, charts.Figure]:
+    """What was right and wrong, by the name of the file: without pictures if none can be drawn."""
+    figures = {"confusion.png": charts.confusion(judgement)}
+    with suppress(PicturesError):
+        figures["errors.png"] = surest_errors(folder, judgement)
+    return figures
 
 
 def check_figure(output: Path, study: str) -> None:

@@ -17,6 +17,7 @@ from storage.studies import job_in_words
 from storage.workers import AttemptRow, WorkerRow
 
 MUCH = 0.05  # share of a worker's time
+GIB = 1 << 30
 
 
 def render_trials(status: Status) -> RenderableType:
@@ -144,7 +145,7 @@ def render_efficiency(uses: Sequence[WorkerUse], advice: Sequence[str]) -> Rende
 
 
 def _gib(memory: float | None) -> str:
-    return "" if memory is None else f"{memory / (1 << 30):.1f}"
+    return "" if memory is None else f"{memory / GIB:.1f}"
 
 
 def share(value: float | None) -> str:

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dashboards.study_tables import MUCH, duration
+from dashboards.study_tables import GIB, MUCH, duration
 from storage.efficiency import WorkerUse
 from storage.outcome import WALL_TIME
 from storage.workers import WAITS
 
 SPARE = 1.2  # times what was used
-GIB = 1 << 30
 STEP_SECONDS = 600  # of a wall time that is advised
 IDLE = 0.7  # a GPU that is busy for less of the time has room for more trials at once
 
@@ -82,12 +81,14 @@ def _pack(uses: Sequence[WorkerUse]) -> str | None:
 
 def _array(uses: Iterable[WorkerUse]) -> str | None:
     """Fewer tasks, if some of the newest array found nothing to train."""
-    of_arrays = [use for use in uses if use.job and "_" in use.job]
-    if not of_arrays:
+    arrays: dict[str, list[WorkerUse]] = {}
+    for use in uses:
+        if use.job and "_" in use.job:
+            arrays.setdefault(use.job.partition("_")[0], []).append(use)
+    if not arrays:
         return None
-    newest = f"{of_arrays[-1].job}".partition("_")[0]
-    tasks = [use for use in of_arrays if f"{use.job}".partition("_")[0] == newest]
-    every, at_work = {use.job for use in tasks}, {use.job for use in tasks if use.epochs}
+    *_, newest = arrays.values()  # by its first worker
+    every, at_work = {use.job for use in newest}, {use.job for use in newest if use.epochs}
     if every == at_work:
         return None
     idle = len(every) - len(at_work)

@@ -1,7 +1,6 @@
 """`atelier report`: writes what a study found as one page, in Markdown and in HTML, with its figures."""
 
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +10,9 @@ from markdown_it import MarkdownIt
 
 from dashboards import charts
 from dashboards.outputs import check_overwritable, mark
-from dashboards.plot import check_figure, save_figure, surest_errors
+from dashboards.plot import check_figure, judged, save_figure
 from dashboards.predictions import Judgement, PredictionsError
 from dashboards.study_tables import audit_line, pace, share
-from dashboards.thumbnails import PicturesError
 from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.efficiency import advice
@@ -49,7 +47,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         "history.png": charts.history(reading.ends),
         "curves.png": charts.curves(best[:DRAWN], curves.category_names(entry.attributes, best)),
         **{f"compare-{name}.png": charts.compare(best, name) for name in compared},
-        **(judged := _judged(entry, choice.row.number)),
+        **(judgements := _judged(entry, choice.row.number)),
     }
     _check_folder(folder, entry.name, figures)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +59,7 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         .render(
             _facts(entry, reading.status, choice, reading.confirmation),
             compared=compared,
-            judged=judged,
+            judged=judgements,
             machines=reading.machines,
             advice=advice(reading.uses),
         )
@@ -111,12 +109,10 @@ def _compared(best: list[curves.Curve]) -> list[str]:
 
 def _judged(entry: StudyEntry, trial: int) -> dict[str, charts.Figure]:
     """What a trial gets wrong, as far as its predictions and the pictures are on this machine."""
-    figures: dict[str, charts.Figure] = {}
-    with suppress(PredictionsError, PicturesError):
-        judgement = Judgement.of_trial(entry, trial)
-        figures["confusion.png"] = charts.confusion(judgement)
-        figures["errors.png"] = surest_errors(entry.places.get("data", ""), judgement)
-    return figures
+    try:
+        return judged(Judgement.of_trial(entry, trial), entry.places.get("data", ""))
+    except PredictionsError:
+        return {}
 
 
 def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:

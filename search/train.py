@@ -4,16 +4,15 @@ import csv
 import io
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dashboards import charts, render
-from dashboards.plot import surest_errors
+from dashboards.plot import judged
 from dashboards.predictions import Judgement
-from dashboards.thumbnails import PicturesError
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.run_folder import keep_init
@@ -147,9 +146,9 @@ def _draw_judgement(folder: Path, results: list[EpochResult], workspace: Workspa
     dataset = workspace.dataset
     judgement = Judgement(best.predictions, dict(zip(dataset.categories, dataset.names, strict=True)))
     title = f"{folder.name}, epoch {best.epoch + 1}"
-    render.save(charts.confusion(judgement), title, folder / "confusion.png")
-    with suppress(PicturesError):  # the images are prepared, and the folder may be gone
-        render.save(surest_errors(workspace.config.data, judgement), title, folder / "errors.png")
+    # The images are prepared, so their folder may be gone.
+    for name, figure in judged(judgement, workspace.config.data).items():
+        render.save(figure, title, folder / name)
 
 
 def _write_curve(folder: Path, results: list[EpochResult]) -> None:

@@ -128,11 +128,6 @@ def read_confirmation(
     evidence = _Evidence(linked, status.trials)
     candidates = []
     for number, planned in zip(numbers, plan.candidates, strict=True):
-        given_up = [
-            row
-            for row in status.trials
-            if row.reason == CANNOT_WIN and row.params.get("candidate") == number
-        ]
         candidates.append(
             Candidate(
                 number=number,
@@ -140,7 +135,7 @@ def read_confirmation(
                 searched=predicted.accuracy.get(number),
                 seeds=len(evidence.runs.get(number, {})),
                 failed=len(_failed(status.trials, number)),
-                passed_over=bool(given_up),
+                passed_over=_is_passed_over(status.trials, number),
                 estimate=evidence.estimates.get(number),
             )
         )
@@ -238,7 +233,7 @@ def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str |
     if linked is None or (plan := recorded(linked)) is None:
         return None
     trials = read_status(engine, linked.study_id, linked.name).trials
-    if any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials):
+    if _is_passed_over(trials, candidate):
         return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
     try:
         estimates = _Evidence(linked, trials).estimates
@@ -252,6 +247,11 @@ def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str |
         )
         return NEAR_ENOUGH if 100 * nearest <= plan.within else None
     return None
+
+
+def _is_passed_over(trials: Sequence[TrialRow], candidate: int) -> bool:
+    """Whether a candidate has been found to win no more."""
+    return any(row.reason == CANNOT_WIN and row.params.get("candidate") == candidate for row in trials)
 
 
 def _failed(trials: Sequence[TrialRow], candidate: int) -> list[TrialRow]:
