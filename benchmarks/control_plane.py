@@ -63,7 +63,13 @@ def result(epoch: int, value: float) -> EpochResult:
         seconds=1.0,
         images=5000,
         peak_memory=1,
-        predictions=Predictions(LABELS, CLASSES, CLASSES.astype(np.float16), np.zeros(1, np.int32)),
+        predictions=Predictions(
+            LABELS,
+            CLASSES,
+            CLASSES.astype(np.float16),
+            np.zeros(1, np.int32),
+            np.arange(len(LABELS), dtype=np.int32),
+        ),
     )
 
 

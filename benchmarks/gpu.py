@@ -130,7 +130,7 @@ def side_of(workspace: Workspace, config: StudyConfig, pack: int, seconds: float
         worker.train()
     started, images = time.monotonic(), 0
     while (passed := time.monotonic() - started) < seconds:
-        images += len(worker.fill()) * len(workspace.indices)
+        images += len(worker.fill()) * len(workspace.train_labels)
         worker.train()
     if worker.pack != pack:
         print(f"  (only {worker.pack} trials fitted at once)")
@@ -150,7 +150,8 @@ def end(worker: Worker) -> None:
 
 def kernels(workspace: Workspace, scale: Scale) -> dict[str, float]:
     """Images per second of the parts alone, and the seconds of an evaluation."""
-    part, seconds, device = workspace.indices[:BLOCK], scale.seconds / 20, workspace.device
+    part = workspace.division(workspace.config).train[:BLOCK]
+    seconds, device = scale.seconds / 20, workspace.device
 
     def features() -> torch.Tensor:
         images = workspace.stream.images(0, 0, part)
@@ -174,7 +175,7 @@ def kernels(workspace: Workspace, scale: Scale) -> dict[str, float]:
 
 def bound(workspace: Workspace, parts: dict[str, float], pack: int, cold: bool) -> float:
     """Trial-images per second if an epoch had nothing but the bare kernels."""
-    images = len(workspace.indices)
+    images = len(workspace.train_labels)
     seconds = pack * (images / parts[f"tails {pack}"] + parts["evaluation"])
     return pack * images / (seconds + (images / parts["trunk"] if cold else 0))
 

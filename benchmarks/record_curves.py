@@ -57,18 +57,25 @@ class Views(Workspace):
         partial = path.with_suffix(".partial.npy")
         shape = (VIEWS, len(self.train_labels), self.runtime.backbone.features)
         views = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        images = self.division(self.config).train
         for view in range(VIEWS):
-            for features, indices in super().train_blocks(self.frozen, 0, view, 256):
+            for features, indices in super().train_blocks(self.frozen, images, 0, view, 256):
                 views[view, indices.numpy()] = features.numpy()
             print(f"view {view + 1} of {VIEWS}", flush=True)
         views.flush()
         partial.rename(path)
 
     def train_blocks(
-        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
+        self,
+        trunk: nn.Module,
+        indices: np.ndarray,
+        seed: int,
+        epoch: int,
+        block: int,
+        first: int = 0,
     ) -> Iterator[Block]:
         """One epoch in the order of (seed, epoch), which also draw a view for each image."""
-        order = self.stream.order(seed, epoch)
+        order = self.stream.order(indices, seed, epoch)
         drawn = np.random.default_rng([seed, epoch, VIEWS]).integers(VIEWS, size=len(order))
         for start in range(first * block, len(order), block):
             part = slice(start, start + block)

@@ -233,6 +233,7 @@ def _result(epoch: int, value: float) -> EpochResult:
             np.zeros((1, 1, 1), np.uint8),
             np.zeros((1, 1, 1), np.float16),
             np.zeros(1, np.int32),
+            np.zeros(1, np.int32),
         ),
     )
 
@@ -255,8 +256,7 @@ class Atelier:
     def __init__(
         self, file: StudyConfig, study: optuna.Study, engine: sa.Engine, runs: RunFolder, replay: Replay
     ) -> None:
-        dataset = SimpleNamespace(attribute_table=lambda _: [])
-        workspace = SimpleNamespace(dataset=dataset, config=None, device_name=None, replay=replay)
+        workspace = SimpleNamespace(attributes=[], config=None, device_name=None, replay=replay)
         # No lease may end, because time is simulated and nobody renews.
         trials = ledger.Ledger(engine, study._storage, study._study_id, lease_seconds=1e9)
         trials.register()

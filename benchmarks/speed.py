@@ -249,8 +249,8 @@ def augmentation(data: str, rounds: int) -> None:
     config = TrainConfig(data=data, backbone="resnet10t", weights="none", trainable="head")
     with tempfile.TemporaryDirectory() as cache:
         workspace = Workspace(config, Path(cache))
-        stream = workspace.stream
-        blocks = (stream.images(0, 0, part) for part in stream.parts(0, 0, 256))
+        stream, indices = workspace.stream, workspace.division(config).train
+        blocks = (stream.images(0, 0, part) for part in stream.parts(indices, 0, 0, 256))
         workspace.runtime.normalise(next(blocks))  # compiles
 
         def ours() -> None:

@@ -12,6 +12,7 @@ from search.errors import InputError
 from search.export import Bundle, Origin, in_words
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
+from trainer.division import attribute_table
 from trainer.model_file import Description, SavedModel
 from trainer.run import MOVABLE
 
@@ -39,7 +40,7 @@ def facts_of(bundle: Bundle, config: TrainConfig, dataset: Dataset) -> Facts:
     return Facts.model_validate(
         {
             "dataset": dataset.fingerprint,
-            "attributes": dataset.attribute_table(config),
+            "attributes": attribute_table(dataset, config),
             "origin": bundle.origin or None,
             "searched": bundle.config.model_dump(),
         }

@@ -47,7 +47,7 @@ class Predictor:
         self._model = SavedModel(path)
         # The best epoch was chosen by the validation images.
         chosen = "val" if path.stem == "best" else None
-        self.learned_from = split in (*self._model.config.train_on.split("+"), chosen)
+        self.learned_from = split in (*self._model.config.train_split.split("+"), chosen)
         self._dataset = read_dataset(data or self._model.config.data, split.split("+"), labelled=False)
         self._model.check(self._dataset)
         self.notes = reader_notes(self._model)

@@ -26,7 +26,7 @@ from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
 from storage.workers import Machine, read_machines
 from trainer.config import TrainConfig
-from trainer.dataset import absent_attributes
+from trainer.division import absent_attributes
 from trainer.model import HEAD, stage_table
 
 DRAWN = 5  # trials whose learning curves are drawn, the best ones

@@ -14,7 +14,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 LAST = 5  # epochs whose mean is taken
 PRIOR_IMAGES = 10  # how many images the category's mean counts for, where an attribute is shrunken to it
 
-Attributes = Sequence[Mapping[str, Any]]  # see trainer.dataset.Dataset.attribute_table
+Attributes = Sequence[Mapping[str, Any]]  # see trainer.division.attribute_table
 
 
 def epoch_value(result: "EpochResult", kind: Kind, attributes: Attributes) -> float:

@@ -13,7 +13,8 @@ from storage import studies
 from storage.database import retrying
 from storage.status import read_status
 from trainer.config import ARITHMETIC, TrainConfig
-from trainer.dataset import Dataset, absent_attributes
+from trainer.dataset import Dataset
+from trainer.division import absent_attributes, attribute_table
 from trainer.images import READER
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _create(
         engine,
         study._study_id,
         dataset=dataset.fingerprint,
-        attributes=dataset.attribute_table(config.shared),
+        attributes=attribute_table(dataset, config.shared),
         settings=identity | config.metadata(_first(config, engine)),
         **_budget(config),
     )

@@ -66,7 +66,7 @@ class Worker:
         self.pack = pack  # trials at once; fewer if they turn out not to fit into the memory
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
-        self.attributes = workspace.dataset.attribute_table(workspace.config)
+        self.attributes = workspace.attributes
         self.strategy = study_config.make_strategy(study, ledger)
         self.stop = Stop(wall_end, pack, seconds_to_kill())
         self.keeper = LeaseKeeper(ledger)

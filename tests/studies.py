@@ -147,6 +147,7 @@ def predict(entry, trial, dataset, seed):
         classes.astype(np.uint8)[np.newaxis],
         np.log(random.uniform(0.01, 0.99, (1, *labels.shape))).astype(np.float16),
         np.ones(1, np.int32),
+        np.arange(len(labels), dtype=np.int32),
     )
     predictions.save(RunFolder(entry.name, entry.created).predictions(trial))
     return predictions

@@ -29,6 +29,10 @@ Real = Annotated[float, BeforeValidator(_no_boolean)]
 Number = Annotated[float | int, BeforeValidator(_no_boolean)]  # keeps its type
 
 
+ALL_LABELLED = "train+val"
+MOST_FOLDS = 100
+
+
 class TrainConfig(BaseModel):
     """Every setting of one run. The defaults are those of the report's search.
 
@@ -46,6 +50,8 @@ class TrainConfig(BaseModel):
     augment: Literal["report", "none"] = "report"  # the random part of the training transform
     train_images: Whole | None = Field(None, ge=1)  # use only so many training images
     train_on: Literal["train", "train+val"] = "train"  # "train+val": the last run, not validated
+    folds: Whole | None = Field(None, ge=2, le=MOST_FOLDS)  # cut train and val together into so many
+    fold: Whole = Field(0, ge=0)  # of these: validate on this one, and train on the others
     unknown_labels: StrictBool = False  # labels may be -1: then the image is left out of that category
 
     epochs: Whole = Field(30, ge=1, le=1_000_000)
@@ -68,8 +74,18 @@ class TrainConfig(BaseModel):
 
     @property
     def validates(self) -> bool:
-        """Whether the run leaves the validation split out of its training."""
+        """Whether the run leaves images out of its training, to validate on them."""
         return self.train_on == "train"
+
+    @property
+    def train_split(self) -> str:
+        """The split, or the joined splits, that has all training images."""
+        return ALL_LABELLED if self.folds else self.train_on
+
+    @property
+    def val_split(self) -> str:
+        """The split, or the joined splits, that has all validation images."""
+        return ALL_LABELLED if self.folds else "val"
 
     @field_validator("data", "weights")
     @classmethod
@@ -77,6 +93,18 @@ class TrainConfig(BaseModel):
         if "\0" in path:
             raise ValueError("has a NUL character, which no path can hold; remove it")
         return path if path.isascii() and path[:1] != "~" else str(as_on_disk(Path(path)))
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "TrainConfig":
+        if self.fold >= (self.folds or 1):
+            allowed = f"allowed is 0 to {self.folds - 1}" if self.folds else "give folds too"
+            raise ValueError(f"fold = {self.fold} of folds = {self.folds}; {allowed}")
+        if self.folds and not (self.validates and self.train_images is None):
+            raise ValueError(
+                f"folds = {self.folds} takes all images of train and val; leave out train_on and "
+                "train_images"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_leaves_epochs(self) -> "TrainConfig":

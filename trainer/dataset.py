@@ -7,15 +7,13 @@ attribute inside its category, or -1 if it is unknown. Nothing here has a fixed 
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from trainer.config import TrainConfig
 from trainer.kind import kind_of
 from trainer.layouts import (
     ATTRIBUTES,
@@ -94,22 +92,28 @@ class Dataset:
 
     def images_digest(self, split: Split) -> str:
         """A digest of the split's images in their order."""
-        return "+".join(self._digests[1][part] for part in split.name.split("+"))
+        return "+".join(
+            hashlib.sha256(b"".join(self._digests[1][part])).hexdigest()[:16]
+            for part in split.name.split("+")
+        )
+
+    def image_digests(self, split: Split) -> list[bytes]:
+        """A digest of each of the split's images."""
+        return [digest for part in split.name.split("+") for digest in self._digests[1][part]]
 
     @cached_property
-    def _digests(self) -> tuple[str, dict[str, str]]:
-        """The digest of everything, and of each split's images."""
+    def _digests(self) -> tuple[str, dict[str, list[bytes]]]:
+        """The digest of everything, and of each image, by split."""
         of_everything = hashlib.sha256(repr((self.attributes, self.sizes)).encode())
-        images = {}
+        images: dict[str, list[bytes]] = {}
         for split in self.splits.values():
             labels = b"" if split.labels is None else split.labels.tobytes()
             of_everything.update(f"{split.name}:{len(split)}".encode() + labels)
-            of_images = hashlib.sha256()
+            images[split.name] = []
             for path in split.paths:
                 data = (self.folder / path).read_bytes()
                 of_everything.update(same_letters(path).encode() + data)
-                of_images.update(hashlib.sha256(data).digest())
-            images[split.name] = of_images.hexdigest()[:16]
+                images[split.name].append(hashlib.sha256(data).digest())
         return of_everything.hexdigest(), images
 
     def split(self, name: str) -> Split:
@@ -123,35 +127,6 @@ class Dataset:
             tuple(path for part in parts for path in part.paths),
             np.concatenate(labels) if len(labels) == len(parts) else None,
         )
-
-    def training_rows(self, config: TrainConfig) -> np.ndarray:
-        """Indices of the images that a run learns from, equal for every seed. Raises DatasetError."""
-        images, limit = len(self.split(config.train_on)), config.train_images
-        if limit is None:
-            return np.arange(images)
-        if limit > images:
-            raise DatasetError(
-                f"train_images = {limit}: the dataset has {images} training images; allowed is 1 to "
-                f"{images}"
-            )
-        return np.sort(np.random.default_rng(0).permutation(images)[:limit])
-
-    def attribute_table(self, config: TrainConfig) -> list[dict[str, str | int]]:
-        """Name, category and number of images of every attribute, in the order of the network's outputs.
-
-        `images` counts the validation images, `train_images` the images that a run learns from.
-        """
-        categories = [
-            name for name, size in zip(self.categories, self.sizes, strict=True) for _ in range(size)
-        ]
-        val = self.counts(self.split("val"))
-        train = self.counts(self.split(config.train_on), self.training_rows(config))
-        return [
-            {"name": name, "category": category, "images": images, "train_images": train_images}
-            for name, category, images, train_images in zip(
-                self.attributes, categories, val, train, strict=True
-            )
-        ]
 
     @property
     def columns(self) -> np.ndarray:
@@ -173,19 +148,6 @@ class Dataset:
             for column, size in zip(labels.T, self.sizes, strict=True)
             for count in np.bincount(column + 1, minlength=size + 1)[1:].tolist()  # without the unknown
         ]
-
-
-def absent_attributes(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each split in which attributes have no image. `table` is an attribute table."""
-    lines = []
-    for split, key, consequence in (
-        ("training", "train_images", "no network can learn it"),
-        ("validation", "images", "the score leaves it out"),
-    ):
-        # A study of an earlier version has no numbers of training images.
-        if names := [str(row["name"]) for row in table if row.get(key) == 0]:
-            lines.append(f"no {split} image has {', '.join(names)}: {consequence}")
-    return lines
 
 
 def read_dataset(

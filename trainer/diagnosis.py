@@ -46,12 +46,13 @@ def _in_step(run: "Run", step: int, logits: torch.Tensor) -> _Finding:
     workspace = run.workspace
     where = f"in step {step + 1} of {run.steps_per_epoch}"
     remedy = _remedy(run, run.step - run.steps_per_epoch + step)
-    order = torch.from_numpy(workspace.stream.order(run.config.seed, run.stream_epoch))
-    logits, indices = (torch.split(part, run.config.batch_size)[step] for part in (logits, order))
+    order = workspace.stream.order(run.images.train, run.config.seed, run.stream_epoch)
+    parts = logits, torch.from_numpy(order)
+    logits, indices = (torch.split(part, run.config.batch_size)[step] for part in parts)
     if logits.isfinite().all():
         losses = run.loss.by_category(logits.to(run.device), workspace.train_targets[indices])
         return _Finding(_loss_of(run, losses), where, remedy)
-    paths = workspace.dataset.split(run.config.train_on).paths
+    paths = workspace.dataset.split(run.config.train_split).paths
     names = [paths[index] for index in indices.tolist()]
     return _of_trunk(run, _usable(_features(run, step)), names, where) or _Finding(
         _logits_of(run, logits), where, remedy
@@ -63,10 +64,13 @@ def _in_validation(run: "Run", logits: torch.Tensor) -> _Finding:
     workspace = run.workspace
     where, remedy = f"in the validation after step {run.steps_per_epoch}", _remedy(run, run.step)
     if logits.isfinite().all():
-        losses = run.loss.by_category(logits.to(run.device), workspace.val_targets)
+        targets = workspace.val_targets[run.images.val]
+        losses = run.loss.by_category(logits.to(run.device), targets)
         return _Finding(_loss_of(run, losses), where, remedy)
-    usable = torch.cat([_usable(part) for part in workspace.val_features(run.runnable_trunk)])
-    if finding := _of_trunk(run, usable, workspace.dataset.split("val").paths, where):
+    features = workspace.val_features(run.runnable_trunk, run.images.val)
+    usable = torch.cat([_usable(part) for part in features])
+    paths = workspace.dataset.split(run.config.val_split).paths
+    if finding := _of_trunk(run, usable, [paths[image] for image in run.images.val], where):
         return finding
     parts = {"weights": run.tail.parameters(), "BatchNorms' running statistics": run.tail.buffers()}
     for name, tensors in parts.items():
@@ -93,7 +97,9 @@ def _features(run: "Run", step: int) -> torch.Tensor:
     block, within = divmod(step, run.steps_per_block)
     # Of a copy, because training mode changes the running statistics.
     trunk = copy.deepcopy(run.trunk).train() if run.owns_trunk else run.runnable_trunk
-    blocks = run.workspace.train_blocks(trunk, run.config.seed, run.stream_epoch, run.block_size, block)
+    blocks = run.workspace.train_blocks(
+        trunk, run.images.train, run.config.seed, run.stream_epoch, run.block_size, block
+    )
     features, _ = next(blocks)
     return torch.split(features, run.config.batch_size)[within]
 

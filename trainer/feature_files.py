@@ -64,8 +64,9 @@ class FeatureFiles:
             return self._works and (self._lacks(view) <= 0 or self._has_room(view))
         return False
 
-    def has(self, block: Block) -> bool:
-        return bool(self._checksums(block).all())
+    def lacking(self, block: Block) -> np.ndarray:
+        lacking: np.ndarray = block.indices[self._checksums(block) == 0]
+        return lacking
 
     def get(self, block: Block) -> torch.Tensor | None:
         """The block, if all of its rows are there and undamaged."""
@@ -114,7 +115,7 @@ class FeatureFiles:
 
     def seconds_to_read(self, images: int) -> float:
         """How long the disk takes to read so many images' rows. Raises OSError."""
-        block = Block(View("train", images, os.getpid(), TRIED), 0, np.arange(images))
+        block = Block(View("train", images, os.getpid(), TRIED), np.arange(images))
         path = self._path(block.view)
         rows = torch.zeros(images, self._rows.values, dtype=self._rows.dtype)
         try:
@@ -231,7 +232,7 @@ def _checksum(row: np.ndarray) -> int:
 
 def _lock_byte(block: Block) -> int:
     """A byte in the file of locks. Two blocks may have the same: then they take turns."""
-    return zlib.crc32(repr((block.view, block.number)).encode())
+    return zlib.crc32(repr(block.view).encode() + block.indices.tobytes())
 
 
 def _check_private(folder: Path) -> None:

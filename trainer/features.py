@@ -41,7 +41,6 @@ class Block(NamedTuple):
     """Some images of a view, which go through the trunk together."""
 
     view: View
-    number: int
     indices: np.ndarray  # of the images, in the split
 
 
@@ -75,7 +74,7 @@ class Rows:
 
 
 class Tier(Protocol):
-    """A place for trunk output. A block that is not whole there counts as missing."""
+    """A place for trunk output."""
 
     name: str
     budget: float  # bytes
@@ -83,8 +82,11 @@ class Tier(Protocol):
     def takes(self, view: View) -> bool:
         """Whether the view is there, or has room."""
 
+    def lacking(self, block: Block) -> np.ndarray:
+        """Those of the block's indices that are not there."""
+
     def get(self, block: Block) -> torch.Tensor | None:
-        """The block, on the device that trains. None if it is missing."""
+        """The block, on the device that trains. None if it is not whole there."""
 
     def put(self, block: Block, features: torch.Tensor) -> bool:
         """Keep the block, if there is room. Returns whether it is kept."""
@@ -95,9 +97,6 @@ class Tier(Protocol):
 
 class Shared(Tier, Protocol):
     """A tier that the workers of a machine share."""
-
-    def has(self, block: Block) -> bool:
-        """Whether the block is there."""
 
     def claims(self, block: Block) -> AbstractContextManager[bool]:
         """Whether nobody else makes the block. Nobody does in the `with` block then."""
@@ -131,6 +130,10 @@ class Memory:
 
     def takes(self, view: View) -> bool:
         return view in self._kept or self._in_place_of(view) is not None
+
+    def lacking(self, block: Block) -> np.ndarray:
+        kept = self._kept.get(block.view)
+        return block.indices if kept is None else kept.lacking(block.indices)
 
     def get(self, block: Block) -> torch.Tensor | None:
         kept = self._kept.get(block.view)
@@ -184,6 +187,9 @@ class _Kept:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def lacking(self, indices: np.ndarray) -> np.ndarray:
+        return indices[[index not in self._numbers for index in indices.tolist()]]
+
     def get(self, indices: np.ndarray) -> torch.Tensor | None:
         numbers = [self._numbers.get(index, -1) for index in indices.tolist()]
         if min(numbers) < 0:
@@ -232,7 +238,7 @@ class FeatureStore:
         self, view: View, parts: Sequence[np.ndarray], make: Make, first: int = 0
     ) -> Iterator[torch.Tensor]:
         """The view's blocks from `first` on. `parts` has the indices of the images of each."""
-        blocks = [Block(view, number, part) for number, part in enumerate(parts)]
+        blocks = [Block(view, part) for part in parts]
         for number in range(first, len(blocks)):
             yield self._block(blocks[number : number + 1 + AHEAD], make)
 
@@ -273,7 +279,7 @@ class FeatureStore:
         """Make the first of the blocks that is missing and that nobody makes."""
         for block in blocks:
             with shared.claims(block) as is_mine:
-                if is_mine and not shared.has(block):
+                if is_mine and len(shared.lacking(block)):
                     return block, self._made(block, make)
             if is_mine and block is blocks[0]:
                 break  # it has just come
@@ -288,12 +294,20 @@ class FeatureStore:
         return None
 
     def _made(self, block: Block, make: Make) -> torch.Tensor:
-        features = make(block.indices)
+        """Make what no place has of a block. Runs that learn from other images have made the rest."""
+        indices = block.indices
+        if not block.view.cut:
+            indices = min((tier.lacking(block) for tier in self._tiers), key=len, default=indices)
+        features = make(indices)
         self.reads["the trunk"] += 1
-        _keep(block, features, self._memories)
+        part = block._replace(indices=indices)
+        _keep(part, features, self._memories)
         if self._shared is not None:
-            self._shared.put(block, features)
-        return features
+            self._shared.put(part, features)
+        if len(indices) == len(block.indices):
+            return features
+        whole = self._find(block)
+        return make(block.indices) if whole is None else whole  # a place has taken no more
 
 
 def _keep(block: Block, features: torch.Tensor, memories: Sequence[Memory]) -> None:

@@ -106,7 +106,8 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[object, list[Run]] = defaultdict(list)
     for run in runs:
         alone = id(run) if run.owns_trunk else None
-        groups[run.config.seed, run.block_size, alone, run.bound_stream_epoch].append(run)
+        config = run.config
+        groups[config.seed, config.fold, run.block_size, alone, run.bound_stream_epoch].append(run)
     return list(groups.values())
 
 

@@ -99,11 +99,12 @@ def validation_metrics(
     logits: torch.Tensor,
     targets: torch.Tensor,
     sizes: tuple[int, ...],
+    images: np.ndarray,
     attempt: int = 0,
 ) -> dict[str, Any]:
     """The fields of an EpochResult that are measured on the validation images.
 
-    `attempt` goes with the predictions: which one at the run this is.
+    `images`, int [images], and `attempt` go with the predictions.
     """
     classes, log_probs = _predict(logits, targets, sizes)
     right = classes == targets
@@ -120,6 +121,7 @@ def validation_metrics(
             classes.byte().unsqueeze(0).cpu().numpy(),
             log_probs.half().unsqueeze(0).cpu().numpy(),
             np.array([attempt], np.int32),
+            images.astype(np.int32),
         ),
     }
 

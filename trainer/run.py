@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Settings that may differ between a checkpoint and the run that goes on from it.
 MOVABLE = ("data", "weights", "graphs")
 # Settings that may differ between a run and the workspace of its process.
-PER_RUN = ("seed", "epochs", *TUNABLE)
+PER_RUN = ("seed", "epochs", "fold", *TUNABLE)
 FORMAT = 4  # of `Run.state`
 
 
@@ -81,7 +81,8 @@ class Run:
             fused=True,
             capturable=True,
         )
-        labels = workspace.train_labels[torch.from_numpy(workspace.indices)]
+        self.images = workspace.division(config)
+        labels = workspace.train_labels[self.images.train]
         self.loss = AttributeLoss(
             workspace.sizes,
             class_weights(labels, workspace.sizes).to(self.device),
@@ -160,8 +161,8 @@ class Run:
         epochs_done = len(self.history)
         if epochs_done < len(self._stream_epochs):
             return self._stream_epochs[epochs_done]
-        own = self._new_stream_epoch
-        return own if self.workspace.keeps(self.config.seed, own, self.block_size) else None
+        own, images = self._new_stream_epoch, self.images.train
+        return own if self.workspace.keeps(images, self.config.seed, own, self.block_size) else None
 
     @property
     def next_stream_epoch(self) -> int:
@@ -196,8 +197,7 @@ class Run:
     @property
     def evaluation_steps(self) -> int:
         """How many training steps the evaluation takes at most. It needs no backward pass."""
-        images = len(self.workspace.val_labels) if self.config.validates else 0
-        return math.ceil(images / self.config.batch_size)
+        return math.ceil(len(self.images.val) / self.config.batch_size)
 
     def begin(self, stream_epoch: int) -> None:
         """Enter an epoch, or enter it again."""
@@ -209,7 +209,12 @@ class Run:
     def stream_blocks(self, stream_epoch: int, first: int) -> Iterator[Block]:
         """The trunk's output for an epoch of the stream, from block `first` on."""
         return self.workspace.train_blocks(
-            self.runnable_trunk, self.config.seed, stream_epoch, self.block_size, first
+            self.runnable_trunk,
+            self.images.train,
+            self.config.seed,
+            stream_epoch,
+            self.block_size,
+            first,
         )
 
     def batches_left(self, number: int, images: int) -> list[slice]:
@@ -255,7 +260,7 @@ class Run:
         outputs = [torch.cat(partial.losses), torch.cat(partial.logits)]
         if self.config.validates:
             logits = self.evaluate()
-            outputs += [self.loss(logits, self.workspace.val_targets), logits]
+            outputs += [self.loss(logits, self.workspace.val_targets[self.images.val]), logits]
         self._ending = _to_host(outputs)
         partial.seconds += time.monotonic() - started
 
@@ -270,8 +275,10 @@ class Run:
         measured = {}
         if val_loss is not None and val_logits is not None:
             attempt = self._checkpoints.attempt if self._checkpoints else 0
-            measured = validation_metrics(val_loss, val_logits, workspace.val_labels, sizes, attempt)
-        order = workspace.stream.order(self.config.seed, self.stream_epoch)
+            judged = self.images.val
+            labels = workspace.val_labels[judged]
+            measured = validation_metrics(val_loss, val_logits, labels, sizes, judged, attempt)
+        order = workspace.stream.order(self.images.train, self.config.seed, self.stream_epoch)
         result = EpochResult(
             epoch=len(self.history),
             stream_epoch=self.stream_epoch,
@@ -329,7 +336,7 @@ class Run:
         if self.owns_trunk:
             self.trunk.eval()
         with torch.no_grad():
-            parts = self.workspace.val_features(self.runnable_trunk)
+            parts = self.workspace.val_features(self.runnable_trunk, self.images.val)
             return torch.cat([self.workspace.runtime.logits(self.tail, part) for part in parts])
 
     def state(self) -> State:

@@ -135,22 +135,21 @@ class Stream:
     def __init__(
         self,
         path: Path,
-        indices: np.ndarray,
         augmentation: Augmentation | None,
         device: torch.device,
     ) -> None:
-        """Use the images with these `indices` of the file at `path`."""
-        self.indices, self.device, self._augmentation = indices, device, augmentation
+        """Use the images of the file at `path`."""
+        self.device, self._augmentation = device, augmentation
         self._path, self._shape = path, np.load(path, mmap_mode="r").shape
         self._seconds_read = 0.0
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
+    def order(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """The indices in the order in which an epoch visits them."""
-        return self.indices[np.random.default_rng([seed, epoch]).permutation(len(self.indices))]
+        return indices[np.random.default_rng([seed, epoch]).permutation(len(indices))]
 
-    def parts(self, seed: int, epoch: int, block: int) -> list[np.ndarray]:
-        """The indices of an epoch's images in their order, block by block."""
-        order = self.order(seed, epoch)
+    def parts(self, indices: np.ndarray, seed: int, epoch: int, block: int) -> list[np.ndarray]:
+        """The indices in that order, block by block."""
+        order = self.order(indices, seed, epoch)
         return [order[start : start + block] for start in range(0, len(order), block)]
 
     def images(self, seed: int, epoch: int, part: np.ndarray) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -23,6 +23,7 @@ from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
 from trainer.device import device_model, pick_device, wait_for
+from trainer.division import Division, attribute_table, divide
 from trainer.feature_places import Places, constant_only, open_store, places
 from trainer.features import CONSTANT, FeatureStore, Make, Rows, View, equal_bits
 from trainer.images import READER
@@ -103,10 +104,14 @@ class Workspace:
         self.runtime.place(self.trunk)
         self._eager = self.runtime.freeze(self.trunk)
         self.utilization = Utilization(self.device)
-        train = self.dataset.split(config.train_on)
-        self.indices = self.dataset.training_rows(config)
+        train = self.dataset.split(config.train_split)
+        folds = range(config.folds) if config.folds else [config.fold]
+        self._divisions = {
+            fold: divide(self.dataset, config.model_copy(update={"fold": fold})) for fold in folds
+        }
         check_size(config, backbone)
-        check_batches(config, backbone, len(self.indices), batch_sizes)
+        for fold in folds:
+            check_batches(config, backbone, len(self._divisions[fold].train), batch_sizes)
         # Compiles in this context, which has the compiler's settings, while the images are prepared and
         # a worker opens its study.
         thread, here = ThreadPoolExecutor(1, "compiler"), contextvars.copy_context()
@@ -115,11 +120,11 @@ class Workspace:
         self._train_images = prepared_images(self.dataset, train, config.image_size, cache)
         self._val_images: Path | None = None
         if config.validates:  # else no images are left to validate on
-            val = self.dataset.split("val")
+            val = self.dataset.split(config.val_split)
             self._val_images = prepared_images(self.dataset, val, config.image_size, cache)
             self.val_labels = _labels(val)
             self.val_targets = self.val_labels.to(self.device)
-        self.stream = Stream(self._train_images, self.indices, self._augmentation(), self.device)
+        self.stream = Stream(self._train_images, self._augmentation(), self.device)
         self.train_labels = _labels(train)
         self.train_targets = self.train_labels.to(self.device)
 
@@ -128,29 +133,44 @@ class Workspace:
         """The trunk that all runs share, in its fastest form."""
         return self._compiled.result()
 
+    @property
+    def attributes(self) -> list[dict[str, Any]]:
+        """See `attribute_table`."""
+        return attribute_table(self.dataset, self.config)
+
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":
             return None
-        pixels = len(self.indices) * self.config.image_size**2
+        pixels = len(self._divisions[self.config.fold].train) * self.config.image_size**2
         return Augmentation(self.config.compile != "none" and pixels >= COMPILED_PIXELS)
 
+    def division(self, config: TrainConfig) -> Division:
+        """Which images a run learns from and is validated on."""
+        return self._divisions[config.fold]
+
     def train_blocks(
-        self, trunk: nn.Module, seed: int, epoch: int, block: int, first: int = 0
+        self,
+        trunk: nn.Module,
+        indices: np.ndarray,
+        seed: int,
+        epoch: int,
+        block: int,
+        first: int = 0,
     ) -> Iterator[Block]:
-        """One epoch of trunk output in the order of (seed, epoch), from block `first` on."""
-        parts = self.stream.parts(seed, epoch, block)
+        """The trunk's output of these images in the order of (seed, epoch), from block `first` on."""
+        parts = self.stream.parts(indices, seed, epoch, block)
 
         def make(part: np.ndarray) -> torch.Tensor:
             return self.runtime.features(trunk, self.stream.images(seed, epoch, part))
 
-        view = self._view("train", self.indices, block, seed, epoch)
+        view = self._view("train", indices, block, seed, epoch)
         blocks = self._blocks(view, parts, make, first)
         for part in parts[first:]:  # the consumer's block is the only one that stays in memory
             yield next(blocks), torch.from_numpy(part).to(self.device, non_blocking=True)
 
-    def val_features(self, trunk: nn.Module) -> Iterator[torch.Tensor]:
-        """The validation images' trunk output, in file order, some images at a time."""
-        path, indices = self._val_images, np.arange(len(self.val_labels))
+    def val_features(self, trunk: nn.Module, indices: np.ndarray) -> Iterator[torch.Tensor]:
+        """The trunk's output of these validation images, some at a time."""
+        path = self._val_images
         assert path is not None  # else there is nothing to evaluate
         size = EVALUATED_ON_GPU if self.device.type == "cuda" else BLOCK
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -160,9 +180,9 @@ class Workspace:
 
         yield from self._blocks(self._view("val", indices, size), parts, make)
 
-    def keeps(self, seed: int, epoch: int, block: int) -> bool:
+    def keeps(self, indices: np.ndarray, seed: int, epoch: int, block: int) -> bool:
         """Whether the trunk's output of an epoch of the stream is kept, or would be if it was made."""
-        view = self._view("train", self.indices, block, seed, epoch)
+        view = self._view("train", indices, block, seed, epoch)
         return view is not None and self.store.keeps(view)
 
     def _blocks(
@@ -177,6 +197,9 @@ class Workspace:
     ) -> View | None:
         """What the output is kept as. None if no other epoch or run needs it."""
         is_constant = split == "val" or self.config.augment == "none"
+        if self.config.folds and self.config.augment == "none":
+            split = "train"  # an image looks the same, whether it is learned or judged
+        images = len(indices) if not self.config.folds else len(self.train_labels)
         if self.config.frozen_batchnorm == "train":  # then the trunk changes
             return None
         if not (is_constant or self._places.every_epoch):
@@ -185,8 +208,8 @@ class Workspace:
             cut = hashlib.sha256(indices.tobytes()).hexdigest()[:16]
             return View(split, len(indices), seed, epoch, f"{block}-{cut}")
         if is_constant:
-            return View(split, len(indices))
-        return View(split, len(indices), seed, epoch)
+            return View(split, images)
+        return View(split, images, seed, epoch)
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -199,7 +222,7 @@ class Workspace:
 
     @cached_property
     def _tried(self) -> "_Tried":
-        some = self.indices[: self.runtime.images_at_once]
+        some = self._divisions[self.config.fold].train[: self.runtime.images_at_once]
 
         def make(part: np.ndarray) -> torch.Tensor:
             return self.runtime.features(self.frozen, self.stream.images(0, 0, part))
@@ -252,7 +275,7 @@ class Workspace:
         weights = hashlib.sha256()
         for name, tensor in self.frozen.state_dict().items():
             weights.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().numpy().tobytes())
-        splits = [config.train_on, "val"] if config.validates else [config.train_on]
+        splits = [config.train_split, config.val_split] if config.validates else [config.train_split]
         parts = {
             "version": [KIND, READER],
             "images": [self.dataset.images_digest(self.dataset.split(name)) for name in splits],

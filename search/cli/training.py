@@ -35,8 +35,9 @@ from storage.ownership import with_users_umask
 from storage.paths import RunFolder, image_cache
 from storage.studies import StudyEntry, agree_on_trunk
 from trainer.config import TrainConfig
-from trainer.dataset import DatasetError, absent_attributes, read_dataset
+from trainer.dataset import DatasetError, read_dataset
 from trainer.device import prepare_process
+from trainer.division import absent_attributes
 from trainer.feature_places import places
 from trainer.metrics import EpochResult
 from trainer.model import stage_table
@@ -128,7 +129,7 @@ def train(
     say_each(notes)
     if init and workspace.head is None:
         say(f"note: {init} has learned other attributes, so the head is new")
-    absent = absent_attributes(workspace.dataset.attribute_table(config))
+    absent = absent_attributes(workspace.attributes)
     say_each([f"note: {line}" for line in absent])
     with with_users_umask():
         facts = facts_of(bundle, config, workspace.dataset).model_dump()

@@ -30,6 +30,7 @@ from storage.status import read_status
 from storage.studies import enter_array_job
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
+from trainer.division import divide
 from trainer.kind import not_weights
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
 def _dataset(config: TrainConfig) -> Dataset:
     """Read the dataset. Raises DatasetError, also for too few images for the configuration."""
     dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
-    dataset.training_rows(config)
+    divide(dataset, config)
     return dataset
 
 

@@ -152,12 +152,13 @@ def _read_dataset(path: Path) -> None:
     from trainer.check import check_dataset, summary
     from trainer.config import TrainConfig
     from trainer.dataset import read_dataset
+    from trainer.division import attribute_table
 
     folder = path.parents[1]
     _, findings = check_dataset(folder)
     assert summary(findings).isprintable()
     dataset = read_dataset(folder, unknown_labels=True)
-    dataset.attribute_table(TrainConfig(data=str(folder))), dataset.fingerprint
+    attribute_table(dataset, TrainConfig(data=str(folder))), dataset.fingerprint
 
 
 def _read_truth(path: Path) -> None:

@@ -256,7 +256,11 @@ def test_a_matrix_of_many_attributes_is_drawn_without_numbers(tmp_path):
     names = [f"a{number}" for number in range(255)]
     labels = np.arange(255, dtype=np.uint8).reshape(-1, 1) % 255
     found = Predictions(
-        labels, labels[np.newaxis], np.zeros((1, 255, 1), np.float16), np.ones(1, np.int32)
+        labels,
+        labels[np.newaxis],
+        np.zeros((1, 255, 1), np.float16),
+        np.ones(1, np.int32),
+        np.arange(255, dtype=np.int32),
     )
     render.save(charts.confusion(Judgement(found, {"style": names})), "many", tmp_path / "many.svg")
     assert (tmp_path / "many.svg").stat().st_size > 10_000

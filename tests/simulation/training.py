@@ -19,6 +19,7 @@ import torch
 
 from trainer.checkpoint import Checkpoints, State
 from trainer.config import TrainConfig
+from trainer.division import Division
 from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
 from trainer.run import FORMAT, PartialEpoch, Run
@@ -79,6 +80,7 @@ class SimulatedRun(Run):
         self.config, self.workspace, self._world = config, workspace, workspace.world
         self._checkpoints, self._stream_epochs = checkpoints, stream_epochs
         self.owns_trunk, self.runnable_trunk = False, None
+        self.images = Division(np.arange(IMAGES), np.arange(VALIDATION))
         self.device = torch.device("cpu")
         self.block_size = BLOCK
         self.steps_per_block = BLOCK // config.batch_size
@@ -149,17 +151,17 @@ class SimulatedRun(Run):
 
 def workspace(world: World, config: TrainConfig) -> Any:
     """What the runs of one process share."""
-    dataset = SimpleNamespace(fingerprint="d" * 64, attribute_table=lambda _: ATTRIBUTES)
+    dataset = SimpleNamespace(fingerprint="d" * 64)
     return SimpleNamespace(
         world=world,
         config=config,
         dataset=dataset,
+        attributes=ATTRIBUTES,
         device_name=None,
         stream=SimpleNamespace(seconds_read=lambda: 0.0),
         agree=lambda on_record: on_record("a simulated device", "what its trunk computes"),
-        keeps=lambda seed, epoch, block: epoch < world.kept_epochs,
+        keeps=lambda images, seed, epoch, block: epoch < world.kept_epochs,
         train_targets=Rows(),
-        val_labels=range(VALIDATION),
     )
 
 
@@ -217,6 +219,7 @@ def epoch_result(
             classes[np.newaxis],
             np.zeros((1, *classes.shape), np.float16),
             np.array([attempt], np.int32),
+            np.arange(VALIDATION, dtype=np.int32),
         ),
     )
 

@@ -55,7 +55,9 @@ def test_hits_are_of_the_last_five_epochs():
     labels = np.array([[0], [1]], dtype=np.uint8)
     classes = np.array([[[1], [0]]] * 3 + [[[0], [0]]] * 2 + [[[0], [1]]] * 2, dtype=np.uint8)
     unknown = np.full(classes.shape, np.nan, dtype=np.float16)  # of a network that has diverged
-    right = hits(Predictions(labels, classes, unknown, np.zeros(7, np.int32)))
+    right = hits(
+        Predictions(labels, classes, unknown, np.zeros(7, np.int32), np.array([0, 1], np.int32))
+    )
     assert right.tolist() == [[4 / 5], [2 / 5]]
     check(of_hits(right, labels, (2,)))
 

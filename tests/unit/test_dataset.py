@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from trainer.check import check_dataset, summary
-from trainer.dataset import DatasetError, absent_attributes, read_dataset
+from trainer.dataset import DatasetError, read_dataset
 from trainer.demo import write_demo
+from trainer.division import absent_attributes, attribute_table, divide
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +375,7 @@ def test_prepared_images_are_told_apart_by_what_they_show(data):
 def test_attributes_that_a_run_does_not_see_are_named(real_data, tiny):
     dataset = read_dataset(real_data)
     some = tiny.model_copy(update={"data": str(real_data), "train_images": 60})
-    rows = dataset.training_rows(some)
+    rows = divide(dataset, some).train
     columns = dataset.splits["train"].labels[rows]
     missing = [
         name
@@ -383,9 +384,9 @@ def test_attributes_that_a_run_does_not_see_are_named(real_data, tiny):
         if value not in column
     ]
     assert missing
-    table = dataset.attribute_table(some)
+    table = attribute_table(dataset, some)
     assert absent_attributes(table) == [
         f"no training image has {', '.join(missing)}: no network can learn it"
     ]
-    assert absent_attributes(dataset.attribute_table(tiny)) == []
+    assert absent_attributes(attribute_table(dataset, tiny)) == []
     assert np.sum([row["train_images"] for row in table]) == 60 * 6

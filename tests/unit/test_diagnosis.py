@@ -140,10 +140,10 @@ def test_features_of_an_image(prepared, split, step):
     run = prepared(augment="none")
     workspace = run.workspace
     for _ in range(2):  # made, and then read
-        trained = list(workspace.train_blocks(run.runnable_trunk, 0, 0, 256))
-        validated = list(workspace.val_features(run.runnable_trunk))
+        trained = list(workspace.train_blocks(run.runnable_trunk, run.images.train, 0, 0, 256))
+        validated = list(workspace.val_features(run.runnable_trunk, run.images.val))
     number = (step - 1) * 64 + 7 if split == "train" else 7
-    row = workspace.stream.order(0, 0)[number] if split == "train" else number
+    row = workspace.stream.order(run.images.train, 0, 0)[number] if split == "train" else number
     kept = trained[number // 256][0] if split == "train" else validated[0]
     kept[number % 256, 0] = torch.inf  # nothing is copied: this is the memory that is read later
     where = f"in step {step} of 5" if split == "train" else "in the validation after step 5"
@@ -215,7 +215,7 @@ def test_a_finite_epoch_makes_no_features_again(prepared, monkeypatch):
     monkeypatch.setattr(Stream, "images", counted)
     finite, spoilt = prepared(), prepared(lr=1e30)
     for run in (finite, spoilt):
-        list(run.workspace.val_features(run.runnable_trunk))  # its first use tries the trunk
+        run.evaluate()  # the first use tries the trunk
     made.clear()
     list(train_epoch([finite]))
     assert len(made) == 2  # blocks

@@ -94,6 +94,20 @@ def test_other_blocks_of_the_same_images_are_read_too():
     assert make.calls == len(PARTS)
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_only_what_other_runs_have_not_made_is_made(place, files):
+    store = FeatureStore([Memory(CPU, 1e6, ROWS)] if place == "memory" else [], files())
+    made = []
+
+    def make(indices):
+        made.extend(indices.tolist())
+        return output(indices)
+
+    read(store, make, parts=[np.array([7, 3, 1, 0]), np.array([9, 8])])
+    read(store, make, parts=[np.array([2, 3, 9]), np.array([4, 1, 5, 6, 7])])
+    assert made == [7, 3, 1, 0, 9, 8, 2, 4, 5, 6]
+
+
 def test_later_epochs_make_room_for_earlier_ones():
     memory = Memory(CPU, 2 * 10 * ROWS.bytes, ROWS)
     store, make = FeatureStore([memory]), Maker()
@@ -241,7 +255,7 @@ def test_room_is_taken_for_the_images_that_are_used(files):
 def test_who_waits_for_another_does_so_for_a_while_only(files):
     """Its worker was stopped while it made the block."""
     one, other = files(), files()
-    block = Block(view(0), 0, PARTS[0])
+    block = Block(view(0), PARTS[0])
 
     def hold():
         with one.claims(block) as is_mine:
@@ -491,5 +505,6 @@ def test_other_weights_or_parts_are_another_kind(tiny, cache, monkeypatch):
 
 def test_a_seed_and_an_epoch_have_views_of_their_own(tiny, cache):
     workspace = shared(tiny, cache, memory=1e9)
-    found = {workspace._view("train", workspace.indices, 256, *key) for key in [(0, 0), (0, 1), (1, 0)]}
+    images = workspace.division(tiny).train
+    found = {workspace._view("train", images, 256, *key) for key in [(0, 0), (0, 1), (1, 0)]}
     assert len(found) == 3

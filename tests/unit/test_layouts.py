@@ -254,4 +254,4 @@ def test_a_network_learns_from_the_coarse_release(coarse, tiny, tmp_path):
     workspace = Workspace(config, tmp_path / "cache")
     results = list(train(config, workspace))
     assert all(result.finite and 0 < result.val_accuracy < 1 for result in results)
-    assert sum(row["images"] for row in workspace.dataset.attribute_table(config)) < 30 * 5
+    assert sum(row["images"] for row in workspace.attributes) < 30 * 5

@@ -452,7 +452,8 @@ def test_damaged_predictions_are_told(tmp_path, damage):
     labels = np.zeros((9, 2), dtype=np.uint8)
     path = tmp_path / "p.npz"
     classes = labels[np.newaxis]
-    Predictions(labels, classes, classes.astype(np.float16), np.zeros(1, np.int32)).save(path)
+    order = np.arange(9, dtype=np.int32)
+    Predictions(labels, classes, classes.astype(np.float16), np.zeros(1, np.int32), order).save(path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"predictions|pickle"):
         Predictions.load(path)

@@ -132,7 +132,7 @@ def test_weights_count_the_known_images_of_each_category(batch):
 
 def test_metrics_are_scikit_learns_of_the_known_labels(batch):
     logits, targets, _ = batch
-    result = validation_metrics(torch.tensor(0.5), logits, targets, SIZES)
+    result = validation_metrics(torch.tensor(0.5), logits, targets, SIZES, np.arange(len(targets)))
     recalls, plain, right, losses = [], [], [], []
     for category, (part,) in enumerate(slices(logits)):
         known = targets[:, category] >= 0
@@ -263,7 +263,7 @@ def test_a_run_learns_from_them_and_resumes(tiny, data, tmp_path):
     whole = list(train(config, workspace))
     assert all(result.finite and result.val_accuracy > 0 for result in whole)
     assert all(np.isnan(result.val_category[5]) and result.val_overall > 0 for result in whole)
-    table = workspace.dataset.attribute_table(config)
+    table = workspace.attributes
     rows = attribute_rows(whole[-1].val_hits, table)
     assert np.mean([row.accuracy for row in rows]) == pytest.approx(whole[-1].val_accuracy)
     whole[-1].predictions.save(tmp_path / "p.npz")
