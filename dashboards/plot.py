@@ -112,7 +112,7 @@ def _complete(status: Status, trials: str | None) -> int:
 
 def surest_errors(folder: str, judgement: Judgement) -> charts.Figure:
     """The images of a data folder that were most surely wrong. Raises PicturesError if there is none."""
-    pictures = find_pictures(folder, judgement.labels)
+    pictures = find_pictures(folder, judgement)
     images = judgement.choose(SURE)[:ERRORS].tolist()
     if not images:
         raise PicturesError("no image is wrong, so there is none to draw")

@@ -8,6 +8,7 @@ import numpy as np
 
 from storage.paths import RunFolder
 from storage.studies import StudyEntry
+from trainer.config import ALL_LABELLED
 from trainer.predictions import UNKNOWN, Predictions
 
 SURE, WRONG, RIGHT, ALL = SHOWN = ("surely wrong", "wrong", "right", "all")
@@ -65,9 +66,16 @@ class Judgement:
     The images are in the order of the split's list. `names` are the attributes of each category.
     """
 
-    def __init__(self, found: Predictions, names: Mapping[str, Sequence[str]], number: int = 0) -> None:
-        """`number` is the trial's."""
-        self.number, self.names = number, names
+    def __init__(
+        self,
+        found: Predictions,
+        names: Mapping[str, Sequence[str]],
+        number: int = 0,
+        split: str = "val",
+    ) -> None:
+        """`number` is the trial's, and `split` is `TrainConfig.val_split`."""
+        self.number, self.names, self.split = number, names, split
+        self.images = found.images  # which ones of the split they are
         # [images, categories], as those below; -1 where a label is unknown.
         self.labels = np.where(found.labels == UNKNOWN, -1, found.labels.astype(int))
         self.classes = found.classes[-1].astype(int)
@@ -77,7 +85,8 @@ class Judgement:
     @classmethod
     def of_trial(cls, entry: StudyEntry, number: int) -> Self:
         """That of a complete trial. Raises PredictionsError."""
-        return cls(predictions_of(entry, number), attribute_names(entry), number)
+        split = ALL_LABELLED if entry.settings["train"].get("folds") else "val"
+        return cls(predictions_of(entry, number), attribute_names(entry), number, split)
 
     def __len__(self) -> int:
         return len(self.labels)

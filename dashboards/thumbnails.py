@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dashboards.predictions import Judgement
 from storage.paths import image_cache, make_private
 from trainer.dataset import DatasetError, read_dataset
 from trainer.files import write_atomically
@@ -22,34 +23,34 @@ class PicturesError(ValueError):
     """The pictures are not to be had on this machine. The message is one line."""
 
 
-def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, ...]:
-    """The validation images of a data folder, in the order of its list. Raises PicturesError.
-
-    `labels`, int [images, categories], are those that a trial was judged by. They must be the folder's.
-    """
+def find_pictures(folder: str, judgement: Judgement) -> list[Path]:
+    """The images of a data folder that a trial was judged by, in their order. Raises PicturesError."""
     try:
         layout = Layout.of(Path(folder))
-        lists = layout.attributes, layout.images("val"), layout.labels("val")
-        pictures, found = _read(folder, *(path.stat().st_mtime_ns for path in lists))
+        lists = [layout.attributes]
+        for part in judgement.split.split("+"):
+            lists += layout.images(part), layout.labels(part)
+        pictures, labels = _read(folder, judgement.split, *(path.stat().st_mtime_ns for path in lists))
     except (DatasetError, OSError) as error:
         reason = str(error).partition("; ")[0] if isinstance(error, DatasetError) else error.strerror
         raise PicturesError(
             f"the pictures are in {folder}, which this machine does not see ({reason})"
         ) from None
-    if labels is not None and not np.array_equal(found, labels):
+    images = judgement.images
+    if images[-1] >= len(labels) or not np.array_equal(labels[images], judgement.labels):
         raise PicturesError(
             f"{folder} has other validation images or labels now than when the trials ran: no picture "
             "is shown"
         )
-    return pictures
+    return [pictures[image] for image in images]
 
 
 @lru_cache(maxsize=8)
-def _read(folder: str, *_: int) -> tuple[tuple[Path, ...], np.ndarray]:
-    dataset = read_dataset(folder, ["val"], unknown_labels=True)
-    val = dataset.split("val")
-    assert val.labels is not None
-    return tuple(dataset.folder / path for path in val.paths), val.labels
+def _read(folder: str, name: str, *_: int) -> tuple[tuple[Path, ...], np.ndarray]:
+    dataset = read_dataset(folder, name.split("+"), unknown_labels=True)
+    split = dataset.split(name)
+    assert split.labels is not None
+    return tuple(dataset.folder / path for path in split.paths), split.labels
 
 
 def thumbnail(folder: str, picture: Path) -> bytes:

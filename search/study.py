@@ -14,7 +14,7 @@ from storage.database import retrying
 from storage.status import read_status
 from trainer.config import ARITHMETIC, TrainConfig
 from trainer.dataset import Dataset
-from trainer.division import absent_attributes, attribute_table
+from trainer.division import absent_attributes
 from trainer.images import READER
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _create(
         engine,
         study._study_id,
         dataset=dataset.fingerprint,
-        attributes=attribute_table(dataset, config.shared),
+        attributes=config.attribute_table(dataset),
         settings=identity | config.metadata(_first(config, engine)),
         **_budget(config),
     )

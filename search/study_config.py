@@ -27,6 +27,8 @@ from search.typed import Table, Texts, as_typed, unknown_key
 from storage import ledger, ranks, studies
 from storage.paths import path_to_record
 from trainer.config import ARITHMETIC, CHECKPOINT_SECONDS, TUNABLE, Number, Real, TrainConfig, Whole
+from trainer.dataset import Dataset
+from trainer.division import attribute_table
 from trainer.images import READER
 
 
@@ -290,6 +292,10 @@ class StudyConfig(Table):
         if name in makers and rungs:
             return OptunasPruner(study, trials, makers[name](), rungs[0])
         return Rungs(trials, rungs, pauses=name == "promote")
+
+    def attribute_table(self, dataset: Dataset) -> list[dict[str, Any]]:
+        """The attributes as they go on record, with how many images have each."""
+        return attribute_table(dataset, self.shared)
 
     @property
     def dataset_fingerprint(self) -> str | None:

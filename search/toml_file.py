@@ -37,6 +37,8 @@ def load_study_file(path: Path, overrides: list[str] | None = None) -> StudyConf
             f"{path}: train.train_on = {file.train['train_on']!r}: a search needs the validation split; "
             "allowed is 'train'; give --train-on to: atelier train"
         )
+    if "folds" in file.train:
+        raise InputError(f"{path}: train.folds: only a confirmation has folds; leave it out")
     for params in file.corners():
         validate(TrainConfig, {**file.train, **params}, path, "train", dict.fromkeys(params, "space"))
     file.check_rungs()

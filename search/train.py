@@ -143,8 +143,9 @@ def _draw_judgement(folder: Path, results: list[EpochResult], workspace: Workspa
     best = max(results, key=lambda result: result.val_accuracy)
     if best.predictions is None:  # a run without validation
         return
-    dataset = workspace.dataset
-    judgement = Judgement(best.predictions, dict(zip(dataset.categories, dataset.names, strict=True)))
+    dataset, split = workspace.dataset, workspace.config.val_split
+    names = dict(zip(dataset.categories, dataset.names, strict=True))
+    judgement = Judgement(best.predictions, names, split=split)
     title = f"{folder.name}, epoch {best.epoch + 1}"
     # The images are prepared, so their folder may be gone.
     for name, figure in judged(judgement, workspace.config.data).items():

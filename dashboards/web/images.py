@@ -90,7 +90,7 @@ class Reading:
         try:
             judgements = [Judgement.of_trial(self.entry, number) for number in numbers]
             for judgement in judgements:
-                find_pictures(_folder(self.entry), judgement.labels)
+                find_pictures(_folder(self.entry), judgement)
         except PredictionsError as error:
             self.missing = str(error)
             return []
@@ -162,7 +162,7 @@ def picture(study_id: int, trial: int, image: int) -> Response:
     entry = find_entry(study_id)
     folder = _folder(entry)
     try:
-        pictures = find_pictures(folder, Judgement.of_trial(entry, trial).labels)
+        pictures = find_pictures(folder, Judgement.of_trial(entry, trial))
         if image >= len(pictures):
             abort(404, f"There is no image {image}; the list has {len(pictures)}, from 0.")
         response = Response(thumbnail(folder, pictures[image]), mimetype="image/jpeg")
@@ -194,7 +194,8 @@ def _files(reading: Reading) -> dict[int, str]:
     if reading.missing or not reading.judgements:
         return {}
     folder = _folder(reading.entry)
-    return {image: os.path.relpath(path, folder) for image, path in enumerate(find_pictures(folder))}
+    pictures = find_pictures(folder, reading.judgements[0])
+    return {image: os.path.relpath(path, folder) for image, path in enumerate(pictures)}
 
 
 @blueprint.get("/confusion.csv")

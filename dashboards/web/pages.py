@@ -235,6 +235,14 @@ def _curve(entry: StudyEntry, row: TrialRow) -> tuple[curves.Curve, Sequence[int
     return curve, hits if len(hits) == len(entry.attributes) else []
 
 
+def _judged_by(entry: StudyEntry, row: TrialRow) -> list[dict[str, Any]]:
+    """The study's attributes, with as many images as the trial was validated on."""
+    fold = row.params.get("fold")
+    if fold is None:
+        return entry.attributes
+    return [{**attribute, "images": attribute["folds"][fold]} for attribute in entry.attributes]
+
+
 def settings(entry: StudyEntry) -> dict[str, Any]:
     return {**entry.settings.get("train", {}), **entry.places}
 
@@ -253,7 +261,7 @@ def trial(study_id: int, trial: int) -> Any:
         curve=curve,
         settings=settings(entry),
         drawn=charts.curves([curve], curves.category_names(entry.attributes, [curve])),
-        bars=charts.attributes(hits, entry.attributes) if hits else None,
+        bars=charts.attributes(hits, _judged_by(entry, row)) if hits else None,
         attempts=attempts,
         log=log,
         tail=log_tail(log),
@@ -278,7 +286,8 @@ def settings_table(study_id: int, trial: int) -> Response:
 def attributes_table(study_id: int, trial: int) -> Response:
     entry, _, row = _open_trial(study_id, trial)
     _, hits = _curve(entry, row)
-    rows = [asdict(one) for one in charts.attribute_rows(hits, entry.attributes)] if hits else []
+    table = charts.attribute_rows(hits, _judged_by(entry, row)) if hits else []
+    rows = [asdict(one) for one in table]
     return Filters().table(
         f"{entry.name} trial {trial} attributes", csv_tables.columns(charts.AttributeRow), rows
     )

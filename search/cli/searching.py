@@ -50,6 +50,7 @@ from storage import database, schema
 from storage.paths import RunFolder
 from storage.status import Status, read_status
 from storage.studies import StudyEntry, job_in_words, request_stop
+from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
 
 PROFILE = "tuning"
@@ -143,7 +144,16 @@ def confirm(
         int | None, typer.Option(min=1, max=1000, help="How many of the best trials; default: 5.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Fresh seeds for each; default: 5.")
+        int | None,
+        typer.Option(min=1, max=1000, help="Fresh seeds for each; default: 5, with --folds 1."),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=MOST_FOLDS,
+            help="Cut train and val together into so many folds, and validate each seed on all of them.",
+        ),
     ] = None,
     within: Annotated[
         float | None,
@@ -166,17 +176,18 @@ def confirm(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Rerun the best trials on fresh seeds, and say which one to take and how sure that is."""
+    """Rerun the best trials on fresh seeds or folds; say which one to take and how sure that is."""
     to_slurm = goes_to_slurm(submit, dry_run, array=array, profile=profile)
     if show or as_json:
-        if to_slurm or top or seeds or within is not None:
+        if to_slurm or top or seeds or folds or within is not None:
             raise InputError(
-                "--show and --json train nothing: leave out --top, --seeds, --within and --submit"
+                "--show and --json train nothing: leave out --top, --seeds, --folds, --within and "
+                "--submit"
             )
         _show_confirmation(*find_search(study), as_json)
         return
     engine, entry = find_search(study)
-    config = plan_confirmation(engine, entry, top, seeds, within).with_paths(data, weights)
+    config = plan_confirmation(engine, entry, top, seeds, folds, within).with_paths(data, weights)
     workers = workers_here(workers)
     if to_slurm:
         check_pack(pack)

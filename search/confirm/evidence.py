@@ -1,5 +1,6 @@
 """What a confirmation shows of each candidate, and whether there is a winner."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,17 +18,17 @@ from search.confirm.intervals import (
     seed_flips,
     selection_bias,
 )
-from search.confirm.plan import SUFFIX, recorded
+from search.confirm.plan import SUFFIX, ConfirmationFile, recorded
 from storage.status import State, Status, TrialRow, difference_line, read_status
 from storage.studies import StudyEntry, study_entry
 
 WINS = 0.95  # a candidate that is the best with this probability has won
-DROPPED = 0.01  # below this probability it gets no further seeds
+DROPPED = 0.01  # below this probability it gets no further reruns
 # Why a rerun is pruned before its first epoch.
 CANNOT_WIN = "cannot win any more"
 NEAR_ENOUGH = "a candidate is known to be as near to the best as was asked for"
-LEAST_SEEDS = 2  # before anything is said of a candidate
-WINNING_SEEDS = 5  # of a winner; with fewer no paired test of the seeds alone reaches 5 % (1/2**5 = 3 %)
+LEAST_RERUNS = 2  # before anything is said of a candidate
+WINNING_RERUNS = 5  # of a winner; with fewer no paired test of them alone reaches 5 % (1/2**5 = 3 %)
 MOST_RIVALS = 100  # trials of the search that show how lucky the first one is
 
 
@@ -38,10 +39,10 @@ class Candidate:
     number: int  # in the search
     params: dict[str, Any]
     searched: float | None  # in the search; None if its predictions are not here
-    seeds: int  # complete reruns
+    seeds: int  # complete reruns: one for each seed, or for each seed and fold
     failed: int  # reruns that failed, diverged, or ran out of memory
-    passed_over: bool  # it could not win any more, so it got no further seeds
-    estimate: Estimate | None  # None while there are too few seeds
+    passed_over: bool  # it could not win any more, so it got no further reruns
+    estimate: Estimate | None  # None while there are too few reruns
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Confirmation:
 
     `optimism` says how much too high the search's accuracy of its first trial probably is. One part is
     what fresh seeds do not repeat. The other is luck with the images, which they do repeat: see
-    `selection_bias`. Below 0 the accuracy is too low. None if the search is ranked by another score.
+    `selection_bias`. Folds have other images, and repeat no luck. Below 0 the accuracy is too low. None
+    if the search is ranked by another score, or if folds train on more images than it did.
     """
 
     study: str  # the search
@@ -58,6 +60,7 @@ class Confirmation:
     reruns: int  # that have ended
     max_reruns: int
     seeds: int  # wanted of each candidate
+    folds: int | None  # that each seed has; None if the validation split judges all reruns
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
@@ -67,7 +70,7 @@ class Confirmation:
 
     @property
     def finished(self) -> bool:
-        """Whether every candidate has its seeds, or was given up."""
+        """Whether every candidate has its reruns, or was given up."""
         return self.reruns >= self.max_reruns
 
     @property
@@ -83,7 +86,7 @@ class Confirmation:
         first = self.leader
         if first is None or first.estimate is None or not self._is_decided or first.failed:
             return None
-        return first if first.seeds >= WINNING_SEEDS and first.estimate.best >= WINS else None
+        return first if first.seeds >= WINNING_RERUNS and first.estimate.best >= WINS else None
 
     @property
     def choice(self) -> Candidate | None:
@@ -125,7 +128,7 @@ def read_confirmation(
     ranking = searched.completed()
     numbers = [candidate["number"] for candidate in plan.candidates]
     predicted = _searched(search, ranking, numbers)
-    evidence = _Evidence(linked, status.trials)
+    evidence = _Evidence(linked, plan, status.trials)
     candidates = []
     for number, planned in zip(numbers, plan.candidates, strict=True):
         candidates.append(
@@ -133,7 +136,7 @@ def read_confirmation(
                 number=number,
                 params=planned["params"],
                 searched=predicted.accuracy.get(number),
-                seeds=len(evidence.runs.get(number, {})),
+                seeds=evidence.reruns[number],
                 failed=len(_failed(status.trials, number)),
                 passed_over=_is_passed_over(status.trials, number),
                 estimate=evidence.estimates.get(number),
@@ -145,7 +148,8 @@ def read_confirmation(
         linked=linked.name,
         reruns=status.finished,
         max_reruns=status.max_trials,
-        seeds=status.max_trials // len(candidates),
+        seeds=plan.seeds,
+        folds=plan.folds,
         candidates=candidates,
         optimism=_optimism(search, predicted, numbers[0], evidence),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
@@ -188,6 +192,10 @@ def _optimism(
     by_accuracy = search.settings["study"]["score"] == "mean-last-5"
     if not by_accuracy or estimate is None or searched.labels is None or first not in searched.runs:
         return None
+    if evidence.folds is not None:
+        if search.settings["train"].get("train_images"):
+            return None
+        return searched.accuracy[first] - estimate.score.value
     sizes = attribute_sizes(search)
     luck = selection_bias([*searched.runs.values()], searched.labels, sizes, evidence.seed_flips)
     return searched.accuracy[first] - estimate.score.value + luck
@@ -199,16 +207,27 @@ class _Evidence:
     Raises PredictionsError.
     """
 
-    def __init__(self, linked: StudyEntry, trials: Sequence[TrialRow]) -> None:
-        self.runs: dict[int, dict[int, np.ndarray]] = {}  # by candidate and seed
+    def __init__(
+        self, linked: StudyEntry, plan: ConfirmationFile, trials: Sequence[TrialRow]
+    ) -> None:
+        complete = [row for row in trials if row.state == State.COMPLETE]
+        found = [predictions_of(linked, row.number) for row in complete]
         self._sizes = attribute_sizes(linked)
-        for row in trials:
-            if row.state == State.COMPLETE:
-                predictions = predictions_of(linked, row.number)
-                self._labels = predictions.labels
-                runs = self.runs.setdefault(row.params["candidate"], {})
-                runs[row.params["seed"]] = hits(predictions)
-        self._enough = {n: runs for n, runs in self.runs.items() if len(runs) >= LEAST_SEEDS}
+        self.reruns = Counter(row.params["candidate"] for row in complete)
+        # Hits by candidate and seed, [images, categories]. NaN of images that no rerun has judged.
+        self._runs: dict[int, dict[int, np.ndarray]] = {}
+        images = np.unique(np.concatenate([one.images for one in found] or [[]]))
+        self._labels = np.zeros((len(images), len(self._sizes)), np.uint8)
+        self.folds = np.zeros(len(images), int) if plan.folds else None
+        for row, predictions in zip(complete, found, strict=True):
+            judged = np.searchsorted(images, predictions.images)
+            self._labels[judged] = predictions.labels
+            runs = self._runs.setdefault(row.params["candidate"], {})
+            run = runs.setdefault(row.params["seed"], np.full(self._labels.shape, np.nan))
+            run[judged] = hits(predictions)
+            if self.folds is not None:
+                self.folds[judged] = row.params["fold"]
+        self._enough = {n: runs for n, runs in self._runs.items() if self.reruns[n] >= LEAST_RERUNS}
 
     @property
     def seed_flips(self) -> float:
@@ -217,15 +236,15 @@ class _Evidence:
 
     @cached_property
     def estimates(self) -> dict[int, Estimate]:
-        """The estimates of the candidates that have enough seeds, by number."""
+        """The estimates of the candidates that have enough reruns, by number."""
         if not self._enough:
             return {}
-        estimates = compare([*self._enough.values()], self._labels, self._sizes)
+        estimates = compare([*self._enough.values()], self._labels, self._sizes, self.folds)
         return dict(zip(self._enough, estimates, strict=True))
 
 
 def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str | None:
-    """Why a candidate is worth no further seed. None if it is worth one.
+    """Why a candidate is worth no further rerun. None if it is worth one.
 
     `confirmation` is the name of the linked study.
     """
@@ -234,9 +253,9 @@ def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str |
         return None
     trials = read_status(engine, linked.study_id, linked.name).trials
     if _is_passed_over(trials, candidate):
-        return CANNOT_WIN  # once for all: else it would lack some of the others' seeds
+        return CANNOT_WIN  # once for all: else it would lack some of the others' reruns
     try:
-        estimates = _Evidence(linked, trials).estimates
+        estimates = _Evidence(linked, plan, trials).estimates
     except PredictionsError:
         return None  # a missing file is not this trial's fault
     if candidate in estimates and estimates[candidate].best < DROPPED:

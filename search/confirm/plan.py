@@ -1,4 +1,4 @@
-"""Plan a confirmation: which trials of a search run again, on which seeds."""
+"""Plan a confirmation: which trials of a search run again, on which seeds and folds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,17 +15,20 @@ from search.toml_file import validate
 from storage.status import read_status
 from storage.studies import StudyEntry, study_entry
 from trainer.config import TrainConfig
+from trainer.dataset import Dataset
+from trainer.division import attribute_table
 
 SUFFIX = "-confirm"  # of the linked study's name
 TOP, SEEDS = 5, 5  # with three seeds no paired test can reach significance
+SEEDS_OF_FOLDS = 1  # each fold has a network of its own
 MOST_TRIALS = 10**6
 
 
 class Plan(BaseSampler):
     """An Optuna sampler that samples nothing: each trial's parameters follow from its number."""
 
-    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int) -> None:
-        self._candidates, self._seed = candidates, seed
+    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int, folds: int | None) -> None:
+        self._candidates, self._seed, self._folds = candidates, seed, folds
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial
@@ -53,9 +56,12 @@ class Plan(BaseSampler):
         """The parameters of the trial with this number."""
         round_number, index = divmod(number, len(self._candidates))
         candidate = self._candidates[index]
-        # A fresh seed: the search's own one may have been lucky.
-        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + round_number) % 2**32}
-        planned: dict[str, Any] = rerun | candidate["params"]
+        seed_number, fold = divmod(round_number, self._folds or 1)
+        # A fresh seed: the search's own one may have been lucky. All folds have the same: then an
+        # image looks the same in all of them, and goes through the trunk once.
+        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + seed_number) % 2**32}
+        in_fold = {"fold": fold} if self._folds else {}
+        planned: dict[str, Any] = rerun | in_fold | candidate["params"]
         return planned
 
 
@@ -71,6 +77,16 @@ class ConfirmationFile(StudyConfig):
     def dataset_fingerprint(self) -> str:
         return self.dataset
 
+    @property
+    def folds(self) -> int | None:
+        """How many folds each seed has; None if all reruns are validated on the validation split."""
+        return self.shared.folds
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds each candidate has."""
+        return self.study.max_trials // len(self.candidates) // (self.folds or 1)
+
     def corners(self) -> Iterator[dict[str, Any]]:
         """The candidates: nothing else is trained."""
         return (candidate["params"] for candidate in self.candidates)
@@ -80,12 +96,26 @@ class ConfirmationFile(StudyConfig):
         return super().config({key: value for key, value in params.items() if key != "candidate"})
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The search's space, and two parameters: the trial to run again, and its seed."""
+        """The search's space, and as parameters the trial to run again, its seed and its fold."""
         rerun: dict[str, Any] = {
             "candidate": IntDistribution(0, MOST_TRIALS),
             "seed": IntDistribution(0, 2**32 - 1),
         }
+        if self.folds:
+            rerun["fold"] = IntDistribution(0, self.folds - 1)
         return rerun | super().distributions()
+
+    def attribute_table(self, dataset: Dataset) -> list[dict[str, Any]]:
+        """With folds, `images` counts those of all folds, and `folds` those of each."""
+        if not self.folds:
+            return super().attribute_table(dataset)
+        configs = (self.shared.model_copy(update={"fold": fold}) for fold in range(self.folds))
+        tables = zip(*(attribute_table(dataset, config) for config in configs), strict=True)
+        return [
+            rows[0]
+            | {"images": sum(row["images"] for row in rows), "folds": [row["images"] for row in rows]}
+            for rows in tables
+        ]
 
     def identity(self) -> dict[str, Any]:
         """The search's identity and the candidates, which must not change."""
@@ -94,8 +124,13 @@ class ConfirmationFile(StudyConfig):
     def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return super().metadata(first) | {"wanted": {"within": self.within}}
 
+    @property
+    def plan(self) -> Plan:
+        """What each of its trials is."""
+        return Plan(self.candidates, self.shared.seed, self.folds)
+
     def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
-        return Plan(self.candidates, self.shared.seed)
+        return self.plan
 
 
 def recorded(entry: StudyEntry) -> ConfirmationFile | None:
@@ -103,27 +138,34 @@ def recorded(entry: StudyEntry) -> ConfirmationFile | None:
     if "confirms" not in entry.settings:
         return None
     confirms = entry.settings["confirms"]
-    seeds = entry.max_trials // len(confirms["candidates"])
     within = entry.settings.get("wanted", {}).get("within")
-    return _confirmation_file(entry, confirms["study"], confirms["candidates"], seeds, within)
+    folds = entry.settings["train"].get("folds")
+    reruns = entry.max_trials // len(confirms["candidates"])
+    return _confirmation_file(entry, confirms["study"], confirms["candidates"], reruns, folds, within)
 
 
 def _confirmation_file(
     entry: StudyEntry,
     search: str,
     candidates: list[dict[str, Any]],
-    seeds: int,
+    reruns: int,
+    folds: int | None,
     within: float | None,
 ) -> ConfirmationFile:
-    """A confirmation of a search's trials. The other settings are those of a study on record."""
+    """A confirmation with so many reruns of each candidate.
+
+    The other settings are those of a study on record. Folds take all images of train and val.
+    """
     file = StudyConfig.from_record(entry)
     tables = file.model_dump() | {"slurm": file.slurm}
     tables["study"] |= {
         "name": search + SUFFIX,
         "score": "mean-last-5",
-        "max_trials": len(candidates) * seeds,
+        "max_trials": len(candidates) * reruns,
         "strategy": "none",
     }
+    if folds:
+        tables["train"] |= {"folds": folds, "train_images": None}
     confirmation = {"confirms": search, "candidates": candidates, "dataset": entry.dataset}
     tables |= confirmation | {"within": within}
     return validate(ConfirmationFile, tables, f"confirmation of {search!r}")
@@ -134,6 +176,7 @@ def plan_confirmation(
     search: StudyEntry,
     top: int | None,
     seeds: int | None,
+    folds: int | None = None,
     within: float | None = None,
 ) -> ConfirmationFile:
     """The confirmation on record, with more seeds or another `within` if asked for. Else a new one.
@@ -142,26 +185,40 @@ def plan_confirmation(
     """
     check_versions(search)
     linked = study_entry(engine, search.name + SUFFIX)
-    if linked is None:
-        status = read_status(engine, search.study_id, search.name)
-        chosen = status.completed()
-        if not chosen or len(chosen) < (top or 1):
-            shortage = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
-            raise InputError(
-                f"study {search.name!r} has {shortage} yet; see: atelier status {search.name}"
-            )
-        candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
-        return _confirmation_file(search, search.name, candidates, seeds or SEEDS, within)
+    if linked is not None:
+        return _go_on(linked, search.name, top, seeds, folds, within)
+    status = read_status(engine, search.study_id, search.name)
+    chosen = status.completed()
+    if not chosen or len(chosen) < (top or 1):
+        shortage = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
+        raise InputError(f"study {search.name!r} has {shortage} yet; see: atelier status {search.name}")
+    candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
+    if seeds == 1 and not folds:
+        raise InputError("--seeds 1: one run shows no noise; allowed are more seeds, or add --folds")
+    reruns = (seeds or SEEDS_OF_FOLDS) * folds if folds else seeds or SEEDS
+    return _confirmation_file(search, search.name, candidates, reruns, folds, within)
+
+
+def _go_on(
+    linked: StudyEntry,
+    search: str,
+    top: int | None,
+    seeds: int | None,
+    folds: int | None,
+    within: float | None,
+) -> ConfirmationFile:
+    """The confirmation on record, with what may change. Raises InputError for what may not."""
     begun = recorded(linked)
     if begun is None:
         raise InputError(f"{linked.name!r} is the name of a search; a confirmation cannot have it too")
-    n_candidates, n_seeds = len(begun.candidates), begun.study.max_trials // len(begun.candidates)
-    if top not in (None, n_candidates):
-        raise InputError(
-            f"--top {top}: the confirmation was begun with {n_candidates}; to begin anew, first delete "
-            f"{linked.name!r} in the dashboard"
-        )
-    if seeds is not None and seeds < n_seeds:
-        raise InputError(f"--seeds {seeds}: each candidate has {n_seeds} already; allowed are more")
+    for option, wanted, has in (("top", top, len(begun.candidates)), ("folds", folds, begun.folds)):
+        if wanted not in (None, has):
+            raise InputError(
+                f"--{option} {wanted}: the confirmation was begun with {has or 'none'}; to begin anew, "
+                f"first delete {linked.name!r} in the dashboard"
+            )
+    if seeds is not None and seeds < begun.seeds:
+        raise InputError(f"--seeds {seeds}: each candidate has {begun.seeds} already; allowed are more")
+    reruns = (seeds or begun.seeds) * (begun.folds or 1)
     within = begun.within if within is None else within
-    return _confirmation_file(linked, search.name, begun.candidates, seeds or n_seeds, within)
+    return _confirmation_file(linked, search, begun.candidates, reruns, begun.folds, within)
