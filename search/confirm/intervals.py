@@ -86,26 +86,25 @@ def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[i
 Runs = Sequence[Mapping[int, np.ndarray]]  # for each candidate, by seed: hits [images, categories]
 
 
-def compare(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> list[Estimate]:
+def compare(
+    runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray | None = None
+) -> list[Estimate]:
     """Estimate the true scores of candidates from their runs.
 
-    All candidates have the same seeds, but one may lack some. Each has at least two. `labels` [images,
-    categories] are the truth.
+    All candidates have the same seeds, but one may lack some. `labels` [images, categories] are the
+    truth. Without `folds` each candidate has at least two seeds. With them, `folds` [images] says which
+    fold an image is in. Then a run's hits are NaN for the images of the folds that it has not judged.
+    Each candidate has judged a fold, and together they have judged two.
     """
     if not runs:
         return []
     random = np.random.default_rng(0)  # the same evidence gives the same answer
-    seeds = sorted({seed for by_seed in runs for seed in by_seed})
-    scores = np.full((len(runs), len(seeds)), np.nan)
-    for index, by_seed in enumerate(runs):
-        for seed, run in by_seed.items():
-            scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
-    means = np.nanmean(scores, 1)
-    average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
-    attributes = attribute_index(labels, sizes)
-    covariance = _image_covariance(average, attributes, sizes)
+    table = _by_seed(runs, labels, sizes) if folds is None else _by_fold(runs, labels, sizes, folds)
+    means = np.array([per_class_accuracy(own, table.labels, sizes) for own in table.hits]).clip(0, 1)
+    attributes = attribute_index(table.labels, sizes)
+    covariance = _image_covariance(table.hits, attributes, sizes)
     moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
-    moves += _seeds(scores, seed_flips(runs, labels, sizes), random)
+    moves += _trainings(table, random)
     leader = int(means.argmax())
     variances = np.diag(covariance)
     # Whether the difference of two candidates does not vary with the images.
@@ -269,12 +268,24 @@ def _image_covariance(average: np.ndarray, attributes: np.ndarray, sizes: Sequen
     return total
 
 
-def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
+def seed_flips(
+    runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray | None = None
+) -> float:
     """The part of a score's variance over seeds that comes from single images changing sides.
 
     The mean over seeds carries this part into the images' variance, so it must not count twice. Where a
-    whole attribute gets better or worse, the seed did that: it is not in this part.
+    whole attribute gets better or worse, the seed did that: it is not in this part. With `folds` it is
+    the part in the score of one fold, or 0 if no fold has two seeds.
     """
+    if folds is not None:
+        parts = []
+        for fold in np.unique(folds):
+            chosen = folds == fold
+            by_fold = [{seed: run[chosen] for seed, run in by_seed.items()} for by_seed in runs]
+            judged = [{s: run for s, run in one.items() if not np.isnan(run).any()} for one in by_fold]
+            if several := [by_seed for by_seed in judged if len(by_seed) > 1]:
+                parts.append(seed_flips(several, labels[chosen], sizes))
+        return float(np.mean(parts)) if parts else 0.0
     attributes = attribute_index(labels, sizes)
     present = len(_present(attributes))
     total = 0.0
@@ -292,32 +303,101 @@ def seed_flips(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> float:
     return total
 
 
-def _seeds(scores: np.ndarray, seed_variance: float, random: np.random.Generator) -> np.ndarray:
-    """How the mean scores would move with other seeds: [replicates, candidates].
+@dataclass(frozen=True)
+class _Table:
+    """Scores of candidates by columns. A column is a seed, or a fold with the mean of its seeds."""
 
-    `scores` are [candidates, seeds], NaN where a run is missing. Least squares tell what a seed does to
-    all candidates from what it does to one. The latter's variance is taken as the same for all
-    candidates, since the few seeds of one say little.
+    hits: np.ndarray  # [candidates, images, categories], as if each candidate had judged all images
+    labels: np.ndarray  # [images, categories]
+    scores: np.ndarray  # [candidates, columns], NaN where there is none; but for a constant of each row
+    weights: np.ndarray  # [candidates, candidates, columns] of the scores in each candidate's mean
+    own: float  # the part of a score's variance over columns that is the images' and one candidate's
+    shared: float  # the part that is the images' and all candidates'
+    inflation: float  # of a mean's variance, as the columns' trainings have images in common
+
+
+def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
+    seeds = sorted({seed for by_seed in runs for seed in by_seed})
+    scores = np.full((len(runs), len(seeds)), np.nan)
+    for index, by_seed in enumerate(runs):
+        for seed, run in by_seed.items():
+            scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
+    average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
+    has = ~np.isnan(scores)
+    weights = np.eye(len(runs))[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
+    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0, 1.0)
+
+
+def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
+    """Each run has judged some folds.
+
+    A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
+    is compared in those that it has, by least squares as in any incomplete table of two factors (Yates,
+    Empire Journal of Experimental Agriculture 1, 1933).
     """
-    candidates, seeds = scores.shape
-    rows, columns = np.nonzero(~np.isnan(scores))
-    values = scores[rows, columns]
-    design = np.hstack([np.eye(candidates)[rows], np.eye(seeds)[columns]])
+    counts = np.stack([sum(~np.isnan(run) for run in one.values()) for one in runs])
+    seen = counts.any((0, 2))
+    sums = np.stack([sum(np.nan_to_num(run) for run in one.values()) for one in runs])[:, seen]
+    counts, labels = counts[:, seen], labels[seen]
+    names, column = np.unique(folds[seen], return_inverse=True)
+    has = np.stack([counts[:, column == k].any((1, 2)) for k in range(len(names))], 1)
+    rows, columns = np.nonzero(has)
+    design = np.hstack([np.eye(len(runs))[rows], np.eye(len(names))[columns]])
+    mean = np.hstack([np.eye(len(runs)), np.full((len(runs), len(names)), 1 / len(names))])
+    weights = np.zeros((len(runs), *has.shape))
+    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
+    average = sums / np.maximum(counts, 1)
+    hits = len(names) * np.einsum("cdi,dik->cik", weights[:, :, column], average)
+    attributes = attribute_index(labels, sizes)
+    # An image's share in the score. Each fold has its own mixture of attributes, so the scores of folds
+    # are compared by what exceeds the candidate's mean of the attribute.
+    n_of = np.bincount(attributes[attributes >= 0], minlength=sum(sizes))
+    share = np.where(attributes < 0, 0.0, 1 / (np.count_nonzero(n_of) * np.maximum(n_of[attributes], 1)))
+    usual = np.stack([class_means(own, attributes, sum(sizes))[attributes] for own in hits])
+    scores, parts = np.full(has.shape, np.nan), []
+    for k in range(len(names)):
+        judges, here = has[:, k], column == k
+        values = average[judges][:, here]
+        excess = np.where(share[here] > 0, values - usual[judges][:, here], 0.0)
+        scores[judges, k] = (share[here] * excess).sum((1, 2)) / share[here].sum()
+        covariance = _image_covariance(values, attributes[here], sizes)
+        n, each = len(values), float(np.trace(covariance)) / len(values)
+        between = (float(covariance.sum()) - n * each) / (n * (n - 1)) if n > 1 else each
+        parts.append((n > 1, each - between, between))
+    # A fold with one judge does not tell what its images do to one from what they do to all.
+    several = [part[1:] for part in parts if part[0]] or [part[1:] for part in parts]
+    own, shared = np.mean(several, 0).tolist()
+    inflation = 1 + len(names) / max(len(np.unique(folds)) - 1, 1)
+    return _Table(hits, labels, scores, weights, own, shared, inflation)
+
+
+def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
+    """How the candidates' scores would move with other trainings: [replicates, candidates].
+
+    Least squares tell what a column does to all candidates from what it does to one. The latter's
+    variance is taken as the same for all candidates, since the few columns of one say little. Trainings
+    of K folds share images. So the variance of their mean is not 1 / K of one's, but more by the
+    correlation: 1 / K + 1 / (K - 1) (Nadeau and Bengio, Machine Learning 52, 2003).
+    """
+    candidates, columns = table.scores.shape
+    has = ~np.isnan(table.scores)
+    rows, in_column = np.nonzero(has)
+    values = table.scores[has]
+    design = np.hstack([np.eye(candidates)[rows], np.eye(columns)[in_column]])
     effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(values) - int(rank)
     single = float(((values - design @ effects) ** 2).sum()) / freedom if freedom else 0.0
-    runs_of_seed = np.bincount(columns)
-    shared = float(np.var(effects[candidates:], ddof=1)) - single * float(np.mean(1 / runs_of_seed))
+    of_columns = float(np.var(effects[candidates:], ddof=1)) if columns > 1 else 0.0
+    shared = of_columns - single * float(np.mean(1 / np.bincount(in_column))) - table.shared
     if freedom:
-        single -= seed_variance
+        single -= table.own
     else:  # the two cannot be told apart
-        shared -= seed_variance
+        shared -= table.own
 
     def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
         """Draw Student's t: the variance is an estimate. A replicate has one scale for all draws."""
         scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, REPLICATES))
         return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
 
-    has = ~np.isnan(scores)
-    moves = draw((1, seeds), shared, seeds - 1) + draw(has.shape, single, max(freedom, 1))
-    return np.asarray((moves * has).sum(2) / has.sum(1))
+    moves = draw((1, columns), shared, max(columns - 1, 1)) + draw(has.shape, single, max(freedom, 1))
+    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves) * np.sqrt(table.inflation))

@@ -146,7 +146,9 @@ def test_what_seeds_do_to_all_and_to_one_is_told_apart_though_some_are_missing()
         spreads = []
         for _ in range(300):
             scores = 0.6 + random.normal(0, shared, 5) + random.normal(0, own, (5, 5))
-            moves = intervals._seeds(np.where(has, scores, np.nan), 0.0, random)
+            weights = np.eye(5)[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
+            table = intervals._Table(None, None, np.where(has, scores, np.nan), weights, 0.0, 0.0, 1.0)
+            moves = intervals._trainings(table, random)
             # Of the first two, which have all seeds: of one, and of their difference.
             spreads.append([np.quantile(m, 0.84) for m in (moves[:, 0], moves[:, 0] - moves[:, 1])])
         found.append(np.mean(spreads, 0) * np.sqrt(5))
