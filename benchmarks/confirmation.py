@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from search.confirm.evidence import DROPPED, LEAST_SEEDS, WINS
+from search.confirm.evidence import DROPPED, LEAST_RERUNS, WINS
 from search.confirm.intervals import Interval, compare, per_class_accuracy, seed_flips, selection_bias
 
 SIZES = (7, 3, 3, 4, 6, 3)
@@ -91,7 +91,7 @@ def confirm(study: SimulatedStudy, random: np.random.Generator) -> dict[str, flo
     runs: list[dict[int, np.ndarray]] = [{} for _ in top]
     alive = set(range(TOP))
     for seed in range(1, SEEDS + 1):
-        if seed > LEAST_SEEDS:
+        if seed > LEAST_RERUNS:
             interim = compare(runs, study.labels, SIZES)
             alive = {index for index in alive if interim[index].best >= DROPPED}
         for index in sorted(alive):

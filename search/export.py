@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
-from search.confirm.table import in_points
+from search.confirm.table import field, in_points
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
 from search.study import reader_note, reader_of
@@ -60,13 +60,12 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
     if row is not None and not (named and named.number == number):
         return Choice(row, "chosen by hand", "chosen by hand")
     if confirmation and named and named.estimate:
-        row, candidates = find_trial(status, named.number), len(confirmation.candidates)
+        row = find_trial(status, named.number)
         if named is confirmation.winner:
             sure = f"{100 * named.estimate.best:.0f} %"
-            return Choice(
-                row, "confirmed", f"confirmed: the best of {candidates} candidates with {sure}"
-            )
-        words = f"confirmed with 95 % to be {in_points(named.estimate.within, candidates)} candidates"
+            words = f"confirmed with {sure} to be the best of {field(confirmation)}"
+            return Choice(row, "confirmed", words)
+        words = f"confirmed with 95 % to be {in_points(named.estimate.within, confirmation)}"
         return Choice(row, "near the best", words)
     if status.best is None:
         raise InputError(
@@ -99,7 +98,7 @@ def known_accuracy(
         for candidate in confirmation.candidates:
             if candidate.number == row.number and candidate.estimate is not None:
                 return asdict(candidate.estimate.score) | {
-                    "noise": "images and seeds",
+                    "noise": "images, seeds and folds" if confirmation.folds else "images and seeds",
                     "seeds": candidate.seeds,
                     "probability_best": candidate.estimate.best,
                     "within": candidate.estimate.within,

@@ -46,11 +46,13 @@ def make_app(
     prefix: str = "",
     https: bool = False,
     behind_proxy: bool = False,
+    read_confirmed: pages.ReadConfirmed = lambda *_: None,
 ) -> Flask:
     """The application. `connections` are by role. `prefix` is the path under which a proxy serves it."""
     app = Flask("dashboards", static_url_path="/atelier/static")
     # Cookies ignore ports, so another dashboard on the same host needs another name.
     app.config.update(
+        READ_CONFIRMED=read_confirmed,
         SECRET_KEY=key,
         SESSION_COOKIE_NAME=f"atelier-{hashlib.sha256(b'name' + key).hexdigest()[:8]}",
         SESSION_COOKIE_SAMESITE="Lax",

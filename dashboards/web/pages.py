@@ -8,15 +8,15 @@
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
-from flask import Blueprint, Response, abort, g, render_template, request
+from flask import Blueprint, Response, abort, current_app, g, render_template, request
 from markupsafe import Markup
 from sqlalchemy.orm import Session
 
@@ -34,6 +34,22 @@ from storage.studies import StudyEntry, StudyRow, read_studies, study_entry
 from storage.workers import AttemptRow, WorkerRow, read_attempts
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
+
+
+class Confirmed(Protocol):
+    """What a confirmation says of a study: a table of its leaders, and the verdict in sentences."""
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+    @property
+    def rows(self) -> Sequence[Sequence[str]]: ...
+    @property
+    def verdict(self) -> Sequence[str]: ...
+
+
+# Gives it for a study; None if the study is not confirmed. The application gets one of these.
+ReadConfirmed = Callable[[sa.Engine, StudyEntry, Status], Confirmed | None]
+
 
 ROWS, MOST_ROWS = 25, 4_000  # of the table of trials, which then has 2 MB
 LOG_LINES = 40  # of the log on a trial's page
@@ -118,7 +134,7 @@ def find_entry(study_id: int) -> StudyEntry:
 def study(study_id: int) -> Any:
     filters = Filters("state", "rows")
     states, shown = filters.states(), filters.count("rows", ROWS, MOST_ROWS)
-    _, status = open_study(study_id)
+    entry, status = open_study(study_id)
     ends = curves.read_ends(g.engine, study_id)
     rows = in_states(status.ranked(), states)
     return filters.page(
@@ -131,6 +147,7 @@ def study(study_id: int) -> Any:
         most=MOST_ROWS,
         parameters=parameter_names(rows[:shown]),
         history=charts.history(ends) if ends else None,
+        confirmed=current_app.config["READ_CONFIRMED"](g.engine, entry, status),
     )
 
 

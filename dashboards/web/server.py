@@ -16,6 +16,7 @@ from dashboards.web.accounts import Accounts, OneTimeLink, session_key
 from dashboards.web.app import make_app
 from dashboards.web.auth import RoleConnection
 from dashboards.web.optuna import connect_role
+from dashboards.web.pages import ReadConfirmed
 from storage import database, optuna_tables, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
@@ -91,7 +92,7 @@ class Address:
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
-def serve(address: Address) -> None:
+def serve(address: Address, read_confirmed: ReadConfirmed) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ServeError, AccountError, DatabaseError."""
     accounts = Accounts()
     accounts.all()  # the errors of the file belong to the terminal
@@ -108,7 +109,7 @@ def serve(address: Address) -> None:
     engine = database.look()
     schema.require_schema(engine)  # as do those of the database
     engine.dispose()
-    _Server(address, accounts).run()
+    _Server(address, accounts, read_confirmed).run()
 
 
 def _say_where(address: Address, token: str | None) -> None:
@@ -143,8 +144,8 @@ def connect_roles() -> dict[str, RoleConnection]:
 class _Server(BaseApplication):  # type: ignore[misc]
     """gunicorn with one process, whose threads share the caches."""
 
-    def __init__(self, address: Address, accounts: Accounts) -> None:
-        self._address, self._accounts = address, accounts
+    def __init__(self, address: Address, accounts: Accounts, read_confirmed: ReadConfirmed) -> None:
+        self._address, self._accounts, self._read_confirmed = address, accounts, read_confirmed
         super().__init__()
 
     def load_config(self) -> None:
@@ -178,4 +179,5 @@ class _Server(BaseApplication):  # type: ignore[misc]
             prefix=address.prefix,
             https=address.certificate is not None or (address.behind_proxy and not address.in_clear),
             behind_proxy=address.behind_proxy,
+            read_confirmed=self._read_confirmed,
         )

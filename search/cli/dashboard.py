@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dashboards.web.server import Address, serve
+from search.confirm.page import confirmed_reader
 
 
 def dashboard(
@@ -25,4 +26,4 @@ def dashboard(
     ] = "",
 ) -> None:
     """Serve optuna-dashboard and Atelier's pages, behind a login."""
-    serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix))
+    serve(Address(host, port, certificate, key, behind_proxy, no_tls, prefix), confirmed_reader())

@@ -207,16 +207,14 @@ class _Evidence:
     Raises PredictionsError.
     """
 
-    def __init__(
-        self, linked: StudyEntry, plan: ConfirmationFile, trials: Sequence[TrialRow]
-    ) -> None:
+    def __init__(self, linked: StudyEntry, plan: ConfirmationFile, trials: Sequence[TrialRow]) -> None:
         complete = [row for row in trials if row.state == State.COMPLETE]
         found = [predictions_of(linked, row.number) for row in complete]
         self._sizes = attribute_sizes(linked)
         self.reruns = Counter(row.params["candidate"] for row in complete)
         # Hits by candidate and seed, [images, categories]. NaN of images that no rerun has judged.
         self._runs: dict[int, dict[int, np.ndarray]] = {}
-        images = np.unique(np.concatenate([one.images for one in found] or [[]]))
+        images = np.unique([image for one in found for image in one.images.tolist()]).astype(int)
         self._labels = np.zeros((len(images), len(self._sizes)), np.uint8)
         self.folds = np.zeros(len(images), int) if plan.folds else None
         for row, predictions in zip(complete, found, strict=True):

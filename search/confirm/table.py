@@ -8,7 +8,7 @@ from search.confirm.evidence import Candidate, Confirmation
 
 COLUMNS = (
     "trial",
-    "seeds",
+    "reruns",
     "search",
     "score",
     "95 % interval",
@@ -80,11 +80,12 @@ def _who_is_best(confirmation: Confirmation) -> str:
         return f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
     if winner is not None:
         return (
-            f"take trial {winner.number}: it is the best of them with {100 * leader.estimate.best:.0f} %"
+            f"take trial {winner.number}: with {100 * leader.estimate.best:.0f} % it is the best of "
+            f"{field(confirmation)}"
         )
     if (choice := confirmation.choice) is not None and choice.estimate is not None:
-        n = len(confirmation.candidates)
-        return f"take trial {choice.number}: with 95 % it is {in_points(choice.estimate.within, n)}"
+        near = in_points(choice.estimate.within, confirmation)
+        return f"take trial {choice.number}: with 95 % it is {near}"
     if len(confirmation.candidates) == 1:
         return "one candidate alone has nobody to win against"
     unknown = ", ".join(str(one.number) for one in confirmation.candidates if not one.estimate)
@@ -94,6 +95,12 @@ def _who_is_best(confirmation: Confirmation) -> str:
     )
 
 
-def in_points(within: float, candidates: int) -> str:
+def in_points(within: float, confirmation: Confirmation) -> str:
     """How far a candidate is behind the best one at most, in words."""
-    return f"at most {100 * within:.2f} points behind the best of these {candidates}"
+    return f"at most {100 * within:.2f} points behind the best of {field(confirmation)}"
+
+
+def field(confirmation: Confirmation) -> str:
+    """Of whom a candidate is the best, in words."""
+    these, folds = f"these {len(confirmation.candidates)} candidates", confirmation.folds
+    return f"{these}, each trained on {folds - 1}/{folds} of train and val" if folds else these

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from search.confirm.plan import ConfirmationFile, Plan
+from search.confirm.plan import ConfirmationFile
 from search.score import epoch_value, score
 from search.verify.evidence import Evidence, Found, Trial
 from storage.outcome import Outcome

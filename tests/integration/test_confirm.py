@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -15,10 +16,13 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 import search.local
+from dashboards.predictions import Judgement
+from dashboards.thumbnails import find_pictures
 from search.cli import app
 from storage.paths import RunFolder
 from storage.studies import study_entry
 from tests.conftest import STUDY, copied_database
+from trainer.dataset import read_dataset
 from trainer.predictions import Predictions
 
 
@@ -170,6 +174,45 @@ def test_the_leaders_run_again_with_the_same_fresh_seeds(
     assert "confirms." in atelier("search", "other.toml", "-o", "other-best.toml", code=2).stderr
 
 
+def test_the_leaders_run_again_on_folds(searched, engine, tmp_path, demo):
+    atelier = searched
+    said = atelier("confirm", "tiny", "--top", "2", "--folds", "3", "--workers", "1").stdout
+    assert "points behind the best of these 2 candidates, each trained on 2/3 of train and val\n" in said
+    reruns = trials(atelier, tmp_path, "tiny-confirm")
+    assert [(row["seed"], row["fold"]) for row in reruns] == [("1", f) for f in "001122"]
+    known = confirmation(atelier)
+    assert (known["folds"], known["seeds"], known["finished"]) == (3, 1, True)
+    assert [one["seeds"] for one in known["candidates"]] == [3, 3]
+
+    # Each image is judged once, and the score is that of all of them together.
+    dataset, entry = read_dataset(demo), study_entry(engine, "tiny-confirm")
+    split, folder = dataset.split("train+val"), RunFolder(entry.name, entry.created)
+    [one] = [one for one in known["candidates"] if str(one["number"]) == reruns[0]["candidate"]]
+    right = np.full(split.labels.shape, np.nan)
+    for row in reruns[::2]:
+        found = Predictions.load(folder.predictions(int(row["number"])))
+        assert np.isnan(right[found.images]).all()
+        assert np.array_equal(split.labels[found.images], found.labels)
+        right[found.images] = (found.classes == found.labels).mean(0)
+        pictures = find_pictures(str(demo), Judgement.of_trial(entry, int(row["number"])))
+        assert pictures == [dataset.folder / split.paths[image] for image in found.images]
+    columns = zip(right.T, split.labels.T, dataset.sizes, strict=True)
+    means = [hit[label == k].mean() for hit, label, size in columns for k in range(size)]
+    assert one["estimate"]["score"]["value"] == pytest.approx(np.mean(means))
+    for attribute, count in zip(entry.attributes, dataset.counts(split), strict=True):
+        assert attribute["images"] == sum(attribute["folds"]) == count
+
+    assert "all " in atelier("verify", "tiny-confirm").stdout
+    replayed = atelier("replay", "tiny-confirm", "--trial", "3").stdout
+    assert len(re.findall("equal to the record", replayed)) == 2
+    atelier("export", "tiny", "-o", "best.toml")
+    best = tomllib.loads((tmp_path / "best.toml").read_text())
+    assert best["origin"]["accuracy"]["noise"] == "images, seeds and folds"
+    assert best["train"].get("folds") is None  # the long run has a validation split again
+    refused = atelier("confirm", "tiny", "--folds", "4", code=2).stderr
+    assert "--folds 4: the confirmation was begun with 3" in refused
+
+
 def turn_wrong(*paths):
     for path in paths:
         predictions = Predictions.load(path)
@@ -189,7 +232,9 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     shown = atelier("confirm", "tiny", "--seeds", "3").stdout
     assert f"take trial {winner}: with 95 % it is at most 0.00 points behind the best" in shown
     shown = atelier("confirm", "tiny", "--seeds", "5").stdout
-    assert f"take trial {winner}: it is the best of them" in shown
+    assert re.search(
+        rf"take trial {winner}: with \d+ % it is the best of these 2 candidates$", shown, re.M
+    )
     rows = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"] * 3
     assert rows[4]["reason"] == rows[8]["reason"] == "cannot win any more"
@@ -202,7 +247,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
 
     said = atelier("export", "tiny", "-o", "best.toml").stderr
     assert f"trial {winner}" in said
-    assert "is confirmed: the best of 2 candidates" in said
+    assert re.search(r"is confirmed with \d+ % to be the best of these 2 candidates", said)
     best = tomllib.loads((tmp_path / "best.toml").read_text())
     assert best["origin"]["trial"] == winner
     assert best["origin"]["standing"] == "confirmed"

@@ -12,5 +12,5 @@ from search.confirm.table import verdict
 )
 def test_a_figure_is_too_high_or_too_low_by_a_positive_number(optimism, words):
     alone = Candidate(3, {}, 0.6, seeds=5, failed=0, passed_over=False, estimate=None)
-    known = Confirmation("s", "s-confirm", 0, 5, 5, [alone], optimism, [], 0, None, "")
+    known = Confirmation("s", "s-confirm", 0, 5, 5, None, [alone], optimism, [], 0, None, "")
     assert words in verdict(known)[-1]
