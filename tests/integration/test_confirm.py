@@ -1,6 +1,7 @@
 """Leaders on fresh seeds, as a user confirms them: real trials, workers and predictions."""
 
 import csv
+import html
 import json
 import os
 import re
@@ -18,10 +19,13 @@ from typer.testing import CliRunner
 import search.local
 from dashboards.predictions import Judgement
 from dashboards.thumbnails import find_pictures
+from dashboards.web.app import make_app
+from dashboards.web.server import connect_roles
 from search.cli import app
+from search.confirm.page import confirmed_reader
 from storage.paths import RunFolder
-from storage.studies import study_entry
-from tests.conftest import STUDY, copied_database
+from storage.studies import study_entry, update_study
+from tests.conftest import PASSWORD, STUDY, copied_database
 from trainer.dataset import read_dataset
 from trainer.predictions import Predictions
 
@@ -204,7 +208,7 @@ def test_the_leaders_run_again_on_folds(searched, engine, tmp_path, demo):
 
     assert "all " in atelier("verify", "tiny-confirm").stdout
     replayed = atelier("replay", "tiny-confirm", "--trial", "3").stdout
-    assert len(re.findall("equal to the record", replayed)) == 2
+    assert replayed.count("  equal\n") == 2
     atelier("export", "tiny", "-o", "best.toml")
     best = tomllib.loads((tmp_path / "best.toml").read_text())
     assert best["origin"]["accuracy"]["noise"] == "images, seeds and folds"
@@ -304,6 +308,32 @@ def test_no_more_is_trained_once_a_candidate_is_near_enough_to_the_best(confirme
     atelier("confirm", "tiny", "--seeds", "5", "--within", "0")
     rows = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in rows[8:]] == ["complete"] * 2
+
+
+def test_the_dashboard_shows_it_on_the_page_of_the_search(confirmed, engine, accounts):
+    connections = connect_roles()
+    app = make_app(connections, accounts, b"k" * 32, read_confirmed=confirmed_reader())
+    client = app.test_client()
+    client.post("/login", data={"name": "vera", "password": PASSWORD})
+    search, linked = (study_entry(engine, name) for name in ("tiny", "tiny-confirm"))
+
+    def said():
+        page = client.get(f"/atelier/studies/{search.study_id}", headers={"Accept": "text/html"})
+        section = page.text.partition('<section id="confirmation">')[2].partition("</section>")[0]
+        return " ".join(html.unescape(re.sub("<[^>]*>", " ", section)).split())
+
+    shown = confirmed("confirm", "tiny", "--show").stdout.splitlines()
+    for line in shown:
+        assert " ".join(line.split()) in said()
+    page = client.get(f"/atelier/studies/{linked.study_id}", headers={"Accept": "text/html"})
+    assert 'id="confirmation"' not in page.text
+    folder = RunFolder(linked.name, linked.created)
+    folder.predictions(3).unlink()
+    assert shown[-1] in said()  # nothing has ended, so nothing is read again
+    update_study(engine, linked.study_id, max_trials=6)
+    assert said().endswith("use the ATELIER_HOME that the workers used")
+    for role in connections.values():
+        role.engine.dispose()
 
 
 def test_reruns_that_fail_bar_a_win(confirmed, engine, tmp_path):
