@@ -9,6 +9,7 @@ from dashboards.terminal import printable
 from dashboards.web.accounts import Accounts
 from search.cli import group_of_verbs
 from search.cli.errors import say
+from search.cli.options import AsJson, print_json
 from storage.ownership import with_users_umask
 from trainer.check import check_dataset, summary
 from trainer.dataset import DatasetError
@@ -19,16 +20,21 @@ data_app, user_app = group_of_verbs("data"), group_of_verbs("user")
 
 
 @data_app.command("check")
-def data_check(folder: Path) -> None:
+def data_check(folder: Path, as_json: AsJson = False) -> None:
     """Check a dataset, and list errors and warnings with file and line.
 
     Exit codes: 0 it can be used, though there may be warnings, 2 it has errors.
     """
     dataset, findings = check_dataset(folder)
-    for finding in findings:
+    if as_json:
+        images = {name: len(split) for name, split in dataset.splits.items()} if dataset else {}
+        print_json(folder=folder, images=images, findings=findings)
+    for finding in [] if as_json else findings:
         typer.echo(printable(f"{'error' if finding.is_error else 'warning'}: {finding}"))
     if dataset is None or any(finding.is_error for finding in findings):
         raise DatasetError(f"{folder} has {summary(findings)}; correct what is marked error")
+    if as_json:
+        return
     counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
     typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
     if all(split.labels is None for split in dataset.splits.values()):
@@ -77,9 +83,12 @@ def user_remove(name: str) -> None:
 
 
 @user_app.command("list")
-def user_list() -> None:
+def user_list(as_json: AsJson = False) -> None:
     """Show who may log in."""
     accounts = Accounts().all()
+    if as_json:
+        print_json(users=[{"name": one.name, "role": one.role} for one in accounts.values()])
+        return
     for account in accounts.values():
         typer.echo(f"{account.name}: {account.role}")
     if not accounts:

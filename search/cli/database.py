@@ -10,7 +10,7 @@ import typer
 
 from search.cli import group_of_verbs
 from search.cli.errors import say
-from search.cli.options import find_study
+from search.cli.options import AsJson, find_study, print_json
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
@@ -64,20 +64,28 @@ def _embedded() -> EmbeddedPostgres:
 
 
 @db_app.command("status")
-def db_status() -> None:
+def db_status(as_json: AsJson = False) -> None:
     """Show where the database is and which studies it has."""
     if url.configured_url() is None and not (
         _embedded().exists()
         and _embedded().is_running()  # `exists` raises first if the home may not be read
     ):
-        typer.echo(f"embedded, in {home()}: not running")
+        if as_json:
+            print_json(url=None, home=home(), schema=None, studies=[], forgotten=[])
+        else:
+            typer.echo(f"embedded, in {home()}: not running")
         return
     engine = database.look()
-    revision = schema.schema_revision(engine)
-    typer.echo(f"{url.shown(engine.url)}: running, schema {revision or 'none yet'}")
-    for name in study_names(engine) if revision else []:
+    revision, shown = schema.schema_revision(engine), url.shown(engine.url)
+    names = study_names(engine) if revision else []
+    left = prune.forgotten(engine) if revision == schema.head_revision() else []
+    if as_json:
+        print_json(url=shown, home=home(), schema=revision, studies=names, forgotten=left)
+        return
+    typer.echo(f"{shown}: running, schema {revision or 'none yet'}")
+    for name in names:
         typer.echo(f"  study {name}")
-    if revision == schema.head_revision() and (left := prune.forgotten(engine)):
+    if left:
         typer.echo(f"  run folders of no study here: {len(left)}; see: atelier db prune")
 
 
@@ -180,13 +188,13 @@ def db_upgrade() -> None:
 
 
 @db_app.command("check")
-def db_check() -> None:
+def db_check(as_json: AsJson = False) -> None:
     """Check whether the database can serve a search, and say what to change."""
-
     engine = database.look(replace(database.WORK, checked=False))
-    problems = []
-    for check in schema.examine(engine):
+    checks = [*schema.examine(engine)]
+    if as_json:
+        print_json(url=url.shown(engine.url), checks=[check._asdict() for check in checks])
+    for check in [] if as_json else checks:
         typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}")
-        problems += [check.problem] if check.problem else []
-    if problems:
+    if problems := [check.problem for check in checks if check.problem]:
         raise url.DatabaseError(f"the database at {url.shown(engine.url)} {'; it '.join(problems)}")

@@ -2,10 +2,11 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
+from pydantic_core import to_json
 
 from search.cli.errors import say
 from search.confirm.plan import recorded
@@ -20,6 +21,7 @@ from trainer.text import same_letters
 
 MOST_PACKED = 64
 ARRAY = "0-7%4"
+JSON_VERSION = 1  # of what --json prints; a key that goes or changes its meaning makes it a higher one
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
@@ -42,6 +44,7 @@ Pack = Annotated[
         f"default: {AUTO} on a GPU, else 1."
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs; docs/json.md has the form.")]
 # The options of `submit`, `confirm --submit` and `train --submit`.
 Submit = Annotated[bool, typer.Option("--submit", help="Train in SLURM instead of here.")]
 Array = Annotated[
@@ -165,6 +168,12 @@ def check_output(path: Path) -> None:
 def command(*words: str) -> str:
     """A command that a user may copy."""
     return shlex.join(["atelier", *words])
+
+
+def print_json(**facts: Any) -> None:
+    """Print facts for programs, as docs/json.md says. What is not a number in JSON becomes null."""
+    text = to_json({"version": JSON_VERSION} | facts, indent=2, inf_nan_mode="null")
+    typer.echo(text.decode())
 
 
 def print_script(script: str) -> None:

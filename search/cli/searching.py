@@ -1,6 +1,5 @@
 """The verbs that start and stop workers: search, worker, confirm, submit and stop."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ from search.cli.options import (
     goes_to_slurm,
     load_study,
     pack_here,
+    print_json,
     print_script,
     recorded_study,
     worker_options,
@@ -214,7 +214,7 @@ def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = Fal
     if confirmation is None:
         raise InputError(f"nothing of study {entry.name!r} is confirmed yet; start with: {again}")
     if as_json:
-        typer.echo(json.dumps(confirmation.as_dict(), indent=2))
+        print_json(**confirmation.as_dict())
         return confirmation.finished
     console().print(render(confirmation), soft_wrap=True)
     if not confirmation.finished:

@@ -14,7 +14,7 @@ from dashboards.terminal import Grid, console
 from search import pictures
 from search import predict as prediction
 from search.cli.errors import say
-from search.cli.options import AUTO, say_each
+from search.cli.options import AUTO, print_json, say_each
 from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
@@ -144,20 +144,31 @@ def _read_init(path: Path) -> Init:
     return Init(path, digest, tuple(model.description.attributes), model.head)
 
 
-def replay(engine: sa.Engine, entry: StudyEntry, config: StudyConfig, trial: int) -> tuple[int, int]:
+def replay(
+    engine: sa.Engine, entry: StudyEntry, config: StudyConfig, trial: int, as_json: bool
+) -> tuple[int, int]:
     """Train a trial again and print every epoch. Returns how many epochs differ, and of how many."""
     prepare_process()
-    differing = epochs = 0
+    epochs = []
     for epoch in replay_epochs(engine, entry, config, trial, image_cache()):
-        differing += bool(epoch.differing)
         recorded, again = epoch.recorded, epoch.again
-        epochs = again.epoch + 1
-        typer.echo(
-            f"epoch {epochs:>3} (stream {again.stream_epoch + 1:>3})  "
-            f"recorded {recorded['val_accuracy']:.6f}  again {again.val_accuracy:.6f}  "
-            f"{'other: ' + ', '.join(epoch.differing) if epoch.differing else 'equal'}"
-        )
-    return differing, epochs
+        facts = {
+            "epoch": again.epoch,
+            "stream_epoch": again.stream_epoch,
+            "recorded": recorded["val_accuracy"],
+            "again": again.val_accuracy,
+            "differing": epoch.differing,
+        }
+        epochs.append(facts)
+        if not as_json:
+            typer.echo(
+                f"epoch {again.epoch + 1:>3} (stream {again.stream_epoch + 1:>3})  "
+                f"recorded {recorded['val_accuracy']:.6f}  again {again.val_accuracy:.6f}  "
+                f"{'other: ' + ', '.join(epoch.differing) if epoch.differing else 'equal'}"
+            )
+    if as_json:
+        print_json(study=entry.name, trial=trial, epochs=epochs)
+    return sum(bool(epoch["differing"]) for epoch in epochs), len(epochs)
 
 
 def predict(
@@ -207,7 +218,7 @@ def export_model(run: Path, output: Path, onnx: bool) -> None:
     say(f"the model is in {output}: {', '.join(folder.files)}")
 
 
-def print_stages(config: TrainConfig) -> None:
+def print_stages(config: TrainConfig, as_json: bool) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
     try:
         outputs = len(read_dataset(config.data, labelled=False).attributes)
@@ -215,6 +226,9 @@ def print_stages(config: TrainConfig) -> None:
         outputs = CHALLENGE_ATTRIBUTES
         say(f"note: no dataset at hand, so the head has the challenge's {outputs} attributes")
     rows = stage_table(config, outputs)
+    if as_json:
+        print_json(backbone=config.backbone, stages=rows)
+        return
     table = Grid(("stage", "", "parameters", "multiply-adds"), left=("stage", ""), gap=2)
     for row in rows:
         kind = "trained" if row.trained else "frozen"

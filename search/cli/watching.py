@@ -25,7 +25,7 @@ from dashboards.study_tables import (
 )
 from dashboards.terminal import can_redraw, console, printable
 from search.cli.errors import say
-from search.cli.options import StudyName, find_study
+from search.cli.options import AsJson, StudyName, find_study, print_json
 from search.efficiency import advice, as_dict
 from search.errors import InputError
 from search.exit_codes import ExitCode
@@ -46,7 +46,7 @@ MOST_ROWS = 40  # of trials
 
 def status(
     study: StudyName,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
     """Show a study: progress, trials, workers, GPU-hours."""
@@ -67,7 +67,7 @@ def status(
         return status
 
     if as_json:
-        typer.echo(json.dumps(read().as_dict(), indent=2))
+        print_json(**read().as_dict())
     elif watch:
         with suppress(KeyboardInterrupt):
             _watch(read, console())
@@ -137,6 +137,7 @@ def logs(
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Only this trial's attempts.")] = None,
     lines: Annotated[int, typer.Option(min=0, help="How many lines of the newest log to show.")] = 20,
+    as_json: AsJson = False,
 ) -> None:
     """Show where the workers' logs are, the last traceback, and the end of the newest log."""
     engine, entry = find_study(study)
@@ -147,6 +148,9 @@ def logs(
     if not attempts and newest is None:
         what = "any trial" if trial is None else f"trial {trial}"
         raise InputError(f"no attempt at {what} yet, and no log of an array task")
+    if as_json:
+        print_json(study=entry.name, attempts=attempts, newest=newest)
+        return
     console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
 
 
@@ -163,7 +167,7 @@ def verify(
     verdict = verify_study(engine, entry.name)
     findings, rules = verdict.findings, len(verdict.rules)
     if as_json:
-        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+        print_json(**verdict.as_dict())
     else:
         for finding in findings:
             typer.echo(printable(str(finding)))

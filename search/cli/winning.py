@@ -10,6 +10,7 @@ import typer
 from dashboards.predictions import PredictionsError
 from search.cli.errors import say
 from search.cli.options import (
+    AsJson,
     Data,
     DryRun,
     Profile,
@@ -212,6 +213,7 @@ def replay(
     trial: Annotated[int, typer.Option(min=0, help="The trial's number.")],
     data: Data = None,
     weights: Weights = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a trial again, alone, as far as it was recorded, and compare every number.
 
@@ -221,7 +223,7 @@ def replay(
     config = recorded_study(entry, data, weights)
     from search.cli import training  # late: with torch, after the study is found
 
-    differing, epochs = training.replay(engine, entry, config, trial)
+    differing, epochs = training.replay(engine, entry, config, trial, as_json)
     if differing:
         row = find_trial(read_status(engine, entry.study_id, entry.name), trial)
         if line := difference_line([row]):
@@ -286,9 +288,15 @@ def export_model(
     training.export_model(run, output, to == "onnx")
 
 
-def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
+def model(
+    study: StudyPath,
+    data: Data = None,
+    weights: Weights = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
     config = load_study(study, data, weights, set_)
     from search.cli import training  # late: with torch, after the study file is read
 
-    training.print_stages(config.shared)
+    training.print_stages(config.shared, as_json)
