@@ -206,6 +206,7 @@ def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: I
     wrong = [str(size) for size in sorted(set(sizes)) if images % size == 1 % size]
     if not wrong or backbone.problem(config, 1) is None:
         return
+    images_by = "number of folds" if config.folds else "train_images"
     changes = {"image_size": 2 * config.image_size, "frozen_batchnorm": "eval", "trainable": "head"}
     other_ways = [
         f", or {key} = {value!r}"
@@ -215,7 +216,7 @@ def check_batches(config: TrainConfig, backbone: Backbone, images: int, sizes: I
     raise ModelError(
         f"batch_size = {' or '.join(wrong)}: the last batch of {images} training images has 1 image, of "
         f"which a BatchNorm of {config.backbone} gets 1 value per channel, at image_size = "
-        f"{config.image_size}; allowed is another batch_size or train_images{''.join(other_ways)}"
+        f"{config.image_size}; allowed is another batch_size or {images_by}{''.join(other_ways)}"
     )
 
 
