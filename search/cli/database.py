@@ -186,7 +186,8 @@ def db_check() -> None:
     engine = database.look(replace(database.WORK, checked=False))
     problems = []
     for check in schema.examine(engine):
-        typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}")
+        remark = f"; {check.remark}" if check.remark else ""
+        typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}{remark}")
         problems += [check.problem] if check.problem else []
     if problems:
         raise url.DatabaseError(f"the database at {url.shown(engine.url)} {'; it '.join(problems)}")

@@ -19,7 +19,7 @@ from trainer.allocation import visible_gpus
 from trainer.text import same_letters
 
 MOST_PACKED = 64
-ARRAY = "0-7%4"
+ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's jobs
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]

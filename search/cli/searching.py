@@ -11,6 +11,7 @@ from dashboards.terminal import console
 from search.cli.errors import say
 from search.cli.options import (
     ARRAY,
+    TUNING,
     Array,
     Data,
     DryRun,
@@ -31,6 +32,7 @@ from search.cli.options import (
     pack_here,
     print_script,
     recorded_study,
+    say_each,
     worker_options,
     workers_here,
 )
@@ -38,6 +40,7 @@ from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
+from search.doctor.look import before_jobs
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.local import LocalSearch
@@ -51,8 +54,6 @@ from storage.paths import RunFolder
 from storage.status import Status, read_status
 from storage.studies import StudyEntry, job_in_words, request_stop
 from trainer.dataset import Dataset
-
-PROFILE = "tuning"
 
 
 def search(
@@ -244,10 +245,11 @@ def _submit_workers(
 ) -> None:
     """Submit an array of workers with these arguments, or print its script."""
     array = ARRAY if array is None else array
-    profile = PROFILE if profile is None else profile
+    profile = TUNING if profile is None else profile
     if dry_run:
         print_script(array_script(config, profile, array, arguments))
         return
+    say_each(before_jobs())
     job = submit_study(config, profile, array, arguments)
     typer.echo(f"job {job_in_words(job)}")
     for next_command in next_commands:

@@ -1,0 +1,73 @@
+"""`atelier doctor`: all its questions in their order, and the answers as a table and for programs."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from dashboards.terminal import Grid
+from search.doctor import database, files, folders, machine, site
+from search.doctor.check import VERSION, Check, State, ask
+from search.study_config import StudyConfig
+
+STYLES = {State.WRONG: "bold red", State.NOTE: "yellow"}
+Question = tuple[str, Callable[[], Iterable[Check]]]
+MACHINE: list[Question] = [
+    ("python", machine.python),
+    ("packages", machine.packages),
+    ("gpus", machine.gpus),
+    ("memory", machine.memory),
+    ("ulimit", machine.shell_limits),
+]
+FOLDERS: list[Question] = [
+    ("home", folders.home_folder),
+    ("quota", folders.quota),
+    ("tmpdir", folders.temporary),
+]
+# What `atelier submit` does not ask itself, and nobody sees before the jobs run.
+BEFORE_JOBS: list[Question] = [
+    ("ulimit", machine.shell_limits),
+    ("home", folders.home_folder),
+]
+
+
+def checks_here(file: StudyConfig | None, profile: str, given: bool) -> Iterator[Check]:
+    """All checks on this machine. `given` tells whether somebody named the profile."""
+    questions: list[Question] = [
+        *MACHINE,
+        *FOLDERS,
+        ("database", partial(database.database_here, file.study.name if file else None)),
+        ("slurm", partial(site.slurm, file, profile, given)),
+    ]
+    if file is not None:
+        questions += [
+            ("weights", partial(files.weights, file)),
+            ("dataset", partial(files.dataset, file)),
+        ]
+    for name, question in questions:
+        yield from ask(name, question)
+
+
+def before_jobs() -> list[str]:
+    """What is wrong for jobs from here, in lines. `submit` asks all the rest itself."""
+    checks = [check for name, question in BEFORE_JOBS for check in ask(name, question)]
+    return [
+        f"warning: {check.name}: {check.found}; {check.next}"
+        for check in checks
+        if check.state is State.WRONG
+    ]
+
+
+def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
+    """For programs: what `--json` prints. This form stays stable within its version."""
+    return {"version": VERSION, "checks": [check.as_dict() for check in checks]}
+
+
+def render(checks: Sequence[Check]) -> Grid:
+    """A table with a row for each check, and below it what to do."""
+    table = Grid(("", "check", "found"), left=("", "check", "found"), gap=2)
+    for check in checks:
+        style = STYLES.get(check.state)
+        table.add(check.state, check.name, check.found, style=style)
+        if check.next:
+            table.add("", "", f"next: {check.next}", style=style)
+    return table
