@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from dashboards.terminal import Grid
@@ -63,11 +65,21 @@ def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def render(checks: Sequence[Check]) -> Grid:
-    """A table with a row for each check, and below it what to do."""
+    """A table with a row for each check, and below it what to do.
+
+    Each place has its own part. Of another place only those checks are shown that differ from here.
+    """
     table = Grid(("", "check", "found"), left=("", "check", "found"), gap=2)
-    for check in checks:
-        style = STYLES.get(check.state)
-        table.add(check.state, check.name, check.found, style=style)
-        if check.next:
-            table.add("", "", f"next: {check.next}", style=style)
+    here = {(check.name, check.state, check.found) for check in checks if check.where == checks[0].where}
+    for where, group in groupby(checks, attrgetter("where")):
+        shown = every = [*group]
+        if where != checks[0].where:
+            shown = [one for one in every if (one.name, one.state, one.found) not in here]
+            same = len(every) - len(shown)
+            table.add("", "", f"{where}{f': as here in {same} checks' if same else ''}", style="bold")
+        for check in shown:
+            style = STYLES.get(check.state)
+            table.add(check.state, check.name, check.found, style=style)
+            if check.next:
+                table.add("", "", f"next: {check.next}", style=style)
     return table

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ TRY_DEVICE = (
     "from search.slurm.granted import take_granted; from trainer.device import pick_device; "
     "take_granted(); print(pick_device())"
 )
-LEAST_MEMORY = 4 * GB  # that a worker needs beside its images
+LITTLE_MEMORY = 2 * GB  # torch alone takes a part of it
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -64,28 +65,20 @@ def gpus() -> Iterator[Check]:
         yield ok("gpus", f"none wanted: {DEVICE}=cpu")
         return
     driver, names = _nvidia()
-    if isinstance(driver, Check):
-        yield driver
-    if not names and sign_of_gpu() is None and os.environ.get(DEVICE) is None:
-        yield not_asked("gpus", "no GPU here")
+    if not names and sign_of_gpu() is None and not os.environ.get(DEVICE):
+        yield not_asked("gpus", f"no GPU here (NVIDIA's driver: {driver})")
         return
     usable = _try_device()
-    if isinstance(driver, str):
-        yield _fits(driver, usable.state is State.OK)
-    yield Check("gpus", usable.state, ", ".join([*names, usable.found]), usable.next)
+    yield _driver(driver, usable.state is State.OK)
+    yield replace(usable, found=", ".join([*names, usable.found]))
 
 
-def _nvidia() -> tuple[str | Check, list[str]]:
-    """The driver's version, and the GPUs' names and memory."""
+def _nvidia() -> tuple[str | pynvml.NVMLError, list[str]]:
+    """The driver's version, or why there is none; and the GPUs' names and memory."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        if (sign := sign_of_gpu()) is None:
-            return not_asked("driver", f"no NVIDIA driver here ({error})"), []
-        remedy = f"let an administrator mend NVIDIA's driver, or train on the CPU: {DEVICE}=cpu"
-        return wrong(
-            "driver", f"NVIDIA's library says: {error}; there should be a GPU ({sign})", remedy
-        ), []
+        return error, []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         names = [
@@ -97,16 +90,21 @@ def _nvidia() -> tuple[str | Check, list[str]]:
         pynvml.nvmlShutdown()
 
 
-def _fits(driver: str, usable: bool) -> Check:
-    """Whether a driver is new enough for torch. A site may add NVIDIA's forward compatibility."""
+def _driver(driver: str | pynvml.NVMLError, usable: bool) -> Check:
+    """Whether the driver is new enough for torch. If torch can use the GPU, it is."""
     cuda = torch_cuda()
+    found = f"{driver}; torch was built for {f'CUDA {cuda}' if cuda else 'no CUDA'}"
+    if usable:
+        return ok("driver", found)
+    mend = f"or train on the CPU: {DEVICE}=cpu"
+    if not isinstance(driver, str):
+        return wrong("driver", f"NVIDIA's library says: {found}", f"let it be mended, {mend}")
     if cuda is None:
-        return note("driver", f"{driver}; torch was not built for CUDA", INSTALL)
-    found = f"{driver}; torch was built for CUDA {cuda}"
+        return wrong("driver", found, f"{INSTALL}, {mend}")
     least, number = LEAST_DRIVER.get(int(cuda.split(".")[0])), driver.split(".")[0]
     if least is None or not number.isdecimal():
         return not_asked("driver", f"{found}; which driver that needs is not known here")
-    if int(number) >= least or usable:
+    if int(number) >= least:
         return ok("driver", found)
     remedy = (
         f"let an administrator install driver {least} or newer, or install a torch for an older CUDA"
@@ -143,13 +141,13 @@ def _try_device() -> Check:
 def memory() -> Iterator[Check]:
     """The CPUs and the memory that this process was granted."""
     total, granted, group = psutil.virtual_memory().total, memory_limit(), _group_limit()
-    found = f"{cpu_count()} CPUs, {total / GB:.1f} GB of memory"
+    found = f"CPUs: {cpu_count()}, memory: {total / GB:.1f} GB"
     found += f", {granted / GB:.1f} granted by SLURM" if granted else ""
     found += f", {group / GB:.1f} allowed by its control group" if group and group < total else ""
     least = min(amount for amount in (total, granted, group) if amount)
-    if least < LEAST_MEMORY:
-        remedy = "ask for more (memory in [slurm.*]), or train elsewhere: here a worker may be killed"
-        yield note("memory", f"{found}; a worker needs about {LEAST_MEMORY / GB:.0f}", remedy)
+    if least < LITTLE_MEMORY:
+        remedy = "ask for more (memory in [slurm.*]), or train elsewhere: a worker may be killed"
+        yield note("memory", f"{found}, which is little", remedy)
     else:
         yield ok("memory", found)
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from storage.studies import job_in_words, split_job
 PATIENCE = 600  # seconds that the job may wait in the queue and work
 LOG_SECONDS = 20  # until a file that a node has closed is seen here, on a shared file system
 POLL_SECONDS = 1.0
+BOTH = "here and there"
 
 
 def on_node(
@@ -37,8 +39,8 @@ def on_node(
     state = _wait(number, cluster, log)
     there = _answer(log)
     if there is not None:
-        yield from there
-        yield from _compare(here, there, log.parent)
+        yield from (replace(check, where=f"on {check.where} (job {number})") for check in there)
+        yield from (replace(check, where=BOTH) for check in _compare(here, there, log.parent))
     elif state is None:
         remedy = f"give the same command again when nodes are free; to end the job: scancel {number}"
         yield not_asked("node", f"job {number} has not answered in {PATIENCE} s", remedy)
@@ -53,22 +55,19 @@ def on_node(
 
 
 def _wait(number: str, cluster: str, log: Path) -> str | None:
-    """Wait for the answer or the job's end. Returns the job's last state; None if it took too long."""
-    deadline, state = time.monotonic() + PATIENCE, "forgotten"
-    while _answer(log) is None:
-        if time.monotonic() > deadline:
-            return None
+    """Wait for the answer or the job's end. Returns the state in which it ended; None if it has not."""
+    deadline, ended = time.monotonic() + PATIENCE, None
+    while _answer(log) is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+        if ended is not None:
+            continue
         try:
             job = jobs([number], cluster).find(number)
         except SilenceError:
             continue  # the controller is busy
-        state = job.state if job else state
-        if job is None or state in ENDED:
-            deadline = min(deadline, time.monotonic() + LOG_SECONDS)
-            if time.monotonic() > deadline - POLL_SECONDS:
-                break
-    return state
+        if job is None or job.state in ENDED:
+            ended, deadline = job.state if job else "forgotten", time.monotonic() + LOG_SECONDS
+    return ended
 
 
 def _answer(log: Path) -> list[Check] | None:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.doctor import files
+from search.doctor import node as doctors_node
 from search.doctor.check import State, ask
 from search.doctor.look import before_jobs
 from search.slurm.granted import take_granted
@@ -446,6 +447,76 @@ def test_a_job_that_sbatch_would_refuse(doctor, slurm, put, monkeypatch):
     monkeypatch.setenv("ATELIER_DATABASE_URL", remote)
     checks = doctor("study.toml", "--profile", "other")
     assert_says(checks["job"], "wrong", "the file has tuning", "add [slurm.other]")
+
+
+@pytest.fixture
+def node(doctor, slurm, put, home, tmp_path, monkeypatch):
+    """Runs `atelier doctor --on-node` where its job is in this state, and has written this log."""
+    monkeypatch.setattr(doctors_node, "POLL_SECONDS", 0)
+    monkeypatch.setattr(doctors_node, "LOG_SECONDS", 0)
+    slurm()
+
+    def ask_on_node(state, log=None):
+        (tmp_path / "log").write_text(log or "")
+        write = f"cp {tmp_path}/log {home}/slurm/doctor-7.log" if log else "true"
+        put("sbatch", f'cat > {tmp_path}/script; [ "$1" = --test-only ] || {{ {write}; echo 7; }}')
+        put("squeue", f"echo '7|{state}|0:0|0|1|7|N/A|'")
+        put("sinfo", "hostname -s")  # the cluster is this machine, so its nodes reach this database
+        return doctor("study.toml", "--on-node")
+
+    return ask_on_node
+
+
+def test_a_node_that_is_not_as_this_machine(doctor, node, tmp_path):
+    rows = [*doctor("study.toml").values()]
+    for row in rows:
+        row["where"] = "node1"
+        if row["name"] == "packages":
+            row["found"] = row["found"].replace("torch 2", "torch 1")
+        if row["name"] == "clock":
+            row["seconds"] += 100
+        if row["name"] == "database":
+            row |= {"state": "wrong", "found": "cannot reach it from here", "next": "open port 5432"}
+    log = f"module: loaded\n{json.dumps({'version': 1, 'checks': rows})}\n"
+    checks = node("RUNNING", log)
+    assert checks["database"]["where"] == "on node1 (job 7)"
+    assert_says(checks["database"], "wrong", "cannot reach it from here", "open port 5432")
+    assert_says(checks["same packages"], "wrong", "the node has atelier", "torch 1", "the same .venv")
+    assert_says(checks["same clock"], "wrong", "100.0 s ahead", "NTP")
+    assert checks["same python"]["state"] == checks["same folder"]["state"] == "ok"
+    shown = CliRunner().invoke(app, ["doctor", "study.toml", "--on-node"]).stdout
+    assert "on node1 (job 7)" in shown
+    script = (tmp_path / "script").read_text()
+    assert "#SBATCH --time=3\n" in script
+    assert " doctor --json " in script
+    assert "hush" not in script
+
+
+@pytest.mark.parametrize(
+    ("state", "log", "name", "expected", "words"),
+    [
+        ("COMPLETED", None, "same folder", "wrong", ["its log is not here", "that the nodes share"]),
+        ("FAILED", "bash: no python\n", "node", "wrong", ["(FAILED)", "no python", "read /"]),
+        ("TIMEOUT", '{"version": 1, "che', "node", "wrong", ["(TIMEOUT)"]),
+        ("COMPLETED", '{"version": 2, "checks": []}', "node", "wrong", ['"version": 2']),
+        ("PENDING", None, "node", "not asked", ["has not answered", "scancel 7"]),
+    ],
+)
+def test_a_node_that_does_not_answer(node, monkeypatch, state, log, name, expected, words):
+    monkeypatch.setattr(doctors_node, "PATIENCE", 0.2)
+    assert_says(node(state, log)[name], expected, *words)
+
+
+def test_a_node_that_cannot_reach_the_database(doctor, slurm):
+    slurm()
+    check = doctor("study.toml", "--on-node")["node"]
+    assert_says(check, "wrong", "on a compute node is another machine", "the nodes reach")
+
+
+def test_a_node_needs_a_profile(doctor):
+    ended = CliRunner().invoke(app, ["doctor", "--on-node"])
+    assert ended.exit_code == 2
+    assert "--on-node needs a study file" in ended.output
 
 
 # The study's files.
