@@ -467,7 +467,7 @@ def node(doctor, slurm, put, home, tmp_path, monkeypatch):
     return ask_on_node
 
 
-def test_a_node_that_is_not_as_this_machine(doctor, node, tmp_path):
+def test_a_node_that_is_not_as_this_machine(doctor, node, tmp_path, monkeypatch):
     rows = [*doctor("study.toml").values()]
     for row in rows:
         row["where"] = "node1"
@@ -484,8 +484,10 @@ def test_a_node_that_is_not_as_this_machine(doctor, node, tmp_path):
     assert_says(checks["same packages"], "wrong", "the node has atelier", "torch 1", "the same .venv")
     assert_says(checks["same clock"], "wrong", "100.0 s ahead", "NTP")
     assert checks["same python"]["state"] == checks["same folder"]["state"] == "ok"
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     shown = CliRunner().invoke(app, ["doctor", "study.toml", "--on-node"]).stdout
-    assert "on node1 (job 7)" in shown
+    assert "on node1 (job 7): as here in " in shown
+    assert shown.count("db schema") == 1
     script = (tmp_path / "script").read_text()
     assert "#SBATCH --time=3\n" in script
     assert " doctor --json " in script
