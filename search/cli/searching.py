@@ -40,7 +40,7 @@ from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
-from search.doctor.look import before_jobs
+from search.doctor.look import about_jobs
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.local import LocalSearch
@@ -249,8 +249,8 @@ def _submit_workers(
     if dry_run:
         print_script(array_script(config, profile, array, arguments))
         return
-    say_each(before_jobs())
     job = submit_study(config, profile, array, arguments)
+    say_each(about_jobs())
     typer.echo(f"job {job_in_words(job)}")
     for next_command in next_commands:
         typer.echo(f"  {next_command}")

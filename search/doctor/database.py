@@ -29,6 +29,7 @@ def database_here(study: str | None) -> Iterator[Check]:
         yield not_asked("database", f"none in {home()} yet; the first search makes one")
         return
     engine = database.look(replace(database.WORK, checked=False))
+    patience = database.thread_patience.set(0)  # somebody waits for the answer
     try:
         yield ok("database", shown(engine.url))
         fits = True
@@ -39,6 +40,7 @@ def database_here(study: str | None) -> Iterator[Check]:
         if study is not None:
             yield from ask("record", partial(_study, engine, study, fits))
     finally:
+        database.thread_patience.reset(patience)
         engine.dispose()
 
 

@@ -19,6 +19,7 @@ from trainer.files import write_atomically
 GB = 10**9
 LEAST_FREE, LITTLE_FREE = 1 * GB, 10 * GB  # bytes
 TRIED_BYTES = 1 << 20
+QUOTA_SECONDS = 20
 IN_MEMORY = ("tmpfs", "ramfs")
 OTHERS_WRITE = 0o022
 ELSEWHERE = "set ATELIER_HOME to another folder"
@@ -39,7 +40,7 @@ def home_folder() -> Iterator[Check]:
         yield note("home", f"{folder}, where others may write (mode {mode:o})", f"chmod go-w {folder}")
     else:
         yield ok("home", f"{folder} (mode {mode:o})")
-    yield _file_system(place)
+    yield _disk(place)
     yield _room("room", place, ELSEWHERE)
     try:
         trial = tempfile.TemporaryDirectory(dir=place, prefix=".doctor-")
@@ -51,19 +52,17 @@ def home_folder() -> Iterator[Check]:
         yield _lock(Path(name))
 
 
-def _file_system(place: Path) -> Check:
-    kind = file_system(place)
+def _disk(place: Path) -> Check:
+    """The kind of file system that a folder is on, as in ext4."""
+    real = place.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[path] for path in (real, *real.parents) if path in mounts), None)
+    if kind is None:
+        return not_asked("disk", f"no mount point above {place} is known")
     if kind in IN_MEMORY:
         remedy = f"{ELSEWHERE}, on a disk: at a restart of the machine, all would be gone"
         return wrong("disk", f"{place} is in main memory ({kind})", remedy)
     return ok("disk", kind)
-
-
-def file_system(place: Path) -> str:
-    """The kind of the file system that a path is on, as in ext4."""
-    real = place.resolve()
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next((mounts[path] for path in (real, *real.parents) if path in mounts), "of an unknown kind")
 
 
 def _room(name: str, place: Path, remedy: str) -> Check:
@@ -108,16 +107,16 @@ def quota() -> Iterator[Check]:
     if shutil.which("quota") is None:
         yield not_asked("quota", "no command `quota` here")
         return
-    answer = subprocess.run(
-        ["quota", "-w"], capture_output=True, text=True, errors="replace", timeout=20
-    )
+    try:
+        answer = subprocess.run(
+            ["quota", "-w"], capture_output=True, text=True, errors="replace", timeout=QUOTA_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        yield not_asked("quota", f"quota did not answer in {QUOTA_SECONDS} s")
+        return
     # device, blocks, quota, limit, grace, files, quota, limit; a star follows what is exceeded
-    rows = [
-        words
-        for words in map(str.split, answer.stdout.splitlines())
-        if words[1:2] and words[0] != "Filesystem"
-    ]
-    rows = [words for words in rows if words[1].rstrip("*").isdecimal()]
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    rows = [words for words in lines if words[1:] and words[1].rstrip("*").isdecimal()]
     exceeded = [words[0] for words in rows if any(word.endswith("*") for word in words)]
     if exceeded:
         yield wrong("quota", f"exceeded on {', '.join(exceeded)}", f"delete files, or {ELSEWHERE}")

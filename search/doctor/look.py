@@ -26,7 +26,7 @@ FOLDERS: list[Question] = [
     ("tmpdir", folders.temporary),
 ]
 # What `atelier submit` does not ask itself, and nobody sees before the jobs run.
-BEFORE_JOBS: list[Question] = [
+ABOUT_JOBS: list[Question] = [
     ("ulimit", machine.shell_limits),
     ("home", folders.home_folder),
 ]
@@ -49,9 +49,9 @@ def checks_here(file: StudyConfig | None, profile: str, given: bool) -> Iterator
         yield from ask(name, question)
 
 
-def before_jobs() -> list[str]:
+def about_jobs() -> list[str]:
     """What is wrong for jobs from here, in lines. `submit` asks all the rest itself."""
-    checks = [check for name, question in BEFORE_JOBS for check in ask(name, question)]
+    checks = [check for name, question in ABOUT_JOBS for check in ask(name, question)]
     return [
         f"warning: {check.name}: {check.found}; {check.next}"
         for check in checks

@@ -24,7 +24,7 @@ from search.cli import app
 from search.doctor import files
 from search.doctor import node as doctors_node
 from search.doctor.check import State, ask
-from search.doctor.look import before_jobs
+from search.doctor.look import about_jobs
 from search.slurm.granted import take_granted
 from search.toml_file import load_study_file
 from storage import database
@@ -351,7 +351,7 @@ def test_a_low_limit(doctor, limit, least, words):
     resource.setrlimit(limit, (least, before[1]))
     try:
         assert_says(doctor()["ulimit"], "wrong", *words)
-        [line] = [line for line in before_jobs() if "ulimit" in line]
+        [line] = [line for line in about_jobs() if "ulimit" in line]
     finally:
         resource.setrlimit(limit, before)
     assert line.startswith("warning: ulimit: this shell allows")
