@@ -63,7 +63,7 @@ class Grid:
         self._rows.append(([printable(cell) for cell in cells], style))
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from rich import cells, table  # late, as in console()
+        from rich import cells, table, text  # late, as in console()
 
         columns = [
             [heading, *(row[index] for row, _ in self._rows)]
@@ -91,7 +91,8 @@ class Grid:
                     width=least[index] + more,
                 )
             for row, style in self._rows:
-                grid.add_row(*(row[index] for index in part), style=style)
+                # As plain text: in a cell, [slurm.tuning] is no markup.
+                grid.add_row(*(text.Text(row[index]) for index in part), style=style)
             yield grid
 
     def _width(self, part: Sequence[int], widths: Sequence[int]) -> int:

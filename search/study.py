@@ -158,16 +158,21 @@ def check_versions(entry: studies.StudyEntry) -> None:
             )
 
 
+def check_optuna(entry: studies.StudyEntry) -> None:
+    """Raises InputError if the study was made with another Optuna."""
+    if entry.optuna_version != optuna.__version__:
+        raise InputError(
+            f"study {entry.name!r} was made with Optuna {entry.optuna_version}, here is "
+            f"{optuna.__version__}; install the same version on every machine"
+        )
+
+
 def _check_same(identity: dict[str, Any], entry: studies.StudyEntry, fingerprint: str) -> None:
     """Raises InputError unless the study was made with these settings, on this dataset."""
     check_versions(entry)
+    check_optuna(entry)
     name = entry.name
     other = f"give [study] another name than {name!r}, or restore the setting"
-    if entry.optuna_version != optuna.__version__:
-        raise InputError(
-            f"study {name!r} was made with Optuna {entry.optuna_version}, here is "
-            f"{optuna.__version__}; install the same version on every machine"
-        )
     for table in identity.keys() | (entry.settings.keys() - NOT_COMPARED):
         settings, saved = identity.get(table, {}), entry.settings.get(table, {})
         for key in (settings.keys() | saved.keys()) - SAME_NUMBERS:

@@ -1,5 +1,6 @@
 """The database's clock: SQL for the time of leases, claims and ends."""
 
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +16,13 @@ NOW = "clock_timestamp()"
 def now() -> sa.ColumnElement[Any]:
     """NOW for a statement that SQLAlchemy builds."""
     return sa.literal_column(NOW)
+
+
+def clock_lead(connection: sa.Connection) -> float:
+    """By how many seconds this machine's clock is ahead of the database's."""
+    before = time.time()
+    theirs = connection.scalar(sa.select(sa.cast(sa.extract("epoch", now()), sa.Double)))
+    return (before + time.time()) / 2 - float(theirs or 0)
 
 
 def seconds_since(moment: Any) -> sa.ColumnElement[Any]:

@@ -245,6 +245,13 @@ def settings_of(connection: Any, sessions: Sessions) -> dict[str, str]:
     return present
 
 
+def is_pooled(connection: sa.Connection) -> bool:
+    """Whether a pooler is in between: it has named another process than the one that answers."""
+    driver: Any = connection.connection.driver_connection
+    named = driver.info.backend_pid
+    return bool(connection.scalar(sa.text("SELECT pg_backend_pid()")) != named)
+
+
 def other_settings(present: Mapping[str, str], asked: Mapping[str, str]) -> str | None:
     """The problem with a session whose settings differ from those it asked for; None if none does."""
     differences = [

@@ -41,6 +41,26 @@ class NoLocksError(EmbeddedPostgresError):
     """The home's file system cannot lock files."""
 
 
+def lock_file(path: Path, mode: int) -> IO[str]:
+    """An open file of the home with a flock on it. Raises BlockingIOError, NoLocksError.
+
+    Without flock, filelock would fall back to a file that outlives a killed owner.
+    """
+    file = path.open("a+")  # for reading too: NFS wants that for a lock
+    try:
+        fcntl.flock(file, mode)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError as error:
+        file.close()
+        raise NoLocksError(
+            f"the file system of {path.parent} has no locks (flock: {error.strerror}), which show "
+            "who uses the server; set ATELIER_HOME to a folder on a file system that has them"
+        ) from error
+    return file
+
+
 class EmbeddedPostgres:
     """The server of one home folder; its data are in `home/postgres`."""
 
@@ -203,23 +223,7 @@ class EmbeddedPostgres:
         return self.home
 
     def _lock(self, name: str, mode: int) -> IO[str]:
-        """An open file of the home with a flock on it. Raises BlockingIOError, NoLocksError.
-
-        Without flock, filelock would fall back to a file that outlives a killed owner.
-        """
-        file = (self.home / name).open("a+")  # for reading too: NFS wants that for a lock
-        try:
-            fcntl.flock(file, mode)
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError as error:
-            file.close()
-            raise NoLocksError(
-                f"the file system of {self.home} has no locks (flock: {error.strerror}), which show "
-                "who uses the server; set ATELIER_HOME to a folder on a file system that has them"
-            ) from error
-        return file
+        return lock_file(self.home / name, mode)
 
     def _in_use(self) -> bool:
         try:

@@ -6,6 +6,7 @@ This file imports nothing large: it must work where memory is too short for anot
 import errno
 import re
 import resource
+from collections.abc import Iterator
 
 GB, UNLIMITED = 1e9, resource.RLIM_INFINITY
 FILES, FILE_BYTES = 1024, 1 << 30  # what a search with its server needs
@@ -35,6 +36,17 @@ def check_server() -> None:
         raise LimitError(_files())
     if 0 <= _allowed(resource.RLIMIT_FSIZE) < LEAST_FILE_BYTES:
         raise LimitError(_file_size())
+
+
+def too_low() -> Iterator[str]:
+    """What this shell allows less of than a search needs, and what to do, in words."""
+    for limit, least, in_words in (
+        (resource.RLIMIT_NOFILE, FILES, _files),
+        (resource.RLIMIT_FSIZE, FILE_BYTES, _file_size),
+        (resource.RLIMIT_AS, TORCH_BYTES, _memory),
+    ):
+        if 0 <= _allowed(limit) < least:
+            yield in_words()
 
 
 def explain(error: BaseException) -> str | None:

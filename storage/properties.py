@@ -30,6 +30,7 @@ class Property(NamedTuple):
     name: str
     value: str
     problem: str | None = None  # and what to do; the sentence begins with "the database at ..."
+    remark: str | None = None  # of what works, but could be better
 
 
 def properties(connection: sa.Connection) -> Iterator[Property]:

@@ -13,9 +13,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.clock import NOW
-from storage.database import WORK, log, other_settings, retrying, settings_of
+from storage.database import WORK, is_pooled, log, other_settings, retrying, settings_of
 from storage.faults import (
     INSUFFICIENT_PRIVILEGE,
+    NO_POOLER,
     reason,
     sqlstate,
 )
@@ -37,14 +38,19 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     with engine.connect() as connection:
         present = settings_of(connection.connection.driver_connection, WORK)
         general = list(properties(connection))
+        pooled = is_pooled(connection)
     yield from general
+    problem = f"is reached through a pooler; {NO_POOLER}" if pooled else None
+    yield Property("way", "through a pooler" if pooled else "to PostgreSQL itself", problem)
     for name, asked in WORK.settings.items():
         yield Property(name, present[name], other_settings(present, {name: asked}))
     if any(check.problem for check in general if check.name == "rights"):
         return  # this user may not read what the other checks need
     revision = schema_revision(engine)
     if revision is None:
-        yield Property("schema", "none yet; the first search, submit or worker makes the tables")
+        yield Property(
+            "schema", "none yet", remark="the first search, submit or worker makes the tables"
+        )
         return
     try:
         yield Property("schema", require_schema(engine))
@@ -54,9 +60,8 @@ def examine(engine: sa.Engine) -> Iterator[Property]:
     with engine.connect() as connection:
         yield tables(connection)
         why = why_without(connection, WORKER, VIEWER)
-    yield Property(
-        "roles", f"workers and viewers have all rights of this user: {why}" if why else "both"
-    )
+    everything = "workers and viewers have all rights of this user"
+    yield Property("roles", everything if why else "both", remark=why)
 
 
 def require_fit(engine: sa.Engine, only: str | None = None) -> None:

@@ -29,6 +29,7 @@ VERBS = {
     "trials": ("search.cli.watching:trials", "List a study's trials, one a row."),
     "efficiency": ("search.cli.watching:efficiency", "Show what workers used, and what to ask for."),
     "verify": ("search.cli.watching:verify", "Check that all holds what is promised of a study."),
+    "doctor": ("search.cli.doctor:doctor", "Check what a search needs here, and what to do."),
     "plot": ("search.cli.watching:plot", "Draw the figures of the dashboard into a file."),
     "report": ("search.cli.winning:report", "Write a study's results with figures as one page."),
     "dashboard": ("search.cli.dashboard:dashboard", "Serve the dashboard, behind a login."),

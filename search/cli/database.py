@@ -195,6 +195,7 @@ def db_check(as_json: AsJson = False) -> None:
     if as_json:
         print_json(url=url.shown(engine.url), checks=[check._asdict() for check in checks])
     for check in [] if as_json else checks:
-        typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}")
+        remark = f"; {check.remark}" if check.remark else ""
+        typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}{remark}")
     if problems := [check.problem for check in checks if check.problem]:
         raise url.DatabaseError(f"the database at {url.shown(engine.url)} {'; it '.join(problems)}")

@@ -20,7 +20,7 @@ from trainer.allocation import visible_gpus
 from trainer.text import same_letters
 
 MOST_PACKED = 64
-ARRAY = "0-7%4"
+ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's jobs
 JSON_VERSION = 1  # of what --json prints; a key that goes or changes its meaning makes it a higher one
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]

@@ -10,6 +10,7 @@ from dashboards.terminal import console
 from search.cli.errors import say
 from search.cli.options import (
     ARRAY,
+    TUNING,
     Array,
     Data,
     DryRun,
@@ -31,6 +32,7 @@ from search.cli.options import (
     print_json,
     print_script,
     recorded_study,
+    say_each,
     worker_options,
     workers_here,
 )
@@ -38,6 +40,7 @@ from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
+from search.doctor.look import about_jobs
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.local import LocalSearch
@@ -52,8 +55,6 @@ from storage.status import Status, read_status
 from storage.studies import StudyEntry, job_in_words, request_stop
 from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
-
-PROFILE = "tuning"
 
 
 def search(
@@ -255,11 +256,12 @@ def _submit_workers(
 ) -> None:
     """Submit an array of workers with these arguments, or print its script."""
     array = ARRAY if array is None else array
-    profile = PROFILE if profile is None else profile
+    profile = TUNING if profile is None else profile
     if dry_run:
         print_script(array_script(config, profile, array, arguments))
         return
     job = submit_study(config, profile, array, arguments)
+    say_each(about_jobs())
     typer.echo(f"job {job_in_words(job)}")
     for next_command in next_commands:
         typer.echo(f"  {next_command}")

@@ -30,6 +30,7 @@ from search.cli.options import (
     say_each,
 )
 from search.confirm.evidence import read_confirmation
+from search.doctor.look import about_jobs
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.export import (
@@ -203,7 +204,7 @@ def _submit_run(
         print_script(run_script(settings, bundle.slurm, profile, arguments))
         return
     job = submit_run(bundle, settings, profile, arguments)
-    say_each(notes)
+    say_each([*about_jobs(), *notes])
     log = log_folder() / f"train-{split_job(job)[0]}.log"
     typer.echo(f"job {job_in_words(job)}; its log is {log}")
 

@@ -8,13 +8,14 @@ from dashboards.terminal import printable
 from search.slurm.environment import clean_environment
 
 PATIENCE = 20  # seconds that a command may take
+NO_CLUSTER = "Could not establish a configuration source"
 # What SLURM's commands say when the controller is away or busy, or the machine is in no cluster.
 SILENCE = (
     "nable to contact",
     "Socket timed out",
     "Zero Bytes were transmitted",
     "Connection refused",
-    "Could not establish a configuration source",
+    NO_CLUSTER,
 )
 
 

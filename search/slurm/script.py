@@ -21,6 +21,7 @@ from trainer.allocation import FEATURES
 from trainer.config import TrainConfig
 
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%0*[1-9]\d*)?")
+DOCTOR_MINUTES = "3"  # it takes one, but packages on a cold file system may take two
 TASK_LOG = "%A_%a.log"  # array and task
 SHORT = {"array": "-a", "output": "-o", "qos": "-q", "partition": "-p", "account": "-A", "time": "-t"}
 SHORT |= {"cpus-per-task": "-c"}
@@ -150,6 +151,13 @@ def run_script(
     """The batch script of `atelier train` with these arguments. Raises InputError."""
     chosen = _profile(slurm, profile)
     return _script(chosen, None, ["train", *options], _environment(config, chosen), "train-%j.log")
+
+
+def doctor_script(file: StudyConfig, profile: str, options: list[str]) -> str:
+    """The batch script of `atelier doctor` on a node, for a few minutes. Raises InputError."""
+    chosen = _profile(file.slurm, profile).model_copy(update={"time": DOCTOR_MINUTES, "warning": 0})
+    environment = {"ATELIER_DATABASE_URL": _node_url()} | _environment(file.shared, chosen)
+    return _script(chosen, None, ["doctor", "--json", *options], environment, "doctor-%j.log")
 
 
 def _profile(slurm: Mapping[str, SlurmProfile], name: str) -> SlurmProfile:

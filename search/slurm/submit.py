@@ -42,10 +42,10 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
     script = array_script(file, profile, array, options)
-    _check_weights(file.shared)
-    dataset = _dataset(file.shared)
+    check_weights(file.shared)
+    dataset = dataset_of(file.shared)
     engine = connect()
-    _make_log_folder()
+    make_log_folder()
     check_script(script)
     _, entry = open_study(file, engine, open_storage(engine), dataset, lead=True)
     status = read_status(engine, entry.study_id, entry.name)
@@ -65,22 +65,22 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
     Raises InputError, DatasetError. Then nothing was submitted.
     """
     script = run_script(config, bundle.slurm, profile, options)
-    _check_weights(config)
-    check_origin(bundle, config, _dataset(config).fingerprint)
-    _make_log_folder()
+    check_weights(config)
+    check_origin(bundle, config, dataset_of(config).fingerprint)
+    make_log_folder()
     check_script(script)
     with with_users_umask():  # SLURM gives the job this umask
         return submit_script(script)
 
 
-def _dataset(config: TrainConfig) -> Dataset:
+def dataset_of(config: TrainConfig) -> Dataset:
     """Read the dataset. Raises DatasetError, also for too few images for the configuration."""
     dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
     divide(dataset, config)
     return dataset
 
 
-def _make_log_folder() -> None:
+def make_log_folder() -> None:
     try:
         make_private(log_folder())
         tempfile.TemporaryFile(dir=log_folder()).close()
@@ -90,7 +90,7 @@ def _make_log_folder() -> None:
         ) from None
 
 
-def _check_weights(config: TrainConfig) -> None:
+def check_weights(config: TrainConfig) -> None:
     """Raises InputError unless the nodes will find the weights without the internet."""
     if config.weights not in NO_FILE and (wrong := not_weights(Path(config.weights))):
         raise InputError(f"weights = {config.weights!r}: {wrong}")

@@ -22,6 +22,7 @@ VERBS = {
     "trials": ["tiny", "--csv", "trials.csv"],
     "efficiency": ["tiny"],
     "verify": ["tiny"],
+    "doctor": ["study.toml"],
     "plot": ["tiny", "-o", "history.html"],
     "report": ["tiny", "-o", "pages"],
     "dashboard": ["--host", "0.0.0.0"],
@@ -86,12 +87,14 @@ def test_nothing_that_works_shows_the_password(study, engine, tmp_path, caplog, 
     assert CANARY in url
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
     codes = run_all(caplog)
-    # An external server is not started or stopped from here, and no array reaches a socket; there is no
-    # confirmation, no dataset `nowhere`, no account for a public address, and no empty database.
+    # An external server is not started or stopped from here, and no array reaches a socket; a home in
+    # main memory is wrong; there is no confirmation, no dataset `nowhere`, no account for a public
+    # address, and no empty database.
     failed = {
         "db restore",
         "confirm",
         "dashboard",
+        "doctor",
         "predict",
         "export-model",
         "data check",

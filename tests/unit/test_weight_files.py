@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.errors import InputError
-from search.slurm.submit import _check_weights
+from search.slurm.submit import check_weights
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.kind import kind_of
@@ -540,9 +540,9 @@ def test_submit_looks_at_the_file(tiny, tmp_path):
     config = tiny.model_copy(update={"weights": str(path)})
     path.write_bytes(b"<html>")
     with pytest.raises(InputError, match="is an HTML page"):
-        _check_weights(config)
+        check_weights(config)
     torch.save({}, path)
-    _check_weights(config)
+    check_weights(config)
 
 
 def test_a_runs_file_of_another_backbone(run_of, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from search.errors import InputError
-from search.slurm.submit import _check_weights
+from search.slurm.submit import check_weights
 
 NAME = "resnet10t.c3_in1k"
 LOAD = """
@@ -81,8 +81,8 @@ def test_weights_of_the_cache_are_numbers(hub, tmp_path):
 def test_submit_wants_the_weights_to_be_in_the_cache(hub, tiny):
     config = tiny.model_copy(update={"backbone": NAME, "weights": "timm"})
     with pytest.raises(InputError, match=f"hf download timm/{NAME} config.json"):
-        _check_weights(config)
+        check_weights(config)
     fill(hub)
-    _check_weights(config)
+    check_weights(config)
     with pytest.raises(InputError, match=r"name the weights' tag too, as in resnet10t.TAG"):
-        _check_weights(config.model_copy(update={"backbone": "resnet10t"}))
+        check_weights(config.model_copy(update={"backbone": "resnet10t"}))
