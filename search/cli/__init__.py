@@ -68,7 +68,7 @@ class LazyVerbs(Verbs):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import what is about to run."""
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else _load(name), rest
+        return name, command if name is None else load_verb(name), rest
 
 
 typer_app = partial(
@@ -84,7 +84,8 @@ def group_of_verbs(name: str) -> typer.Typer:
     return typer_app(cls=Verbs, help=VERBS[name][1], add_completion=False)
 
 
-def _load(name: str) -> Any:
+def load_verb(name: str) -> Any:
+    """The command of a verb, imported. A group has its verbs in `commands`."""
     target = resolve_name(VERBS[name][0])
     if isinstance(target, typer.Typer):
         return get_command(target)
@@ -112,7 +113,7 @@ def _before_the_verb(
 
 
 for _name, (_, _line) in VERBS.items():
-    app.command(_name, help=_line)(lambda: None)  # `_load` puts the verb in its place
+    app.command(_name, help=_line)(lambda: None)  # `load_verb` puts the verb in its place
 
 
 def main(arguments: list[str] | None = None) -> None:

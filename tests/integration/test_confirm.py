@@ -2,7 +2,6 @@
 
 import csv
 import html
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from search.confirm.page import confirmed_reader
 from storage.paths import RunFolder
 from storage.studies import study_entry, update_study
 from tests.conftest import PASSWORD, STUDY, copied_database
+from tests.json_page import assert_documented
 from trainer.dataset import read_dataset
 from trainer.predictions import Predictions
 
@@ -99,7 +99,7 @@ def confirmed(take_over, confirm_stage):
 
 
 def confirmation(atelier):
-    return json.loads(atelier("confirm", "tiny", "--json").stdout)
+    return assert_documented("confirm STUDY", atelier("confirm", "tiny", "--json").stdout)
 
 
 def trials(atelier, tmp_path, name):
@@ -209,6 +209,9 @@ def test_the_leaders_run_again_on_folds(searched, engine, tmp_path, demo):
     assert "all " in atelier("verify", "tiny-confirm").stdout
     replayed = atelier("replay", "tiny-confirm", "--trial", "3").stdout
     assert replayed.count("  equal\n") == 2
+    facts = atelier("replay", "tiny-confirm", "--trial", "0", "--json").stdout
+    facts = assert_documented("replay STUDY --trial N", facts)
+    assert [epoch["differing"] for epoch in facts["epochs"]] == [[], []]
     atelier("export", "tiny", "-o", "best.toml")
     best = tomllib.loads((tmp_path / "best.toml").read_text())
     assert best["origin"]["accuracy"]["noise"] == "images, seeds and folds"
