@@ -65,7 +65,7 @@ def doctor(
         arguments = [str(study.absolute()), *worker_options(data, weights, set_, None)]
         checks += ask("node", partial(on_node, file, chosen, arguments, [*checks]))
     if as_json:
-        print_json(checks=[check.as_dict() for check in checks])
+        print_json(checks=checks)
     else:
         console().print(render(checks))
     if wrong := sum(check.state is State.WRONG for check in checks):

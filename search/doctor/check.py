@@ -4,8 +4,7 @@ import enum
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from dashboards.terminal import printable
 from search.cli.errors import one_line
@@ -33,11 +32,6 @@ class Check:
     next: str | None = None
     seconds: float | None = None  # of `clock`: by how much this machine's is ahead of the database's
     where: str = field(default_factory=socket.gethostname)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs. `seconds` is there only where it was measured."""
-        row = asdict(self)
-        return row if self.seconds is not None else {k: v for k, v in row.items() if k != "seconds"}
 
 
 def ok(name: str, found: str) -> Check:
