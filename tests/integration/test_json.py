@@ -11,7 +11,7 @@ from tests.studies import fill
 ELSEWHERE = {"confirm STUDY", "replay STUDY --trial N"}  # real trials, in test_confirm.py
 
 
-@pytest.mark.parametrize("verb", OF_VERBS.keys() - ELSEWHERE)
+@pytest.mark.parametrize("verb", [verb for verb in OF_VERBS if verb not in ELSEWHERE])
 def test_what_is_printed_is_what_the_page_says(atelier, engine, accounts, demo, tmp_path, verb):
     fill(engine, ["complete", "running", "failed"], name="seen")
     places = {"STUDY.toml": "study.toml", "STUDY": "seen", "FOLDER": demo}
