@@ -27,6 +27,11 @@ LEFT_OPEN = {
 UNIX_TIMES = {"SLURM_TIME_FORMAT": "%s"}
 
 
+def habits() -> tuple[str | None, str | None]:
+    """The partition and the account that this user has set for all jobs."""
+    return os.environ.get("SBATCH_PARTITION"), os.environ.get("SBATCH_ACCOUNT")
+
+
 def job_id() -> str | None:
     """The id of the job that this process runs in; None outside SLURM."""
     return os.environ.get("SLURM_JOB_ID")

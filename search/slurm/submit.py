@@ -41,7 +41,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
     script = array_script(file, profile, array, options)
-    _check_weights(file.shared)
+    check_weights(file.shared)
     dataset = _dataset(file.shared)
     engine = connect()
     _make_log_folder()
@@ -64,7 +64,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
     Raises InputError, DatasetError. Then nothing was submitted.
     """
     script = run_script(config, bundle.slurm, profile, options)
-    _check_weights(config)
+    check_weights(config)
     check_origin(bundle, config, _dataset(config).fingerprint)
     _make_log_folder()
     check_script(script)
@@ -89,7 +89,7 @@ def _make_log_folder() -> None:
         ) from None
 
 
-def _check_weights(config: TrainConfig) -> None:
+def check_weights(config: TrainConfig) -> None:
     """Raises InputError unless the nodes will find the weights without the internet."""
     if config.weights not in NO_FILE and (wrong := not_weights(Path(config.weights))):
         raise InputError(f"weights = {config.weights!r}: {wrong}")
@@ -107,10 +107,18 @@ def _check_weights(config: TrainConfig) -> None:
         )
 
 
+def try_script(script: str) -> str:
+    """Let sbatch look at the script without submitting it. Returns what it says of the start.
+
+    Raises SlurmError, SilenceError.
+    """
+    return one_line(_sbatch(script, "--test-only").complaint)
+
+
 def check_script(script: str) -> None:
-    """Let sbatch look at the script without submitting it. Raises InputError."""
+    """The same for a script of the user's. Raises InputError."""
     try:
-        _sbatch(script, "--test-only")
+        try_script(script)
     except SilenceError as error:
         raise InputError(f"{error}; try again, on a login node of the cluster") from None
     except SlurmError as error:
