@@ -125,17 +125,19 @@ def draft_for_site(
 
 def _partitions(site: Site, name: str | None, account: str | None) -> list[Partition]:
     """The partitions to choose from. Raises InputError."""
+    found, closed = usable(site, account)
     if name is None:
-        found, closed = usable(site, account)
         if not found:
             reasons = "; ".join(f"{one}: {why}" for one, why in closed.items())
             raise InputError(f"no partition of this site is for you: {reasons}; ask those who run it")
         return found
-    found = [one for one in site.partitions if one.name == name]
-    if not found:
+    named = [one for one in site.partitions if one.name == name]
+    if not named:
         names = ", ".join(one.name for one in site.partitions)
         raise InputError(f"--partition {name!r}: this site has {names}")
-    return found
+    if name in closed and named[0].nodes:  # which may just be hidden
+        raise InputError(f"--partition {name!r}: {closed[name]}; give another one, or --account")
+    return named
 
 
 def _why(taken: Partition, given: str | None, seconds: float) -> str:

@@ -26,7 +26,7 @@ from dashboards.study_tables import (
 from dashboards.terminal import can_redraw, console, printable
 from search.cli.errors import say
 from search.cli.options import StudyName, find_study
-from search.efficiency import advice, as_dict
+from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.slurm.queue import Tasks, task_states
@@ -121,14 +121,17 @@ def efficiency(
 ) -> None:
     """Show what each worker was granted and used, and what to ask for next time.
 
-    The times and memory are on record with each worker, whatever SLURM keeps of its jobs.
+    Times and memory are those of SLURM's accounting (sacct). Without it they are on record with each
+    worker.
     """
     engine, entry = find_study(study)
-    uses = read_uses(engine, entry.study_id)
+    uses, source = with_accounting(
+        read_uses(engine, entry.study_id), array_jobs(engine, entry.study_id), entry.created
+    )
     if as_json:
-        typer.echo(json.dumps(as_dict(uses), indent=2))
+        typer.echo(json.dumps(as_dict(uses, source), indent=2))
     elif uses:
-        console().print(render_efficiency(uses, advice(uses)), soft_wrap=True)
+        console().print(render_efficiency(uses, advice(uses), costs(uses), source), soft_wrap=True)
     else:
         say(f"study {entry.name!r} has had no worker yet")
 

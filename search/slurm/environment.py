@@ -7,7 +7,7 @@ one was submitted.
 import os
 
 # A user's own habits (SQUEUE_PARTITION hides jobs), and what another job has left in its environment.
-FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_")
+FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_", "SACCT_")
 # These say where the cluster is, and who asks.
 NEEDED = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
 # What a site or a lab sets for all of its jobs, and the options that say the same. sbatch takes it from

@@ -163,9 +163,12 @@ def _hardware(
     why_gpus = f"{partition.name} has {_gpus_in_words(gpus)}" if gpus else ""
     if kind and len(gpus) > 1:
         why_gpus += "; on equal GPUs a trial has equal numbers"
+    count: int | str = (f"{kind}:1" if kind else 1) if gpus else 0
+    if not partition.nodes:
+        count, why_gpus = profile.gpus, f"sinfo does not show what {partition.name} has"
     return {
         "cpus": (cpus, why_cpus),
-        "gpus": ((f"{kind}:1" if kind else 1) if gpus else 0, why_gpus),
+        "gpus": (count, why_gpus),
         "memory": (f"{memory >> 10}G" if memory >= 1024 else f"{memory}M", why_memory),
     }
 
