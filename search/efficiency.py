@@ -75,8 +75,8 @@ def with_accounting(
         why = "; sacct says nothing of these jobs" if clusters else ""
         return merged, OUR_RECORDS + why
     return merged + unsigned, (
-        f"sacct of {version()} for time, memory and the queue of {known} of {len(uses)} workers"
-        f"{f' and of {len(unsigned)} tasks without one' if unsigned else ''}; {OUR_RECORDS} for the rest"
+        f"sacct of {version()} for time, memory and the queue, of {known} of {len(uses)} workers; "
+        f"{OUR_RECORDS} for the rest"
     )
 
 
@@ -126,8 +126,8 @@ def costs(uses: Sequence[WorkerUse]) -> str | None:
         waited = sum(use.queued or 0.0 for use in again)
         lost = sum(use.seconds_lost for use in again)
         parts.append(
-            f"{len(again)} restarts, which cost {duration(waited + lost)}: the queue, starting "
-            "and saving"
+            f"{len(again)} of {len(uses)} began anew, which cost {duration(waited + lost)}: the queue, "
+            "starting and saving"
         )
     return "; ".join(parts) or None
 
@@ -197,7 +197,7 @@ def _array(uses: Iterable[WorkerUse]) -> str | None:
     """Fewer tasks, if some of the newest array found nothing to train."""
     arrays: dict[str, list[WorkerUse]] = {}
     for use in uses:
-        if use.job and "_" in use.job:
+        if use.worker and use.job and "_" in use.job:
             arrays.setdefault(use.job.partition("_")[0], []).append(use)
     if not arrays:
         return None

@@ -209,7 +209,7 @@ def _time(
 def _array(site: Site, partition: Partition, payer: Account, wanted: Mapping[str, SlurmProfile]) -> str:
     """The array to submit: no more tasks than SLURM takes, no more at once than there are GPUs."""
     tasks = min([TASKS, site.largest_array, *(limit.submitted for limit in payer.limits)])
-    at_once = min([AT_ONCE, *(limit.running for limit in payer.limits)])
+    at_once = min([AT_ONCE, tasks, *(limit.running for limit in payer.limits)])
     if partition.gpus and any(profile.gpus for profile in wanted.values()):
         at_once = min([at_once, sum(partition.gpus.values()), *(limit.gpus for limit in payer.limits)])
     return f"0-{max(int(tasks), 1) - 1}%{max(int(at_once), 1)}"
