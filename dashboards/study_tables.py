@@ -126,14 +126,17 @@ def render_efficiency(
 ) -> RenderableType:
     """What workers were granted and made of it, a row for each and one for all; then what to ask for."""
     columns = ("queued", "time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
-    table = Grid(("worker", "job", *columns, "pack", "epochs", "ended"), left=("worker", "job", "ended"))
+    first = all(use.queued is None for use in uses)  # the column to begin with: nobody knows the queue
+    table = Grid(
+        ("worker", "job", *columns[first:], "pack", "epochs", "ended"), left=("worker", "job", "ended")
+    )
     for use in uses:
         ended = (use.ended or ("not yet" if use.is_alive else "killed")).splitlines()[0]
         pack = "" if use.pack is None else str(use.pack)
-        table.add(use.worker, use.job or "", *_shown([use]), pack, str(use.epochs), ended)
+        table.add(use.worker, use.job or "", *_shown([use])[first:], pack, str(use.epochs), ended)
     if len(uses) > 1:
         epochs = str(sum(use.epochs for use in uses))
-        table.add("in all", "", *_shown(uses), "", epochs, "", style="bold")
+        table.add("in all", "", *_shown(uses)[first:], "", epochs, "", style="bold")
     head = "\nfor next time:" if advice else "\nno worker has trained an epoch yet"
     lines = [f"costs: {costs}"] if costs else []
     lines += [f"figures: {source}"]

@@ -119,6 +119,8 @@ def draft_for_site(
     if others:
         tables += ["# Other partitions:", *(f"#   {line}" for line in [*others[:MOST_LISTED], *more])]
     found = [*lines.values(), *(f"note: {note}" for note in site.notes), *said]
+    if dropped := [f"[slurm.{name}]" for name, one in wanted.items() if one.setup or one.options]:
+        found.append(f"note: setup and options of {', '.join(dropped)} are left out; add what fits here")
     here = f"cluster {site.cluster}, SLURM {site.version}"
     return _draft(path, changes, here, found, tables, proposal.array)
 
@@ -201,10 +203,9 @@ def _draft(
     tables: list[str] | None = None,
     array: str | None = None,
 ) -> Draft:
-    """The template with other places of its files and other [slurm.*] tables. Raises InputError,
-    DatasetError.
+    """The template with other places of its files and other [slurm.*] tables; its other lines stay.
 
-    Its lines and comments stay otherwise.
+    Raises InputError, DatasetError.
     """
     settings = load_study_file(template).shared  # its errors are in its own name
     if "data" in changes:
@@ -220,14 +221,16 @@ def _draft(
         text = _put(text, key, value)
     signature = f"{SIGN}, from {template.name}, for {here}.\n"
     text = "\n".join([signature + text, *(tables or [])]).rstrip() + "\n"
-    tables_now = tomllib.loads(text)
-    if {key: value for key, value in tables_now.items() if key != "slurm"} != wanted:
+    try:
+        written = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        written = {}
+    if {key: value for key, value in written.items() if key != "slurm"} != wanted:
         raise InputError(
-            f"{template}: its [train] cannot be changed line by line; write each key on a line of its "
-            "own, or begin with another file"
+            f"{template}: its tables cannot be changed line by line; write [train], each [slurm.NAME] "
+            "and each key on a line of its own, or begin with another file"
         )
-    config = validate(StudyConfig, tables_now, template)
-    return Draft(text, config, [here, *found], array)
+    return Draft(text, validate(StudyConfig, written, template), [here, *found], array)
 
 
 def _put(text: str, key: str, value: Any) -> str:
@@ -239,4 +242,5 @@ def _put(text: str, key: str, value: Any) -> str:
     end = HEADER.search(text, start.end())
     body = text[start.end() : end.start() if end else len(text)]
     changed, found = re.subn(rf"^{key}\s*=.*$", lambda _: line, body, count=1, flags=re.MULTILINE)
-    return text.replace(body, changed if found else f"{line}\n{body}", 1)
+    after = text[start.end() + len(body) :]
+    return text[: start.end()] + (changed if found else f"{line}\n{body}") + after

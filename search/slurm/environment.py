@@ -5,6 +5,7 @@ one was submitted.
 """
 
 import os
+from typing import NamedTuple
 
 # A user's own habits (SQUEUE_PARTITION hides jobs), and what another job has left in its environment.
 FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_", "SACCT_")
@@ -27,9 +28,18 @@ LEFT_OPEN = {
 UNIX_TIMES = {"SLURM_TIME_FORMAT": "%s"}
 
 
-def habits() -> tuple[str | None, str | None]:
-    """The partition and the account that this user has set for all jobs."""
-    return os.environ.get("SBATCH_PARTITION"), os.environ.get("SBATCH_ACCOUNT")
+class Habits(NamedTuple):
+    """What this user has set for all jobs. None for what is not set."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+
+
+def habits() -> Habits:
+    """This user's habits. Of several partitions the first counts."""
+    names = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
+    return Habits(*(os.environ.get(name, "").partition(",")[0] or None for name in names))
 
 
 def job_id() -> str | None:

@@ -77,11 +77,15 @@ def proposals(
     """What to try in a partition: first what seems right, then what a site may want instead."""
     kinds = partition.gpus
     kind = next(iter(kinds), "")
+    before: Proposal | None = None
     for payer in [*_accounts(site, partition, account)] or [Account(account)]:
         # Where one type is among several, it is named, since a trial's numbers depend on the type.
         for named in (True, False) if len(kinds) > 1 else (False, True)[: 1 + bool(kind)]:
             for part in (1, 2):
-                yield _propose(site, partition, wanted, payer, kind if named else "", part)
+                proposal = _propose(site, partition, wanted, payer, kind if named else "", part)
+                if before is None or proposal.profiles != before.profiles:
+                    yield proposal
+                before = proposal
 
 
 def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Account]:
@@ -94,7 +98,7 @@ def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Ac
             continue
         allowed = [
             name
-            for name in sorted(one.qos, key=lambda name: name != one.default_qos)
+            for name in one.qos
             if name not in partition.denied_qos and (not partition.qos or name in partition.qos)
         ]
         if one.account in partition.denied_accounts or (one.qos and not allowed):
@@ -189,15 +193,15 @@ def _time(
 ) -> dict[str, tuple[Any, str]]:
     most = min([partition.seconds, *(limits.seconds for limits in payer.limits)])
     who = partition.name if most == partition.seconds else "your account or QOS"
-    end = "at its end a task is requeued and goes on"
+    end = "then a task is requeued and goes on"
     if not site.requeues:
-        end = "at its end a task asks to be requeued, which this site does not do unasked"
+        end = "then a task asks to be requeued, which this site does not do unasked"
     seconds = min(slurm_seconds(profile.time) or math.inf, most)
     is_short = seconds < WARNED_SHARE * profile.warning
     return {
         "time": (
             "UNLIMITED" if math.isinf(seconds) else clock(int(seconds)),
-            f"{who} allows {in_words(most)}; {end}",
+            f"{who}: {in_words(most)}; {end}",
         ),
         "warning": (
             int(seconds) // WARNED_SHARE if is_short else profile.warning,
@@ -223,9 +227,9 @@ def _mebibytes(memory: str) -> int:
 def in_words(seconds: float) -> str:
     """A time limit for people."""
     if math.isinf(seconds):
-        return "any time"
+        return "no limit"
     days, rest = divmod(int(seconds), DAY)
-    return _count(days, "day") if days and not rest else duration(seconds)
+    return f"up to {_count(days, 'day') if days and not rest else duration(seconds)}"
 
 
 def partition_line(partition: Partition) -> str:

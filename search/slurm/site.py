@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from search.profile import NO_LIMIT, slurm_seconds
 from search.slurm.commands import SlurmError, call, not_understood, one_line
+from search.slurm.environment import habits
 
 # A node in one of these states runs jobs, now or soon.
 UP = {"idle", "mixed", "allocated", "completing", "planned", "reserved", "maint", "reboot"}
@@ -33,6 +34,7 @@ EVERYBODY = {"", "ALL", "(null)"}
 # What makes SLURM hold jobs to the limits of accounts and QOS, of AccountingStorageEnforce.
 ENFORCING = {"limits", "qos", "safe", "all"}
 SLICE = re.compile(r"\d+g\.\d+gb", re.IGNORECASE)  # in the name of a part of a GPU (MIG)
+NORMAL = "normal"  # the QOS where there is no other default
 _PAIR = re.compile(r"(\S+?)=(\S*)")
 _GPU = re.compile(r"gpu(?::(?P<kind>[^:]*[^:\d][^:]*))?(?::(?P<count>\d+))?")
 _GPUS_OF_USER = re.compile(r"gres/gpu(?::[\w.-]+)?=(\d+)")
@@ -103,8 +105,7 @@ class Association:
 
     account: str
     partition: str  # the only one that it is for; or empty
-    qos: tuple[str, ...]
-    default_qos: str
+    qos: tuple[str, ...]  # the one that a job gets unasked comes first
     limits: Limits
 
 
@@ -251,15 +252,21 @@ def _read_accounts(site: Site, enforced: set[str]) -> None:
     user = pwd.getpwuid(os.geteuid()).pw_name
     default = next((name for [name] in _rows("user", user, "DefaultAccount")), "")
     fields = "Account,Partition,QOS,DefaultQOS,MaxWall,MaxJobs,MaxSubmit,Cluster"
-    holds = bool(enforced & ENFORCING)
+    holds, usual = bool(enforced & ENFORCING), habits().qos
     for account, partition, qos, first, wall, running, submitted, cluster in _rows(
         "associations", f"user={user}", fields
     ):
         if cluster in ("", site.cluster):
             limits = Limits(_seconds(wall), math.inf, _limit(running), _limit(submitted))
-            names = tuple(filter(None, qos.split(",")))
-            association = Association(account, partition, names, first, limits if holds else Limits())
-            site.associations.append(association)
+            names = [name for name in (usual, first, NORMAL, *sorted(qos.split(","))) if name]
+            site.associations.append(
+                Association(
+                    account,
+                    partition,
+                    tuple(name for name in dict.fromkeys(names) if name in qos.split(",")),
+                    limits if holds else Limits(),
+                )
+            )
     site.associations.sort(key=lambda one: one.account != default)
     if not site.associations:
         site.notes.append(f"SLURM has no account for {user}")

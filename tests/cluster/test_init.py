@@ -59,7 +59,7 @@ def test_what_init_writes_is_accepted_and_queued(campaign, demo, tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "weights.safetensors")
     words = ("--data", demo, "--weights", "weights.safetensors")
     said = study.atelier("init", "-o", "here.toml", *words)
-    assert "q_amsai (the default): 8 h 00 min, 1 node, 4 GPUs" in said
+    assert "q_amsai (the default): up to 8 h 00 min, 1 node, 4 GPUs" in said
     assert "accepted, and nothing is submitted: sbatch: Job " in said
     [submit] = [line.split()[1:] for line in said.splitlines() if line.endswith("--array 0-7%4")]
 

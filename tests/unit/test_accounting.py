@@ -149,8 +149,8 @@ def test_sacct_knows_better(command):
         "a longer time (--time): it ended 1 of 4 workers, and each starts anew",
     ]
     assert costs(uses) == (
-        "14 min 40 s in the queue, before 5 starts; 1 of 6 began anew, which cost 1 h 09 min: the queue, "
-        "starting and saving"
+        "14 min 40 s in the queue, before 5 starts; 1 of 6 began anew, which cost 1 h 09 min: "
+        "the queue, starting and saving"
     )
 
 

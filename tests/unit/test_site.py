@@ -113,7 +113,7 @@ def test_limits_of_account_and_qos_hold_where_slurm_enforces_them(slurm):
     slurm(partitions, GPUS, accounts, qos, enforce="associations,limits,qos")
     draft = draft_for_site(None, {}, None, None)
     assert draft.config.slurm["tuning"].time == "01:30:00"
-    assert "your account or QOS allows 1 h 30 min" in draft.text
+    assert "your account or QOS: up to 1 h 30 min" in draft.text
     assert draft.array == "0-5%2"
     slurm(partitions, GPUS, accounts, qos, enforce="associations")
     assert tuning().time == "08:00:00"
@@ -123,6 +123,13 @@ def test_a_qos_that_a_partition_wants_is_written_instead_of_the_default(slurm):
     accounts = "lab||normal,gpu|normal||||atelier\n"
     slurm({"gpu": {"time": "12:00:00", "allow_qos": "gpu,other"}}, GPUS, accounts)
     assert tuning().qos == "gpu"
+
+
+def test_the_users_habits_for_sbatch_come_first(slurm, monkeypatch):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, "lab||normal,high,low|low||||atelier\n")
+    assert tuning().qos == "low"
+    monkeypatch.setenv("SBATCH_QOS", "high")
+    assert tuning().qos == "high"
 
 
 def test_a_partition_for_a_group_is_for_its_members(slurm):
@@ -219,13 +226,14 @@ def test_a_study_keeps_its_lines_and_gets_other_slurm_tables(tmp_path, slurm, de
     slurm({"gpu": {"time": "12:00:00"}}, GPUS)
     load = tmp_path / "mine.toml"
     load.write_text(
-        "[slurm.tuning]\nqos = 'of another site'\ncpus = 3\n\n# My search.\n"
+        "[slurm.tuning]\nqos = 'of another site'\ncpus = 3\nsetup = ['module load x']\n\n# My search.\n"
         "[study]\nname = 'mine'  # a comment\nmax_trials = 3\n\n[space]\nlr = [1e-3, 2e-3]\n\n"
         "[train]\ndata = 'x'\nbackbone = 'test_resnet'\nweights = 'none'\ntrain_images = 4000\n"
     )
     draft = draft_for_site(load, {"data": str(demo)}, None, None)
     assert "name = 'mine'  # a comment\n" in draft.text
     assert draft.config.slurm.keys() == {"tuning"}
+    assert any("setup and options of [slurm.tuning] are left out" in line for line in draft.found)
     profile = draft.config.slurm["tuning"]
     assert (profile.qos, profile.cpus, profile.partition) == (None, 3, "gpu")
     assert draft.config.shared.data == str(demo)
