@@ -193,9 +193,9 @@ def _time(
 ) -> dict[str, tuple[Any, str]]:
     most = min([partition.seconds, *(limits.seconds for limits in payer.limits)])
     who = partition.name if most == partition.seconds else "your account or QOS"
-    end = "then a task is requeued and goes on"
+    end = "when its time is up, a task is requeued and goes on"
     if not site.requeues:
-        end = "then a task asks to be requeued, which this site does not do unasked"
+        end = "when its time is up, a task asks to be requeued, which this site does not do unasked"
     seconds = min(slurm_seconds(profile.time) or math.inf, most)
     is_short = seconds < WARNED_SHARE * profile.warning
     return {

@@ -147,6 +147,7 @@ def read_site() -> Site:
         try:
             _read_accounts(site, set(config.get("AccountingStorageEnforce", "").lower().split(",")))
         except (SlurmError, ValueError) as error:
+            site.associations, site.qos = [], {}
             site.notes.append(f"accounts and QOS are not known: {error}")
     return site
 
@@ -296,10 +297,14 @@ def _seconds(text: str) -> float:
         return math.inf
     seconds = slurm_seconds(text)
     if seconds is None:
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is not understood")
     return float(seconds)
 
 
 def _limit(text: str) -> float:
     """A number, infinite for none. Raises ValueError if it is not understood."""
-    return math.inf if text.upper() in WITHOUT_LIMIT else float(int(text))
+    if text.upper() in WITHOUT_LIMIT:
+        return math.inf
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not understood")
+    return float(text)

@@ -109,7 +109,7 @@ def test_what_the_site_refuses_is_said_and_nothing_is_written(site, partition, s
 
 def test_a_controller_that_is_silent_is_no_machine_without_slurm(site, controller, monkeypatch):
     text = (controller / "slurm.conf").read_text().replace("SlurmctldPort=", "SlurmctldPort=9 #")
-    (site / "slurm.conf").write_text(text)
+    (site / "slurm.conf").write_text(f"{text}MessageTimeout=1\n")
     monkeypatch.setenv("SLURM_CONF", str(site / "slurm.conf"))
     assert "try again on a login node" in init(code=2)
     assert not (site / "study.toml").exists()
