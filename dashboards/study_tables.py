@@ -121,27 +121,54 @@ def render_workers(status: Status) -> RenderableType:
     return Group(*lines)
 
 
-def render_efficiency(uses: Sequence[WorkerUse], advice: Sequence[str]) -> RenderableType:
-    """What workers were granted and made of it, a row for each, and what to ask for next time."""
-    columns = ("time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
-    table = Grid(("worker", "job", *columns, "pack", "epochs", "ended"), left=("worker", "job", "ended"))
+def render_efficiency(
+    uses: Sequence[WorkerUse], advice: Sequence[str], costs: str | None, source: str
+) -> RenderableType:
+    """What workers were granted and made of it, a row for each and one for all; then what to ask for."""
+    columns = ("queued", "time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
+    first = all(use.queued is None for use in uses)  # the column to begin with: nobody knows the queue
+    table = Grid(
+        ("worker", "job", *columns[first:], "pack", "epochs", "ended"), left=("worker", "job", "ended")
+    )
     for use in uses:
-        parts = (use.seconds_training, use.seconds_waiting, use.seconds_lost)
-        table.add(
-            use.worker,
-            use.job or "",
-            duration(use.seconds),
-            "" if use.wall_seconds is None else duration(use.wall_seconds),
-            *(share(seconds / use.seconds if use.seconds else None) for seconds in parts),
-            _gib(use.peak_memory),
-            _gib(use.memory),
-            share(use.busy),
-            "" if use.pack is None else str(use.pack),
-            str(use.epochs),
-            (use.ended or ("not yet" if use.is_alive else "killed")).splitlines()[0],
-        )
+        ended = (use.ended or ("not yet" if use.is_alive else "killed")).splitlines()[0]
+        pack = "" if use.pack is None else str(use.pack)
+        table.add(use.worker, use.job or "", *_shown([use])[first:], pack, str(use.epochs), ended)
+    if len(uses) > 1:
+        epochs = str(sum(use.epochs for use in uses))
+        table.add("in all", "", *_shown(uses)[first:], "", epochs, "", style="bold")
     head = "\nfor next time:" if advice else "\nno worker has trained an epoch yet"
-    return Group(table, Text(head, style="bold"), *(Text(f"  {line}") for line in advice))
+    lines = [f"costs: {costs}"] if costs else []
+    lines += [f"figures: {source}"]
+    return Group(
+        table,
+        *(Text(line, style="dim") for line in lines),
+        Text(head, style="bold"),
+        *(Text(f"  {line}") for line in advice),
+    )
+
+
+def _shown(uses: Sequence[WorkerUse]) -> list[str]:
+    """Sums of times, the most memory, and how busy the GPUs were on average over their epochs."""
+    seconds = sum(use.seconds for use in uses)
+    parts = [
+        sum(use.seconds_training for use in uses),
+        sum(use.seconds_waiting for use in uses),
+        sum(use.seconds_lost for use in uses),
+    ]
+    queued = [use.queued for use in uses if use.queued is not None]
+    granted = [use.wall_seconds for use in uses if use.wall_seconds is not None]
+    busy = [(use.busy, use.seconds_training) for use in uses if use.busy is not None]
+    trained = sum(weight for _, weight in busy)
+    return [
+        duration(sum(queued)) if queued else "",
+        duration(seconds),
+        duration(sum(granted)) if granted else "",
+        *(share(part / seconds if seconds else None) for part in parts),
+        _gib(max((use.peak_memory for use in uses if use.peak_memory), default=None)),
+        _gib(max((use.memory for use in uses if use.memory), default=None)),
+        share(sum(value * weight for value, weight in busy) / trained if trained else None),
+    ]
 
 
 def _gib(memory: float | None) -> str:

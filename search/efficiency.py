@@ -1,14 +1,23 @@
 """`atelier efficiency`: what a study's workers were granted and used, and what to ask for next time."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from typing import Any
 
 from dashboards.study_tables import GIB, MUCH, duration
+from search.slurm.accounting import Run, read_runs
+from search.slurm.commands import SlurmError, version
+from search.slurm.queue import ALIVE
 from storage.efficiency import WorkerUse
 from storage.outcome import WALL_TIME
+from storage.studies import split_job
 from storage.workers import WAITS
+
+OUT_OF_MEMORY, TIMEOUT = "OUT_OF_MEMORY", "TIMEOUT"  # states of SLURM
+OUR_RECORDS = "Atelier's own records"
 
 SPARE = 1.2  # times what was used
 STEP_SECONDS = 600  # of a wall time that is advised
@@ -18,14 +27,119 @@ IDLE = 0.7  # a GPU that is busy for less of the time has room for more trials a
 def advice(uses: Sequence[WorkerUse]) -> list[str]:
     """What to ask for next time, each with its reason. Empty before a worker has trained an epoch."""
     at_work = [use for use in uses if use.epochs]
-    lines = [_memory(at_work), _time(at_work), _pack(at_work), _array(uses)] if at_work else []
-    return [line for line in lines if line]
+    if not at_work:
+        return []
+    memory = _starved(uses) or _memory(at_work)
+    return [line for line in (memory, _time(at_work), _pack(at_work), _array(uses)) if line]
 
 
-def as_dict(uses: Sequence[WorkerUse]) -> dict[str, Any]:
+def as_dict(uses: Sequence[WorkerUse], source: str) -> dict[str, Any]:
     """The form of `--json`, which programs rely on: it stays stable."""
     workers = [asdict(use) | {"seconds_lost": use.seconds_lost} for use in uses]
-    return {"workers": workers, "advice": advice(uses)}
+    return {"workers": workers, "advice": advice(uses), "source": source}
+
+
+def with_accounting(
+    uses: Sequence[WorkerUse], array_jobs: Sequence[str], since: datetime
+) -> tuple[list[WorkerUse], str]:
+    """The same with what sacct knows better, and the tasks that no worker has signed; and the source.
+
+    `array_jobs` are the study's, and `since` is when it was made.
+    """
+    clusters: dict[str, set[str]] = {}
+    for job, cluster in map(split_job, array_jobs):
+        clusters.setdefault(cluster, set()).add(job)
+    arrays = set().union(*clusters.values())
+    jobs = {use.job.partition("_")[0] for use in uses if use.job}
+    if alone := jobs - arrays:
+        clusters.setdefault("", set()).update(alone)
+    try:
+        asked = [read_runs(ids, since, cluster) for cluster, ids in clusters.items()]
+    except SlurmError as error:
+        return [*uses], f"{OUR_RECORDS}, since {error}"
+    runs = {job: found for answer in asked for job, found in answer.items()}
+    workers = Counter((use.job, use.restarts) for use in uses)
+    merged = []
+    for use in uses:
+        run = runs.get(use.job or "", [])[use.restarts : use.restarts + 1]
+        # sacct knows a job. Of several workers in one it does not know which used what.
+        merged += [_merged(use, *run)] if run and workers[use.job, use.restarts] == 1 else [use]
+    known = sum(use.queued is not None for use in merged)
+    unsigned = [
+        _unsigned(job, restarts, run)
+        for job, found in runs.items()
+        for restarts, run in enumerate(found)
+        if job.partition("_")[0] in arrays and not workers[job, restarts]
+    ]
+    if not runs:
+        why = "; sacct says nothing of these jobs" if clusters else ""
+        return merged, OUR_RECORDS + why
+    return merged + unsigned, (
+        f"sacct of {version()} for time, memory and the queue, of {known} of {len(uses)} workers; "
+        f"{OUR_RECORDS} for the rest"
+    )
+
+
+def _merged(use: WorkerUse, run: Run) -> WorkerUse:
+    peaks = [peak for peak in (use.peak_memory, run.peak_memory) if peak is not None]
+    return replace(
+        use,
+        seconds=run.seconds,
+        queued=run.queued,
+        wall_seconds=run.wall_seconds or use.wall_seconds,
+        memory=run.memory or use.memory,
+        peak_memory=max(peaks, default=None),  # SLURM looks now and then, a killed worker saw no end
+        ended=use.ended or (None if use.is_alive else run.state),
+    )
+
+
+def _unsigned(job: str, restarts: int, run: Run) -> WorkerUse:
+    """A task that ended, or was requeued, before its worker could sign; or whose worker has yet to."""
+    is_alive = run.state in ALIVE
+    return WorkerUse(
+        worker="",
+        job=job,
+        restarts=restarts,
+        gpu=None,
+        ended=None if is_alive else run.state,
+        is_alive=is_alive,
+        pack=None,
+        trials=0,
+        epochs=0,
+        seconds=run.seconds,
+        seconds_training=0.0,
+        waits={},
+        wall_seconds=run.wall_seconds,
+        memory=run.memory,
+        peak_memory=run.peak_memory,
+        busy=None,
+        queued=run.queued,
+    )
+
+
+def costs(uses: Sequence[WorkerUse]) -> str | None:
+    """What the queue and restarts have cost, in words. None if neither is known of."""
+    parts = []
+    if queued := [use.queued for use in uses if use.queued is not None]:
+        parts.append(f"{duration(sum(queued))} in the queue, before {len(queued)} starts")
+    if again := [use for use in uses if use.restarts]:
+        waited = sum(use.queued or 0.0 for use in again)
+        lost = sum(use.seconds_lost for use in again)
+        parts.append(
+            f"{len(again)} of {len(uses)} began anew, which cost {duration(waited + lost)}: the queue, "
+            "starting and saving"
+        )
+    return "; ".join(parts) or None
+
+
+def _starved(uses: Sequence[WorkerUse]) -> str | None:
+    """What SLURM's accounting says of memory, where there is one."""
+    starved = [use for use in uses if use.ended == OUT_OF_MEMORY]
+    if not starved:
+        return None
+    granted = max((use.memory for use in starved if use.memory), default=None)
+    than = "" if granted is None else f" than {granted / GIB:.0f} GiB"
+    return f"more memory{than} (--mem): SLURM killed {len(starved)} of {len(uses)} workers for it"
 
 
 def _memory(uses: Sequence[WorkerUse]) -> str | None:
@@ -48,7 +162,7 @@ def _memory(uses: Sequence[WorkerUse]) -> str | None:
 
 def _time(uses: Iterable[WorkerUse]) -> str | None:
     ended = [use for use in uses if not use.is_alive]
-    cut = sum(use.ended == WALL_TIME for use in ended)
+    cut = sum(use.ended in (WALL_TIME, TIMEOUT) for use in ended)
     if cut:
         return f"a longer time (--time): it ended {cut} of {len(ended)} workers, and each starts anew"
     if not ended:
@@ -83,7 +197,7 @@ def _array(uses: Iterable[WorkerUse]) -> str | None:
     """Fewer tasks, if some of the newest array found nothing to train."""
     arrays: dict[str, list[WorkerUse]] = {}
     for use in uses:
-        if use.job and "_" in use.job:
+        if use.worker and use.job and "_" in use.job:
             arrays.setdefault(use.job.partition("_")[0], []).append(use)
     if not arrays:
         return None

@@ -70,7 +70,7 @@ class SlurmProfile(Table):
         if isinstance(text, str) and (slurm_seconds(text) is not None or text.upper() in NO_LIMIT):
             return text
         seconds = _seconds_in_words(value)
-        advice = 'as in 480 or "08:00:00"' if seconds is None else f'write "{_clock(seconds)}"'
+        advice = 'as in 480 or "08:00:00"' if seconds is None else f'write "{clock(seconds)}"'
         raise ValueError(
             f"found {as_typed(value)}; allowed are minutes, hours:minutes:seconds or "
             f"days-hours:minutes:seconds: {advice}"
@@ -136,7 +136,8 @@ def _seconds_in_words(value: object) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _clock(seconds: int) -> str:
+def clock(seconds: int) -> str:
+    """A time in SLURM's form."""
     minutes, seconds = divmod(seconds, 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 

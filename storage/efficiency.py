@@ -18,6 +18,7 @@ class WorkerUse:
 
     worker: str  # host:pid
     job: str | None  # SLURM's, as in 12_3
+    restarts: int  # how often SLURM had requeued it before
     gpu: str | None
     ended: str | None  # why; None while it lasts, and after a kill
     is_alive: bool  # whether it has given a sign lately
@@ -31,6 +32,7 @@ class WorkerUse:
     memory: float | None  # that it was granted
     peak_memory: float | None  # that it has used
     busy: float | None  # share of its epochs' time in which the GPU computed
+    queued: float | None = None  # before it began; only SLURM's accounting knows
 
     @property
     def seconds_waiting(self) -> float:
@@ -89,6 +91,7 @@ def _use(row: sa.Row[Any]) -> WorkerUse:
     return WorkerUse(
         worker=f"{worker.host}:{worker.pid}",
         job=job_of(worker),
+        restarts=worker.slurm_restarts,
         gpu=worker.gpu,
         ended=worker.reason,
         is_alive=row.is_alive,

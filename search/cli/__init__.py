@@ -19,6 +19,7 @@ from storage.ownership import private
 
 # Name: the function or the group of verbs, and its line in `atelier --help`.
 VERBS = {
+    "init": ("search.cli.beginning:init", "Write a study file for this site or this machine."),
     "search": ("search.cli.searching:search", "Run a whole search on this machine."),
     "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),
     "confirm": ("search.cli.searching:confirm", "Rerun the best trials on fresh seeds."),

@@ -12,6 +12,7 @@ from search.cli.options import (
     ARRAY,
     TUNING,
     Array,
+    AsJson,
     Data,
     DryRun,
     Pack,
@@ -168,7 +169,7 @@ def confirm(
     show: Annotated[
         bool, typer.Option("--show", help="Train nothing; show the results so far.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As --show, for programs.")] = False,
+    as_json: AsJson = False,
     submit: Submit = False,
     array: Array = None,
     profile: Profile = None,

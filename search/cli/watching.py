@@ -1,6 +1,5 @@
 """The verbs that look at a study: status, trials, efficiency, logs, verify and plot."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +25,7 @@ from dashboards.study_tables import (
 from dashboards.terminal import can_redraw, console, printable
 from search.cli.errors import say
 from search.cli.options import AsJson, StudyName, find_study, print_json
-from search.efficiency import advice, as_dict
+from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.slurm.queue import Tasks, task_states
@@ -117,18 +116,21 @@ def trials(
 
 def efficiency(
     study: StudyName,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what each worker was granted and used, and what to ask for next time.
 
-    The times and memory are on record with each worker, whatever SLURM keeps of its jobs.
+    Times and memory are those of SLURM's accounting (sacct). Without it they are on record with each
+    worker.
     """
     engine, entry = find_study(study)
-    uses = read_uses(engine, entry.study_id)
+    uses, source = with_accounting(
+        read_uses(engine, entry.study_id), array_jobs(engine, entry.study_id), entry.created
+    )
     if as_json:
-        typer.echo(json.dumps(as_dict(uses), indent=2))
+        print_json(**as_dict(uses, source))
     elif uses:
-        console().print(render_efficiency(uses, advice(uses)), soft_wrap=True)
+        console().print(render_efficiency(uses, advice(uses), costs(uses), source), soft_wrap=True)
     else:
         say(f"study {entry.name!r} has had no worker yet")
 
@@ -156,7 +158,7 @@ def logs(
 
 def verify(
     study: StudyName,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check that all holds what is promised of a study, while its workers run or later.
 

@@ -5,9 +5,10 @@ one was submitted.
 """
 
 import os
+from typing import NamedTuple
 
 # A user's own habits (SQUEUE_PARTITION hides jobs), and what another job has left in its environment.
-FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_")
+FOREIGN = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_", "SACCT_")
 # These say where the cluster is, and who asks.
 NEEDED = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
 # What a site or a lab sets for all of its jobs, and the options that say the same. sbatch takes it from
@@ -25,6 +26,20 @@ LEFT_OPEN = {
 }
 # Makes squeue print times as seconds since 1970.
 UNIX_TIMES = {"SLURM_TIME_FORMAT": "%s"}
+
+
+class Habits(NamedTuple):
+    """What this user has set for all jobs. None for what is not set."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+
+
+def habits() -> Habits:
+    """This user's habits. Of several partitions the first counts."""
+    names = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
+    return Habits(*(os.environ.get(name, "").partition(",")[0] or None for name in names))
 
 
 def job_id() -> str | None:

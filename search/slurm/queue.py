@@ -113,7 +113,7 @@ def _job(line: str) -> Job | None:
         "COMPLETING" if "COMPLETING" in flags else state,
         _exit_code(named["exit_code"]),
         int(restarts) if (restarts := named["RestartCnt"]).isdecimal() else None,
-        _time(named["EndTime"]),
+        moment(named["EndTime"]),
         array if _ID.fullmatch(array) else None,
         task if _ID.fullmatch(task) else "" if task == "N/A" else None,
     )
@@ -126,7 +126,8 @@ def _exit_code(text: str) -> int | None:
     return int(text) >> 8 if text.isdecimal() else None
 
 
-def _time(text: str) -> float | None:
+def moment(text: str) -> float | None:
+    """A time in seconds since 1970; infinite for none. None if it is not understood."""
     if text.upper() in _NO_LIMIT:
         return math.inf
     try:

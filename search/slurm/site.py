@@ -1,11 +1,129 @@
-"""What SLURM is here, and what this site lets it do, as `scontrol show config` says."""
+"""What this site's SLURM has, and what this user may use of it: asked once, with `read_site`."""
 
+import grp
+import math
+import os
+import pwd
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from search.slurm.commands import call, not_understood
+from search.profile import NO_LIMIT, slurm_seconds
+from search.slurm.commands import SlurmError, call, not_understood, one_line
+from search.slurm.environment import habits
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "sinfo")
+# A node in one of these states runs jobs, now or soon.
+UP = {"idle", "mixed", "allocated", "completing", "planned", "reserved", "maint", "reboot"}
+UP |= {"powered_down", "powering_down", "powering_up"}
+AWAY = {
+    "down",
+    "drained",
+    "draining",
+    "fail",
+    "failing",
+    "error",
+    "inval",
+    "unknown",
+    "future",
+    "blocked",
+}
+SILENT = "*"  # after the state of a node that does not answer
+WITHOUT_LIMIT = {"", "N/A", "NONE", "(NULL)", *NO_LIMIT}
+EVERYBODY = {"", "ALL", "(null)"}
+# What makes SLURM hold jobs to the limits of accounts and QOS, of AccountingStorageEnforce.
+ENFORCING = {"limits", "qos", "safe", "all"}
+SLICE = re.compile(r"\d+g\.\d+gb", re.IGNORECASE)  # in the name of a part of a GPU (MIG)
+NORMAL = "normal"  # the QOS where there is no other default
+_PAIR = re.compile(r"(\S+?)=(\S*)")
+_GPU = re.compile(r"gpu(?::(?P<kind>[^:]*[^:\d][^:]*))?(?::(?P<count>\d+))?")
+_GPUS_OF_USER = re.compile(r"gres/gpu(?::[\w.-]+)?=(\d+)")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of one kind and state in a partition."""
+
+    number: int
+    are_up: bool
+    cpus: int  # of each
+    memory: int  # MiB of each
+    gpus: dict[str, int]  # of each, by type; the type is "" where the site names none
+
+    @property
+    def gpus_each(self) -> int:
+        return sum(self.gpus.values())
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition. A limit is infinite where SLURM sets none."""
+
+    name: str
+    is_default: bool
+    closed: str | None  # why this user can submit nothing here
+    seconds: float  # of a job
+    cpus: float  # on one node
+    memory: float  # MiB of a job on one node
+    memory_per_cpu: float  # MiB
+    accounts: frozenset[str]  # that may use it; empty for all
+    denied_accounts: frozenset[str]
+    qos: frozenset[str]  # that may be used in it; empty for all
+    denied_qos: frozenset[str]
+    own_qos: str  # whose limits hold for every job in it; or empty
+    nodes: tuple[Nodes, ...]
+
+    @property
+    def working(self) -> list[Nodes]:
+        """Its nodes that are up; all, if none is."""
+        return [nodes for nodes in self.nodes if nodes.are_up] or list(self.nodes)
+
+    @property
+    def gpus(self) -> dict[str, int]:
+        """How many GPUs of which type work: the most frequent first, parts of GPUs (MIG) last."""
+        counts: Counter[str] = Counter()
+        for nodes in self.working:
+            for kind, count in nodes.gpus.items():
+                counts[kind] += count * nodes.number
+        order = sorted(counts, key=lambda kind: (bool(SLICE.search(kind)), not kind, -counts[kind]))
+        return {kind: counts[kind] for kind in order}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a QOS or of an account for one user. Infinite where SLURM sets none."""
+
+    seconds: float = math.inf  # of a job
+    gpus: float = math.inf  # at once
+    running: float = math.inf  # jobs at once
+    submitted: float = math.inf  # jobs that run or wait
+
+
+@dataclass(frozen=True)
+class Association:
+    """An account that this user may charge, and the QOS that go with it."""
+
+    account: str
+    partition: str  # the only one that it is for; or empty
+    qos: tuple[str, ...]  # the one that a job gets unasked comes first
+    limits: Limits
+
+
+@dataclass
+class Site:
+    """What SLURM has said."""
+
+    version: str
+    cluster: str
+    largest_array: int  # tasks
+    requeues: bool  # unasked
+    partitions: list[Partition] = field(default_factory=list)
+    # The user's default account comes first. Empty where SLURM keeps no accounts.
+    associations: list[Association] = field(default_factory=list)
+    qos: dict[str, Limits] = field(default_factory=dict)  # whose limits SLURM enforces
+    notes: list[str] = field(default_factory=list)  # what was not understood, or not said
 
 
 def absent_commands() -> list[str]:
@@ -14,9 +132,188 @@ def absent_commands() -> list[str]:
 
 
 def configuration() -> dict[str, str]:
-    """SLURM's settings by name, with its version as "version". Raises SlurmError, SilenceError."""
+    """SLURM's settings by name. Raises SilenceError; SlurmError if they are not understood."""
     output = call("scontrol", "show", "config").output
     settings = dict(re.findall(r"^(\w+) *= (.*?) *$", output, re.MULTILINE))
-    if "SLURM_VERSION" not in settings:
+    needed = {"SLURM_VERSION", "ClusterName", "MaxArraySize"}
+    if not needed <= settings.keys() or not settings["MaxArraySize"].isdecimal():
         raise not_understood("scontrol show config", output)
-    return settings | {"version": settings["SLURM_VERSION"]}
+    return settings
+
+
+def read_site() -> Site:
+    """Ask SLURM. Raises SilenceError if it does not answer, SlurmError if that is not understood."""
+    config = configuration()
+    site = Site(
+        config["SLURM_VERSION"],
+        config["ClusterName"],
+        int(config["MaxArraySize"]),
+        config.get("JobRequeue") != "0",
+    )
+    nodes = _read_nodes(site)
+    _read_partitions(site, nodes, config)
+    if "slurmdbd" in config.get("AccountingStorageType", ""):
+        try:
+            _read_accounts(site, set(config.get("AccountingStorageEnforce", "").lower().split(",")))
+        except (SlurmError, ValueError) as error:
+            site.associations, site.qos = [], {}
+            site.notes.append(f"accounts and QOS are not known: {error}")
+    return site
+
+
+def _read_nodes(site: Site) -> dict[str, list[Nodes]]:
+    """The nodes by partition. What is not understood becomes a note, and its nodes are left out."""
+    found: dict[str, list[Nodes]] = {}
+    output = call("sinfo", "--noheader", "--exact", "--format=%R|%D|%T|%c|%m|%G").output
+    for line in filter(None, map(str.strip, output.splitlines())):
+        match = re.fullmatch(r"([^|]+)\|(\d+)\|([a-z_/]+)(\W*)\|(\d+)\+?\|(\d+)\+?\|(.*)", line)
+        gpus = _gpus(match[7]) if match else None
+        if match and match[2] == "0":
+            continue  # sinfo hides them: nodes of a cloud that are switched off
+        if match is None or gpus is None or match[3] not in UP | AWAY:
+            site.notes.append(
+                f"sinfo printed what is not understood, and is left out: {one_line(line)!r}"
+            )
+            continue
+        is_up = match[3] in UP and SILENT not in match[4]
+        found.setdefault(match[1], []).append(
+            Nodes(int(match[2]), is_up, int(match[5]), int(match[6]), gpus)
+        )
+    return found
+
+
+def _gpus(gres: str) -> dict[str, int] | None:
+    """GPUs by type, from `gpu:a100:4(S:0-1),nvme:1`. None if that is not understood."""
+    gpus: dict[str, int] = {}
+    for resource in re.sub(r"\([^)]*\)", "", gres).split(","):
+        if resource.partition(":")[0] == "gpu":
+            match = _GPU.fullmatch(resource)
+            if match is None:
+                return None
+            kind = match["kind"] or ""
+            gpus[kind] = gpus.get(kind, 0) + int(match["count"] or 1)
+    return {kind: count for kind, count in gpus.items() if count}
+
+
+def _read_partitions(site: Site, nodes: dict[str, list[Nodes]], config: dict[str, str]) -> None:
+    output = call("scontrol", "show", "partition", "--oneliner").output
+    for line in filter(None, map(str.strip, output.splitlines())):
+        pairs = dict(_PAIR.findall(line))
+        name = pairs.get("PartitionName", "")
+        try:
+            site.partitions.append(_partition(pairs, tuple(nodes.get(name, ())), config))
+        except (KeyError, ValueError):
+            site.notes.append(
+                f"scontrol printed what is not understood, and is left out: {one_line(line)!r}"
+            )
+    if not site.partitions:
+        raise not_understood("scontrol show partition", output)
+
+
+def _partition(pairs: dict[str, str], nodes: tuple[Nodes, ...], config: dict[str, str]) -> Partition:
+    """Raises KeyError and ValueError for what is not understood."""
+
+    def listed(key: str) -> frozenset[str]:
+        text = pairs.get(key, "")
+        return frozenset(() if text in EVERYBODY else text.split(","))
+
+    own_qos = pairs.get("QoS", "")
+    return Partition(
+        pairs["PartitionName"],
+        pairs["Default"] == "YES",
+        _why_closed(pairs["State"], pairs.get("RootOnly"), listed("AllowGroups"), nodes),
+        _seconds(pairs["MaxTime"]),
+        _limit(pairs.get("MaxCPUsPerNode", "")),
+        _limit(pairs.get("MaxMemPerNode", config.get("MaxMemPerNode", ""))),
+        _limit(pairs.get("MaxMemPerCPU", config.get("MaxMemPerCPU", ""))),
+        listed("AllowAccounts"),
+        listed("DenyAccounts"),
+        listed("AllowQos"),
+        listed("DenyQos"),
+        "" if own_qos in ("N/A", "(null)") else own_qos,
+        nodes,
+    )
+
+
+def _why_closed(
+    state: str, root_only: str | None, groups: frozenset[str], nodes: tuple[Nodes, ...]
+) -> str | None:
+    if state != "UP":
+        return f"it is {state}"
+    if not nodes:
+        return "sinfo shows no nodes of it"
+    if os.geteuid() == 0:
+        return None  # SLURM lets root in
+    if root_only == "YES":
+        return "it is for root"
+    if groups and not groups & {_group(number) for number in (os.getegid(), *os.getgroups())}:
+        return f"it is for the groups {', '.join(sorted(groups))}"
+    return None
+
+
+def _group(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def _read_accounts(site: Site, enforced: set[str]) -> None:
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    default = next((name for [name] in _rows("user", user, "DefaultAccount")), "")
+    fields = "Account,Partition,QOS,DefaultQOS,MaxWall,MaxJobs,MaxSubmit,Cluster"
+    holds, usual = bool(enforced & ENFORCING), habits().qos
+    for account, partition, qos, first, wall, running, submitted, cluster in _rows(
+        "associations", f"user={user}", fields
+    ):
+        if cluster in ("", site.cluster):
+            limits = Limits(_seconds(wall), math.inf, _limit(running), _limit(submitted))
+            names = [name for name in (usual, first, NORMAL, *sorted(qos.split(","))) if name]
+            site.associations.append(
+                Association(
+                    account,
+                    partition,
+                    tuple(name for name in dict.fromkeys(names) if name in qos.split(",")),
+                    limits if holds else Limits(),
+                )
+            )
+    site.associations.sort(key=lambda one: one.account != default)
+    if not site.associations:
+        site.notes.append(f"SLURM has no account for {user}")
+    if holds:
+        for name, wall, tres, running, submitted in _rows(
+            "qos", "", "Name,MaxWall,MaxTRESPU,MaxJobsPU,MaxSubmitPU"
+        ):
+            gpus = _GPUS_OF_USER.search(tres)
+            site.qos[name] = Limits(
+                _seconds(wall), _limit(gpus[1] if gpus else ""), _limit(running), _limit(submitted)
+            )
+
+
+def _rows(what: str, which: str, fields: str) -> Iterator[list[str]]:
+    """The rows of `sacctmgr show`. Raises SlurmError for another number of fields."""
+    words = ("sacctmgr", "--noheader", "--parsable2", "show", what, *filter(None, [which]))
+    for line in filter(None, map(str.strip, call(*words, f"format={fields}").output.splitlines())):
+        values = line.split("|")
+        if len(values) != len(fields.split(",")):
+            raise not_understood(f"sacctmgr show {what}", line)
+        yield values
+
+
+def _seconds(text: str) -> float:
+    """A time limit in seconds. Raises ValueError if it is not understood."""
+    if text.upper() in WITHOUT_LIMIT:
+        return math.inf
+    seconds = slurm_seconds(text)
+    if seconds is None:
+        raise ValueError(f"{text!r} is not understood")
+    return float(seconds)
+
+
+def _limit(text: str) -> float:
+    """A number, infinite for none. Raises ValueError if it is not understood."""
+    if text.upper() in WITHOUT_LIMIT:
+        return math.inf
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not understood")
+    return float(text)

@@ -108,10 +108,18 @@ def check_weights(config: TrainConfig) -> None:
         )
 
 
+def try_script(script: str) -> str:
+    """Let sbatch look at the script without submitting it. Returns what it says of the start.
+
+    Raises SlurmError, SilenceError.
+    """
+    return one_line(_sbatch(script, "--test-only").complaint)
+
+
 def check_script(script: str) -> None:
-    """Let sbatch look at the script without submitting it. Raises InputError."""
+    """The same for a script of the user's. Raises InputError."""
     try:
-        _sbatch(script, "--test-only")
+        try_script(script)
     except SilenceError as error:
         raise InputError(f"{error}; try again, on a login node of the cluster") from None
     except SlurmError as error:

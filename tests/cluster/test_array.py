@@ -66,6 +66,11 @@ def test_an_array_of_eight_finishes_a_study_of_24_trials(campaign, server):
     shown = study.command("logs", study.name, "--trial", "3")
     assert f"{job}_" in shown
     assert str(server.home / "slurm") in shown
+    # This SLURM keeps no accounts. So it is said that the figures are ours.
+    used = study.command("efficiency", study.name)
+    assert "figures: Atelier's own records, since sacct" in used
+    assert "Slurm accounting storage is disabled" in used
+    assert used.count(f"{job}_") == 8
 
 
 def nowhere_the_password(study, job, home):

@@ -205,7 +205,7 @@ LOOKING = [
     ["db", "prune", "demo", "--dry-run"],
     ["db", "stop"],
 ]
-MAKING = {"search", "train --submit", "db start", "db upgrade", "data demo", "user add"}
+MAKING = {"init", "search", "train --submit", "db start", "db upgrade", "data demo", "user add"}
 
 
 def everything_in(folder):

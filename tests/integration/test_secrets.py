@@ -12,6 +12,7 @@ runner = CliRunner()
 
 # Every verb, as a user would type it beside study.toml and with a study `tiny` on record.
 VERBS = {
+    "init": ["study.toml", "--local", "-o", "other.toml"],
     "search": ["study.toml", "--workers", "1"],
     "worker": ["study.toml"],
     "confirm": ["tiny", "--show"],

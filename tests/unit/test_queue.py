@@ -8,9 +8,9 @@ import pytest
 
 from search.errors import InputError
 from search.slurm import job as job_module
-from search.slurm.commands import SlurmError, version
+from search.slurm.commands import SlurmError
 from search.slurm.job import own_job
-from search.slurm.queue import Tasks, jobs, probe_liveness, say, task_states
+from search.slurm.queue import Tasks, jobs, probe_liveness, task_states
 from search.slurm.script import about_environment
 from search.slurm.submit import check_script, submit_script
 from storage.liveness import Holder
@@ -43,37 +43,6 @@ RECORDED = {
 4|RUNNING|0:0|0|1795724598|1|1|
 """,
 }
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Puts a command into PATH that prints what a test says; tests/cluster has the real ones."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SQUEUE_PARTITION", "cpu")  # it would hide jobs
-    monkeypatch.setattr(job_module, "PAUSE_SECONDS", 0)
-    version.cache_clear()
-    say.cache_clear()
-
-    def prints(name, text, code=0, error=""):
-        """It also notes its arguments and its environment in NAME.arguments and NAME.environment."""
-        (tmp_path / f"{name}.output").write_text(text)
-        (tmp_path / f"{name}.error").write_text(error)
-        script = tmp_path / name
-        script.write_text(
-            "#!/bin/bash\n"
-            f'[ "$*" = --version ] && echo slurm 99.11.1 && exit\n'
-            f'echo "$*" >> {tmp_path}/{name}.arguments\n'
-            f"env > {tmp_path}/{name}.environment\n"
-            f"cat {tmp_path}/{name}.output; cat {tmp_path}/{name}.error >&2; exit {code}\n"
-        )
-        script.chmod(0o755)
-        return tmp_path / f"{name}.arguments"
-
-    return prints
 
 
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)

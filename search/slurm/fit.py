@@ -1,0 +1,255 @@
+"""The [slurm.*] profiles that fit a site: what a study asks for, as far as the site allows it."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dashboards.study_tables import duration
+from search.profile import SlurmProfile, clock, slurm_seconds
+from search.slurm.site import Limits, Nodes, Partition, Site
+
+DAY = 86400  # seconds
+TASKS, AT_ONCE = 8, 4  # of an array
+WARNED_SHARE = 4  # of a short job at most a fourth is left to end in
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom to charge, and the QOS. None leaves it to SLURM."""
+
+    name: str | None = None
+    qos: str | None = None
+    why: str = ""
+    why_qos: str = ""
+    limits: tuple[Limits, ...] = ()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Profiles for one partition, with the reasons for their values by key."""
+
+    partition: Partition
+    profiles: dict[str, SlurmProfile]
+    reasons: dict[str, dict[str, str]]
+    array: str
+
+
+def usable(site: Site, account: str | None) -> tuple[list[Partition], dict[str, str]]:
+    """The partitions that the user can submit to, and why not to the others, by name."""
+    closed = {one.name: why for one in site.partitions if (why := _closed(site, one, account))}
+    return [one for one in site.partitions if one.name not in closed], closed
+
+
+def _closed(site: Site, partition: Partition, account: str | None) -> str | None:
+    if partition.closed:
+        return partition.closed
+    if not site.associations:
+        fits = account not in partition.denied_accounts
+        fits &= not partition.accounts or account in partition.accounts
+    else:
+        fits = any(_accounts(site, partition, account))
+    if fits:
+        return None
+    allowed = {"accounts": partition.accounts, "QOS": partition.qos}
+    only = [f"the {what} {', '.join(sorted(names))}" for what, names in allowed.items() if names]
+    return f"it is for {' and '.join(only)}" if only else "none of your accounts is for it"
+
+
+def preferred(partitions: list[Partition], seconds: float, gpus: bool) -> list[Partition]:
+    """The best first: with GPUs, if they are wanted; the default if its time is enough; the longest."""
+    return sorted(
+        partitions,
+        key=lambda one: (
+            gpus and not one.gpus,
+            not any(nodes.are_up for nodes in one.nodes),
+            not (one.is_default and one.seconds >= seconds),
+            -one.seconds,
+            -sum(one.gpus.values()),
+        ),
+    )
+
+
+def proposals(
+    site: Site, partition: Partition, wanted: Mapping[str, SlurmProfile], account: str | None
+) -> Iterator[Proposal]:
+    """What to try in a partition: first what seems right, then what a site may want instead."""
+    kinds = partition.gpus
+    kind = next(iter(kinds), "")
+    before: Proposal | None = None
+    for payer in [*_accounts(site, partition, account)] or [Account(account)]:
+        # Where one type is among several, it is named, since a trial's numbers depend on the type.
+        for named in (True, False) if len(kinds) > 1 else (False, True)[: 1 + bool(kind)]:
+            for part in (1, 2):
+                proposal = _propose(site, partition, wanted, payer, kind if named else "", part)
+                if before is None or proposal.profiles != before.profiles:
+                    yield proposal
+                before = proposal
+
+
+def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Account]:
+    """The accounts that may pay for jobs in a partition, the user's default account first."""
+    names = list(dict.fromkeys(one.account for one in site.associations))
+    for one in site.associations:
+        if one.partition not in ("", partition.name) or only not in (None, one.account):
+            continue
+        if partition.accounts and one.account not in partition.accounts:
+            continue
+        allowed = [
+            name
+            for name in one.qos
+            if name not in partition.denied_qos and (not partition.qos or name in partition.qos)
+        ]
+        if one.account in partition.denied_accounts or (one.qos and not allowed):
+            continue
+        qos = allowed[0] if allowed else None
+        limits = (
+            one.limits,
+            *(site.qos.get(name, Limits()) for name in (qos, partition.own_qos) if name),
+        )
+        yield Account(
+            one.account, qos, _or(names, one.account, "yours"), _or(allowed, qos, "allowed here"), limits
+        )
+
+
+def _or(names: list[str], taken: str | None, which: str) -> str:
+    others = [name for name in names if name != taken]
+    return f"also {which}: {', '.join(others)}" if others else ""
+
+
+def _propose(
+    site: Site,
+    partition: Partition,
+    wanted: Mapping[str, SlurmProfile],
+    payer: Account,
+    kind: str,
+    part: int,
+) -> Proposal:
+    """`kind` is the type of GPU to name, if any. `part` divides what the hardware has."""
+    profiles, reasons = {}, {}
+    for name, profile in wanted.items():
+        chosen = {
+            "partition": (partition.name, ""),
+            "account": (payer.name, payer.why),
+            "qos": (payer.qos, payer.why_qos),
+            **_hardware(partition, profile, kind, part),
+            **_time(site, partition, profile, payer),
+        }
+        profiles[name] = SlurmProfile(**{key: value for key, (value, _) in chosen.items()})
+        reasons[name] = {key: why for key, (_, why) in chosen.items()}
+    return Proposal(partition, profiles, reasons, _array(site, partition, payer, wanted))
+
+
+def _hardware(
+    partition: Partition, profile: SlurmProfile, kind: str, part: int
+) -> dict[str, tuple[Any, str]]:
+    """CPUs, GPUs and memory: what the study asks for, and no more than a GPU's share of any node.
+
+    So a task waits for nothing but a GPU. Each has its reason.
+    """
+    gpus = partition.gpus if profile.gpus else {}
+    nodes = [
+        one for one in partition.working if kind in one.gpus or (not kind and (one.gpus or not gpus))
+    ]
+    share, small = _share(nodes, [min(one.cpus, partition.cpus) for one in nodes], bool(gpus), part)
+    cpus = int(max(min(share, profile.cpus), 1))
+    why_cpus = f"a node has {_count(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
+    share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
+    memory = int(min(share, _mebibytes(profile.memory)))
+    why_memory = f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else ""
+    most = min(partition.memory, partition.memory_per_cpu * cpus)
+    if memory > most:
+        memory = int(most)
+        why_memory = f"the most that {partition.name} allows for its {_count(cpus, 'CPU')}"
+    if part > 1:
+        why_memory += "; SLURM refused more"
+    why_gpus = f"{partition.name} has {_gpus_in_words(gpus)}" if gpus else ""
+    if kind and len(gpus) > 1:
+        why_gpus += "; on equal GPUs a trial has equal numbers"
+    count: int | str = (f"{kind}:1" if kind else 1) if gpus else 0
+    if not partition.nodes:
+        count, why_gpus = profile.gpus, f"sinfo does not show what {partition.name} has"
+    return {
+        "cpus": (cpus, why_cpus),
+        "gpus": (count, why_gpus),
+        "memory": (f"{memory >> 10}G" if memory >= 1024 else f"{memory}M", why_memory),
+    }
+
+
+def _share(
+    nodes: list[Nodes], sizes: list[float], by_gpu: bool, part: int
+) -> tuple[float, Nodes | None]:
+    """What a task can have of this size on any of the nodes, and the node that has least."""
+    shares = [
+        (size // (one.gpus_each if by_gpu else 1) // part, one)
+        for one, size in zip(nodes, sizes, strict=True)
+    ]
+    return min(shares, key=lambda share: share[0], default=(math.inf, None))
+
+
+def _time(
+    site: Site, partition: Partition, profile: SlurmProfile, payer: Account
+) -> dict[str, tuple[Any, str]]:
+    most = min([partition.seconds, *(limits.seconds for limits in payer.limits)])
+    who = partition.name if most == partition.seconds else "your account or QOS"
+    end = "when its time is up, a task is requeued and goes on"
+    if not site.requeues:
+        end = "when its time is up, a task asks to be requeued, which this site does not do unasked"
+    seconds = min(slurm_seconds(profile.time) or math.inf, most)
+    is_short = seconds < WARNED_SHARE * profile.warning
+    return {
+        "time": (
+            "UNLIMITED" if math.isinf(seconds) else clock(int(seconds)),
+            f"{who}: {in_words(most)}; {end}",
+        ),
+        "warning": (
+            int(seconds) // WARNED_SHARE if is_short else profile.warning,
+            "seconds before the end at which the workers are warned",
+        ),
+    }
+
+
+def _array(site: Site, partition: Partition, payer: Account, wanted: Mapping[str, SlurmProfile]) -> str:
+    """The array to submit: no more tasks than SLURM takes, no more at once than there are GPUs."""
+    tasks = min([TASKS, site.largest_array, *(limit.submitted for limit in payer.limits)])
+    at_once = min([AT_ONCE, tasks, *(limit.running for limit in payer.limits)])
+    if partition.gpus and any(profile.gpus for profile in wanted.values()):
+        at_once = min([at_once, sum(partition.gpus.values()), *(limit.gpus for limit in payer.limits)])
+    return f"0-{max(int(tasks), 1) - 1}%{max(int(at_once), 1)}"
+
+
+def _mebibytes(memory: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper()).groups()  # type: ignore[union-attr]
+    return int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit] >> 10
+
+
+def in_words(seconds: float) -> str:
+    """A time limit for people."""
+    if math.isinf(seconds):
+        return "no limit"
+    days, rest = divmod(int(seconds), DAY)
+    return f"up to {_count(days, 'day') if days and not rest else duration(seconds)}"
+
+
+def partition_line(partition: Partition) -> str:
+    """What a partition has, for people."""
+    number = sum(nodes.number for nodes in partition.nodes)
+    away = sum(nodes.number for nodes in partition.nodes if not nodes.are_up)
+    return (
+        f"{partition.name}{' (the default)' if partition.is_default else ''}: "
+        f"{in_words(partition.seconds)}, {_count(number, 'node')}"
+        f"{f' ({away} down or drained)' if away else ''}, {_gpus_in_words(partition.gpus)}"
+    )
+
+
+def _gpus_in_words(gpus: Mapping[str, int]) -> str:
+    return ", ".join(_count(n, f"{kind} GPU".lstrip()) for kind, n in gpus.items()) or "no GPU"
+
+
+def _for(nodes: Nodes, gpus: Mapping[str, int]) -> str:
+    return f" for {_count(nodes.gpus_each, 'GPU')}" if gpus else ""
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -1,0 +1,254 @@
+"""What is made of a site: accounts, QOS, groups, nodes that are away, and answers nobody understands.
+
+tests/cluster/test_init.py asks real SLURMs, which have no accounting.
+"""
+
+import math
+import os
+
+import pytest
+
+from search.errors import InputError
+from search.init import draft_for_machine, draft_for_site
+from search.slurm.commands import SlurmError
+from search.slurm.site import Nodes, read_site
+from search.toml_file import load_study_file
+
+CONFIG = """Configuration data as of 2026-11-28T09:17:41
+AccountingStorageEnforce = {enforce}
+AccountingStorageType   = {accounting}
+ClusterName             = atelier
+JobRequeue              = {requeue}
+MaxArraySize            = {array}
+MaxMemPerNode           = UNLIMITED
+SLURM_VERSION           = 23.11.4
+"""
+DEFAULTS = {"enforce": "none", "accounting": "accounting_storage/slurmdbd", "requeue": 1, "array": 1001}
+PARTITION = (
+    "PartitionName={name} AllowGroups={groups} AllowAccounts={accounts} AllowQos={allow_qos} "
+    "AllocNodes=ALL Default={default} QoS={qos} DefaultTime=NONE MaxCPUsPerNode=UNLIMITED "
+    "MaxTime={time} Nodes=n RootOnly=NO State=UP DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED"
+)
+ORDINARY = {"groups": "ALL", "accounts": "ALL", "allow_qos": "ALL", "qos": "N/A"}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Makes SLURM's commands print a site. sbatch refuses a script that has none of `needs`."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)  # root may use every partition
+    monkeypatch.chdir(tmp_path)
+
+    def make(partitions, nodes, associations="", qos="", needs="", **config):
+        texts = {
+            "config": CONFIG.format(**DEFAULTS | config),
+            "partition": "\n".join(
+                PARTITION.format(name=name, default="YES" if not n else "NO", **ORDINARY | values)
+                for n, (name, values) in enumerate(partitions.items())
+            ),
+            "sinfo": nodes,
+            "user": "lab\n",
+            "associations": associations,
+            "qos": qos,
+        }
+        for name, text in texts.items():
+            (tmp_path / f"{name}.text").write_text(text)
+        scripts = {
+            "scontrol": ("config", "partition"),
+            "sacctmgr": ("user", "associations", "qos"),
+            "sinfo": ("sinfo",),
+        }
+        for command, words in scripts.items():
+            lines = [f'[ "$word" = {word} ] && cat {tmp_path}/{word}.text' for word in words]
+            text = "\n".join(["#!/bin/bash", 'for word in sinfo "$@"; do', *lines, "done; true"])
+            (tmp_path / command).write_text(text)
+        (tmp_path / "sbatch").write_text(
+            f'#!/bin/bash\ngrep -qEe "{needs}" && echo "sbatch: Job 1 to start" >&2 && exit\n'
+            "echo 'allocation failure: Invalid account or partition' >&2; exit 1\n"
+        )
+        for command in (*scripts, "sbatch"):
+            (tmp_path / command).chmod(0o755)
+
+    return make
+
+
+GPUS = "gpu|4|idle|64|512000|gpu:a100:4(S:0-1)\n"
+
+
+def tuning(**options):
+    """The drafted [slurm.tuning]."""
+    given = {"partition": None, "account": None} | options
+    return draft_for_site(None, {}, **given).config.slurm["tuning"]
+
+
+def test_one_account_and_its_default_qos_are_written(slurm):
+    slurm({"gpu": {"time": "1-00:00:00"}}, GPUS, "lab||normal,long|normal||||atelier\n")
+    draft = draft_for_site(None, {}, None, None)
+    profile = draft.config.slurm["tuning"]
+    assert (profile.account, profile.qos, profile.partition) == ("lab", "normal", "gpu")
+    [line] = [line for line in draft.text.splitlines() if line.startswith("qos")][:1]
+    assert line.endswith("# also allowed here: long")
+    assert draft.array == "0-7%4"
+
+
+def test_the_default_account_comes_first_but_only_where_it_may_pay(slurm):
+    accounts = "rich||normal|normal||||atelier\nlab||normal|normal||||atelier\nx||n|n||||elsewhere\n"
+    partitions = {"gpu": {"time": "12:00:00"}, "long": {"time": "UNLIMITED", "accounts": "rich"}}
+    slurm(partitions, GPUS + GPUS.replace("gpu|", "long|"), accounts)
+    assert [one.account for one in read_site().associations] == ["lab", "rich"]
+    assert tuning().account == "lab"
+    assert tuning(partition="long").account == "rich"
+    with pytest.raises(InputError, match="it is for the accounts rich; give another one"):
+        tuning(partition="long", account="lab")
+    with pytest.raises(InputError, match="no partition of this site is for you"):
+        tuning(account="mine")
+
+
+def test_limits_of_account_and_qos_hold_where_slurm_enforces_them(slurm):
+    accounts = "lab||gpu|gpu|04:00:00||6|atelier\n"
+    qos = "gpu|02:00:00|cpu=64,gres/gpu=2||\npart|01:30:00|||\n"
+    partitions = {"gpu": {"time": "12:00:00", "qos": "part"}}
+    slurm(partitions, GPUS, accounts, qos, enforce="associations,limits,qos")
+    draft = draft_for_site(None, {}, None, None)
+    assert draft.config.slurm["tuning"].time == "01:30:00"
+    assert "your account or QOS: up to 1 h 30 min" in draft.text
+    assert draft.array == "0-5%2"
+    slurm(partitions, GPUS, accounts, qos, enforce="associations")
+    assert tuning().time == "08:00:00"
+
+
+def test_a_qos_that_a_partition_wants_is_written_instead_of_the_default(slurm):
+    accounts = "lab||normal,gpu|normal||||atelier\n"
+    slurm({"gpu": {"time": "12:00:00", "allow_qos": "gpu,other"}}, GPUS, accounts)
+    assert tuning().qos == "gpu"
+
+
+def test_the_users_habits_for_sbatch_come_first(slurm, monkeypatch):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, "lab||normal,high,low|low||||atelier\n")
+    assert tuning().qos == "low"
+    monkeypatch.setenv("SBATCH_QOS", "high")
+    assert tuning().qos == "high"
+
+
+def test_a_partition_for_a_group_is_for_its_members(slurm):
+    partitions = {"secret": {"time": "UNLIMITED", "groups": "no-such-group"}, "gpu": {"time": "9:00:00"}}
+    slurm(partitions, GPUS + GPUS.replace("gpu|", "secret|"))
+    assert tuning().partition == "gpu"
+    with pytest.raises(InputError, match="it is for the groups no-such-group"):
+        tuning(partition="secret")
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"), [("gpu:a100:1", {"gpus": "a100:1"}), ("--account=rich", {"account": "rich"})]
+)
+def test_what_sbatch_refuses_is_adjusted(slurm, needs, expected):
+    accounts = "lab||normal|normal||||atelier\nrich||normal|normal||||atelier\n"
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, accounts, needs=needs)
+    draft = draft_for_site(None, {}, None, None)
+    for profile in draft.config.slurm.values():
+        assert expected.items() <= profile.model_dump().items()
+    assert any("note: refused in gpu: " in line for line in draft.found)
+
+
+def test_half_a_share_if_a_whole_one_is_refused(slurm):
+    slurm({"gpu": {"time": "12:00:00"}}, "gpu|1|idle|8|24000|gpu:1\n", needs="--mem=11G")
+    draft = draft_for_site(None, {}, None, None)
+    assert (draft.config.slurm["final"].cpus, draft.config.slurm["final"].memory) == (4, "11G")
+    assert "SLURM refused more" in draft.text
+
+
+def test_the_default_partition_is_taken_if_it_has_gpus_and_time_enough(slurm):
+    partitions = {"gpu": {"time": "08:00:00"}, "long": {"time": "UNLIMITED"}}
+    nodes = GPUS + GPUS.replace("gpu|", "long|")
+    slurm(partitions, nodes)
+    assert tuning().partition == "gpu"
+    slurm(partitions | {"gpu": {"time": "07:59:00"}}, nodes)
+    assert tuning().partition == "long"
+    slurm(partitions, nodes.replace("gpu|4|idle|", "gpu|4|drained*|"))
+    assert tuning().partition == "long"
+
+
+def test_nodes_in_the_words_of_sinfo(slurm):
+    slurm(
+        {"gpu": {"time": "12:00:00"}},
+        "gpu|3|mixed$|64|512000|gpu:a100:4(S:0-1),nvme:1\n"
+        "gpu|1|idle*|64|512000|gpu:a100:4\n"
+        "gpu|1|down~|64+|512000+|gpu:2\n"
+        "gpu|2|idle|8|16000|(null)\n"
+        "gpu|0|n/a|0|0|(null)\n"
+        "gpu|1|enchanted|8|16000|gpu:1\n"
+        "gpu|1|idle|8|16000|gpu:a:b:c\n"
+        "The cluster is down on Monday.\n",
+    )
+    site = read_site()
+    [gpu] = site.partitions
+    assert gpu.nodes == (
+        Nodes(3, True, 64, 512000, {"a100": 4}),
+        Nodes(1, False, 64, 512000, {"a100": 4}),
+        Nodes(1, False, 64, 512000, {"": 2}),
+        Nodes(2, True, 8, 16000, {}),
+    )
+    assert gpu.gpus == {"a100": 12}
+    assert sum("not understood" in note for note in site.notes) == 3
+    draft = draft_for_site(None, {}, None, None)
+    assert sum("not understood" in line for line in draft.found) == 3
+    assert draft.config.slurm["tuning"].gpus == 1
+
+
+def test_what_is_not_understood_is_said(slurm, tmp_path):
+    slurm({"gpu": {"time": "12:00:00"}, "odd": {"time": "a while"}}, GPUS, "lab|one|field less\n")
+    site = read_site()
+    assert [one.name for one in site.partitions] == ["gpu"]
+    assert [one.seconds for one in site.partitions] == [12 * 3600]
+    assert "a while" in site.notes[0]
+    assert "accounts and QOS are not known" in site.notes[1]
+    assert site.partitions[0].memory == math.inf
+    (tmp_path / "config.text").write_text("nothing of the kind\n")
+    with pytest.raises(SlurmError, match="not understood"):
+        read_site()
+    with pytest.raises(InputError, match="by hand"):
+        draft_for_site(None, {}, None, None)
+
+
+def test_a_site_that_does_not_requeue_unasked_and_one_of_small_arrays(slurm):
+    slurm({"cpu": {"time": "UNLIMITED"}}, "cpu|4|idle|4|8000|(null)\n", requeue=0, array=2)
+    draft = draft_for_site(None, {}, None, None)
+    assert draft.config.study.name == "fashion-cpu"
+    assert "which this site does not do unasked" in draft.text
+    assert draft.array == "0-1%2"
+    profile = draft.config.slurm["tuning"]
+    assert (profile.gpus, profile.cpus, profile.memory) == (0, 4, "7G")
+
+
+def test_a_study_keeps_its_lines_and_gets_other_slurm_tables(tmp_path, slurm, demo):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS)
+    load = tmp_path / "mine.toml"
+    load.write_text(
+        "[slurm.tuning]\nqos = 'of another site'\ncpus = 3\nsetup = ['module load x']\n\n# My search.\n"
+        "[study]\nname = 'mine'  # a comment\nmax_trials = 3\n\n[space]\nlr = [1e-3, 2e-3]\n\n"
+        "[train]\ndata = 'x'\nbackbone = 'test_resnet'\nweights = 'none'\ntrain_images = 4000\n"
+    )
+    draft = draft_for_site(load, {"data": str(demo)}, None, None)
+    assert "name = 'mine'  # a comment\n" in draft.text
+    assert draft.config.slurm.keys() == {"tuning"}
+    assert any("setup and options of [slurm.tuning] are left out" in line for line in draft.found)
+    profile = draft.config.slurm["tuning"]
+    assert (profile.qos, profile.cpus, profile.partition) == (None, 3, "gpu")
+    assert draft.config.shared.data == str(demo)
+    assert draft.config.shared.train_images == 300  # it has no more
+    again = tmp_path / "again.toml"
+    again.write_text(draft.text)
+    assert draft_for_site(again, {}, None, None).text == draft.text.replace("mine.toml", "again.toml")
+
+
+def test_a_file_for_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    draft = draft_for_machine(None, {"weights": 'a "b".safetensors'})
+    (tmp_path / "study.toml").write_text(draft.text)
+    config = load_study_file(tmp_path / "study.toml")
+    assert (config.study.name, config.shared.weights) == ("fashion-cpu", 'a "b".safetensors')
+    assert not config.slurm
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert draft_for_machine(None, {}).config.study.name == "fashion"
