@@ -135,8 +135,7 @@ def configuration() -> dict[str, str]:
     """SLURM's settings by name. Raises SilenceError; SlurmError if they are not understood."""
     output = call("scontrol", "show", "config").output
     settings = dict(re.findall(r"^(\w+) *= (.*?) *$", output, re.MULTILINE))
-    needed = {"SLURM_VERSION", "ClusterName", "MaxArraySize"}
-    if not needed <= settings.keys() or not settings["MaxArraySize"].isdecimal():
+    if "SLURM_VERSION" not in settings:
         raise not_understood("scontrol show config", output)
     return settings
 
@@ -144,6 +143,8 @@ def configuration() -> dict[str, str]:
 def read_site() -> Site:
     """Ask SLURM. Raises SilenceError if it does not answer, SlurmError if that is not understood."""
     config = configuration()
+    if not config.get("MaxArraySize", "").isdecimal() or "ClusterName" not in config:
+        raise not_understood("scontrol show config", str(config))
     site = Site(
         config["SLURM_VERSION"],
         config["ClusterName"],
