@@ -43,7 +43,8 @@ def slurm(file: StudyConfig | None = None, profile: str = "", given: bool = Fals
     except SlurmError as error:
         yield wrong("slurm", str(error), "report this line as an issue")
         return
-    yield ok("slurm", f"{settings['SLURM_VERSION']}, cluster {settings.get('ClusterName', 'without a name')}")
+    name = settings.get("ClusterName", "without a name")
+    yield ok("slurm", f"{settings['SLURM_VERSION']}, cluster {name}")
     yield _array(settings)
     yield _requeue(settings)
     yield _kill_wait(settings)
