@@ -147,14 +147,14 @@ def confirm(
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Fresh seeds for each; default: 5, with --folds 1."),
+        typer.Option(min=1, max=1000, help="Fresh seeds for each; default: 5, in each fold 1."),
     ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
             min=2,
             max=MOST_FOLDS,
-            help="Cut train and val together into so many folds, and validate each seed on all of them.",
+            help="Validate on all images of train and val: cut them into so many folds.",
         ),
     ] = None,
     within: Annotated[

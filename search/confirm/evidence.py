@@ -39,7 +39,7 @@ class Candidate:
     number: int  # in the search
     params: dict[str, Any]
     searched: float | None  # in the search; None if its predictions are not here
-    seeds: int  # complete reruns: one for each seed, or for each seed and fold
+    seeds: int  # complete reruns, each with a seed of its own
     failed: int  # reruns that failed, diverged, or ran out of memory
     passed_over: bool  # it could not win any more, so it got no further reruns
     estimate: Estimate | None  # None while there are too few reruns
@@ -59,8 +59,8 @@ class Confirmation:
     linked: str  # the name of the study that the reruns are trials of
     reruns: int  # that have ended
     max_reruns: int
-    seeds: int  # wanted of each candidate
-    folds: int | None  # that each seed has; None if the validation split judges all reruns
+    seeds: int  # wanted of each candidate, in each fold
+    folds: int | None  # None if the validation split judges all reruns
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today

@@ -20,7 +20,7 @@ from trainer.division import attribute_table
 
 SUFFIX = "-confirm"  # of the linked study's name
 TOP, SEEDS = 5, 5  # with three seeds no paired test can reach significance
-SEEDS_OF_FOLDS = 1  # each fold has a network of its own
+SEEDS_OF_FOLD = 1  # six folds have six
 MOST_TRIALS = 10**6
 
 
@@ -56,11 +56,10 @@ class Plan(BaseSampler):
         """The parameters of the trial with this number."""
         round_number, index = divmod(number, len(self._candidates))
         candidate = self._candidates[index]
-        seed_number, fold = divmod(round_number, self._folds or 1)
-        # A fresh seed: the search's own one may have been lucky. All folds have the same: then an
-        # image looks the same in all of them, and goes through the trunk once.
-        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + seed_number) % 2**32}
-        in_fold = {"fold": fold} if self._folds else {}
+        # A fresh seed: the search's own one may have been lucky. Folds do not share one: what it did to
+        # all of them could not be told from the configuration.
+        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + round_number) % 2**32}
+        in_fold = {"fold": round_number % self._folds} if self._folds else {}
         planned: dict[str, Any] = rerun | in_fold | candidate["params"]
         return planned
 
@@ -79,12 +78,12 @@ class ConfirmationFile(StudyConfig):
 
     @property
     def folds(self) -> int | None:
-        """How many folds each seed has; None if all reruns are validated on the validation split."""
+        """How many folds there are; None if all reruns are validated on the validation split."""
         return self.shared.folds
 
     @property
     def seeds(self) -> int:
-        """How many seeds each candidate has."""
+        """How many seeds each candidate has, in each fold."""
         return self.study.max_trials // len(self.candidates) // (self.folds or 1)
 
     def corners(self) -> Iterator[dict[str, Any]]:
@@ -195,7 +194,7 @@ def plan_confirmation(
     candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
     if seeds == 1 and not folds:
         raise InputError("--seeds 1: one run shows no noise; allowed are more seeds, or add --folds")
-    reruns = (seeds or SEEDS_OF_FOLDS) * folds if folds else seeds or SEEDS
+    reruns = (seeds or SEEDS_OF_FOLD) * folds if folds else seeds or SEEDS
     return _confirmation_file(search, search.name, candidates, reruns, folds, within)
 
 

@@ -183,7 +183,7 @@ def test_the_leaders_run_again_on_folds(searched, engine, tmp_path, demo):
     said = atelier("confirm", "tiny", "--top", "2", "--folds", "3", "--workers", "1").stdout
     assert "points behind the best of these 2 candidates, each trained on 2/3 of train and val\n" in said
     reruns = trials(atelier, tmp_path, "tiny-confirm")
-    assert [(row["seed"], row["fold"]) for row in reruns] == [("1", f) for f in "001122"]
+    assert [row["seed"] + row["fold"] for row in reruns] == ["10", "10", "21", "21", "32", "32"]
     known = confirmation(atelier)
     assert (known["folds"], known["seeds"], known["finished"]) == (3, 1, True)
     assert [one["seeds"] for one in known["candidates"]] == [3, 3]
