@@ -44,13 +44,14 @@ HARD_FOR_ALL, HARD_FOR_ONE, CHURN = 0.98, 0.15, 0.12  # of images; the squares a
 SEED, ATTRIBUTE_SEED = 0.005, 0.01  # a seed's effect on all attributes together and on each
 SHARED_SEED = 0.012  # a seed's effect on all configurations
 LEARNED, SHARED_LEARNED = 0.007, 0.012  # the effect of the images learned from, on one and on all
+ADDED_UP = 0.5  # the part of these variances that is a sum over images, so that who shares them shares it
 
 
 class SimulatedStudy:
     """Configurations with known true scores, and noisy runs of them.
 
-    A block of images has an effect of its own on what learns from it. So trainings are as alike as the
-    images that they share.
+    A part of what training images do is the sum of what each block does. So trainings are alike in as far
+    as they share blocks.
     """
 
     def __init__(self, random: np.random.Generator, spread: float, blocks: int) -> None:
@@ -61,15 +62,19 @@ class SimulatedStudy:
         overall = -random.exponential(spread * SPREAD, (TRIALS, 1))
         levels = base + overall + random.normal(0, spread * ATTRIBUTE_SPREAD, (TRIALS, len(COUNTS)))
         self._levels = levels
-        # Of each block. A run learns from all but one.
-        effects = random.normal(0, LEARNED, (TRIALS, BLOCKS)) + random.normal(0, SHARED_LEARNED, BLOCKS)
-        self._learned = effects / math.sqrt(BLOCKS - 1)
+        effects = [
+            random.normal(0, LEARNED, (TRIALS, BLOCKS)) + random.normal(0, SHARED_LEARNED, BLOCKS)
+            for _ in range(2)
+        ]
+        of_block = effects[0] * math.sqrt(ADDED_UP / (BLOCKS - 1))
+        # By the block that is left out.
+        self._learned = of_block.sum(1, keepdims=True) - of_block + effects[1] * math.sqrt(1 - ADDED_UP)
         # The images' noise has variance 1, so a level's true accuracy has a closed form.
         seeds = SEED**2 + ATTRIBUTE_SEED**2 + SHARED_SEED**2
         learned = LEARNED**2 + SHARED_LEARNED**2
         self.truth = norm.cdf(levels / math.sqrt(1 + seeds + learned)).mean(1)
         # Of trainings with these images: all but the first block, or each block left out once.
-        here = self._learned.sum(1) - self._learned[:, :blocks].mean(1)
+        here = self._learned[:, :blocks].mean(1)
         self.truth_here = norm.cdf((levels + here[:, np.newaxis]) / math.sqrt(1 + seeds)).mean(1)
         self._hard = random.normal(0, HARD_FOR_ALL, self.labels.shape)
         self._hard_for: dict[tuple[int, int], np.ndarray] = {}
@@ -83,7 +88,7 @@ class SimulatedStudy:
         if (trial, block) not in self._hard_for:
             self._hard_for[trial, block] = random.normal(0, HARD_FOR_ONE, (IMAGES, len(SIZES)))
         shift = self._shared[seed, block] + random.normal(0, SEED)
-        shift += self._learned[trial].sum() - self._learned[trial, block]
+        shift += self._learned[trial, block]
         levels = self._levels[trial] + shift + random.normal(0, ATTRIBUTE_SEED, len(COUNTS))
         noise = random.normal(0, CHURN, (IMAGES, len(SIZES))) + self._hard_for[trial, block]
         attributes = self.labels[images] + np.cumsum([0, *SIZES[:-1]])

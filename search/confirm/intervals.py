@@ -329,46 +329,53 @@ def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
 
 
 def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
-    """Each run has judged some folds.
-
-    A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
-    is compared in those that it has, by least squares as in any incomplete table of two factors (Yates,
-    Empire Journal of Experimental Agriculture 1, 1933).
-    """
-    counts = np.stack([sum(~np.isnan(run) for run in one.values()) for one in runs])
-    seen = counts.any((0, 2))
-    sums = np.stack([sum(np.nan_to_num(run) for run in one.values()) for one in runs])[:, seen]
-    counts, labels = counts[:, seen], labels[seen]
-    names, column = np.unique(folds[seen], return_inverse=True)
-    has = np.stack([counts[:, column == k].any((1, 2)) for k in range(len(names))], 1)
-    rows, columns = np.nonzero(has)
-    design = np.hstack([np.eye(len(runs))[rows], np.eye(len(names))[columns]])
-    mean = np.hstack([np.eye(len(runs)), np.full((len(runs), len(names)), 1 / len(names))])
-    weights = np.zeros((len(runs), *has.shape))
-    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
-    average = sums / np.maximum(counts, 1)
-    hits = len(names) * np.einsum("cdi,dik->cik", weights[:, :, column], average)
-    attributes = attribute_index(labels, sizes)
-    # An image's share in the score. Each fold has its own mixture of attributes, so the scores of folds
-    # are compared by what exceeds the candidate's mean of the attribute.
+    # A run has judged an image in all categories or in none.
+    counts = np.stack([sum(~np.isnan(run[:, 0]) for run in one.values()) for one in runs])
+    seen = counts.any(0)
+    sums = np.stack([sum(np.nan_to_num(run[seen]) for run in one.values()) for one in runs])
+    average = sums / np.maximum(counts[:, seen], 1)[:, :, np.newaxis]
+    names, firsts, column = np.unique(folds[seen], return_index=True, return_inverse=True)
+    has = counts[:, seen][:, firsts] > 0
+    weights = _least_squares(has)
+    hits = np.empty_like(average)
+    for k in range(len(names)):
+        here = column == k
+        hits[:, here] = len(names) * np.tensordot(weights[:, :, k], average[:, here], 1)
+    attributes = attribute_index(labels[seen], sizes)
+    # Folds differ in their attributes. So a score is what exceeds the candidate's usual accuracy.
     n_of = np.bincount(attributes[attributes >= 0], minlength=sum(sizes))
-    share = np.where(attributes < 0, 0.0, 1 / (np.count_nonzero(n_of) * np.maximum(n_of[attributes], 1)))
-    usual = np.stack([class_means(own, attributes, sum(sizes))[attributes] for own in hits])
+    known = attributes >= 0
+    share = known / np.maximum(n_of, 1)[attributes] / np.count_nonzero(n_of)  # of an image in a score
+    usual = np.stack([class_means(one, attributes, sum(sizes))[attributes] for one in hits])
+    excess = np.where(known, average - usual, 0.0)
     scores, parts = np.full(has.shape, np.nan), []
     for k in range(len(names)):
         judges, here = has[:, k], column == k
-        values = average[judges][:, here]
-        excess = np.where(share[here] > 0, values - usual[judges][:, here], 0.0)
-        scores[judges, k] = (share[here] * excess).sum((1, 2)) / share[here].sum()
-        covariance = _image_covariance(values, attributes[here], sizes)
-        n, each = len(values), float(np.trace(covariance)) / len(values)
-        between = (float(covariance.sum()) - n * each) / (n * (n - 1)) if n > 1 else each
-        parts.append((n > 1, each - between, between))
+        scores[judges, k] = (share * excess[judges])[:, here].sum((1, 2)) / share[here].sum()
+        covariance = _image_covariance(average[judges][:, here], attributes[here], sizes)
+        n, variance = len(covariance), float(np.trace(covariance)) / len(covariance)
+        shared = (float(covariance.sum()) / n - variance) / (n - 1) if n > 1 else variance
+        parts.append((variance - shared, shared, n > 1))
     # A fold with one judge does not tell what its images do to one from what they do to all.
-    several = [part[1:] for part in parts if part[0]] or [part[1:] for part in parts]
-    own, shared = np.mean(several, 0).tolist()
+    own, shared, _ = np.mean([part for part in parts if part[2]] or parts, 0).tolist()
     inflation = 1 + len(names) / max(len(np.unique(folds)) - 1, 1)
-    return _Table(hits, labels, scores, weights, own, shared, inflation)
+    return _Table(hits, labels[seen], scores, weights, own, shared, inflation)
+
+
+def _least_squares(has: np.ndarray) -> np.ndarray:
+    """How the candidates' means depend on the scores that there are: [candidates, candidates, folds].
+
+    A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
+    is compared in those that it has, as in any incomplete table of two factors (Yates, Empire Journal of
+    Experimental Agriculture 1, 1933). `has` [candidates, folds] says which there are.
+    """
+    candidates, folds = has.shape
+    rows, columns = np.nonzero(has)
+    design = np.hstack([np.eye(candidates)[rows], np.eye(folds)[columns]])
+    mean = np.hstack([np.eye(candidates), np.full((candidates, folds), 1 / folds)])
+    weights = np.zeros((candidates, candidates, folds))
+    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
+    return weights
 
 
 def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
