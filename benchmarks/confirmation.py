@@ -44,14 +44,14 @@ HARD_FOR_ALL, HARD_FOR_ONE, CHURN = 0.98, 0.15, 0.12  # of images; the squares a
 SEED, ATTRIBUTE_SEED = 0.005, 0.01  # a seed's effect on all attributes together and on each
 SHARED_SEED = 0.012  # a seed's effect on all configurations
 LEARNED, SHARED_LEARNED = 0.007, 0.012  # the effect of the images learned from, on one and on all
-ADDED_UP = 0.5  # the part of these variances that is a sum over images, so that who shares them shares it
+ADDED_UP = 0.7  # the part of these variances that is a sum over images: who shares them shares it
 
 
 class SimulatedStudy:
     """Configurations with known true scores, and noisy runs of them.
 
-    A part of what training images do is the sum of what each block does. So trainings are alike in as far
-    as they share blocks.
+    A part of what training images do is the sum of what each block does. So trainings are alike in as
+    far as they share blocks.
     """
 
     def __init__(self, random: np.random.Generator, spread: float, blocks: int) -> None:
@@ -77,20 +77,24 @@ class SimulatedStudy:
         here = self._learned[:, :blocks].mean(1)
         self.truth_here = norm.cdf((levels + here[:, np.newaxis]) / math.sqrt(1 + seeds)).mean(1)
         self._hard = random.normal(0, HARD_FOR_ALL, self.labels.shape)
-        self._hard_for: dict[tuple[int, int], np.ndarray] = {}
-        self._shared: dict[tuple[int, int], float] = {}
+        self._drawn: dict[tuple[int, ...], np.ndarray] = {}
+
+    def _fixed(self, scale: float, shape: tuple[int, ...], *of: int) -> np.ndarray:
+        """Noise that is drawn once for what it is of."""
+        if of not in self._drawn:
+            self._drawn[of] = self._random.normal(0, scale, shape)
+        return self._drawn[of]
 
     def run(self, trial: int, seed: int, block: int = 0) -> np.ndarray:
         """Train a configuration on all blocks but one. Returns its hits on that one."""
-        random, images = self._random, slice(block * IMAGES, (block + 1) * IMAGES)
-        if (seed, block) not in self._shared:
-            self._shared[seed, block] = random.normal(0, SHARED_SEED)
-        if (trial, block) not in self._hard_for:
-            self._hard_for[trial, block] = random.normal(0, HARD_FOR_ONE, (IMAGES, len(SIZES)))
-        shift = self._shared[seed, block] + random.normal(0, SEED)
-        shift += self._learned[trial, block]
-        levels = self._levels[trial] + shift + random.normal(0, ATTRIBUTE_SEED, len(COUNTS))
-        noise = random.normal(0, CHURN, (IMAGES, len(SIZES))) + self._hard_for[trial, block]
+        images = slice(block * IMAGES, (block + 1) * IMAGES)
+        # What a seed does to one configuration it does on all folds, as they begin with the same head.
+        levels = self._levels[trial] + self._learned[trial, block]
+        levels = levels + self._fixed(SHARED_SEED, (1,), 0, seed, block)
+        levels += self._fixed(SEED, (1,), 1, trial, seed)
+        levels += self._fixed(ATTRIBUTE_SEED, (len(COUNTS),), 2, trial, seed)
+        noise = self._random.normal(0, CHURN, (IMAGES, len(SIZES)))
+        noise += self._fixed(HARD_FOR_ONE, noise.shape, 3, trial, block)
         attributes = self.labels[images] + np.cumsum([0, *SIZES[:-1]])
         return (levels[attributes] + self._hard[images] + noise > 0).astype(float)
 
@@ -121,7 +125,7 @@ def confirm(
         if number >= LEAST_SEEDS:
             interim = compare(runs, study.labels, SIZES, folds)
             alive = {index for index in alive if interim[index].best >= DROPPED}
-        seed, block = 1 + number // blocks, number % blocks
+        seed, block = 1 + number, number % blocks  # of each rerun, so that folds do not share its luck
         for index in sorted(alive):
             run = runs[index].setdefault(seed, np.full(study.labels.shape, np.nan))
             run[block * IMAGES : (block + 1) * IMAGES] = study.run(top[index], seed, block)
@@ -135,7 +139,7 @@ def confirm(
     spreads = [
         np.std([per_class_accuracy(run, study.labels, SIZES) for run in by_seed.values()], ddof=1)
         for by_seed in runs
-        if not n_folds
+        if not n_folds and len(by_seed) > 1
     ]
     named = min(range(TOP), key=lambda i: estimates[i].within)
     flips = seed_flips(runs, study.labels, SIZES, folds)
