@@ -72,10 +72,10 @@ class SimulatedStudy:
         # The images' noise has variance 1, so a level's true accuracy has a closed form.
         seeds = SEED**2 + ATTRIBUTE_SEED**2 + SHARED_SEED**2
         learned = LEARNED**2 + SHARED_LEARNED**2
-        self.truth = norm.cdf(levels / math.sqrt(1 + seeds + learned)).mean(1)
+        self.truth_elsewhere = norm.cdf(levels / math.sqrt(1 + seeds + learned)).mean(1)
         # Of trainings with these images: all but the first block, or each block left out once.
         here = self._learned[:, :blocks].mean(1)
-        self.truth_here = norm.cdf((levels + here[:, np.newaxis]) / math.sqrt(1 + seeds)).mean(1)
+        self.truth = norm.cdf((levels + here[:, np.newaxis]) / math.sqrt(1 + seeds)).mean(1)
         self._hard = random.normal(0, HARD_FOR_ALL, self.labels.shape)
         self._drawn: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -117,7 +117,7 @@ def confirm(
     searched_labels = study.labels[:IMAGES]
     searched_scores = np.array([per_class_accuracy(run, searched_labels, SIZES) for run in searched])
     top = np.argsort(-searched_scores)[:TOP]
-    truth, truth_here = study.truth[top], study.truth_here[top]
+    truth, elsewhere = study.truth[top], study.truth_elsewhere[top]
     folds = np.repeat(np.arange(n_folds), IMAGES) if n_folds else None
     runs: list[dict[int, np.ndarray]] = [{} for _ in top]
     alive, spent = set(range(TOP)), 0
@@ -154,19 +154,23 @@ def confirm(
         "winner declared": won,
         "within holds": bool(truth.max() - truth[named] <= estimates[named].within),
         "within": estimates[named].within,
-        "difference covered, same training images": [
-            _holds(estimates[i].behind, truth_here[leader] - truth_here[i]) for i in others
-        ],
-        "within holds, same training images": bool(
-            truth_here.max() - truth_here[named] <= estimates[named].within
-        ),
         "distance of the named one": truth.max() - truth[named],
         "exported at least as good as the naive one": truth[named] >= truth[0],
         "gain of the exported one": truth[named] - truth[0],
         "declared winner at least as good": truth[leader] >= truth[0] if won else math.nan,
         "declared winner is the best": truth[leader] == truth.max() if won else math.nan,
-        "declared winner is the best, same training images": (
-            truth_here[leader] == truth_here.max() if won else math.nan
+        "score covered, other training images": [
+            _holds(estimate.score, true_score)
+            for estimate, true_score in zip(estimates, elsewhere, strict=True)
+        ],
+        "difference covered, other training images": [
+            _holds(estimates[i].behind, elsewhere[leader] - elsewhere[i]) for i in others
+        ],
+        "within holds, other training images": bool(
+            elsewhere.max() - elsewhere[named] <= estimates[named].within
+        ),
+        "declared winner is the best, other training images": (
+            elsewhere[leader] == elsewhere.max() if won else math.nan
         ),
         "leader at least as good": truth[leader] >= truth[0],
         "leader's gain": truth[leader] - truth[0],

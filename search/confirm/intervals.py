@@ -94,7 +94,9 @@ def compare(
     All candidates have the same seeds, but one may lack some. `labels` [images, categories] are the
     truth. Without `folds` each candidate has at least two seeds. With them, `folds` [images] says which
     fold an image is in. Then a run's hits are NaN for the images of the folds that it has not judged.
-    Each candidate has judged a fold, and together they have judged two.
+    Each candidate has judged a fold, and together they have judged two. The true scores are then those
+    of trainings with these images, less one fold. Each rerun should have a seed of its own, since what
+    one seed does to all folds is in no difference between them.
     """
     if not runs:
         return []
@@ -313,7 +315,6 @@ class _Table:
     weights: np.ndarray  # [candidates, candidates, columns] of the scores in each candidate's mean
     own: float  # the part of a score's variance over columns that is the images' and one candidate's
     shared: float  # the part that is the images' and all candidates'
-    inflation: float  # of a mean's variance, as the columns' trainings have images in common
 
 
 def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
@@ -325,7 +326,7 @@ def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
     average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
     has = ~np.isnan(scores)
     weights = np.eye(len(runs))[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
-    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0, 1.0)
+    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0)
 
 
 def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
@@ -358,8 +359,7 @@ def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.nda
         parts.append((variance - shared, shared, n > 1))
     # A fold with one judge does not tell what its images do to one from what they do to all.
     own, shared, _ = np.mean([part for part in parts if part[2]] or parts, 0).tolist()
-    inflation = 1 + len(names) / max(len(np.unique(folds)) - 1, 1)
-    return _Table(hits, labels[seen], scores, weights, own, shared, inflation)
+    return _Table(hits, labels[seen], scores, weights, own, shared)
 
 
 def _least_squares(has: np.ndarray) -> np.ndarray:
@@ -382,9 +382,9 @@ def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
     """How the candidates' scores would move with other trainings: [replicates, candidates].
 
     Least squares tell what a column does to all candidates from what it does to one. The latter's
-    variance is taken as the same for all candidates, since the few columns of one say little. Trainings
-    of K folds share images. So the variance of their mean is not 1 / K of one's, but more by the
-    correlation: 1 / K + 1 / (K - 1) (Nadeau and Bengio, Machine Learning 52, 2003).
+    variance is taken as the same for all candidates, since the few columns of one say little. What folds
+    owe to the training images that they share is in no difference between them, and not in here
+    (Bengio and Grandvalet, JMLR 5, 2004).
     """
     candidates, columns = table.scores.shape
     has = ~np.isnan(table.scores)
@@ -407,4 +407,4 @@ def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
         return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
 
     moves = draw((1, columns), shared, max(columns - 1, 1)) + draw(has.shape, single, max(freedom, 1))
-    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves) * np.sqrt(table.inflation))
+    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves))
