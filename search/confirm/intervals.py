@@ -94,7 +94,9 @@ def compare(
     All candidates have the same seeds, but one may lack some. `labels` [images, categories] are the
     truth. Without `folds` each candidate has at least two seeds. With them, `folds` [images] says which
     fold an image is in. Then a run's hits are NaN for the images of the folds that it has not judged.
-    Each candidate has judged a fold, and together they have judged two.
+    Each candidate has judged a fold, and together they have judged two. The true scores are then those
+    of trainings with these images, less one fold. Each rerun should have a seed of its own, since what
+    one seed does to all folds is in no difference between them.
     """
     if not runs:
         return []
@@ -313,7 +315,6 @@ class _Table:
     weights: np.ndarray  # [candidates, candidates, columns] of the scores in each candidate's mean
     own: float  # the part of a score's variance over columns that is the images' and one candidate's
     shared: float  # the part that is the images' and all candidates'
-    inflation: float  # of a mean's variance, as the columns' trainings have images in common
 
 
 def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
@@ -325,59 +326,65 @@ def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
     average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
     has = ~np.isnan(scores)
     weights = np.eye(len(runs))[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
-    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0, 1.0)
+    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0)
 
 
 def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
-    """Each run has judged some folds.
-
-    A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
-    is compared in those that it has, by least squares as in any incomplete table of two factors (Yates,
-    Empire Journal of Experimental Agriculture 1, 1933).
-    """
-    counts = np.stack([sum(~np.isnan(run) for run in one.values()) for one in runs])
-    seen = counts.any((0, 2))
-    sums = np.stack([sum(np.nan_to_num(run) for run in one.values()) for one in runs])[:, seen]
-    counts, labels = counts[:, seen], labels[seen]
-    names, column = np.unique(folds[seen], return_inverse=True)
-    has = np.stack([counts[:, column == k].any((1, 2)) for k in range(len(names))], 1)
-    rows, columns = np.nonzero(has)
-    design = np.hstack([np.eye(len(runs))[rows], np.eye(len(names))[columns]])
-    mean = np.hstack([np.eye(len(runs)), np.full((len(runs), len(names)), 1 / len(names))])
-    weights = np.zeros((len(runs), *has.shape))
-    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
-    average = sums / np.maximum(counts, 1)
-    hits = len(names) * np.einsum("cdi,dik->cik", weights[:, :, column], average)
-    attributes = attribute_index(labels, sizes)
-    # An image's share in the score. Each fold has its own mixture of attributes, so the scores of folds
-    # are compared by what exceeds the candidate's mean of the attribute.
+    # A run has judged an image in all categories or in none.
+    counts = np.stack([sum(~np.isnan(run[:, 0]) for run in one.values()) for one in runs])
+    seen = counts.any(0)
+    sums = np.stack([sum(np.nan_to_num(run[seen]) for run in one.values()) for one in runs])
+    average = sums / np.maximum(counts[:, seen], 1)[:, :, np.newaxis]
+    names, firsts, column = np.unique(folds[seen], return_index=True, return_inverse=True)
+    has = counts[:, seen][:, firsts] > 0
+    weights = _least_squares(has)
+    hits = np.empty_like(average)
+    for k in range(len(names)):
+        here = column == k
+        hits[:, here] = len(names) * np.tensordot(weights[:, :, k], average[:, here], 1)
+    attributes = attribute_index(labels[seen], sizes)
+    # Folds differ in their attributes. So a score is what exceeds the candidate's usual accuracy.
     n_of = np.bincount(attributes[attributes >= 0], minlength=sum(sizes))
-    share = np.where(attributes < 0, 0.0, 1 / (np.count_nonzero(n_of) * np.maximum(n_of[attributes], 1)))
-    usual = np.stack([class_means(own, attributes, sum(sizes))[attributes] for own in hits])
+    known = attributes >= 0
+    share = known / np.maximum(n_of, 1)[attributes] / np.count_nonzero(n_of)  # of an image in a score
+    usual = np.stack([class_means(one, attributes, sum(sizes))[attributes] for one in hits])
+    excess = np.where(known, average - usual, 0.0)
     scores, parts = np.full(has.shape, np.nan), []
     for k in range(len(names)):
         judges, here = has[:, k], column == k
-        values = average[judges][:, here]
-        excess = np.where(share[here] > 0, values - usual[judges][:, here], 0.0)
-        scores[judges, k] = (share[here] * excess).sum((1, 2)) / share[here].sum()
-        covariance = _image_covariance(values, attributes[here], sizes)
-        n, each = len(values), float(np.trace(covariance)) / len(values)
-        between = (float(covariance.sum()) - n * each) / (n * (n - 1)) if n > 1 else each
-        parts.append((n > 1, each - between, between))
+        scores[judges, k] = (share * excess[judges])[:, here].sum((1, 2)) / share[here].sum()
+        covariance = _image_covariance(average[judges][:, here], attributes[here], sizes)
+        n, variance = len(covariance), float(np.trace(covariance)) / len(covariance)
+        shared = (float(covariance.sum()) / n - variance) / (n - 1) if n > 1 else variance
+        parts.append((variance - shared, shared, n > 1))
     # A fold with one judge does not tell what its images do to one from what they do to all.
-    several = [part[1:] for part in parts if part[0]] or [part[1:] for part in parts]
-    own, shared = np.mean(several, 0).tolist()
-    inflation = 1 + len(names) / max(len(np.unique(folds)) - 1, 1)
-    return _Table(hits, labels, scores, weights, own, shared, inflation)
+    own, shared, _ = np.mean([part for part in parts if part[2]] or parts, 0).tolist()
+    return _Table(hits, labels[seen], scores, weights, own, shared)
+
+
+def _least_squares(has: np.ndarray) -> np.ndarray:
+    """How the candidates' means depend on the scores that there are: [candidates, candidates, folds].
+
+    A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
+    is compared in those that it has, as in any incomplete table of two factors (Yates, Empire Journal of
+    Experimental Agriculture 1, 1933). `has` [candidates, folds] says which there are.
+    """
+    candidates, folds = has.shape
+    rows, columns = np.nonzero(has)
+    design = np.hstack([np.eye(candidates)[rows], np.eye(folds)[columns]])
+    mean = np.hstack([np.eye(candidates), np.full((candidates, folds), 1 / folds)])
+    weights = np.zeros((candidates, candidates, folds))
+    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
+    return weights
 
 
 def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
     """How the candidates' scores would move with other trainings: [replicates, candidates].
 
     Least squares tell what a column does to all candidates from what it does to one. The latter's
-    variance is taken as the same for all candidates, since the few columns of one say little. Trainings
-    of K folds share images. So the variance of their mean is not 1 / K of one's, but more by the
-    correlation: 1 / K + 1 / (K - 1) (Nadeau and Bengio, Machine Learning 52, 2003).
+    variance is taken as the same for all candidates, since the few columns of one say little. What folds
+    owe to the training images that they share is in no difference between them, and not in here
+    (Bengio and Grandvalet, JMLR 5, 2004).
     """
     candidates, columns = table.scores.shape
     has = ~np.isnan(table.scores)
@@ -400,4 +407,4 @@ def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
         return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
 
     moves = draw((1, columns), shared, max(columns - 1, 1)) + draw(has.shape, single, max(freedom, 1))
-    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves) * np.sqrt(table.inflation))
+    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves))

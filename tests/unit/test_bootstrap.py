@@ -147,7 +147,7 @@ def test_what_seeds_do_to_all_and_to_one_is_told_apart_though_some_are_missing()
         for _ in range(300):
             scores = 0.6 + random.normal(0, shared, 5) + random.normal(0, own, (5, 5))
             weights = np.eye(5)[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
-            table = intervals._Table(None, None, np.where(has, scores, np.nan), weights, 0.0, 0.0, 1.0)
+            table = intervals._Table(None, None, np.where(has, scores, np.nan), weights, 0.0, 0.0)
             moves = intervals._trainings(table, random)
             # Of the first two, which have all seeds: of one, and of their difference.
             spreads.append([np.quantile(m, 0.84) for m in (moves[:, 0], moves[:, 0] - moves[:, 1])])
@@ -325,3 +325,134 @@ def test_one_image_proves_no_distance():
         low = binomtest(n, n).proportion_ci(0.95, method="wilson").low
         assert (wrong.behind.value, wrong.behind.high) == (1, 1)
         assert wrong.behind.low == pytest.approx(1 - 2 * (1 - low))
+
+
+def on_folds(labels, accuracies, folds, missing=(), first=0, shift=None):
+    """Candidates with one seed. Each lacks its folds in `missing`; `shift` is [candidates, folds]."""
+    runs = []
+    for index, accuracy in enumerate(accuracies):
+        random = np.random.default_rng(first + index)
+        level = accuracy + (0 if shift is None else shift[index][folds][:, np.newaxis])
+        right = (random.random(labels.shape) < level).astype(float)
+        left_out = missing[index] if index < len(missing) else ()
+        right[np.isin(folds, left_out)] = np.nan
+        runs.append({7: right})
+    return runs
+
+
+def test_without_folds_the_numbers_are_those_of_before(labels):
+    """Written down before there were folds."""
+    full, short = runs_of(labels, 0.7, 5), runs_of(labels, 0.65, 5, 10)
+    first, second = compare([full, {seed: short[seed] for seed in (0, 1, 2)}], labels, SIZES)
+    score = (0.8168267248727936, 0.005062643506366378, 0.8070049535412038, 0.8265804374616599)
+    behind = (0.032215524349918034, 0.008834385231277815, 0.014427878678961031, 0.049815238415085575)
+    assert tuple(vars(first.score).values()) == pytest.approx(score, rel=1e-9)
+    assert tuple(vars(second.behind).values()) == pytest.approx(behind, rel=1e-9)
+    assert (first.best, second.within) == pytest.approx((0.9998, 0.047005670197001546), rel=1e-9)
+
+
+def test_folds_that_are_complete_are_a_bootstrap_of_all_images(labels, monkeypatch):
+    """Images are drawn within attributes; nothing else varies, as fold and seed change no level."""
+    monkeypatch.setattr(intervals, "PRIOR_IMAGES", 0)
+    folds = np.arange(len(labels)) % 6
+    runs = on_folds(labels, (0.7, 0.68), folds)
+    table = intervals._by_fold(runs, labels, SIZES, folds)
+    plain = [one[7] for one in runs]
+    assert table.hits == pytest.approx(np.stack(plain))
+    random = np.random.default_rng(0)
+    replicates = np.zeros((4000, 2))
+    for k, size in enumerate(SIZES):
+        for value in range(size):
+            members = np.flatnonzero(labels[:, k] == value)
+            drawn = random.choice(members, (4000, len(members)))
+            replicates += np.stack([run[drawn, k].mean(1) for run in plain], 1) / sum(SIZES)
+    known = compare(runs, labels, SIZES, folds)
+    assert known[0].score.value == pytest.approx(per_class_accuracy(plain[0], labels, SIZES))
+    assert known[0].score.error > 0.9 * replicates[:, 0].std()
+
+
+def test_the_images_part_of_a_folds_score_is_known():
+    """Where training changes no level, the scores of folds vary as their images say."""
+    labels = np.stack([np.arange(1200) % size for size in SIZES], 1)
+    folds, found, said = np.arange(1200) // 6 % 6, [], []
+    for first in range(300):
+        table = intervals._by_fold(
+            on_folds(labels, (0.7, 0.6, 0.8), folds, first=3 * first), labels, SIZES, folds
+        )
+        scores = table.scores - table.scores.mean(1, keepdims=True)
+        between = scores.mean(0)
+        found.append([((scores - between) ** 2).sum() / 10, between.var(ddof=1)])
+        said.append([table.own, table.shared + table.own / 3])
+    assert np.mean(said, 0) == pytest.approx(np.mean(found, 0), rel=0.1)
+
+
+def test_trainings_that_differ_by_fold_widen_the_interval(labels):
+    """Known shifts of single networks: their variance beyond the images' comes out, divided by six."""
+    folds, random, ratios = np.arange(len(labels)) % 6, np.random.default_rng(0), []
+    for first in range(60):
+        shift = random.normal(0, 0.1, (4, 6))
+        table = intervals._by_fold(
+            on_folds(labels, [0.5] * 4, folds, (), 4 * first, shift), labels, SIZES, folds
+        )
+        moves = intervals._trainings(table, np.random.default_rng(first))
+        ratios.append(np.quantile(moves[:, 0] - moves[:, 1], 0.84) ** 2 / (2 * 0.1**2))
+    assert np.mean(ratios) == pytest.approx(1 / 6, rel=0.15)
+
+
+def test_who_lacks_a_hard_fold_is_not_better_for_it_and_who_lacks_an_easy_one_not_worse(labels):
+    """By the definition: the others' mean, and the paired difference to it where both have judged."""
+    folds = np.arange(len(labels)) % 6
+    hard = np.array([[0.25] * 3 + [-0.25] * 3] * 3)
+    for left_out in ((3, 4, 5), (0, 1, 2)):
+        runs = on_folds(labels, (0.6, 0.6, 0.55), folds, ((), (), left_out), 0, hard)
+        known = compare(runs, labels, SIZES, folds)
+        here = ~np.isin(folds, left_out)
+        others = [runs[0][7], runs[1][7]]
+
+        def mean(run, mask):
+            return per_class_accuracy(run[mask], labels[mask], SIZES)
+
+        every = np.ones(len(labels), bool)
+        paired = mean(runs[2][7], here) - np.mean([mean(run, here) for run in others])
+        expected = np.mean([mean(run, every) for run in others]) + paired
+        assert known[2].score.value == pytest.approx(expected, abs=0.005)
+        assert abs(mean(runs[2][7], here) - expected) > 0.1
+        assert known[2].behind.error > known[1 if known[0].behind.error == 0 else 0].behind.error
+
+
+def test_folds_may_be_incomplete_in_any_pattern(labels):
+    """What no one has judged yet does not count, and a second seed may have judged some folds only."""
+    folds = np.arange(len(labels)) % 6
+    runs = on_folds(labels, (0.7, 0.7, 0.6), folds, ((2, 3, 4, 5), (1, 3, 4, 5), (2, 3, 4, 5)))
+    begun = np.isin(folds, (0, 1, 2))
+    cut = [{7: one[7][begun]} for one in runs]
+    assert compare(runs, labels, SIZES, folds)[0].score.value == pytest.approx(
+        compare(cut, labels[begun], SIZES, folds[begun])[0].score.value
+    )
+    again = on_folds(labels, (0.7, 0.7, 0.6), folds, ((1, 2, 3, 4, 5),) * 3, first=9)
+    both = [one | {8: more[7]} for one, more in zip(runs, again, strict=True)]
+    assert seed_flips(runs, labels, SIZES, folds) == 0
+    # Each fold may have a seed of its own.
+    apart = [
+        {k: np.where((folds == k)[:, np.newaxis], one[7], np.nan) for k in range(3)} for one in runs
+    ]
+    judged = [{k: run for k, run in one.items() if not np.isnan(run).all()} for one in apart]
+    assert compare(judged, labels, SIZES, folds) == compare(runs, labels, SIZES, folds)
+    assert seed_flips(both, labels, SIZES, folds) > 0
+    for one in compare(both, labels, SIZES, folds):
+        check(one.score)
+
+
+@pytest.mark.parametrize(("labels", "right"), ODD)
+def test_intervals_on_folds_can_be_true(labels, right):
+    if len(labels) < 2:
+        return
+    folds = np.arange(len(labels)) % 2
+    runs = [{0: right.astype(float)}, {0: 1 - right.astype(float)}, {0: right.astype(float)}]
+    with np.errstate(all="raise"):
+        known = compare(runs, labels, SIZES, folds)
+        compare(runs[:1], labels, SIZES, folds)
+    for one in known:
+        check(one.score)
+    assert sum(one.best for one in known) == pytest.approx(1)
+    assert known[0].best == known[2].best
