@@ -19,6 +19,8 @@ from storage.ownership import private
 
 # Name: the function or the group of verbs, and its line in `atelier --help`.
 VERBS = {
+    "demo": ("search.cli.ready:demo", "Draw a small dataset, and search it: one minute."),
+    "example": ("search.cli.ready:example", "Write a ready study file, to be edited."),
     "search": ("search.cli.searching:search", "Run a whole search on this machine."),
     "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),
     "confirm": ("search.cli.searching:confirm", "Rerun the best trials on fresh seeds."),

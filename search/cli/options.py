@@ -23,6 +23,9 @@ ARRAY = "0-7%4"
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
 StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
+]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
 Set = Annotated[

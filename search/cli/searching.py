@@ -14,6 +14,7 @@ from search.cli.options import (
     Array,
     Data,
     DryRun,
+    Output,
     Pack,
     Profile,
     Set,
@@ -58,9 +59,7 @@ PROFILE = "tuning"
 def search(
     study: StudyPath,
     workers: Workers = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
-    ] = Path("best.toml"),
+    output: Output = Path("best.toml"),
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,

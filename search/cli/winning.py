@@ -12,6 +12,7 @@ from search.cli.errors import say
 from search.cli.options import (
     Data,
     DryRun,
+    Output,
     Profile,
     Set,
     StudyName,
@@ -59,7 +60,7 @@ TrainedRun = Annotated[
 
 def export(
     study: StudyName,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
+    output: Output = Path("best.toml"),
     trial: Annotated[int | None, typer.Option(help="This trial instead of the best.")] = None,
 ) -> None:
     """Write the configuration that a confirmation names, or of the best trial, for `atelier train`."""
