@@ -49,7 +49,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return _parse(read_text(path), str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; ready study files are in studies/") from None
+        raise InputError(f"{path}: no such file; ready ones are listed by: atelier example") from None
     except TextError as error:
         raise InputError(str(error)) from None
     except tomllib.TOMLDecodeError as error:

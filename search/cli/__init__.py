@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from search.cli.errors import errors_in_one_line
+from search.cli.examples import epilog
 from search.cli.process import check_arguments, check_threads, ready_streams, run
 from search.cli.version import show_versions
 from search.slurm.granted import take_granted
@@ -62,14 +63,25 @@ class Verbs(TyperGroup):
             take_granted()
             return super().invoke(ctx)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find what is about to run, and put its example below its help."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            command = self.load(name, command)
+            command.epilog = epilog(f"{ctx.info_name} {name}" if ctx.parent else name)
+        return name, command, rest
+
+    def load(self, name: str, command: Any) -> Any:
+        """The verb of this name, ready to run."""
+        return command
+
 
 class LazyVerbs(Verbs):
-    """The verbs of the table, of which `--help` and completion read only the table."""
+    """The verbs of the table. `atelier --help` and the completion of a verb read only the table."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Import what is about to run."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else _load(name), rest
+    def load(self, name: str, command: Any) -> Any:
+        """Import the verb of this name."""
+        return _load(name)
 
 
 typer_app = partial(
@@ -94,7 +106,9 @@ def _load(name: str) -> Any:
     return get_command(alone)
 
 
-app = typer_app(cls=LazyVerbs, help="Hyperparameter search for a fashion-attribute model.")
+app = typer_app(
+    cls=LazyVerbs, help="Hyperparameter search for a fashion-attribute model.", epilog=epilog("")
+)
 
 
 @app.callback()

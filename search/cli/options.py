@@ -7,6 +7,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from search.cli.completion import studies, study_files
 from search.cli.errors import say
 from search.confirm.plan import recorded
 from search.errors import InputError
@@ -21,11 +22,11 @@ from trainer.text import same_letters
 MOST_PACKED = 64
 ARRAY = "0-7%4"
 
-StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
-Output = Annotated[
-    Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
+StudyPath = Annotated[
+    Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
 ]
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.", autocompletion=studies)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
 Set = Annotated[

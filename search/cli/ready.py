@@ -41,7 +41,7 @@ def example(
         str | None,
         typer.Argument(
             help="A ready study file, as in fashion.toml; default: list them.",
-            autocompletion=lambda: [path.name for path in READY.glob("*.toml")],
+            autocompletion=lambda: list(_ready()),
         ),
     ] = None,
     output: Annotated[
@@ -49,7 +49,7 @@ def example(
     ] = None,
 ) -> None:
     """Write a ready study file, to be edited, or list those that there are."""
-    files = {path.name: path for path in sorted(READY.glob("*.toml"))}
+    files = _ready()
     if name is None:
         width = max(map(len, files))
         for file, path in files.items():
@@ -60,8 +60,13 @@ def example(
         raise InputError(f"no ready study file {name!r}; there are: {', '.join(files)}")
     output = output or Path(name)
     try:
-        with with_users_umask(), output.open("xb") as file:
-            file.write(files[name].read_bytes())
+        with with_users_umask(), output.open("xb") as copy:
+            copy.write(files[name].read_bytes())
     except FileExistsError:
         raise InputError(f"{output} exists; remove it, or give another --output") from None
     say(f"wrote {output}; edit it, then: {command('search', str(output), '--data', 'FOLDER')}")
+
+
+def _ready() -> dict[str, Path]:
+    """The ready study files, by name."""
+    return {path.name: path for path in sorted(READY.glob("*.toml"))}

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.terminal import console
+from search.cli.completion import studies
 from search.cli.errors import say
 from search.cli.options import (
     ARRAY,
@@ -114,7 +115,10 @@ def _unfinished(local: LocalSearch) -> ExitCode:
 
 
 def worker(
-    study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
+    study: Annotated[
+        str,
+        typer.Argument(help="Study file, or the name of a study on record.", autocompletion=studies),
+    ],
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
