@@ -39,6 +39,7 @@ def environment(wheel, tmp_path_factory):
     # A .pth file in that folder is not read, so the editable install there is not seen.
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    (folder / "installed").touch()  # for make
     return folder
 
 
@@ -58,9 +59,9 @@ def here(tmp_path):
 def run(environment, here):
     """Run a program of the environment in that folder."""
 
-    def run(program, *words):
+    def run(program, *words, before=(), folder=environment / "bin"):
         kept = {"PATH": os.environ["PATH"], "HOME": str(here.parent)}
-        command = [environment / "bin" / program, *words]
+        command = [*before, folder / program, *words]
         return subprocess.run(command, cwd=here, env=kept, capture_output=True, text=True)
 
     return run
@@ -97,18 +98,39 @@ def test_the_demo_ends_in_a_winner_and_says_what_to_type_next(atelier, here):
     assert "the pictures are" not in again.stderr
 
 
-def test_each_ready_study_file_can_be_had_and_is_not_written_over(atelier, here):
+def test_a_ready_study_file_can_be_had_and_is_not_written_over(atelier, here):
     listed = atelier("example").stdout.splitlines()
     names = [line.split()[0] for line in listed]
     assert names == sorted(path.name for path in (ROOT / "studies").iterdir())
-    for name in names:
-        assert atelier("example", name).returncode == 0
-        assert (here / name).read_bytes() == (ROOT / "studies" / name).read_bytes()
-    (here / "fashion.toml").write_text("mine")
+    assert atelier("example", "fashion.toml").returncode == 0
+    written = (here / "fashion.toml").read_bytes()
+    assert written == (ROOT / "studies/fashion.toml").read_bytes()
+    (here / "fashion.toml").write_bytes(written := b"mine")
     again = atelier("example", "fashion.toml")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == "error: fashion.toml exists; remove it, or give another --output\n"
-    assert (here / "fashion.toml").read_text() == "mine"
+    assert (here / "fashion.toml").read_bytes() == written
     unknown = atelier("example", "demo")
     assert unknown.returncode == 2
     assert unknown.stderr.endswith("there are: demo.toml, fashion-cpu.toml, fashion.toml\n")
+
+
+def test_what_is_packed_runs_elsewhere_without_a_network(wheel, environment, run, here, tmp_path):
+    source, archive, place = wheel.parent / "source", tmp_path / "atelier.tar", tmp_path / "node's disk"
+    make = ["make", "-C", source, "pack", f"VENV={environment}", f"PACK={archive}"]
+    packed = subprocess.run(make, capture_output=True, text=True)
+    assert packed.returncode == 0, packed
+    place.mkdir()
+    subprocess.run(["tar", "-C", place, "-xf", archive], check=True)
+    moved = environment.rename(environment.with_name("gone"))
+    try:
+        unpacked = place / "atelier/bin"
+        offline = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else [])]
+        said = run("atelier", "--version", before=offline, folder=unpacked)
+        assert f"Atelier {version('atelier')}\n" in said.stdout, said
+        assert run("atelier", "example", "demo.toml", before=offline, folder=unpacked).returncode == 0
+        assert (here / "demo.toml").exists()
+        found = run("python", "-c", "import search; print(search.__file__)", folder=unpacked)
+        assert found.stdout.startswith(str(place))
+    finally:
+        moved.rename(environment)
