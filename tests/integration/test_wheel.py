@@ -1,6 +1,7 @@
 """The wheel, in an environment of its own: the command runs without the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,31 @@ def test_a_ready_study_file_can_be_had_and_is_not_written_over(atelier, here):
     unknown = atelier("example", "demo")
     assert unknown.returncode == 2
     assert unknown.stderr.endswith("there are: demo.toml, fashion-cpu.toml, fashion.toml\n")
+
+
+def test_a_torch_for_the_cpu_that_is_there_first_is_kept_and_no_cuda_is_wanted(wheel, tmp_path):
+    """With the metadata alone, which is what pip decides by: no registry that tests reach has one."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    for known in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
+        if not known.name.startswith(("nvidia_c", "nvidia_n", "cuda_", "triton", "atelier")):
+            shutil.copytree(known, packages / known.name)
+    [torch] = packages.glob("torch-*.dist-info")
+    install = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "--no-index"]
+
+    def would_install():
+        asked = subprocess.run([*install, "--dry-run", wheel], capture_output=True, text=True)
+        return [line for line in asked.stdout.splitlines() if line.startswith("Would install")]
+
+    text = (torch / "METADATA").read_text()
+    if "nvidia" in text:  # this torch is for CUDA, whose packages pip misses
+        assert would_install() == []
+    lines = [line for line in text.splitlines() if not re.search("cuda|nvidia|triton", line)]
+    text = re.sub(r"(?m)^(Version: [\d.]+)$", r"\1+cpu", "\n".join(lines), count=1)
+    (torch / "METADATA").write_text(text)
+    torch.rename(torch.with_name(torch.name.replace(".dist-info", "+cpu.dist-info")))
+    assert would_install() == [f"Would install atelier-{version('atelier')}"]
 
 
 def test_what_is_packed_runs_elsewhere_without_a_network(wheel, environment, run, here, tmp_path):
