@@ -31,7 +31,7 @@ help:
 	@echo "make check    lint and types"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make pythons  is there a wheel of every package for each Python that pyproject.toml claims?"
-	@echo "make venv     install into .venv only (VENV=.venv-3.13 PYTHON=python3.13: another, for every target)"
+	@echo "make venv     install into .venv only (VENV=.venv-3.13 PYTHON=python3.13: another one)"
 
 venv: $(VENV)/installed
 
@@ -54,7 +54,7 @@ $(VENV)/installed: pyproject.toml requirements.txt
 
 # setuptools would put what an earlier build has left into the wheel.
 wheel: venv
-	rm -rf build
+	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	rm -rf build
 
