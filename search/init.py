@@ -22,13 +22,12 @@ from search.slurm.script import render_script
 from search.slurm.site import Partition, Site, read_site
 from search.slurm.submit import try_script
 from search.study_config import StudyConfig
-from search.toml_file import load_study_file, read_toml, validate
+from search.toml_file import READY, load_study_file, read_toml, validate
 from trainer.allocation import cpu_count, memory_limit, visible_gpus
 from trainer.dataset import read_dataset
 from trainer.text import read_text
 
-STUDIES = Path(__file__).parents[1] / "studies"
-WITH_GPU, WITHOUT_GPU = STUDIES / "fashion.toml", STUDIES / "fashion-cpu.toml"
+WITH_GPU, WITHOUT_GPU = READY / "fashion.toml", READY / "fashion-cpu.toml"
 MOST_TRIES = 24  # proposals that sbatch is asked about
 MOST_LISTED = 6  # other partitions in a comment
 SIGN = "# Written by atelier init"

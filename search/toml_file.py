@@ -19,6 +19,7 @@ from trainer.text import TextError, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
+READY = Path(__file__).parents[1] / "studies"  # of the clone, or beside the installed packages
 # Values are printed, compared and handed on. TOML promises integers of 64 bits. Python cannot print one
 # of 5,000 digits, nor a table inside 1,000 others.
 LARGEST_INTEGER, DEEPEST = 2**63 - 1, 20
@@ -51,7 +52,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return _parse(read_text(path), str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; ready study files are in studies/") from None
+        raise InputError(f"{path}: no such file; ready ones are listed by: atelier example") from None
     except TextError as error:
         raise InputError(str(error)) from None
     except tomllib.TOMLDecodeError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from storage.ownership import private, require_own
 
@@ -98,6 +98,12 @@ class RunFolder:
         path = self.logs / f"worker-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.log"
         path.touch(mode=0o600, exist_ok=False)
         return path
+
+
+def studies_here() -> set[str]:
+    """The names of the studies that have a run folder in the home, whether or not a database runs."""
+    folders = (home() / "runs").glob("*-????????-??????")
+    return {unquote(folder.name[: -len("-YYYYMMDD-HHMMSS")]) for folder in folders}
 
 
 def artifacts() -> Path:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from search.cli.errors import errors_in_one_line
+from search.cli.examples import epilog
 from search.cli.process import check_arguments, check_threads, ready_streams, run
 from search.cli.version import show_versions
 from search.slurm.granted import take_granted
@@ -20,6 +21,8 @@ from storage.ownership import private
 # Name: the function or the group of verbs, and its line in `atelier --help`.
 VERBS = {
     "init": ("search.cli.beginning:init", "Write a study file for this site or this machine."),
+    "demo": ("search.cli.beginning:demo", "Draw a small dataset, and search it: one minute."),
+    "example": ("search.cli.beginning:example", "Write a ready study file, to be edited."),
     "search": ("search.cli.searching:search", "Run a whole search on this machine."),
     "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),
     "confirm": ("search.cli.searching:confirm", "Rerun the best trials on fresh seeds."),
@@ -62,14 +65,25 @@ class Verbs(TyperGroup):
             take_granted()
             return super().invoke(ctx)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find what is about to run, and put its example below its help."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            command = self.load(name, command)
+            command.epilog = epilog(f"{ctx.info_name} {name}" if ctx.parent else name)
+        return name, command, rest
+
+    def load(self, name: str, command: Any) -> Any:
+        """The verb of this name, ready to run."""
+        return command
+
 
 class LazyVerbs(Verbs):
-    """The verbs of the table, of which `--help` and completion read only the table."""
+    """The verbs of the table. `atelier --help` and the completion of a verb read only the table."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Import what is about to run."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else load_verb(name), rest
+    def load(self, name: str, command: Any) -> Any:
+        """Import the verb of this name."""
+        return load_verb(name)
 
 
 typer_app = partial(
@@ -95,7 +109,9 @@ def load_verb(name: str) -> Any:
     return get_command(alone)
 
 
-app = typer_app(cls=LazyVerbs, help="Hyperparameter search for a fashion-attribute model.")
+app = typer_app(
+    cls=LazyVerbs, help="Hyperparameter search for a fashion-attribute model.", epilog=epilog("")
+)
 
 
 @app.callback()

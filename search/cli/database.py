@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from search.cli import group_of_verbs
+from search.cli.completion import studies
 from search.cli.errors import say
 from search.cli.options import AsJson, find_study, print_json
 from search.confirm.evidence import MOST_RIVALS
@@ -115,7 +116,9 @@ def db_restore(
 
 @db_app.command("prune")
 def db_prune(
-    study: Annotated[str | None, typer.Argument(help="Study name, or its study file.")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="Study name, or its study file.", autocompletion=studies)
+    ] = None,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
     ] = MOST_RIVALS,

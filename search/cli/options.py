@@ -8,6 +8,7 @@ import sqlalchemy as sa
 import typer
 from pydantic_core import to_json
 
+from search.cli.completion import studies, study_files
 from search.cli.errors import say
 from search.confirm.plan import recorded
 from search.errors import InputError
@@ -23,8 +24,11 @@ MOST_PACKED = 64
 ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's jobs
 JSON_VERSION = 1  # of what --json prints; a key that goes or changes its meaning makes it a higher one
 
-StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
+StudyPath = Annotated[
+    Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
+]
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.", autocompletion=studies)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
 Set = Annotated[

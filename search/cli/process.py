@@ -84,7 +84,7 @@ def run(app: typer.Typer, arguments: list[str] | None) -> None:
     signal.signal(signal.SIGXCPU, _end_out_of_time)
     try:
         with errors_in_one_line():
-            code = app(arguments, standalone_mode=False) or ExitCode.DONE
+            code = app(arguments, prog_name="atelier", standalone_mode=False) or ExitCode.DONE
             if code == ExitCode.DONE:  # otherwise an error was already reported
                 sys.stdout.flush()
     except typer.Exit as end:

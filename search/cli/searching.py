@@ -7,6 +7,7 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.terminal import console
+from search.cli.completion import studies
 from search.cli.errors import say
 from search.cli.options import (
     ARRAY,
@@ -15,6 +16,7 @@ from search.cli.options import (
     AsJson,
     Data,
     DryRun,
+    Output,
     Pack,
     Profile,
     Set,
@@ -61,9 +63,7 @@ from trainer.dataset import Dataset
 def search(
     study: StudyPath,
     workers: Workers = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Where the best configuration goes.")
-    ] = Path("best.toml"),
+    output: Output = Path("best.toml"),
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
@@ -118,7 +118,10 @@ def _unfinished(local: LocalSearch) -> ExitCode:
 
 
 def worker(
-    study: Annotated[str, typer.Argument(help="Study file, or the name of a study on record.")],
+    study: Annotated[
+        str,
+        typer.Argument(help="Study file, or the name of a study on record.", autocompletion=studies),
+    ],
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,

@@ -13,6 +13,7 @@ from search.cli.options import (
     AsJson,
     Data,
     DryRun,
+    Output,
     Profile,
     Set,
     StudyName,
@@ -61,7 +62,7 @@ TrainedRun = Annotated[
 
 def export(
     study: StudyName,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("best.toml"),
+    output: Output = Path("best.toml"),
     trial: Annotated[int | None, typer.Option(help="This trial instead of the best.")] = None,
 ) -> None:
     """Write the configuration that a confirmation names, or of the best trial, for `atelier train`."""

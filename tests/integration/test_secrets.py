@@ -9,10 +9,13 @@ from tests.conftest import all_verbs
 
 CANARY = "canary-7f3a9c"
 runner = CliRunner()
+SETTINGS = ("study.max_trials=1", "study.first=[]", "study.rungs=[1]", "train.epochs=2")
+SHORT = [word for setting in (*SETTINGS, "space.batch_size=[4]") for word in ("--set", setting)]
 
 # Every verb, as a user would type it beside study.toml and with a study `tiny` on record.
 VERBS = {
     "init": ["study.toml", "--local", "-o", "other.toml"],
+    "example": ["fashion.toml"],
     "search": ["study.toml", "--workers", "1"],
     "worker": ["study.toml"],
     "confirm": ["tiny", "--show"],
@@ -35,6 +38,7 @@ VERBS = {
     "model": ["study.toml"],
     "data check": ["nowhere"],
     "data demo": ["demo", "--train", "12", "--val", "6"],
+    "demo": ["demo", "--workers", "1", "-o", "demo.toml", *SHORT],
     "db start": [],
     "db stop": [],
     "db status": [],

@@ -2,6 +2,7 @@
 
 import inspect
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,9 +11,13 @@ from pkgutil import resolve_name
 
 import pytest
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from search.cli import VERBS, app
+from search.cli.examples import EXAMPLES
+from tests.conftest import all_verbs
 
 ROOT = Path(__file__).parents[2]
 SHARED = {"data", "weights", "set_", "pack"} | {"submit", "array", "profile", "dry_run"}
@@ -75,6 +80,26 @@ def test_the_ways_to_slurm_take_the_same_options():
                 of_submit.annotation,
                 of_submit.default,
             )
+
+
+def test_no_verb_lacks_an_example():
+    groups = {"", *(name for name, verb in FUNCTIONS.items() if isinstance(verb, typer.Typer))}
+    assert EXAMPLES.keys() == all_verbs() | groups
+
+
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_the_help_of_a_verb_ends_with_an_example_that_is_read(verb):
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"])
+    assert shown.stdout.splitlines()[-1] == f"  Example: {EXAMPLES[verb]}"
+    program, *words = shlex.split(EXAMPLES[verb])
+    assert program == "atelier"
+    assert words[: len(verb.split())] == verb.split()
+    context = get_command(app).make_context(program, words)
+    while isinstance(context.command, TyperGroup):  # reads options and arguments, and runs nothing
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = context.command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    assert not context.args
 
 
 def test_the_versions_are_those_that_are_installed():
