@@ -5,13 +5,16 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "json.md"
-ROWS = [
-    [re.findall("`(.*?)`", cell) for cell in line.split("|")[1:3]]
-    for line in PAGE.read_text().splitlines()
-    if line.startswith("| `")
-]
-OF_VERBS = {names[0]: keys for names, keys in ROWS if len(names) == 1}
-OF_ITEMS = {names[0]: (names[1:], keys) for names, keys in ROWS if len(names) > 1}
+BLOCK = PAGE.read_text().split("```")[1].replace("\n        ", " ")
+OF_VERBS, OF_ITEMS = {}, {}  # keys by verb; by verb, names of lists and the keys of their items
+for line in BLOCK.strip().splitlines():
+    if not line.startswith(" "):
+        verb = line.removeprefix("atelier ")
+        OF_VERBS[verb], OF_ITEMS[verb] = set(), ([], set())
+    elif ":" in line:
+        OF_ITEMS[verb] = tuple(re.findall(r"\w+", part) for part in line.split(":"))
+    else:
+        OF_VERBS[verb] |= {*re.findall(r"\w+", line)}
 
 
 def assert_documented(verb, text):
@@ -20,7 +23,7 @@ def assert_documented(verb, text):
     printed = json.loads(text)
     assert printed["version"] == 1
     assert printed.keys() == {"version", *OF_VERBS[verb]}
-    lists, keys = OF_ITEMS.get(verb.partition(" STUDY")[0].partition(" FOLDER")[0], ([], []))
+    lists, keys = OF_ITEMS[verb]
     for name in lists:
         items = printed[name] if isinstance(printed[name], list) else [printed[name]]
         assert items, f"there is no item of {name}, so this shows nothing"

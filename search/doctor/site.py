@@ -44,7 +44,7 @@ def slurm(file: StudyConfig | None = None, profile: str = "", given: bool = Fals
         yield wrong("slurm", str(error), "report this line as an issue")
         return
     name = settings.get("ClusterName", "without a name")
-    yield ok("slurm", f"{settings['SLURM_VERSION']}, cluster {name}")
+    yield ok("slurm", f"{settings['version']}, cluster {name}")
     yield _array(settings)
     yield _requeue(settings)
     yield _kill_wait(settings)

@@ -132,12 +132,12 @@ def absent_commands() -> list[str]:
 
 
 def configuration() -> dict[str, str]:
-    """SLURM's settings by name. Raises SilenceError; SlurmError if they are not understood."""
+    """SLURM's settings by name, with its version as "version". Raises SlurmError, SilenceError."""
     output = call("scontrol", "show", "config").output
     settings = dict(re.findall(r"^(\w+) *= (.*?) *$", output, re.MULTILINE))
     if "SLURM_VERSION" not in settings:
         raise not_understood("scontrol show config", output)
-    return settings
+    return settings | {"version": settings["SLURM_VERSION"]}
 
 
 def read_site() -> Site:
@@ -146,7 +146,7 @@ def read_site() -> Site:
     if not config.get("MaxArraySize", "").isdecimal() or "ClusterName" not in config:
         raise not_understood("scontrol show config", str(config))
     site = Site(
-        config["SLURM_VERSION"],
+        config["version"],
         config["ClusterName"],
         int(config["MaxArraySize"]),
         config.get("JobRequeue") != "0",
