@@ -194,8 +194,12 @@ def main() -> None:
     parser.add_argument(
         "--spread", type=float, default=1.0, help="of the configurations, as a multiple of the real one"
     )
-    parser.add_argument("--folds", type=int, default=0, help="of all images, for each seed")
-    parser.add_argument("--seeds", type=int, help=f"for each candidate; {SEEDS}, or 1 with folds")
+    parser.add_argument(
+        "--folds", type=int, default=0, help="of all images; 0 for the validation images alone"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help=f"of each candidate on each image; {SEEDS}, or 1 with folds"
+    )
     options = parser.parse_args()
     random = np.random.default_rng(0)
     seeds = options.seeds or (1 if options.folds else SEEDS)

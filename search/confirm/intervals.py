@@ -307,7 +307,7 @@ def seed_flips(
 
 @dataclass(frozen=True)
 class _Table:
-    """Scores of candidates by columns. A column is a seed, or a fold with the mean of its seeds."""
+    """Scores of candidates by columns. A column is a seed, or a fold with the mean of its reruns."""
 
     hits: np.ndarray  # [candidates, images, categories], as if each candidate had judged all images
     labels: np.ndarray  # [images, categories]
@@ -318,6 +318,7 @@ class _Table:
 
 
 def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
+    """Each run has judged all images."""
     seeds = sorted({seed for by_seed in runs for seed in by_seed})
     scores = np.full((len(runs), len(seeds)), np.nan)
     for index, by_seed in enumerate(runs):
@@ -330,6 +331,7 @@ def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
 
 
 def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
+    """Each run has judged some folds. Images that nobody has judged yet do not count."""
     # A run has judged an image in all categories or in none.
     counts = np.stack([sum(~np.isnan(run[:, 0]) for run in one.values()) for one in runs])
     seen = counts.any(0)
@@ -352,7 +354,8 @@ def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.nda
     scores, parts = np.full(has.shape, np.nan), []
     for k in range(len(names)):
         judges, here = has[:, k], column == k
-        scores[judges, k] = (share * excess[judges])[:, here].sum((1, 2)) / share[here].sum()
+        whole = max(share[here].sum(), ROUNDING)  # 0 if no label is known here
+        scores[judges, k] = (share * excess[judges])[:, here].sum((1, 2)) / whole
         covariance = _image_covariance(average[judges][:, here], attributes[here], sizes)
         n, variance = len(covariance), float(np.trace(covariance)) / len(covariance)
         shared = (float(covariance.sum()) / n - variance) / (n - 1) if n > 1 else variance

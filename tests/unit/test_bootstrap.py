@@ -431,6 +431,9 @@ def test_folds_may_be_incomplete_in_any_pattern(labels):
     )
     again = on_folds(labels, (0.7, 0.7, 0.6), folds, ((1, 2, 3, 4, 5),) * 3, first=9)
     both = [one | {8: more[7]} for one, more in zip(runs, again, strict=True)]
+    unknown = np.where((folds == 2)[:, np.newaxis], -1, labels)
+    for one in compare(runs, unknown, SIZES, folds):
+        check(one.score)
     assert seed_flips(runs, labels, SIZES, folds) == 0
     # Each fold may have a seed of its own.
     apart = [
