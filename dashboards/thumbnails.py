@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,11 @@ def find_pictures(folder: str, labels: np.ndarray | None = None) -> tuple[Path, 
             "is shown"
         )
     return pictures
+
+
+def file_names(folder: str, labels: np.ndarray | None = None) -> list[str]:
+    """The paths of `find_pictures`, from the data folder on. Raises PicturesError."""
+    return [os.path.relpath(path, folder) for path in find_pictures(folder, labels)]
 
 
 @lru_cache(maxsize=8)

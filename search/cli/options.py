@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -88,6 +88,18 @@ def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> 
     return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
 
 
+def find_database(sessions: database.Sessions) -> sa.Engine:
+    """An engine on an existing database with tables of this version.
+
+    Raises InputError, DatabaseError.
+    """
+    engine = database.look(sessions)
+    if schema.schema_revision(engine) is None:
+        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
+    schema.require_schema(engine)
+    return engine
+
+
 def find_study(
     name_or_file: str, sessions: database.Sessions = database.WORK
 ) -> tuple[sa.Engine, StudyEntry]:
@@ -95,10 +107,7 @@ def find_study(
     name = name_or_file
     if name.endswith(".toml") and Path(name).is_file():
         name = load_study_file(Path(name)).study.name
-    engine = database.look(sessions)
-    if schema.schema_revision(engine) is None:
-        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    schema.require_schema(engine)
+    engine = find_database(sessions)
     entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
     if entry is None:
         names = ", ".join(study_names(engine)) or "none"
@@ -171,6 +180,13 @@ def print_script(script: str) -> None:
     """Print a batch script, and on stderr what sbatch would get of this environment."""
     say_each(about_environment(script))
     typer.echo(script, nl=False)
+
+
+def with_torch() -> Any:
+    """The module with what the verbs do that need PyTorch. Call it when all else is checked."""
+    from search.cli import training  # late: with torch, which wrong input need not wait for
+
+    return training
 
 
 def say_each(lines: list[str]) -> None:

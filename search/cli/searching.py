@@ -31,6 +31,7 @@ from search.cli.options import (
     pack_here,
     print_script,
     recorded_study,
+    with_torch,
     worker_options,
     workers_here,
 )
@@ -132,9 +133,7 @@ def worker(
     else:
         config = recorded_study(find_study(study)[1], data, weights)
     check_pack(pack)
-    from search.cli import training  # late: with torch, which wrong arguments need not wait for
-
-    training.work(config, pack)
+    with_torch().work(config, pack)
 
 
 def confirm(

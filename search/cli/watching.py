@@ -12,8 +12,6 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-from dashboards.csv_tables import csv_text, trial_table
-from dashboards.outputs import check_overwritable
 from dashboards.plot import plot_study
 from dashboards.study_tables import (
     progress_line,
@@ -99,20 +97,43 @@ def _watch(read: Callable[[], Status], console: Console) -> None:
 
 def trials(
     study: StudyName,
-    csv: Annotated[Path | None, typer.Option(help="Write this file instead of a table.")] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="csv, json or parquet.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="With --format: this file; default: standard output."),
+    ] = None,
+    epochs: Annotated[bool, typer.Option("--epochs", help="With --format: a row an epoch.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="The same as --format csv -o FILE.")] = None,
 ) -> None:
-    """List a study's trials, one a row."""
+    """List a study's trials, one a row. docs/notebook.md has the columns and units of --format."""
+    if csv is not None:
+        if kind is not None or output is not None:
+            raise InputError("--csv FILE stands for --format csv -o FILE; give one of the two")
+        kind, output = "csv", csv
+    if kind is not None:
+        _export(study, kind, output, "epochs" if epochs else "trials")
+        return
+    if output is not None or epochs:
+        raise InputError("-o and --epochs go with --format; add --format csv, json or parquet")
     engine, entry = find_study(study)
     status = read_status(engine, entry.study_id, entry.name)
-    if not status.trials:
-        say(f"study {entry.name!r} has no trials yet")
-    elif csv is None:
+    if status.trials:
         console().print(render_trials(status))
     else:
-        names, rows = trial_table(status.trials)
-        check_overwritable(csv, ",".join(names[:3]), "a table of trials")
-        with with_users_umask():
-            csv.write_text(csv_text(names, rows), "utf-8", newline="")
+        say(f"study {entry.name!r} has no trials yet")
+
+
+def _export(study: str, kind: str, output: Path | None, table: str) -> None:
+    from dashboards import frame_files, frames  # late: pandas takes longer than a table for people
+
+    frame_files.check_format(kind, output)
+    engine, entry = find_study(study)
+    frame = getattr(frames, table)(engine, entry)
+    if frame.empty and output is not None:
+        say(f"study {entry.name!r} has no {table} yet")
+        return
+    with with_users_umask():
+        frame_files.write_frame(frame, kind, output, f"a table of {table}")
 
 
 def efficiency(

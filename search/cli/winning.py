@@ -27,6 +27,7 @@ from search.cli.options import (
     print_script,
     recorded_study,
     say_each,
+    with_torch,
 )
 from search.confirm.evidence import read_confirmation
 from search.errors import InputError
@@ -171,9 +172,7 @@ def train(
         arguments = [*words, "--", str(config.absolute())]
         _submit_run(bundle, settings, arguments, PROFILE if profile is None else profile, dry_run, notes)
         return
-    from search.cli import training  # late: with torch, which a submit does not need
-
-    end = training.train(bundle, settings, folder, notes, lengthen, init)
+    end = with_torch().train(bundle, settings, folder, notes, lengthen, init)
     if end != ExitCode.DONE:
         say("not finished; the same command continues it")
         raise typer.Exit(end)
@@ -219,9 +218,7 @@ def replay(
     """
     engine, entry = find_study(study)
     config = recorded_study(entry, data, weights)
-    from search.cli import training  # late: with torch, after the study is found
-
-    differing, epochs = training.replay(engine, entry, config, trial)
+    differing, epochs = with_torch().replay(engine, entry, config, trial)
     if differing:
         row = find_trial(read_status(engine, entry.study_id, entry.name), trial)
         if line := difference_line([row]):
@@ -265,12 +262,10 @@ def predict(
         )
     output = output or Path("prediction.csv" if pictures else "prediction.zip")
     check_output(output)
-    from search.cli import training  # late: with torch, after the arguments are checked
-
     if pictures:
-        training.predict_pictures(run, pictures, output, tta == "flip")
+        with_torch().predict_pictures(run, pictures, output, tta == "flip")
     else:
-        training.predict(run, split or "test", output, scores, tta == "flip", data)
+        with_torch().predict(run, split or "test", output, scores, tta == "flip", data)
 
 
 def export_model(
@@ -281,14 +276,10 @@ def export_model(
     """Write a run's best model under timm's own names, with its configuration and a model card."""
     if to not in (None, "onnx"):
         raise InputError(f"--to {to!r}: allowed is onnx, or leave it out")
-    from search.cli import training  # late: with torch, after the arguments are checked
-
-    training.export_model(run, output, to == "onnx")
+    with_torch().export_model(run, output, to == "onnx")
 
 
 def model(study: StudyPath, data: Data = None, weights: Weights = None, set_: Set = None) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
     config = load_study(study, data, weights, set_)
-    from search.cli import training  # late: with torch, after the study file is read
-
-    training.print_stages(config.shared)
+    with_torch().print_stages(config.shared)
