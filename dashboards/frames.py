@@ -33,7 +33,7 @@ def trials(engine: sa.Engine, entry: StudyEntry) -> pd.DataFrame:
     frame = _of_rows(TrialRow, rows, "params").astype({"state": pd.CategoricalDtype([*STATES])})
     first, last = (attempts.drop_duplicates("trial", keep=keep) for keep in ("first", "last"))
     for name, ends in (("claimed", first), ("released", last)):
-        frame[name] = frame["number"].map(ends.set_index("trial")[name]).astype(TIME)
+        frame[name] = ends.set_index("trial")[name].reindex(frame["number"]).array
     for name in parameter_names(rows):
         frame[name] = _parameter([row.params.get(name) for row in rows])
     return frame

@@ -12,7 +12,8 @@ from dashboards.charts import Figure, Panel
 from dashboards.render import plotly
 
 HEIGHT, BETWEEN = 320, 130  # pixels: of a panel, and of the titles between two
-PICTURE, LETTERS = 200, 9  # pixels: the height of a photograph, and of the letters above it
+PICTURE = 200  # pixels: the height of a photograph
+LETTERS, SMALL = 12, 9  # pixels: of a panel's title, and of a photograph's
 
 
 def plotly_figure(figure: Figure, title: str) -> go.Figure:
@@ -40,8 +41,7 @@ def plotly_figure(figure: Figure, title: str) -> go.Figure:
     for label, color in figure.legend:
         line = {"mode": "lines", "x": [None], "y": [None], "line": {"color": color, "width": 3}}
         drawn.add_trace({"type": "scatter", "name": html.escape(label, quote=False), **line})
-    if pictures:
-        drawn.update_annotations(font_size=LETTERS)
+    drawn.update_annotations(font_size=SMALL if pictures else LETTERS)
     drawn.update_layout(
         title={"text": html.escape(title, quote=False), "subtitle": {"text": figure.strokes}},
         template="plotly_white",
