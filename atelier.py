@@ -40,7 +40,7 @@ def _in_one_line() -> Iterator[None]:
 def studies() -> list[str]:
     """The names of the studies on record, oldest first. Raises AtelierError."""
     with _in_one_line():
-        from search.cli.options import find_database
+        from search.cli.finding import find_database
         from storage.database import READING
         from storage.studies import study_names
 
@@ -61,7 +61,7 @@ class Study:
 
     def __init__(self, study: str) -> None:
         with _in_one_line():
-            from search.cli.options import find_study
+            from search.cli.finding import find_study
             from storage.database import READING
 
             self._engine, self._entry = find_study(study, READING)

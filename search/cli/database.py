@@ -10,7 +10,7 @@ import typer
 
 from search.cli import group_of_verbs
 from search.cli.errors import say
-from search.cli.options import find_study
+from search.cli.finding import find_study
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError

@@ -1,6 +1,5 @@
 """The arguments and options that several verbs share, and what is done with them."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,21 +7,19 @@ import sqlalchemy as sa
 import typer
 
 from search.cli.errors import say
+from search.cli.finding import find_study
 from search.confirm.plan import recorded
 from search.errors import InputError
 from search.slurm.script import about_environment
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
-from storage import database, schema
-from storage.studies import StudyEntry, study_entry, study_names
+from storage.studies import StudyEntry
 from trainer.allocation import visible_gpus
-from trainer.text import same_letters
 
 MOST_PACKED = 64
 ARRAY = "0-7%4"
 
 StudyPath = Annotated[Path, typer.Argument(help="Study file, as in studies/fashion.toml.")]
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
 Set = Annotated[
@@ -88,33 +85,6 @@ def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> 
     return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
 
 
-def find_database(sessions: database.Sessions) -> sa.Engine:
-    """An engine on an existing database with tables of this version.
-
-    Raises InputError, DatabaseError.
-    """
-    engine = database.look(sessions)
-    if schema.schema_revision(engine) is None:
-        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    schema.require_schema(engine)
-    return engine
-
-
-def find_study(
-    name_or_file: str, sessions: database.Sessions = database.WORK
-) -> tuple[sa.Engine, StudyEntry]:
-    """Find a study that exists, by its name or its file. Raises InputError."""
-    name = name_or_file
-    if name.endswith(".toml") and Path(name).is_file():
-        name = load_study_file(Path(name)).study.name
-    engine = find_database(sessions)
-    entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
-    if entry is None:
-        names = ", ".join(study_names(engine)) or "none"
-        raise InputError(f"no study {name!r} in the database; it has: {names}")
-    return engine, entry
-
-
 def find_search(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
     """Find a study that exists and is no confirmation of another. Raises InputError."""
     engine, entry = find_study(name_or_file)
@@ -169,11 +139,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: no such folder; make it first")
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder; give a file")
-
-
-def command(*words: str) -> str:
-    """A command that a user may copy."""
-    return shlex.join(["atelier", *words])
 
 
 def print_script(script: str) -> None:

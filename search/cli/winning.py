@@ -9,19 +9,17 @@ import typer
 
 from dashboards.predictions import PredictionsError
 from search.cli.errors import say
+from search.cli.finding import StudyName, command, find_study
 from search.cli.options import (
     Data,
     DryRun,
     Profile,
     Set,
-    StudyName,
     StudyPath,
     Submit,
     Weights,
     check_output,
-    command,
     find_search,
-    find_study,
     goes_to_slurm,
     load_study,
     print_script,
@@ -44,7 +42,8 @@ from search.export import (
     load_bundle,
 )
 from search.run_folder import init_path
-from search.slurm.script import log_folder, run_script
+from search.slurm.logs import log_folder
+from search.slurm.script import run_script
 from search.slurm.submit import submit_run
 from storage.ownership import with_users_umask
 from storage.paths import home
