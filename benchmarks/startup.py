@@ -1,14 +1,17 @@
 """How long commands take to begin, compared with a Python that imports the same libraries.
 
-    python benchmarks/startup.py
+    python -m benchmarks.startup            # --verbs: without the search
 
-The login node's commands are compared with `import torch`. `atelier search` with two workers runs up to
+Each verb that needs no torch does its first work on a study of ten trials, and the dashboard begins to
+answer. They are compared with `import optuna, sqlalchemy`. `atelier search` with two workers runs up to
 its first optimizer step. It is compared with the import of torch, torchvision, timm and Optuna. Each
-runs five times, in turns with what it is compared with. All use the embedded database of a temporary
+runs some times, in turns with what it is compared with. All use the embedded database of a temporary
 folder. The figures are medians.
 """
 
+import argparse
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -16,27 +19,43 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from storage import database, schema
+from storage import database
 from storage.embedded import EmbeddedPostgres
+from storage.studies import study_entry
+from tests.conftest import free_port
+from tests.studies import fill, predict
+from trainer.dataset import read_dataset
 from trainer.demo import write_demo
 
-STUDY = """
-[study]
-name = "startup"
-max_trials = 1
-[space]
-lr = [1e-3]
-[train]
-data = "data"
-weights = "none"
-[slurm.tuning]
-"""
-RUNS = 5
+BASE = "import optuna, sqlalchemy"
+RUNS, SEARCHES = 9, 5
 ATELIER = [sys.executable, "-m", "atelier_command"]
 DEMO = Path(__file__).parents[1] / "studies" / "demo.toml"
 FIRST_STEP = "first optimizer step"  # what a worker's log says
+STUDY = "startup"
+VERBS = [
+    "--help",
+    f"status {STUDY}",
+    f"trials {STUDY}",
+    f"efficiency {STUDY}",
+    f"logs {STUDY}",
+    f"verify {STUDY}",
+    f"export {STUDY} -o best.toml",
+    f"stop {STUDY} --undo",
+    "submit study.toml --dry-run",
+    "db status",
+    "user list",
+    "data check data",
+    f"trials {STUDY} --format csv",  # with pandas
+    f"plot {STUDY} -o curves.html",
+    f"plot {STUDY} -o curves.png",  # with Matplotlib
+]
+FAR = (
+    "postgresql://atelier@db.example.org/atelier?sslmode=disable"  # a submit wants one that nodes reach
+)
 
 
 class Place:
@@ -49,14 +68,35 @@ class Place:
     def seconds(self, command: list[str], **environment: str) -> float:
         """The seconds until the command has ended."""
         started = time.perf_counter()
-        subprocess.run(
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True
+        )
+        if done.returncode not in (0, 1 if "verify" in command else 0):  # the trials are made up
+            sys.exit(f"{' '.join(command)}: {done.stderr}")
+        return time.perf_counter() - started
+
+    def seconds_to_answer(self) -> float:
+        """The seconds until the dashboard takes connections. It is ended then."""
+        port, started = free_port(), time.perf_counter()
+        command = [*ATELIER, "dashboard", "--port", str(port)]
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
-            env=self.environment | environment,
-            check=True,
-            capture_output=True,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        return time.perf_counter() - started
+        while process.poll() is None:
+            with socket.socket() as one:
+                if one.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.01)
+        else:
+            sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+        seconds = time.perf_counter() - started
+        process.terminate()
+        process.wait()
+        return seconds
 
     def seconds_to_first_step(self, name: str) -> float:
         """The seconds until a worker of a new search has made a step. The search is stopped then."""
@@ -81,49 +121,51 @@ class Place:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--verbs", action="store_true", help="without the search")
+    verbs_only = parser.parse_args().verbs
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name))
         place.folder.chmod(0o755)
         write_demo(place.folder / "data")
-        (place.folder / "study.toml").write_text(STUDY)
-        show("import torch", login_node(place))
-        place.seconds_to_first_step("warm")  # prepares the images
-        timed = in_turns(
-            {
-                "import torch, torchvision, timm, optuna": lambda: place.seconds(
-                    [sys.executable, "-c", "import torch, torchvision, timm, optuna"]
-                ),
-                "atelier search, to its first step": lambda: place.seconds_to_first_step(
-                    uuid.uuid4().hex
-                ),
-            }
-        )
-        show("import torch, torchvision, timm, optuna", timed)
+        (place.folder / "study.toml").write_text(DEMO.read_text() + "\n[slurm.tuning]\n")
+        show(BASE, verbs(place))
+        if not verbs_only:
+            show("import torch, torchvision, timm, optuna", search(place))
 
 
-def login_node(place: Place) -> dict[str, float]:
+def verbs(place: Place) -> dict[str, float]:
     os.environ["ATELIER_HOME"] = str(place.home)
     server = EmbeddedPostgres(place.home)
     server.start()
     enter_study(place.folder)
-    far = "postgresql://atelier@db.example.org/atelier?sslmode=disable"
-    timed = in_turns(
-        {
-            "import torch": lambda: place.seconds([sys.executable, "-c", "import torch"]),
-            "atelier status": lambda: place.seconds([*ATELIER, "status", "startup"]),
-            "atelier submit --dry-run": lambda: place.seconds(
-                [*ATELIER, "submit", "study.toml", "--dry-run"], ATELIER_DATABASE_URL=far
-            ),
-            "atelier --help": lambda: place.seconds([*ATELIER, "--help"]),
-        }
-    )
+    timed: dict[str, Callable[[], float]] = {
+        BASE: lambda: place.seconds([sys.executable, "-c", BASE]),
+        "atelier dashboard": place.seconds_to_answer,
+    }
+    for verb in VERBS:
+        named = {"ATELIER_DATABASE_URL": FAR} if verb.startswith("submit") else {}
+        timed[f"atelier {verb}"] = partial(place.seconds, [*ATELIER, *verb.split()], **named)
+    medians = in_turns(timed, RUNS)
     server.stop()
-    return timed
+    return medians
 
 
-def in_turns(timed: dict[str, Callable[[], float]]) -> dict[str, float]:
+def search(place: Place) -> dict[str, float]:
+    place.seconds_to_first_step("warm")  # prepares the images
+    libraries = "import torch, torchvision, timm, optuna"
+    return in_turns(
+        {
+            libraries: lambda: place.seconds([sys.executable, "-c", libraries]),
+            "atelier search, to its first step": lambda: place.seconds_to_first_step(uuid.uuid4().hex),
+        },
+        SEARCHES,
+    )
+
+
+def in_turns(timed: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
     """Measure all in turns. Returns the median seconds of each."""
-    rounds = [{name: measure() for name, measure in timed.items()} for _ in range(RUNS)]
+    rounds = [{name: measure() for name, measure in timed.items()} for _ in range(runs)]
     return {name: statistics.median(times[name] for times in rounds) for name in timed}
 
 
@@ -133,13 +175,12 @@ def show(base: str, timed: dict[str, float]) -> None:
 
 
 def enter_study(folder: Path) -> None:
-    from search.study import open_study
-    from search.toml_file import load_study_file
-    from trainer.dataset import read_dataset
-
-    engine = database.connect()
-    file = load_study_file(folder / "study.toml")
-    open_study(file, engine, schema.open_storage(engine), read_dataset(folder / "data"))
+    """A study of ten trials, with what the best ones predicted."""
+    engine, data = database.connect(), folder / "data"
+    fill(engine, ["complete"] * 4 + ["pruned"] * 6, epochs=10, name=STUDY, data=data)
+    entry = study_entry(engine, STUDY)
+    for trial in range(4):
+        predict(entry, trial, read_dataset(data), seed=trial)
     engine.dispose()
 
 

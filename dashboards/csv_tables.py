@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from storage.status import TrialRow, parameter_names
@@ -20,15 +20,22 @@ def columns(kind: type[Any], *without: str) -> list[str]:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as CSV, below the names of the columns. A missing value is empty.
+    """The text of `write_csv`."""
+    text = io.StringIO(newline="")
+    write_csv(text, columns, rows)
+    return text.getvalue()
+
+
+def write_csv(
+    file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], end: str = "\r\n"
+) -> None:
+    """Write the rows below the names of the columns, one after another. A missing value is empty.
 
     If a spreadsheet would read a text as a formula, an apostrophe comes before it.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
+    writer = csv.writer(file, lineterminator=end)
     writer.writerow(map(_no_formula, columns))
     writer.writerows([_no_formula(row.get(name)) for name in columns] for row in rows)
-    return text.getvalue()
 
 
 def _no_formula(value: Any) -> Any:

@@ -37,33 +37,44 @@ def plot_study(
     smooth: float = 0.0,
 ) -> None:
     """Draw a figure, as the pages show it, into a file. Raises PlotError, OutputError, OSError."""
-    _check_options(kind, trials, top, by, smooth)
     if output.suffix not in render.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
     check_figure(output, entry.name)
-    title = entry.name
-    if kind == "history":
-        figure = _history(engine, entry)
-    elif kind in ("confusion", "errors"):
-        status = read_status(engine, entry.study_id, entry.name)
-        judgement = Judgement.of_trial(entry, _complete(status, trials))
-        title += f", trial {judgement.number}"
-        if kind == "confusion":
-            figure = charts.confusion(judgement)
-        else:
-            figure = surest_errors(entry.places.get("data", ""), judgement)
-    else:
-        status = read_status(engine, entry.study_id, entry.name)
-        chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
-        drawn = curves.read_curves(engine, entry.study_id, chosen)
-        if kind == "curves":
-            figure = charts.curves(drawn, curves.category_names(entry.attributes, drawn), smooth)
-        else:
-            names = parameter_names(chosen)
-            figure = charts.compare(
-                drawn, next(iter(names), "") if by is None else _read("by", by, names)
-            )
+    figure, title = figure_of(engine, entry, kind, trials, top, by, smooth)
     save_figure(figure, output, entry.name, title)
+
+
+def figure_of(
+    engine: sa.Engine,
+    entry: StudyEntry,
+    kind: str,
+    trials: str | None = None,
+    top: int | None = None,
+    by: str | None = None,
+    smooth: float = 0.0,
+) -> tuple[charts.Figure, str]:
+    """A figure, as the pages show it, and its title.
+
+    Raises PlotError, PredictionsError, PicturesError.
+    """
+    _check_options(kind, trials, top, by, smooth)
+    if kind == "history":
+        return _history(engine, entry), entry.name
+    status = read_status(engine, entry.study_id, entry.name)
+    if kind in ("confusion", "errors"):
+        [number] = complete_trials(status, trials, 1)
+        judgement, title = Judgement.of_trial(entry, number), f"{entry.name}, trial {number}"
+        if kind == "confusion":
+            return charts.confusion(judgement), title
+        return surest_errors(entry.places.get("data", ""), judgement), title
+    chosen = _choose(status, trials, top or (curves.DRAWN if kind == "curves" else curves.COMPARED))
+    drawn = curves.read_curves(engine, entry.study_id, chosen)
+    if kind == "curves":
+        names = curves.category_names(entry.attributes, drawn)
+        return charts.curves(drawn, names, smooth), entry.name
+    names = parameter_names(chosen)
+    by = next(iter(names), "") if by is None else _read("by", by, names)
+    return charts.compare(drawn, by), entry.name
 
 
 def _history(engine: sa.Engine, entry: StudyEntry) -> charts.Figure:
@@ -88,6 +99,8 @@ def _check_options(
             raise PlotError(f"--{option} has no meaning with --kind {kind}; leave it out")
     if trials is not None and top:
         raise PlotError("--trials and --top both choose trials; give one of them")
+    if not (0 <= smooth < 1 and (top is None or top > 0)):
+        raise PlotError("--smooth is at least 0 and below 1, and --top at least 1")
 
 
 def _read(option: str, text: str, allowed: Collection[str]) -> str:
@@ -97,17 +110,20 @@ def _read(option: str, text: str, allowed: Collection[str]) -> str:
         raise PlotError(f"--{option} {error}") from None
 
 
-def _complete(status: Status, trials: str | None) -> int:
-    """The trial that is asked for, which must be complete; else the best one."""
+def complete_trials(status: Status, trials: str | None, most: int | None = None) -> list[int]:
+    """The numbers of the trials that the text names, which must be complete; else of the best ones.
+
+    Raises PlotError.
+    """
     complete = status.completed()
     if not complete:
         raise PlotError(f"study {status.study!r} has no complete trial yet; these keep predictions")
     if trials is None:
-        return complete[0].number
+        return [row.number for row in complete[:most]]
     chosen = _chosen(sorted(complete, key=lambda row: row.number), trials, "no predictions")
-    if len(chosen) > 1:
+    if most and len(chosen) > most:
         raise PlotError(f"--trials {trials}: give one trial, as each has a figure of its own")
-    return chosen[0].number
+    return [row.number for row in chosen]
 
 
 def surest_errors(folder: str, judgement: Judgement) -> charts.Figure:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,11 @@ def find_pictures(folder: str, judgement: Judgement) -> list[Path]:
             "is shown"
         )
     return [pictures[image] for image in images]
+
+
+def file_names(folder: str, judgement: Judgement) -> list[str]:
+    """The paths of `find_pictures`, from the data folder on. Raises PicturesError."""
+    return [os.path.relpath(path, folder) for path in find_pictures(folder, judgement)]
 
 
 @lru_cache(maxsize=8)

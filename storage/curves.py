@@ -13,10 +13,17 @@ from storage.database import retrying
 from storage.optuna_tables import TrialModel, TrialValueModel
 from storage.status import FINISHED, TrialRow
 from storage.tables import Attempt, Epoch
+from storage.workers import WAITS
 
 DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: by default, and at most
 COMPARED = 60  # trials in a comparison
 METRICS = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_overall")
+# What else is on record of an epoch, one value each.
+DETAILS = (
+    *("val_log_loss", "value", "seconds", "images", "peak_memory", "busy"),
+    *(column.key for column in WAITS.values()),
+    *("attempt", "stream_epoch", "recorded"),
+)
 
 
 @dataclass
@@ -64,6 +71,26 @@ def read_curves(bind: sa.Engine | sa.Connection, study_id: int, trials: list[Tri
         for row in session.execute(query):
             curves[row.number].add(row._asdict())
     return list(curves.values())
+
+
+def select_epochs(study_id: int) -> sa.Select[Any]:
+    """The query of all epochs of a study, by trial: METRICS, the accuracy of each category, DETAILS.
+
+    `differs` tells whether the epoch gave other numbers when it was trained again.
+    """
+    return (
+        sa.select(
+            TrialModel.number.label("trial"),
+            Epoch.epoch,
+            *(getattr(Epoch, name) for name in METRICS),
+            Epoch.val_category,
+            *(getattr(Epoch, name) for name in DETAILS),
+            Epoch.again.is_not(None).label("differs"),
+        )
+        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
+        .where(TrialModel.study_id == study_id)
+        .order_by(TrialModel.number, Epoch.epoch)
+    )
 
 
 @dataclass
@@ -115,8 +142,13 @@ def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
 
 def category_names(attributes: list[dict[str, Any]], curves: list[Curve]) -> list[str]:
     """The names of the categories in these curves; numbers if the study has no names on record."""
-    names = list(dict.fromkeys(row["category"] for row in attributes))
     width = max((len(row) for curve in curves for row in curve.categories), default=0)
+    return name_categories(attributes, width)
+
+
+def name_categories(attributes: list[dict[str, Any]], width: int) -> list[str]:
+    """The names of so many categories; numbers if the study has no names on record."""
+    names = list(dict.fromkeys(row["category"] for row in attributes))
     return names if len(names) == width else [f"category {number + 1}" for number in range(width)]
 
 

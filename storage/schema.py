@@ -6,10 +6,6 @@ from pathlib import Path
 
 import optuna
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.clock import NOW
@@ -26,7 +22,6 @@ from storage.properties import Property, is_owner, make_roles, properties, table
 from storage.tables import SCHEMA
 from storage.url import DatabaseError, shown
 
-_MIGRATIONS = Path(__file__).with_name("migrations")
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
 
@@ -123,6 +118,8 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
 
 def _upgrade(engine: sa.Engine, wanted: str) -> None:
+    from storage import migrate  # late: Alembic takes as long as SQLAlchemy, and looking needs none
+
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
@@ -135,9 +132,7 @@ def _upgrade(engine: sa.Engine, wanted: str) -> None:
                 if not connection.dialect.has_schema(connection, SCHEMA):  # else an administrator's
                     connection.execute(sa.schema.CreateSchema(SCHEMA))
                 show_optunas_tables(connection)
-                config = _alembic()
-                config.attributes["connection"] = connection
-                command.upgrade(config, wanted)
+                migrate.upgrade(migrations(), connection, wanted)
                 make_roles(connection)
         finally:
             lock.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _CREATE_LOCK})
@@ -167,7 +162,7 @@ def check_schema(engine: sa.Engine) -> None:
 
 def knows(revision: str) -> bool:
     """Whether this program can make the tables of that schema revision."""
-    return revision in (migration.revision for migration in _migrations().walk_revisions())
+    return revision in _revisions(migrations())
 
 
 def require_schema(engine: sa.Engine) -> str:
@@ -187,24 +182,25 @@ def require_schema(engine: sa.Engine) -> str:
 def schema_revision(engine: sa.Engine) -> str | None:
     """The revision of our tables in the database; None before they exist."""
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
-        return context.get_current_revision()
+        if not sa.inspect(connection).has_table("alembic_version", SCHEMA):
+            return None
+        revision: str | None = connection.scalar(
+            sa.text(f"SELECT version_num FROM {SCHEMA}.alembic_version")
+        )
+        return revision
 
 
 def head_revision() -> str:
     """The revision that this program wants."""
-    head = _migrations().get_current_head()
-    assert head is not None  # there is at least one migration
-    return head
+    return _revisions(migrations())[-1]
+
+
+def migrations() -> Path:
+    """The folder of Alembic's files."""
+    return Path(__file__).with_name("migrations")
 
 
 @cache
-def _migrations() -> ScriptDirectory:
-    """All migrations. To load them takes as long as a dozen queries."""
-    return ScriptDirectory.from_config(_alembic())
-
-
-def _alembic() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    return config
+def _revisions(folder: Path) -> list[str]:
+    """The revisions of all migrations, oldest first. The names of their files begin with them."""
+    return sorted(path.name.partition("_")[0] for path in (folder / "versions").glob("[0-9]*.py"))

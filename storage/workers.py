@@ -1,6 +1,7 @@
 """Read which workers hold a study's trials, which held them before, and on which machines."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -73,6 +74,9 @@ class AttemptRow:
     log: str | None
     outcome: str | None  # None while it lasts
     reason: str | None
+    gpu: str | None
+    claimed: datetime
+    released: datetime | None  # None while it lasts
 
 
 def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
@@ -148,7 +152,9 @@ def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machin
 
 
 @retrying
-def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) -> list[AttemptRow]:
+def read_attempts(
+    bind: sa.Engine | sa.Connection, study_id: int, trial: int | None = None
+) -> list[AttemptRow]:
     """A study's attempts, or one trial's, oldest first."""
     query = (
         sa.select(Attempt, Worker, TrialModel.number)
@@ -159,7 +165,7 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
     )
     if trial is not None:
         query = query.where(TrialModel.number == trial)
-    with Session(engine) as session:
+    with Session(bind) as session:
         return [
             AttemptRow(
                 trial=number,
@@ -169,6 +175,9 @@ def read_attempts(engine: sa.Engine, study_id: int, trial: int | None = None) ->
                 log=_log(worker),
                 outcome=attempt.outcome,
                 reason=attempt.reason,
+                gpu=worker.gpu,
+                claimed=attempt.claimed.astimezone(UTC),
+                released=attempt.released and attempt.released.astimezone(UTC),
             )
             for attempt, worker, number in session.execute(query)
         ]

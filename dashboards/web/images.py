@@ -1,6 +1,5 @@
 """The page of images: what a trial got right and wrong, image by image, and its confusion matrices."""
 
-import os
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from dashboards.predictions import (
     Verdict,
     attribute_names,
 )
-from dashboards.thumbnails import PicturesError, find_pictures, thumbnail
+from dashboards.thumbnails import PicturesError, file_names, find_pictures, thumbnail
 from dashboards.web.filters import Filters
 from dashboards.web.pages import find_entry, open_study
 from storage.studies import StudyEntry
@@ -193,9 +192,8 @@ def _files(reading: Reading) -> dict[int, str]:
     """The images' paths in the data folder, by number. Empty where no picture can be shown."""
     if reading.missing or not reading.judgements:
         return {}
-    folder = _folder(reading.entry)
-    pictures = find_pictures(folder, reading.judgements[0])
-    return {image: os.path.relpath(path, folder) for image, path in enumerate(pictures)}
+    pictures = file_names(_folder(reading.entry), reading.judgements[0])
+    return dict(enumerate(pictures))
 
 
 @blueprint.get("/confusion.csv")

@@ -1,5 +1,6 @@
 """The `atelier` command: the table of its verbs. A verb's module is imported when the verb is called."""
 
+import gc
 import logging
 import os
 import sys
@@ -26,15 +27,15 @@ VERBS = {
     "search": ("search.cli.searching:search", "Run a whole search on this machine."),
     "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),
     "confirm": ("search.cli.searching:confirm", "Rerun the best trials on fresh seeds."),
-    "submit": ("search.cli.searching:submit", "Start workers as a SLURM array job."),
-    "stop": ("search.cli.searching:stop", "Ask all workers of a study to end."),
+    "submit": ("search.cli.submitting:submit", "Start workers as a SLURM array job."),
+    "stop": ("search.cli.watching:stop", "Ask all workers of a study to end."),
     "logs": ("search.cli.watching:logs", "Show the workers' logs and the last traceback."),
     "status": ("search.cli.watching:status", "Show a study: progress, trials, workers, GPU-hours."),
     "trials": ("search.cli.watching:trials", "List a study's trials, one a row."),
     "efficiency": ("search.cli.watching:efficiency", "Show what workers used, and what to ask for."),
-    "verify": ("search.cli.watching:verify", "Check that all holds what is promised of a study."),
+    "verify": ("search.cli.verifying:verify", "Check that all holds what is promised of a study."),
     "doctor": ("search.cli.doctor:doctor", "Check what a search needs here, and what to do."),
-    "plot": ("search.cli.watching:plot", "Draw the figures of the dashboard into a file."),
+    "plot": ("search.cli.plotting:plot", "Draw the figures of the dashboard into a file."),
     "report": ("search.cli.winning:report", "Write a study's results with figures as one page."),
     "dashboard": ("search.cli.dashboard:dashboard", "Serve the dashboard, behind a login."),
     "export": ("search.cli.winning:export", "Write the best configuration, for atelier train."),
@@ -83,7 +84,9 @@ class LazyVerbs(Verbs):
 
     def load(self, name: str, command: Any) -> Any:
         """Import the verb of this name."""
-        return load_verb(name)
+        loaded = load_verb(name)
+        gc.enable()  # atelier_command.py has stopped it for the imports
+        return loaded
 
 
 typer_app = partial(

@@ -9,7 +9,7 @@ from dashboards.terminal import printable
 from dashboards.web.accounts import Accounts
 from search.cli import group_of_verbs
 from search.cli.errors import say
-from search.cli.options import AsJson, print_json
+from search.cli.json_output import AsJson, print_json
 from storage.ownership import with_users_umask
 from trainer.check import check_dataset, summary
 from trainer.dataset import DatasetError

@@ -8,7 +8,8 @@ import typer
 
 from dashboards.terminal import printable
 from search.cli.errors import say
-from search.cli.options import Data, Output, Set, Weights, Workers, check_output, command, load_study
+from search.cli.finding import command
+from search.cli.options import Data, Output, Set, Weights, Workers, check_output, load_study
 from search.cli.searching import search
 from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site

@@ -11,7 +11,8 @@ import typer
 from search.cli import group_of_verbs
 from search.cli.completion import studies
 from search.cli.errors import say
-from search.cli.options import AsJson, find_study, print_json
+from search.cli.finding import find_study
+from search.cli.json_output import AsJson, print_json
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError

@@ -9,16 +9,15 @@ import typer
 
 from dashboards.terminal import console
 from search.cli.errors import say
+from search.cli.finding import command
+from search.cli.json_output import AsJson, print_json
 from search.cli.options import (
     TUNING,
-    AsJson,
     Data,
     Profile,
     Set,
     Weights,
-    command,
     load_study,
-    print_json,
     worker_options,
 )
 from search.doctor.check import Check, State, ask, not_asked, ok

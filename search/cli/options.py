@@ -1,33 +1,28 @@
 """The arguments and options that several verbs share, and what is done with them."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
-from pydantic_core import to_json
 
-from search.cli.completion import studies, study_files
+from search.cli.completion import study_files
 from search.cli.errors import say
+from search.cli.finding import find_study
 from search.confirm.plan import recorded
 from search.errors import InputError
 from search.slurm.script import about_environment
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
-from storage import database, schema
-from storage.studies import StudyEntry, study_entry, study_names
+from storage.studies import StudyEntry
 from trainer.allocation import visible_gpus
-from trainer.text import same_letters
 
 MOST_PACKED = 64
 ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's jobs
-JSON_VERSION = 1  # of what --json prints; a key that goes or changes its meaning makes it a higher one
 
 StudyPath = Annotated[
     Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
 ]
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.", autocompletion=studies)]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
@@ -48,7 +43,6 @@ Pack = Annotated[
         f"default: {AUTO} on a GPU, else 1."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs; docs/json.md has the form.")]
 # The options of `submit`, `confirm --submit` and `train --submit`.
 Submit = Annotated[bool, typer.Option("--submit", help="Train in SLURM instead of here.")]
 Array = Annotated[
@@ -93,24 +87,6 @@ def _quoted(text: str) -> str:
 def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> StudyConfig:
     """A study's settings as they are on record, with other paths where the options give some."""
     return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
-
-
-def find_study(
-    name_or_file: str, sessions: database.Sessions = database.WORK
-) -> tuple[sa.Engine, StudyEntry]:
-    """Find a study that exists, by its name or its file. Raises InputError."""
-    name = name_or_file
-    if name.endswith(".toml") and Path(name).is_file():
-        name = load_study_file(Path(name)).study.name
-    engine = database.look(sessions)
-    if schema.schema_revision(engine) is None:
-        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
-    schema.require_schema(engine)
-    entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
-    if entry is None:
-        names = ", ".join(study_names(engine)) or "none"
-        raise InputError(f"no study {name!r} in the database; it has: {names}")
-    return engine, entry
 
 
 def find_search(name_or_file: str) -> tuple[sa.Engine, StudyEntry]:
@@ -169,21 +145,17 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: is a folder; give a file")
 
 
-def command(*words: str) -> str:
-    """A command that a user may copy."""
-    return shlex.join(["atelier", *words])
-
-
-def print_json(**facts: Any) -> None:
-    """Print facts for programs, as docs/json.md says. What is not a number in JSON becomes null."""
-    text = to_json({"version": JSON_VERSION} | facts, indent=2, inf_nan_mode="null")
-    typer.echo(text.decode())
-
-
 def print_script(script: str) -> None:
     """Print a batch script, and on stderr what sbatch would get of this environment."""
     say_each(about_environment(script))
     typer.echo(script, nl=False)
+
+
+def with_torch() -> Any:
+    """The module with what the verbs do that need PyTorch. Call it when all else is checked."""
+    from search.cli import training  # late: with torch, which wrong input need not wait for
+
+    return training
 
 
 def say_each(lines: list[str]) -> None:

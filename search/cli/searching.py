@@ -1,4 +1,4 @@
-"""The verbs that start and stop workers: search, worker, confirm, submit and stop."""
+"""The verbs that train trials: search, worker and confirm."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,53 +9,45 @@ import typer
 from dashboards.terminal import console
 from search.cli.completion import studies
 from search.cli.errors import say
+from search.cli.finding import StudyName, command, find_study
+from search.cli.json_output import AsJson, print_json
 from search.cli.options import (
-    ARRAY,
-    TUNING,
     Array,
-    AsJson,
     Data,
     DryRun,
     Output,
     Pack,
     Profile,
     Set,
-    StudyName,
     StudyPath,
     Submit,
     Weights,
     Workers,
     check_pack,
-    command,
     find_search,
-    find_study,
     goes_to_slurm,
     load_study,
     pack_here,
-    print_json,
-    print_script,
     recorded_study,
-    say_each,
+    with_torch,
     worker_options,
     workers_here,
 )
+from search.cli.submitting import submit_workers
 from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
-from search.doctor.look import about_jobs
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.local import LocalSearch
 from search.preflight import preflight
-from search.slurm.script import array_script
-from search.slurm.submit import submit_study
 from search.study import open_study
 from search.study_config import StudyConfig
 from storage import database, schema
 from storage.paths import RunFolder
 from storage.status import Status, read_status
-from storage.studies import StudyEntry, job_in_words, request_stop
+from storage.studies import StudyEntry
 from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
 
@@ -138,9 +130,7 @@ def worker(
     else:
         config = recorded_study(find_study(study)[1], data, weights)
     check_pack(pack)
-    from search.cli import training  # late: with torch, which wrong arguments need not wait for
-
-    training.work(config, pack)
+    with_torch().work(config, pack)
 
 
 def confirm(
@@ -204,7 +194,7 @@ def confirm(
             command("status", "--watch", config.study.name),
             command("confirm", "--show", entry.name),
         ]
-        _submit_workers(config, arguments, array, profile, dry_run, next_commands)
+        submit_workers(config, arguments, array, profile, dry_run, next_commands)
         return
     local, _ = _run_here(config, preflight(config), engine, workers, arguments)
     if not _show_confirmation(engine, entry):
@@ -225,64 +215,3 @@ def _show_confirmation(engine: sa.Engine, entry: StudyEntry, as_json: bool = Fal
     if not confirmation.finished:
         say(f"not finished; continue with: {again}")
     return confirmation.finished
-
-
-def submit(
-    study: StudyPath,
-    array: Array = None,
-    profile: Profile = None,
-    dry_run: DryRun = False,
-    pack: Pack = None,
-    data: Data = None,
-    weights: Weights = None,
-    set_: Set = None,
-) -> None:
-    """Start workers as a SLURM array job, after checking what would fail there."""
-    config = load_study(study, data, weights, set_)
-    check_pack(pack)
-    arguments = [str(study.absolute()), *worker_options(data, weights, set_, pack)]
-    next_commands = [
-        command("status", "--watch", str(study)),
-        command("logs", str(study)),
-        command("stop", str(study)),
-        command("dashboard"),
-    ]
-    _submit_workers(config, arguments, array, profile, dry_run, next_commands)
-
-
-def _submit_workers(
-    config: StudyConfig,
-    arguments: list[str],
-    array: str | None,
-    profile: str | None,
-    dry_run: bool,
-    next_commands: list[str],
-) -> None:
-    """Submit an array of workers with these arguments, or print its script."""
-    array = ARRAY if array is None else array
-    profile = TUNING if profile is None else profile
-    if dry_run:
-        print_script(array_script(config, profile, array, arguments))
-        return
-    job = submit_study(config, profile, array, arguments)
-    say_each(about_jobs())
-    typer.echo(f"job {job_in_words(job)}")
-    for next_command in next_commands:
-        typer.echo(f"  {next_command}")
-
-
-def stop(
-    study: StudyName,
-    undo: Annotated[bool, typer.Option("--undo", help="Let workers start again.")] = False,
-) -> None:
-    """Ask all workers of a study to finish their epoch, release their trial and end."""
-    engine, entry = find_study(study)
-    schema.require_fit(engine, only="writes")
-    request_stop(engine, entry.study_id, not undo)
-    if undo:
-        typer.echo(f"study {entry.name!r}: workers may start again")
-    else:
-        typer.echo(
-            f"study {entry.name!r}: its workers end after their epoch, and those in the queue when they "
-            "start; search, submit, or stop --undo lets workers start again"
-        )

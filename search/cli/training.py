@@ -14,7 +14,8 @@ from dashboards.terminal import Grid, console
 from search import pictures
 from search import predict as prediction
 from search.cli.errors import say
-from search.cli.options import AUTO, print_json, say_each
+from search.cli.json_output import print_json
+from search.cli.options import AUTO, say_each
 from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode

@@ -1,4 +1,4 @@
-"""The verbs that look at a study: status, trials, efficiency, logs, verify and plot."""
+"""The verbs that look at a study on record, or stop it: status, trials, efficiency, logs and stop."""
 
 import time
 from collections.abc import Callable
@@ -11,9 +11,6 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-from dashboards.csv_tables import csv_text, trial_table
-from dashboards.outputs import check_overwritable
-from dashboards.plot import plot_study
 from dashboards.study_tables import (
     progress_line,
     render,
@@ -22,21 +19,20 @@ from dashboards.study_tables import (
     render_trials,
     render_workers,
 )
-from dashboards.terminal import can_redraw, console, printable
+from dashboards.terminal import can_redraw, console
 from search.cli.errors import say
-from search.cli.options import AsJson, StudyName, find_study, print_json
+from search.cli.finding import StudyName, find_study
+from search.cli.json_output import AsJson, print_json
 from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
-from search.exit_codes import ExitCode
+from search.slurm.logs import newest_log
 from search.slurm.queue import Tasks, task_states
-from search.slurm.script import newest_log
-from search.verify.look import verify as verify_study
-from storage.database import READING
+from storage import schema
 from storage.efficiency import read_uses
 from storage.ownership import with_users_umask
-from storage.paths import RunFolder, home, total_size
+from storage.paths import RunFolder, total_size
 from storage.status import Status, read_status
-from storage.studies import array_jobs
+from storage.studies import array_jobs, request_stop
 from storage.workers import read_attempts
 
 WATCH_SECONDS, SITE_SECONDS = 2, 30
@@ -98,20 +94,43 @@ def _watch(read: Callable[[], Status], console: Console) -> None:
 
 def trials(
     study: StudyName,
-    csv: Annotated[Path | None, typer.Option(help="Write this file instead of a table.")] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="csv, json or parquet.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="With --format: this file; default: standard output."),
+    ] = None,
+    epochs: Annotated[bool, typer.Option("--epochs", help="With --format: a row an epoch.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="The same as --format csv -o FILE.")] = None,
 ) -> None:
-    """List a study's trials, one a row."""
+    """List a study's trials, one a row. docs/notebook.md has the columns and units of --format."""
+    if csv is not None:
+        if kind is not None or output is not None:
+            raise InputError("--csv FILE stands for --format csv -o FILE; give one of the two")
+        kind, output = "csv", csv
+    if kind is not None:
+        _export(study, kind, output, "epochs" if epochs else "trials")
+        return
+    if output is not None or epochs:
+        raise InputError("-o and --epochs go with --format; add --format csv, json or parquet")
     engine, entry = find_study(study)
     status = read_status(engine, entry.study_id, entry.name)
-    if not status.trials:
-        say(f"study {entry.name!r} has no trials yet")
-    elif csv is None:
+    if status.trials:
         console().print(render_trials(status))
     else:
-        names, rows = trial_table(status.trials)
-        check_overwritable(csv, ",".join(names[:3]), "a table of trials")
-        with with_users_umask():
-            csv.write_text(csv_text(names, rows), "utf-8", newline="")
+        say(f"study {entry.name!r} has no trials yet")
+
+
+def _export(study: str, kind: str, output: Path | None, table: str) -> None:
+    from dashboards import frame_files, frames  # late: pandas takes longer than a table for people
+
+    frame_files.check_format(kind, output)
+    engine, entry = find_study(study)
+    frame = getattr(frames, table)(engine, entry)
+    if frame.empty and output is not None:
+        say(f"study {entry.name!r} has no {table} yet")
+        return
+    with with_users_umask():
+        frame_files.write_frame(frame, kind, output, f"a table of {table}")
 
 
 def efficiency(
@@ -156,46 +175,18 @@ def logs(
     console().print(render_attempts(attempts, newest, lines), soft_wrap=True)
 
 
-def verify(
+def stop(
     study: StudyName,
-    as_json: AsJson = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Let workers start again.")] = False,
 ) -> None:
-    """Check that all holds what is promised of a study, while its workers run or later.
-
-    Each line says what is wrong with which trial, and what to do next. Nothing is written.
-    Exit codes: 0 all holds, 1 something does not.
-    """
-    engine, entry = find_study(study, READING)
-    verdict = verify_study(engine, entry.name)
-    findings, rules = verdict.findings, len(verdict.rules)
-    if as_json:
-        print_json(**verdict.as_dict())
-    else:
-        for finding in findings:
-            typer.echo(printable(str(finding)))
-        if not findings:
-            trials = len(verdict.evidence.trials)
-            typer.echo(f"study {entry.name!r}: {trials} trials, all {rules} rules hold")
-    if not verdict.evidence.has_files:
-        say(f"note: no file was looked at, since the study's are not in ATELIER_HOME ({home()})")
-    if findings:
-        say(f"study {entry.name!r}: {len(findings)} findings, by {rules} rules (docs/guarantees.md)")
-        raise typer.Exit(ExitCode.FAILED)
-
-
-def plot(
-    study: StudyName,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .html file.")],
-    kind: Annotated[str, typer.Option(help="curves, compare, history, confusion or errors.")] = "curves",
-    trials: Annotated[str | None, typer.Option(help="As in 3,5-9; default: the best.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="How many of the best.")] = None,
-    by: Annotated[str | None, typer.Option(help="With compare: the hyperparameter.")] = None,
-    smooth: Annotated[
-        float, typer.Option(min=0, max=0.95, help="With curves: weight of the epochs before.")
-    ] = 0.0,
-) -> None:
-    """Draw the figures of the dashboard into a file."""
+    """Ask all workers of a study to finish their epoch, release their trial and end."""
     engine, entry = find_study(study)
-    with with_users_umask():
-        plot_study(engine, entry, kind, output, trials, top, by, smooth)
-    say(f"drawn: {output}")
+    schema.require_fit(engine, only="writes")
+    request_stop(engine, entry.study_id, not undo)
+    if undo:
+        typer.echo(f"study {entry.name!r}: workers may start again")
+    else:
+        typer.echo(
+            f"study {entry.name!r}: its workers end after their epoch, and those in the queue when they "
+            "start; search, submit, or stop --undo lets workers start again"
+        )

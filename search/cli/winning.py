@@ -9,26 +9,25 @@ import typer
 
 from dashboards.predictions import PredictionsError
 from search.cli.errors import say
+from search.cli.finding import StudyName, command, find_study
+from search.cli.json_output import AsJson
 from search.cli.options import (
-    AsJson,
     Data,
     DryRun,
     Output,
     Profile,
     Set,
-    StudyName,
     StudyPath,
     Submit,
     Weights,
     check_output,
-    command,
     find_search,
-    find_study,
     goes_to_slurm,
     load_study,
     print_script,
     recorded_study,
     say_each,
+    with_torch,
 )
 from search.confirm.evidence import read_confirmation
 from search.doctor.look import about_jobs
@@ -46,7 +45,8 @@ from search.export import (
     load_bundle,
 )
 from search.run_folder import init_path
-from search.slurm.script import log_folder, run_script
+from search.slurm.logs import log_folder
+from search.slurm.script import run_script
 from search.slurm.submit import submit_run
 from storage.ownership import with_users_umask
 from storage.paths import home
@@ -174,9 +174,7 @@ def train(
         arguments = [*words, "--", str(config.absolute())]
         _submit_run(bundle, settings, arguments, PROFILE if profile is None else profile, dry_run, notes)
         return
-    from search.cli import training  # late: with torch, which a submit does not need
-
-    end = training.train(bundle, settings, folder, notes, lengthen, init)
+    end = with_torch().train(bundle, settings, folder, notes, lengthen, init)
     if end != ExitCode.DONE:
         say("not finished; the same command continues it")
         raise typer.Exit(end)
@@ -223,9 +221,7 @@ def replay(
     """
     engine, entry = find_study(study)
     config = recorded_study(entry, data, weights)
-    from search.cli import training  # late: with torch, after the study is found
-
-    differing, epochs = training.replay(engine, entry, config, trial, as_json)
+    differing, epochs = with_torch().replay(engine, entry, config, trial, as_json)
     if differing:
         row = find_trial(read_status(engine, entry.study_id, entry.name), trial)
         if line := difference_line([row]):
@@ -269,12 +265,10 @@ def predict(
         )
     output = output or Path("prediction.csv" if pictures else "prediction.zip")
     check_output(output)
-    from search.cli import training  # late: with torch, after the arguments are checked
-
     if pictures:
-        training.predict_pictures(run, pictures, output, tta == "flip")
+        with_torch().predict_pictures(run, pictures, output, tta == "flip")
     else:
-        training.predict(run, split or "test", output, scores, tta == "flip", data)
+        with_torch().predict(run, split or "test", output, scores, tta == "flip", data)
 
 
 def export_model(
@@ -285,9 +279,7 @@ def export_model(
     """Write a run's best model under timm's own names, with its configuration and a model card."""
     if to not in (None, "onnx"):
         raise InputError(f"--to {to!r}: allowed is onnx, or leave it out")
-    from search.cli import training  # late: with torch, after the arguments are checked
-
-    training.export_model(run, output, to == "onnx")
+    with_torch().export_model(run, output, to == "onnx")
 
 
 def model(
@@ -299,6 +291,4 @@ def model(
 ) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
     config = load_study(study, data, weights, set_)
-    from search.cli import training  # late: with torch, after the study file is read
-
-    training.print_stages(config.shared, as_json)
+    with_torch().print_stages(config.shared, as_json)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from search.cli.errors import say
-from search.cli.options import JSON_VERSION
+from search.cli.json_output import JSON_VERSION
 from search.doctor.check import Check, State, not_asked, ok, wrong
 from search.doctor.database import CLOCK_SECONDS
 from search.slurm.commands import SilenceError
+from search.slurm.logs import log_folder
 from search.slurm.queue import ENDED, jobs
-from search.slurm.script import doctor_script, log_folder
+from search.slurm.script import doctor_script
 from search.slurm.submit import check_script, make_log_folder, submit_script
 from search.study_config import StudyConfig
 from storage.ownership import with_users_umask

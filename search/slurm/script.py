@@ -5,17 +5,17 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from search.errors import InputError
 from search.profile import SlurmProfile
 from search.slurm.commands import SlurmError, call
 from search.slurm.environment import LEFT_OPEN, kept_from_commands
+from search.slurm.logs import log_folder
 from search.study_config import StudyConfig
 from storage import libpq
 from storage.paths import home
-from storage.studies import split_job
 from storage.url import configured_url, database_url, is_local, server_host
 from trainer.allocation import FEATURES
 from trainer.config import TrainConfig
@@ -185,17 +185,6 @@ def log_pattern(folder: Path, name: str) -> str:
     if "\\" in str(folder):
         raise InputError(f"{folder}: SLURM writes no log to a path with a backslash; set ATELIER_HOME")
     return f"{str(folder).replace('%', '%%')}/{name}"
-
-
-def log_folder() -> Path:
-    """Where array tasks write their logs."""
-    return home() / "slurm"
-
-
-def newest_log(array_jobs: Iterable[str]) -> Path | None:
-    """The log that was written to last by a task of these arrays."""
-    logs = [path for job in array_jobs for path in log_folder().glob(f"{split_job(job)[0]}_*.log")]
-    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _environment(config: TrainConfig, profile: SlurmProfile) -> dict[str, str]:

@@ -19,7 +19,8 @@ from search.slurm.commands import (
     one_line,
 )
 from search.slurm.environment import clean_environment
-from search.slurm.script import array_script, left_open, log_folder, run_script
+from search.slurm.logs import log_folder
+from search.slurm.script import array_script, left_open, run_script
 from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect

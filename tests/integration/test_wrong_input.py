@@ -23,7 +23,7 @@ from search.confirm.plan import plan_confirmation
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file
-from storage import optuna_tables, schema, studies
+from storage import migrate, optuna_tables, schema, studies
 from storage.tables import Attempt
 from tests.chaos.harness import small_disk
 from tests.integration.test_ledger import complete_trial, make_worker
@@ -332,9 +332,7 @@ def test_a_database_of_a_newer_schema(engine):
 
 def downgrade(engine):
     with engine.begin() as connection:
-        config = schema._alembic()
-        config.attributes["connection"] = connection
-        alembic.command.downgrade(config, "0004")
+        alembic.command.downgrade(migrate.config(schema.migrations(), connection), "0004")
 
 
 def test_a_database_of_an_older_schema(engine, study_text, tmp_path, monkeypatch):

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg2
 import sqlalchemy as sa
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 
 from search.verify.evidence import gather
 from search.verify.rules import Holds, violations
@@ -41,7 +39,7 @@ RENEWED_SINCE = """
 SELECT DISTINCT trials.number FROM public.trials JOIN atelier.attempt USING (trial_id)
 WHERE renewed >= to_timestamp(%s)
 """
-REVISION = "newer"
+REVISION = "9999"
 MIGRATION = """
 from alembic import op
 import sqlalchemy as sa
@@ -65,35 +63,28 @@ class Administrator:
         self._backup: Process | None = None  # the last one
         self._pace, self._chance = 0.0, random.Random(f"backups {sim.seed}")
         self.all_are_newer = False  # whether the workers are of the newer version too
-        self._real = schema._migrations, schema._alembic
-        self._newer: Config | None = None
-        schema._migrations = lambda: self._migrations()
-        schema._alembic = lambda: self._alembic()
+        self._own = schema.migrations()
+        self._newer: Path | None = None
+        schema.migrations = lambda: self._migrations()
 
     def _is_newer(self) -> bool:
         """Whether the code that runs now is the newer version's."""
         actor = current()
         return self.all_are_newer or (actor is not None and actor.process is self.process)
 
-    def _alembic(self) -> Config:
+    def _migrations(self) -> Path:
         if not self._is_newer():
-            return self._real[1]()
+            return self._own
         assert self._newer is not None
-        config = Config()
-        config.set_main_option("script_location", self._newer.get_main_option("script_location") or "")
-        return config
-
-    def _migrations(self) -> ScriptDirectory:
-        return ScriptDirectory.from_config(self._alembic()) if self._is_newer() else self._real[0]()
+        return self._newer
 
     def make_newer(self, folder: Path) -> None:
         """Make the newer version, which has one migration more."""
         if self._newer is None:
-            shutil.copytree(schema._MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(self._own, folder, ignore=shutil.ignore_patterns("__pycache__"))
             text = MIGRATION.format(revision=REVISION, before=schema.head_revision())
-            (folder / "versions" / "9999_newer.py").write_text(text)
-            self._newer = Config()
-            self._newer.set_main_option("script_location", str(folder))
+            (folder / "versions" / f"{REVISION}_newer.py").write_text(text)
+            self._newer = folder
 
     def revision(self) -> str:
         """The revision of the tables."""

@@ -1,0 +1,50 @@
+"""Find a study by its name or its file: what the verbs share that only read the database."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from search.cli.completion import studies
+from search.errors import InputError
+from storage import database, schema
+from storage.studies import StudyEntry, study_entry, study_names
+from trainer.text import same_letters
+
+StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.", autocompletion=studies)]
+
+
+def find_database(sessions: database.Sessions) -> sa.Engine:
+    """An engine on an existing database with tables of this version.
+
+    Raises InputError, DatabaseError.
+    """
+    engine = database.look(sessions)
+    if schema.schema_revision(engine) is None:
+        raise InputError("the database has no study yet; start one with: atelier search STUDY.toml")
+    schema.require_schema(engine)
+    return engine
+
+
+def find_study(
+    name_or_file: str, sessions: database.Sessions = database.WORK
+) -> tuple[sa.Engine, StudyEntry]:
+    """Find a study that exists, by its name or its file. Raises InputError."""
+    name = name_or_file
+    if name.endswith(".toml") and Path(name).is_file():
+        from search.toml_file import load_study_file  # late: with pydantic, which a name does not need
+
+        name = load_study_file(Path(name)).study.name
+    engine = find_database(sessions)
+    entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
+    if entry is None:
+        names = ", ".join(study_names(engine)) or "none"
+        raise InputError(f"no study {name!r} in the database; it has: {names}")
+    return engine, entry
+
+
+def command(*words: str) -> str:
+    """A command that a user may copy."""
+    return shlex.join(["atelier", *words])
