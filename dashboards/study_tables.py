@@ -9,10 +9,11 @@ from rich.text import Text
 
 from dashboards.csv_tables import trial_table
 from dashboards.terminal import Grid
+from dashboards.wilson import effective_images, wilson
 from storage.efficiency import WorkerUse
 from storage.outcome import Outcome
 from storage.paths import home
-from storage.status import State, Status, difference_line, parameter_names
+from storage.status import State, Status, TrialRow, difference_line, parameter_names
 from storage.studies import job_in_words
 from storage.workers import AttemptRow, WorkerRow
 
@@ -35,12 +36,21 @@ def progress_line(status: Status) -> str:
     """The progress of the study in one line, for logs and for output that is not a terminal."""
     counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
     best = status.best
-    leader = f"; best {best.value:.4f} (trial {best.number})" if best else ""
+    leader = f"; best {_score(status, best)} (trial {best.number})" if best else ""
     # Before the first trial is complete, nobody knows how long one takes.
     left = status.seconds_left if best else None
     remaining = f"; about {duration(math.ceil(left / 10) * 10)} left" if left else ""
     done = f"{status.finished}/{status.max_trials} trials"
     return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{remaining}"
+
+
+def _score(status: Status, row: TrialRow) -> str:
+    """A trial's score, with the standard error that its images give it."""
+    value = row.value or 0.0
+    if not any(status.attribute_images):
+        return f"{value:.4f}"
+    low, high = wilson(value, effective_images(status.attribute_images), 1.0)
+    return f"{value:.4f} ± {(high - low) / 2:.4f}"
 
 
 def render(status: Status, rows: int = 12) -> RenderableType:
@@ -104,6 +114,10 @@ def render_workers(status: Status) -> RenderableType:
         else:
             states = (f"{n} {state.lower()}" for state, n in sorted(status.tasks.items()))
             tasks = ", ".join(states) or "no task known any more"
+            if status.pending:
+                tasks += (
+                    f" ({', '.join(f'{reason}: {n}' for reason, n in sorted(status.pending.items()))})"
+                )
             if status.tasks_problem:
                 tasks += f"; these may not be all: {status.tasks_problem}"
         lines.append(Text(f"SLURM {', '.join(map(job_in_words, status.array_jobs))}: {tasks}"))

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 LEVEL = 0.95
 Z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)  # standard errors to each side
@@ -18,3 +19,14 @@ def wilson(share: float, images: float, z: float = Z) -> tuple[float, float]:
     half = math.sqrt(more * share * (1 - share) + more**2 / 4) / (1 + more)
     # At 0 and at 1 one limit is the share itself. Rounding must not move it past the share.
     return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
+
+
+def effective_images(counts: Sequence[int]) -> float:
+    """How many images of a single share would tell as much as these of the average of all shares.
+
+    `counts` are the images of each attribute; those without any do not count. The average over C
+    attributes that have n_c images, all of one accuracy p, has the variance
+    p (1 - p) sum(1 / n_c) / C^2.
+    """
+    present = [count for count in counts if count > 0]
+    return float(len(present) ** 2 / sum(1 / count for count in present))

@@ -43,6 +43,7 @@ class State(StrEnum):
 
 
 STATES: tuple[str, ...] = tuple(State)
+ACCURACIES = {"mean-last-5", "best", "last"}  # the kinds of score that are a share of the images
 FINISHED = (State.COMPLETE, State.PRUNED, State.FAILED)
 # The trials that were audited, each with the epoch after which it would have been stopped.
 NOTED_EPOCHS = """
@@ -124,6 +125,9 @@ class Status:
     disk_bytes: int | None = None  # of its run folder
     tasks: dict[str, int] | None = None  # array tasks by SLURM's state; None if SLURM does not answer
     tasks_problem: str | None = None  # why the counts in `tasks` may be incomplete
+    pending: dict[str, int] = field(default_factory=dict)  # tasks that wait, by SLURM's reason
+    # Of each attribute, by which a trial was judged; empty if the score is no accuracy.
+    attribute_images: list[int] = field(default_factory=list)
 
     @property
     def finished(self) -> int:
@@ -239,7 +243,15 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
             overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
             surplus=min(max(len(rows) - study.max_trials, 0), enqueued),
             sick_hosts=sick_hosts or [],
+            attribute_images=_attribute_images(study),
         )
+
+
+def _attribute_images(study: Study) -> list[int]:
+    if study.settings["study"]["score"] not in ACCURACIES:
+        return []
+    # With folds, those of a fold: each has as many.
+    return [row.get("folds", [row["images"]])[0] for row in study.attributes or []]
 
 
 def _sick_hosts(study_id: int) -> sa.ScalarSelect[list[str]]:

@@ -59,6 +59,7 @@ def status(
         half_minute = int(time.monotonic() / SITE_SECONDS)
         tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute)
         status.tasks, status.tasks_problem = tasks.states, tasks.problem
+        status.pending = dict(tasks.pending)
         return status
 
     if as_json:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dashboards.wilson import LEVEL, Z, wilson
+from dashboards.wilson import LEVEL, Z, effective_images, wilson
 from search.score import LAST, PRIOR_IMAGES
 from trainer.predictions import UNKNOWN, Predictions
 
@@ -114,7 +114,7 @@ def compare(
     equal = same & np.isclose(means[:, np.newaxis], means, rtol=0, atol=1e-9)
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
     best = equal @ best / equal.sum(1)  # equal candidates share the probability
-    images = _worth(np.bincount(attributes[attributes >= 0]))
+    images = effective_images(np.bincount(attributes[attributes >= 0]).tolist())
     truths = means - moves  # as in `_interval`: the estimates err as the replicates do
     within = np.quantile(truths.max(1, keepdims=True) - truths, LEVEL, axis=0)
     estimates = []
@@ -166,7 +166,7 @@ def of_hits(right: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Inte
     every = np.asarray(right, dtype=float)[np.newaxis]
     attributes = attribute_index(labels, sizes)
     variance = float(_image_covariance(every, attributes, sizes)[0, 0])
-    return _share(value, variance, _worth(np.bincount(attributes[attributes >= 0])))
+    return _share(value, variance, effective_images(np.bincount(attributes[attributes >= 0]).tolist()))
 
 
 def of_counts(hits: Sequence[int], counts: Sequence[int], sizes: Sequence[int]) -> Interval:
@@ -220,16 +220,6 @@ def _wider(first: Interval, second: Interval) -> Interval:
     """The interval that holds both. They have the same value."""
     low, high = min(first.low, second.low), max(first.high, second.high)
     return Interval(first.value, max(first.error, second.error), low, high)
-
-
-def _worth(counts: np.ndarray) -> float:
-    """How many images of a single share would tell as much as these of the average of all shares.
-
-    `counts` are the images of each attribute. The average over C attributes that have n_c images,
-    all of one accuracy p, has the variance p (1 - p) sum(1 / n_c) / C^2.
-    """
-    counts = counts[counts > 0]
-    return float(len(counts) ** 2 / (1 / counts).sum())
 
 
 def _interval(value: float, deviations: np.ndarray, least: float) -> Interval:

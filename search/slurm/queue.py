@@ -4,8 +4,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import NamedTuple
@@ -39,7 +39,7 @@ RELEASED = {ExitCode.STOPPED, ExitCode.WALL_TIME}
 
 # Plain fields, each ended by a bar. A site may lack the plug-in for JSON, and its shape changes more
 # often.
-FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "EndTime", "ArrayJobID", "ArrayTaskID")
+FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "EndTime", "ArrayJobID", "ArrayTaskID", "Reason")
 _ID = re.compile(r"[0-9]+")
 _NO_LIMIT = {"N/A", "NONE", "UNLIMITED"}
 
@@ -55,6 +55,7 @@ class Job:
     end: float | None  # seconds since 1970; infinite without a time limit
     array: str | None = None  # the id of the whole array; of a single job its own
     task: str | None = None  # empty for a single job
+    reason: str = ""  # why it is in its state, in SLURM's word
 
 
 class Listing(NamedTuple):
@@ -116,6 +117,7 @@ def _job(line: str) -> Job | None:
         moment(named["EndTime"]),
         array if _ID.fullmatch(array) else None,
         task if _ID.fullmatch(task) else "" if task == "N/A" else None,
+        named["Reason"],
     )
 
 
@@ -192,6 +194,7 @@ class Tasks:
 
     states: dict[str, int] | None  # how many are in which state; None if SLURM does not answer
     problem: str | None = None  # why these may not be all
+    pending: Mapping[str, int] = field(default_factory=dict)  # how many wait for which reason
 
 
 def task_states(array_jobs: Sequence[str]) -> Tasks:
@@ -208,6 +211,7 @@ def task_states(array_jobs: Sequence[str]) -> Tasks:
         else:
             problems.append(f"{one_line(job)!r} is no id of a job")
     counts: Counter[str] = Counter()
+    pending: Counter[str] = Counter()
     answered = not array_jobs
     for cluster, ids in clusters.items():
         try:
@@ -221,7 +225,9 @@ def task_states(array_jobs: Sequence[str]) -> Tasks:
         for task in listing.jobs:
             released = task.state == "FAILED" and task.exit_code in RELEASED
             counts["RELEASED" if released else task.state or "UNKNOWN"] += 1
-    return Tasks(dict(counts) if answered else None, "; ".join(problems) or None)
+            if task.state == "PENDING" and task.reason not in ("", "None"):
+                pending[one_line(task.reason)] += 1
+    return Tasks(dict(counts) if answered else None, "; ".join(problems) or None, pending)
 
 
 @cache

@@ -45,6 +45,16 @@ RECORDED = {
 }
 
 
+def test_why_tasks_wait(command):
+    waits = "4|PENDING|0:0|0|N/A|4|{}|{}|\n"
+    reasons = ["Resources", "JobArrayTaskLimit", "JobArrayTaskLimit", "None", "ReqNodeNotAvail, n1"]
+    works = "9|RUNNING|0:0|0|1795724648|4|5|None|\n"
+    command("squeue", "".join(waits.format(*one) for one in enumerate(reasons)) + works)
+    tasks = task_states(["4"])
+    assert tasks.states == {"PENDING": 5, "RUNNING": 1}
+    assert tasks.pending == {"Resources": 1, "JobArrayTaskLimit": 2, "ReqNodeNotAvail, n1": 1}
+
+
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_what_the_versions_print(command, recorded):
     command("squeue", recorded)
