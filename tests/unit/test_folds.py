@@ -1,6 +1,9 @@
 """Folds: fair to every attribute, the same everywhere, and trained as their images alone would be."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.dataset import DatasetError, read_dataset
 from trainer.division import attribute_table, divide, stratified_folds
 from trainer.feature_places import Places
-from trainer.loop import train, train_epoch
+from trainer.loop import finish, train, train_epoch
 from trainer.run import Run
 from trainer.workspace import Workspace
 
@@ -161,12 +164,33 @@ def test_folds_beside_each_other_equal_each_alone_and_share_the_trunk(folded, ca
     assert sum(seen) == (images if augment == "none" else images * (config.epochs + 1))
 
 
-def test_a_fold_that_is_interrupted_goes_on_as_if_it_were_not(folded, cache, tmp_path):
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_a_fold_that_is_cut_short_goes_on_as_if_it_were_not(folded, cache, tmp_path, how):
     config = of_fold(folded, 1)
-    shared = workspace(config, cache)
-    expected = curve(train(config, shared))
-    checkpoints = Checkpoints(tmp_path / "run", 1)
-    cut = train(config, shared, checkpoints, interrupt=lambda run, _: run.step == 3)
-    assert len(list(cut)) < config.epochs
+    expected = curve(train(config, workspace(config, cache)))
+    first = multiprocessing.get_context("fork").Process(
+        target=cut_short, args=(config, cache, tmp_path, how)
+    )
+    first.start()
+    first.join()
+    assert first.exitcode == (-signal.SIGKILL if how == "killed" else 0)
     again = workspace(of_fold(folded, 0), cache)  # a worker whose own configuration has another fold
-    assert curve(train(config, again, Checkpoints(tmp_path / "run", 2))) == expected
+    resumed = Run(config, again, Checkpoints(tmp_path, 2))
+    assert len(resumed.history) == 1
+    assert curve(finish(resumed, None)) == expected
+
+
+def cut_short(config, cache, folder, how):
+    """Train until the middle of the second epoch, in a process of its own."""
+
+    def interrupt(run, _):
+        if len(run.history) < 1 or run.steps_left > 1:
+            return False
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    epochs = train(
+        config, workspace(config, cache), Checkpoints(folder, 1), interrupt, checkpoint_seconds=0
+    )
+    assert len(list(epochs)) == 1
