@@ -15,12 +15,12 @@ import tomli_w
 
 from dashboards.study_tables import GIB
 from search.errors import InputError
-from search.profile import slurm_seconds
 from search.slurm.commands import SilenceError, SlurmError
 from search.slurm.fit import Proposal, partition_line, preferred, proposals, usable
 from search.slurm.script import render_script
 from search.slurm.site import Partition, Site, read_site
 from search.slurm.submit import try_script
+from search.slurm.times import slurm_seconds
 from search.study_config import StudyConfig
 from search.toml_file import READY, load_study_file, read_toml, validate
 from trainer.allocation import cpu_count, memory_limit, visible_gpus

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from search.slurm.times import NO_LIMIT, clock, seconds_in_words, slurm_seconds
 from search.typed import Table, Texts, Word, as_typed, word
 from trainer.config import Whole
 
@@ -13,13 +14,6 @@ EITHER_CASE = re.ASCII | re.IGNORECASE
 GPUS = re.compile(r"(?P<all>\d{1,9})|[\w.-]*[a-z_][\w.-]*(:(?P<some>\d{1,9}))?", EITHER_CASE)
 MEMORY = re.compile(r"\d{1,18}([KMGT]B?)?", EITHER_CASE)
 MEMORY_IN_WORDS = re.compile(r"(\d+) *([KMGT])i?B?", EITHER_CASE)
-TIME = re.compile(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", re.ASCII)
-TIME_IN_WORDS = re.compile(
-    r"((\d{1,9}) *d(?:ays?)?)? *((\d{1,9}) *h(?:(?:ou)?rs?)?)? *"
-    r"((\d{1,9}) *m(?:in(?:ute)?s?)?)? *((\d{1,9}) *s(?:ec(?:ond)?s?)?)?",
-    EITHER_CASE,
-)
-NO_LIMIT = ("UNLIMITED", "INFINITE")
 
 
 class SlurmProfile(Table):
@@ -69,7 +63,7 @@ class SlurmProfile(Table):
         text = word(value)
         if isinstance(text, str) and (slurm_seconds(text) is not None or text.upper() in NO_LIMIT):
             return text
-        seconds = _seconds_in_words(value)
+        seconds = seconds_in_words(value)
         advice = 'as in 480 or "08:00:00"' if seconds is None else f'write "{clock(seconds)}"'
         raise ValueError(
             f"found {as_typed(value)}; allowed are minutes, hours:minutes:seconds or "
@@ -80,7 +74,7 @@ class SlurmProfile(Table):
     @classmethod
     def _warning(cls, value: object) -> object:
         in_slurms_form = isinstance(value, str) and ":" in value
-        seconds = slurm_seconds(str(value)) if in_slurms_form else _seconds_in_words(value)
+        seconds = slurm_seconds(str(value)) if in_slurms_form else seconds_in_words(value)
         if seconds is not None:
             raise ValueError(f"found {as_typed(value)}; allowed is a number of seconds: write {seconds}")
         return value
@@ -112,34 +106,6 @@ class SlurmProfile(Table):
                 f"warning = {self.warning} s leaves nothing of time = {self.time!r}; give a shorter one"
             )
         return self
-
-
-def slurm_seconds(time: str) -> int | None:
-    """A time limit in seconds, from M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for other texts."""
-    match = TIME.fullmatch(time)
-    if match is None:
-        return None
-    days, *parts = (None if group is None else int(group) for group in match.groups())
-    numbers = [part for part in parts if part is not None]
-    if days is None and len(numbers) < 3:
-        numbers = [0, *numbers]  # minutes come first
-    hours, minutes, seconds = [*numbers, 0, 0][:3]
-    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
-
-
-def _seconds_in_words(value: object) -> int | None:
-    """A time as people write it, as in "8h" or "1 day 30 min", in seconds. SLURM reads none of these."""
-    match = TIME_IN_WORDS.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None or not match[0]:
-        return None
-    days, hours, minutes, seconds = (int(group or 0) for group in match.groups()[1::2])
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def clock(seconds: int) -> str:
-    """A time in SLURM's form."""
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
 def _each_with_a_name(profiles: object) -> object:

@@ -51,8 +51,8 @@ class Confirmation:
 
     `optimism` says how much too high the search's accuracy of its first trial probably is. One part is
     what fresh seeds do not repeat. The other is luck with the images, which they do repeat: see
-    `selection_bias`. Folds have other images, and repeat no luck. Below 0 the accuracy is too low. None
-    if the search is ranked by another score, or if folds train on more images than it did.
+    `selection_bias`. Below 0 the accuracy is too low. None if the search is ranked by another score, or
+    if folds train on more images than it did.
     """
 
     study: str  # the search
@@ -151,7 +151,7 @@ def read_confirmation(
         seeds=plan.seeds,
         folds=plan.folds,
         candidates=candidates,
-        optimism=_optimism(search, predicted, numbers[0], evidence),
+        optimism=_optimism(search, predicted, numbers[0], evidence, plan.folds),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
         left_out=sum(row.reason == NEAR_ENOUGH for row in status.trials),
         within=plan.within,
@@ -186,19 +186,18 @@ def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Seque
 
 
 def _optimism(
-    search: StudyEntry, searched: _Searched, first: int, evidence: "_Evidence"
+    search: StudyEntry, searched: _Searched, first: int, evidence: "_Evidence", folds: int | None
 ) -> float | None:
     estimate = evidence.estimates.get(first)
     by_accuracy = search.settings["study"]["score"] == "mean-last-5"
     if not by_accuracy or estimate is None or searched.labels is None or first not in searched.runs:
         return None
-    if evidence.folds is not None:
-        if search.settings["train"].get("train_images"):
-            return None
-        return searched.accuracy[first] - estimate.score.value
+    if folds and search.settings["train"].get("train_images"):
+        return None
     sizes = attribute_sizes(search)
     luck = selection_bias([*searched.runs.values()], searched.labels, sizes, evidence.seed_flips)
-    return searched.accuracy[first] - estimate.score.value + luck
+    # Of the images of all folds, only that share are the search's.
+    return searched.accuracy[first] - estimate.score.value + luck / (folds or 1)
 
 
 class _Evidence:
@@ -216,28 +215,28 @@ class _Evidence:
         self._runs: dict[int, dict[int, np.ndarray]] = {}
         images = np.unique([image for one in found for image in one.images.tolist()]).astype(int)
         self._labels = np.zeros((len(images), len(self._sizes)), np.uint8)
-        self.folds = np.zeros(len(images), int) if plan.folds else None
+        self._folds = np.zeros(len(images), int) if plan.folds else None
         for row, predictions in zip(complete, found, strict=True):
             judged = np.searchsorted(images, predictions.images)
             self._labels[judged] = predictions.labels
             runs = self._runs.setdefault(row.params["candidate"], {})
             run = runs.setdefault(row.params["seed"], np.full(self._labels.shape, np.nan))
             run[judged] = hits(predictions)
-            if self.folds is not None:
-                self.folds[judged] = row.params["fold"]
+            if self._folds is not None:
+                self._folds[judged] = row.params["fold"]
         self._enough = {n: runs for n, runs in self._runs.items() if self.reruns[n] >= LEAST_RERUNS}
 
     @property
     def seed_flips(self) -> float:
         """See search.confirm.intervals.seed_flips."""
-        return seed_flips([*self._enough.values()], self._labels, self._sizes)
+        return seed_flips([*self._enough.values()], self._labels, self._sizes, self._folds)
 
     @cached_property
     def estimates(self) -> dict[int, Estimate]:
         """The estimates of the candidates that have enough reruns, by number."""
         if not self._enough:
             return {}
-        estimates = compare([*self._enough.values()], self._labels, self._sizes, self.folds)
+        estimates = compare([*self._enough.values()], self._labels, self._sizes, self._folds)
         return dict(zip(self._enough, estimates, strict=True))
 
 

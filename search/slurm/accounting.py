@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from search.profile import NO_LIMIT
 from search.slurm.commands import call, not_understood
 from search.slurm.environment import UNIX_TIMES, clean_environment
 from search.slurm.queue import moment
+from search.slurm.times import NO_LIMIT
 
 # Of the GPU only the highest usage of a step is on record there, which says nothing of its mean.
 FIELDS = ("JobID", "Submit", "Start", "ElapsedRaw", "TimelimitRaw", "State", "AllocTRES", "MaxRSS")

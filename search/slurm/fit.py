@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.study_tables import duration
-from search.profile import SlurmProfile, clock, slurm_seconds
+from search.profile import SlurmProfile
 from search.slurm.site import Limits, Nodes, Partition, Site
+from search.slurm.times import clock, slurm_seconds
 
 DAY = 86400  # seconds
 TASKS, AT_ONCE = 8, 4  # of an array

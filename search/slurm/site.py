@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from search.profile import NO_LIMIT, slurm_seconds
 from search.slurm.commands import SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
+from search.slurm.times import NO_LIMIT, slurm_seconds
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "sinfo")
 # A node in one of these states runs jobs, now or soon.
