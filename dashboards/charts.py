@@ -300,7 +300,7 @@ def confusion(judgement: Judgement) -> Figure:
 
 
 def errors(judgement: Judgement, pictures: dict[int, bytes]) -> Figure:
-    """Images with what a trial got wrong in them. `pictures` are JPEGs, by the image's number."""
+    """Images with what a trial got wrong in them. `pictures` are JPEGs, by the image's place."""
     panels = []
     for image, data in pictures.items():
         wrong = [verdict for verdict in judgement.of(image) if verdict.is_wrong]
@@ -308,5 +308,6 @@ def errors(judgement: Judgement, pictures: dict[int, bytes]) -> Figure:
             f"{_word(one.true)} {100 * one.probability_of_true:.0f} %, not {_word(one.predicted)}"
             for one in wrong
         ]
-        panels.append(Panel(f"Image {image}", "", "", note="\n".join(lines), picture=data))
+        title = f"Image {judgement.images[image]}"
+        panels.append(Panel(title, "", "", note="\n".join(lines), picture=data))
     return Figure(panels, strokes="the share is the probability that the true attribute got")

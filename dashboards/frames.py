@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
+from pandas.api.types import union_categoricals
 
 from dashboards.csv_tables import columns
 from dashboards.predictions import Judgement, attribute_names
@@ -80,7 +81,7 @@ def predictions(entry: StudyEntry, trials: Sequence[int]) -> pd.DataFrame:
     attribute = pd.CategoricalDtype(every)
     # Of each category's attributes among all; the last is for an unknown label, which is -1.
     codes = [np.array([*map(every.index, some), -1]) for some in names.values()]
-    parts = []
+    parts, files = [], []
     for number in trials:
         judged = Judgement.of_trial(entry, number)
         images, categories = judged.labels.shape
@@ -90,7 +91,6 @@ def predictions(entry: StudyEntry, trials: Sequence[int]) -> pd.DataFrame:
         )
         part = {
             "image": np.repeat(judged.images, categories),
-            "file": pd.Categorical(np.repeat(np.array(_files(entry, judged), object), categories)),
             "trial": np.full(images * categories, number),
             "category": pd.Categorical.from_codes(
                 np.tile(np.arange(categories), images), pd.Index([*names])
@@ -100,7 +100,12 @@ def predictions(entry: StudyEntry, trials: Sequence[int]) -> pd.DataFrame:
             "probability_of_true": np.where(judged.labels < 0, np.nan, judged.probabilities).ravel(),
         }
         parts.append(pd.DataFrame(part).astype({"image": "Int64", "trial": "Int64"}))
-    return pd.concat(parts, ignore_index=True)
+        files.append(pd.Categorical(np.repeat(np.array(_files(entry, judged), object), categories)))
+    frame = pd.concat(parts, ignore_index=True)
+    frame.insert(
+        1, "file", pd.Series(union_categoricals(files))
+    )  # trials of other folds have other files
+    return frame
 
 
 def _files(entry: StudyEntry, judged: Judgement) -> list[str] | list[None]:

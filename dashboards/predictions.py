@@ -128,7 +128,9 @@ class Judgement:
         trial's predictions only images are left on which the two differ. Raises PredictionsError if
         those are for other images.
         """
-        if other is not None and not np.array_equal(self.labels, other.labels):
+        if other is not None and not (
+            np.array_equal(self.images, other.images) and np.array_equal(self.labels, other.labels)
+        ):
             raise PredictionsError(
                 f"trials {self.number} and {other.number} predicted other images; they do not compare"
             )

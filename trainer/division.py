@@ -21,18 +21,24 @@ def divide(dataset: Dataset, config: TrainConfig) -> Division:
 
     Raises DatasetError for too few images.
     """
+    return divide_all(dataset, config)[config.fold]
+
+
+def divide_all(dataset: Dataset, config: TrainConfig) -> list[Division]:
+    """The same for each fold, or once if there are none. Raises DatasetError for too few images."""
     if config.folds:
         fold_of = _folds(dataset, config)
-        return Division(np.flatnonzero(fold_of != config.fold), np.flatnonzero(fold_of == config.fold))
+        folds = range(config.folds)
+        return [Division(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in folds]
     val = np.arange(len(dataset.split("val")) if config.validates else 0)
     images, limit = len(dataset.split(config.train_split)), config.train_images
     if limit is None:
-        return Division(np.arange(images), val)
+        return [Division(np.arange(images), val)]
     if limit > images:
         raise DatasetError(
             f"train_images = {limit}: the dataset has {images} training images; allowed is 1 to {images}"
         )
-    return Division(np.sort(np.random.default_rng(0).permutation(images)[:limit]), val)
+    return [Division(np.sort(np.random.default_rng(0).permutation(images)[:limit]), val)]
 
 
 def _folds(dataset: Dataset, config: TrainConfig) -> np.ndarray:
@@ -80,16 +86,19 @@ def stratified_folds(labels: np.ndarray, groups: Sequence[Hashable], folds: int)
     return folds_of_images
 
 
-def attribute_table(dataset: Dataset, config: TrainConfig) -> list[dict[str, Any]]:
+def attribute_table(
+    dataset: Dataset, config: TrainConfig, division: Division | None = None
+) -> list[dict[str, Any]]:
     """Name, category and number of images of every attribute, in the order of the network's outputs.
 
     `images` counts the validation images, `train_images` the images that a run learns from. A run that
-    is not validated has those of the validation split. Raises DatasetError for too few images.
+    is not validated has those of the validation split. The division is the configuration's, unless it is
+    given. Raises DatasetError for too few images.
     """
     categories = [
         name for name, size in zip(dataset.categories, dataset.sizes, strict=True) for _ in range(size)
     ]
-    division = divide(dataset, config)
+    division = divide(dataset, config) if division is None else division
     val = dataset.counts(dataset.split(config.val_split), division.val if config.validates else None)
     train = dataset.counts(dataset.split(config.train_split), division.train)
     return [

@@ -297,7 +297,8 @@ class FeatureStore:
         """Make what no place has of a block. Runs that learn from other images have made the rest."""
         indices = block.indices
         if not block.view.cut:
-            indices = min((tier.lacking(block) for tier in self._tiers), key=len, default=indices)
+            lacking = min((tier.lacking(block) for tier in self._tiers), key=len, default=indices)
+            indices = lacking if len(lacking) else indices  # what is all there cannot be read just now
         features = make(indices)
         self.reads["the trunk"] += 1
         part = block._replace(indices=indices)

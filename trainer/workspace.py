@@ -23,7 +23,7 @@ from trainer.augment import Augmentation
 from trainer.config import TrainConfig
 from trainer.dataset import Split, read_dataset
 from trainer.device import device_model, pick_device, wait_for
-from trainer.division import Division, attribute_table, divide
+from trainer.division import Division, attribute_table, divide_all
 from trainer.feature_places import Places, constant_only, open_store, places
 from trainer.features import CONSTANT, FeatureStore, Make, Rows, View, equal_bits
 from trainer.images import READER
@@ -105,13 +105,10 @@ class Workspace:
         self._eager = self.runtime.freeze(self.trunk)
         self.utilization = Utilization(self.device)
         train = self.dataset.split(config.train_split)
-        folds = range(config.folds) if config.folds else [config.fold]
-        self._divisions = {
-            fold: divide(self.dataset, config.model_copy(update={"fold": fold})) for fold in folds
-        }
+        self._divisions = divide_all(self.dataset, config)  # by fold
         check_size(config, backbone)
-        for fold in folds:
-            check_batches(config, backbone, len(self._divisions[fold].train), batch_sizes)
+        for images in {len(division.train) for division in self._divisions}:
+            check_batches(config, backbone, images, batch_sizes)
         # Compiles in this context, which has the compiler's settings, while the images are prepared and
         # a worker opens its study.
         thread, here = ThreadPoolExecutor(1, "compiler"), contextvars.copy_context()
@@ -136,7 +133,7 @@ class Workspace:
     @property
     def attributes(self) -> list[dict[str, Any]]:
         """See `attribute_table`."""
-        return attribute_table(self.dataset, self.config)
+        return attribute_table(self.dataset, self.config, self.division(self.config))
 
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":

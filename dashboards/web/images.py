@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 class Shown(NamedTuple):
     """One image, and what was said of it."""
 
-    number: int  # in the validation list, from 0
+    number: int  # in the list of the split, from 0
     verdicts: list[Verdict]
     others: list[Verdict]  # of the second trial; empty without one
 
@@ -98,7 +98,7 @@ class Reading:
         return judgements
 
     def _images(self) -> list[int]:
-        """The numbers of the images that are asked for, in their order."""
+        """The images that are asked for, in their order: their places among those judged."""
         first, *rest = self.judgements
         choice, other = self.choice, rest[0] if rest else None
         try:
@@ -111,7 +111,8 @@ class Reading:
     def shown(self, image: int) -> Shown:
         """One of them."""
         verdicts = [judgement.of(image) for judgement in self.judgements]
-        return Shown(image, verdicts[0], verdicts[1] if len(verdicts) > 1 else [])
+        number = int(self.judgements[0].images[image])
+        return Shown(number, verdicts[0], verdicts[1] if len(verdicts) > 1 else [])
 
     def matrices(self) -> dict[str, np.ndarray]:
         """The first trial's confusion matrices, of the categories that a page can show."""
@@ -161,9 +162,10 @@ def picture(study_id: int, trial: int, image: int) -> Response:
     entry = find_entry(study_id)
     folder = _folder(entry)
     try:
-        pictures = find_pictures(folder, Judgement.of_trial(entry, trial))
-        if image >= len(pictures):
-            abort(404, f"There is no image {image}; the list has {len(pictures)}, from 0.")
+        judgement = Judgement.of_trial(entry, trial)
+        pictures = dict(zip(judgement.images.tolist(), find_pictures(folder, judgement), strict=True))
+        if image not in pictures:
+            abort(404, f"Trial {trial} was not judged by image {image}; the list begins with 0.")
         response = Response(thumbnail(folder, pictures[image]), mimetype="image/jpeg")
     except (PicturesError, PredictionsError) as error:
         abort(404, str(error))
@@ -179,7 +181,12 @@ def images_table(study_id: int) -> Response:
     reading = Reading(study_id, filters)
     files = _files(reading)
     rows = [
-        {"image": image, "file": files.get(image, ""), "trial": one.number, **asdict(verdict)}
+        {
+            "image": int(one.images[image]),
+            "file": files.get(image, ""),
+            "trial": one.number,
+            **asdict(verdict),
+        }
         for image in reading.images
         for one in reading.judgements
         for verdict in one.of(image)
@@ -189,7 +196,7 @@ def images_table(study_id: int) -> Response:
 
 
 def _files(reading: Reading) -> dict[int, str]:
-    """The images' paths in the data folder, by number. Empty where no picture can be shown."""
+    """The images' paths in the data folder, by place. Empty where no picture can be shown."""
     if reading.missing or not reading.judgements:
         return {}
     pictures = file_names(_folder(reading.entry), reading.judgements[0])

@@ -27,8 +27,9 @@ DROPPED = 0.01  # below this probability it gets no further reruns
 # Why a rerun is pruned before its first epoch.
 CANNOT_WIN = "cannot win any more"
 NEAR_ENOUGH = "a candidate is known to be as near to the best as was asked for"
-LEAST_RERUNS = 2  # before anything is said of a candidate
+LEAST_RERUNS = 2  # of different seeds or folds, before anything is said of a candidate
 WINNING_RERUNS = 5  # of a winner; with fewer no paired test of them alone reaches 5 % (1/2**5 = 3 %)
+ABOUT = 0.95  # so large a share of the training images counts as about as many
 MOST_RIVALS = 100  # trials of the search that show how lucky the first one is
 
 
@@ -52,7 +53,7 @@ class Confirmation:
     `optimism` says how much too high the search's accuracy of its first trial probably is. One part is
     what fresh seeds do not repeat. The other is luck with the images, which they do repeat: see
     `selection_bias`. Below 0 the accuracy is too low. None if the search is ranked by another score, or
-    if folds train on more images than it did.
+    if folds train on more or fewer images than it did.
     """
 
     study: str  # the search
@@ -185,6 +186,12 @@ def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Seque
     return _Searched(runs, accuracy, labels)
 
 
+def _training_images(entry: StudyEntry) -> int:
+    """How many images a study's trials learn from; 0 of an earlier version, which did not say it."""
+    first = entry.attributes[0]["category"]
+    return sum(row.get("train_images", 0) for row in entry.attributes if row["category"] == first)
+
+
 def _optimism(
     search: StudyEntry, searched: _Searched, first: int, evidence: "_Evidence", folds: int | None
 ) -> float | None:
@@ -192,7 +199,8 @@ def _optimism(
     by_accuracy = search.settings["study"]["score"] == "mean-last-5"
     if not by_accuracy or estimate is None or searched.labels is None or first not in searched.runs:
         return None
-    if folds and search.settings["train"].get("train_images"):
+    learned = [_training_images(one) for one in (search, evidence.linked)]
+    if folds and min(learned) < ABOUT * max(learned):
         return None
     sizes = attribute_sizes(search)
     luck = selection_bias([*searched.runs.values()], searched.labels, sizes, evidence.seed_flips)
@@ -207,6 +215,7 @@ class _Evidence:
     """
 
     def __init__(self, linked: StudyEntry, plan: ConfirmationFile, trials: Sequence[TrialRow]) -> None:
+        self.linked = linked
         complete = [row for row in trials if row.state == State.COMPLETE]
         found = [predictions_of(linked, row.number) for row in complete]
         self._sizes = attribute_sizes(linked)
@@ -224,7 +233,11 @@ class _Evidence:
             run[judged] = hits(predictions)
             if self._folds is not None:
                 self._folds[judged] = row.params["fold"]
-        self._enough = {n: runs for n, runs in self._runs.items() if self.reruns[n] >= LEAST_RERUNS}
+        # Reruns of one fold alone would not show how trainings differ.
+        key = "fold" if plan.folds else "seed"
+        differing = {(row.params["candidate"], row.params[key]) for row in complete}
+        rounds = Counter(candidate for candidate, _ in differing)
+        self._enough = {n: runs for n, runs in self._runs.items() if rounds[n] >= LEAST_RERUNS}
 
     @property
     def seed_flips(self) -> float:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from dashboards.predictions import PredictionsError
-from search.confirm.evidence import read_confirmation
+from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.plan import SUFFIX
 from search.confirm.table import COLUMNS, cells, verdict
+from search.errors import InputError
 from storage.status import Status, read_status
 from storage.studies import StudyEntry, study_entry
 
@@ -35,17 +36,17 @@ def confirmed_reader() -> Callable[[sa.Engine, StudyEntry, Status], Page | None]
         reruns = read_status(engine, linked.study_id, linked.name)
         now = linked.study_id, linked.settings, reruns.max_trials, reruns.finished, status.finished
         if search.study_id not in known or known[search.study_id][0] != now:
-            known[search.study_id] = now, _page(engine, search, status)
+            try:
+                confirmation = read_confirmation(engine, search, status)
+            except (InputError, PredictionsError) as error:  # which may pass: so it is not kept
+                return Page((), (), [str(error)])
+            known[search.study_id] = now, _page(confirmation)
         return known[search.study_id][1]
 
     return read
 
 
-def _page(engine: sa.Engine, search: StudyEntry, status: Status) -> Page | None:
-    try:
-        confirmation = read_confirmation(engine, search, status)
-    except PredictionsError as error:
-        return Page((), (), [str(error)])
+def _page(confirmation: Confirmation | None) -> Page | None:
     if confirmation is None:
         return None
     return Page(COLUMNS, [*map(cells, confirmation.candidates)], verdict(confirmation))

@@ -16,7 +16,7 @@ from storage.status import read_status
 from storage.studies import StudyEntry, study_entry
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
-from trainer.division import attribute_table
+from trainer.division import attribute_table, divide_all
 
 SUFFIX = "-confirm"  # of the linked study's name
 TOP, SEEDS = 5, 5  # with three seeds no paired test can reach significance
@@ -108,8 +108,8 @@ class ConfirmationFile(StudyConfig):
         """With folds, `images` counts those of all folds, and `folds` those of each."""
         if not self.folds:
             return super().attribute_table(dataset)
-        configs = (self.shared.model_copy(update={"fold": fold}) for fold in range(self.folds))
-        tables = zip(*(attribute_table(dataset, config) for config in configs), strict=True)
+        divisions = divide_all(dataset, self.shared)
+        tables = zip(*(attribute_table(dataset, self.shared, one) for one in divisions), strict=True)
         return [
             rows[0]
             | {"images": sum(row["images"] for row in rows), "folds": [row["images"] for row in rows]}

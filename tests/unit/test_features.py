@@ -108,6 +108,15 @@ def test_only_what_other_runs_have_not_made_is_made(place, files):
     assert made == [7, 3, 1, 0, 9, 8, 2, 4, 5, 6]
 
 
+def test_what_is_there_but_cannot_be_read_is_made(files, monkeypatch):
+    store, make = FeatureStore([Memory(CPU, 1e6, ROWS)], files()), Maker()
+    monkeypatch.setattr(FeatureFiles, "get", lambda *_: None)
+    read(store, make)
+    store = FeatureStore([Memory(CPU, 1e6, ROWS)], files())
+    read(store, make)
+    assert make.calls == 2 * len(PARTS)
+
+
 def test_later_epochs_make_room_for_earlier_ones():
     memory = Memory(CPU, 2 * 10 * ROWS.bytes, ROWS)
     store, make = FeatureStore([memory]), Maker()
