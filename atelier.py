@@ -1,13 +1,16 @@
 """Studies in Python, read only: `atelier.open("fashion").trials` is a pandas frame (docs/notebook.md).
 
 The database is found as the command finds it: by ATELIER_DATABASE_URL, else in ATELIER_HOME. Nothing
-here needs PyTorch, and no session here can write.
+here needs PyTorch, and no session here can write. What is needed is imported on use, so that to import
+this module takes no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ class AtelierError(Exception):
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     """Raises AtelierError for any error that the command would end with in one line."""
+    _check_packages()
     try:
         yield
     except Exception as error:
@@ -37,6 +41,19 @@ def _in_one_line() -> Iterator[None]:
         raise AtelierError(line) from None
 
 
+def _check_packages() -> None:
+    """Raises AtelierError if a file of the user's is imported instead of one of our packages."""
+    for name in ("search", "storage", "trainer", "dashboards"):
+        spec = find_spec(name)
+        place = Path(spec.origin if spec and spec.origin else "").resolve()
+        if place.parent.parent != Path(__file__).resolve().parent:
+            found = spec.origin if spec else "nothing"
+            raise AtelierError(
+                f"{found} was found instead of Atelier's package {name!r}; rename it, or start Python "
+                "in another folder"
+            )
+
+
 def studies() -> list[str]:
     """The names of the studies on record, oldest first. Raises AtelierError."""
     with _in_one_line():
@@ -44,7 +61,11 @@ def studies() -> list[str]:
         from storage.database import READING
         from storage.studies import study_names
 
-        return study_names(find_database(READING))
+        engine = find_database(READING)
+        try:
+            return study_names(engine)
+        finally:
+            engine.dispose()
 
 
 def open(study: str) -> Study:

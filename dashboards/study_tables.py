@@ -150,8 +150,11 @@ def render_efficiency(
         table.add(use.worker, use.job or "", *_shown([use])[first:], pack, str(use.epochs), ended)
     if len(uses) > 1:
         epochs = str(sum(use.epochs for use in uses))
-        table.add("in all", "", *_shown(uses)[first:], "", epochs, "", style="bold")
-    head = "\nfor next time:" if advice else "\nno worker has trained an epoch yet"
+        begun = [use for use in uses if use.epochs or not use.is_alive]  # else it still starts
+        table.add("in all", "", *_shown(begun)[first:], "", epochs, "", style="bold")
+    trained = any(use.epochs for use in uses)
+    head = "no worker has trained an epoch yet" if not trained else "for next time: the same"
+    head = "\nfor next time:" if advice else f"\n{head}"
     lines = [f"costs: {costs}"] if costs else []
     lines += [f"figures: {source}"]
     return Group(

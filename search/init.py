@@ -33,7 +33,10 @@ MOST_LISTED = 6  # other partitions in a comment
 SIGN = "# Written by atelier init"
 SIGNED = re.compile(rf"^{SIGN}.*\n", re.MULTILINE)
 HEADER = re.compile(r"^\[.*$", re.MULTILINE)
-SLURM_TABLES = re.compile(r"^\[slurm\b.*?(?=^\[(?!slurm\b)|\Z)", re.MULTILINE | re.DOTALL)
+# Up to the next table of another kind, with the comments above that; or to the end.
+SLURM_TABLES = re.compile(
+    r"^\[slurm\b.*?(?=^(?:[ \t]*(?:#[^\n]*)?\n)*\[(?!slurm\b)|\Z)", re.MULTILINE | re.DOTALL
+)
 # The keys of a table, in this order; those of ALWAYS also where they are as if left out.
 ORDER = ("partition", "account", "qos", "cpus", "gpus", "memory", "time", "warning")
 ALWAYS = {"cpus", "gpus", "memory", "time"}

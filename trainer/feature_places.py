@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from trainer.allocation import FEATURES, memory_limit
+from trainer.disk import file_system
 from trainer.feature_files import FeatureFiles
 from trainer.features import FeatureStore, Memory, Rows, Tier
 
@@ -112,7 +113,7 @@ def _open_files(
     """What is kept on a disk; None if that cannot be, or is slower than the trunk."""
     files = None
     try:
-        if places.folder is None or _file_system(places.folder.parent) not in LOCAL:
+        if places.folder is None or file_system(places.folder.parent) not in LOCAL:
             raise OSError(f"{places.folder or tempfile.gettempdir()} is on no disk of this machine")
         files = FeatureFiles(places.folder, kind(), places.disk, rows, splits)
         reading = files.seconds_to_read(images)
@@ -136,16 +137,9 @@ def _is_size(text: str) -> bool:
 def _temporary_folder() -> Path | None:
     """A folder on a disk of this machine. None if there is none."""
     for path in map(Path, (tempfile.gettempdir(), "/var/tmp")):
-        if _file_system(path) in LOCAL and os.access(path, os.W_OK):
+        if file_system(path) in LOCAL and os.access(path, os.W_OK):
             return path
     return None
-
-
-def _file_system(path: Path) -> str:
-    """The type of the file system that holds the path."""
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    whole = path.resolve()
-    return next((mounts[parent] for parent in (whole, *whole.parents) if parent in mounts), "")
 
 
 def _of_device(device: torch.device) -> float:

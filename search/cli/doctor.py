@@ -43,7 +43,7 @@ def doctor(
 ) -> None:
     """Check what a search needs here: machine, folders, database, SLURM, a study's files.
 
-    Each line is a check, with what to do where something is wrong. Nothing is left behind.
+    Each line is a check, with what to do where something is wrong.
     Exit codes: 0 nothing is wrong, 1 something is.
     """
     if node and study is None:

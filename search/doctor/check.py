@@ -10,7 +10,7 @@ from dashboards.terminal import printable
 from search.cli.errors import one_line
 
 # Passwords in URLs and in libpq's parameters. No text has one: this is for texts of other programs.
-_SECRET = re.compile(r"(?<=:)[^:/@\s]+(?=@)|(?<=password=)[^&\s]+", re.IGNORECASE)
+_SECRET = re.compile(r"(://[^:/@\s]*:)\S+(?=@)|(\bpass\w*\s*=\s*)('[^']*'|[^&\s]+)", re.IGNORECASE)
 
 
 class State(enum.StrEnum):
@@ -79,4 +79,4 @@ def _clean(check: Check) -> Check:
 
 def _safe(text: str) -> str:
     """The text in one line, without passwords."""
-    return printable(_SECRET.sub("***", text))
+    return printable(_SECRET.sub(lambda found: f"{found[1] or found[2]}***", text))

@@ -8,12 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from search.doctor.check import Check, not_asked, note, ok, told, wrong
 from storage.embedded import NoLocksError, lock_file
 from storage.ownership import require_own
 from storage.paths import home
+from trainer.disk import file_system
 from trainer.files import write_atomically
 
 GB = 10**9
@@ -54,10 +53,8 @@ def home_folder() -> Iterator[Check]:
 
 def _disk(place: Path) -> Check:
     """The kind of file system that a folder is on, as in ext4."""
-    real = place.resolve()
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    kind = next((mounts[path] for path in (real, *real.parents) if path in mounts), None)
-    if kind is None:
+    kind = file_system(place)
+    if not kind:
         return not_asked("disk", f"no mount point above {place} is known")
     if kind in IN_MEMORY:
         remedy = f"{ELSEWHERE}, on a disk: at a restart of the machine, all would be gone"

@@ -588,7 +588,11 @@ def test_a_check_that_raises_ends_no_other(doctor, monkeypatch):
 
 
 def test_passwords_are_taken_out_of_what_other_programs_say():
-    said = "postgresql://me:hush@h/d?password=hush&x=1 and host=h password=hush"
+    said = (
+        "postgresql://me:hush@h/d?password=hush&x=1 and host=h password=hush PASSWORD = 'hush hush' "
+        "postgresql://me:hush/@hush@h?passwd=hush at 12:30@node1"
+    )
     [check] = ask("x", lambda: (_ for _ in ()).throw(KeyError(said)))
     assert "hush" not in f"{check.found}{check.next}"
-    assert "x=1" in check.found
+    for kept in ("x=1", "postgresql://me:***@h", "12:30@node1"):
+        assert kept in check.found

@@ -361,3 +361,16 @@ def test_an_empty_study_is_a_head_or_an_empty_list(engine, home):
     assert json.loads(typed("--format", "json").stdout) == []
     assert typed("--format", "csv").stdout.startswith("number,state,")
     assert "has no trials yet" in typed("--format", "csv", "-o", "t.csv").stderr
+
+
+def test_a_file_with_the_name_of_a_package_is_named(tmp_path, home):
+    (tmp_path / "search.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys, atelier; sys.path.insert(0, ''); atelier.studies()"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"atelier.AtelierError: {tmp_path}/search.py was found instead of")

@@ -231,7 +231,7 @@ def test_a_study_keeps_its_lines_and_gets_other_slurm_tables(tmp_path, slurm, de
         "[train]\ndata = 'x'\nbackbone = 'test_resnet'\nweights = 'none'\ntrain_images = 4000\n"
     )
     draft = draft_for_site(load, {"data": str(demo)}, None, None)
-    assert "name = 'mine'  # a comment\n" in draft.text
+    assert "# My search.\n[study]\nname = 'mine'  # a comment\n" in draft.text
     assert draft.config.slurm.keys() == {"tuning"}
     assert any("setup and options of [slurm.tuning] are left out" in line for line in draft.found)
     profile = draft.config.slurm["tuning"]
