@@ -35,7 +35,8 @@ help:
 
 venv: $(VENV)/installed
 
-# What is missing is said before anything is downloaded.
+# What is missing is said before anything is downloaded. Without "compat" a folder named atelier, such as the
+# clone, would hide atelier.py from what runs beside it.
 $(VENV)/installed: pyproject.toml requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || $(call missing, \
 		$(PYTHON) is no Python 3.11 or newer; install one or name another: make venv PYTHON=python3.12)
@@ -48,7 +49,8 @@ $(VENV)/installed: pyproject.toml requirements.txt
 	@echo "Installing into $(VENV) (3.3 GB to download, 6.7 GB on the disk, most of it PyTorch: some minutes) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar off --require-hashes --requirement requirements.txt
-	$(BIN)/pip install --progress-bar off --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --progress-bar off --no-deps --no-build-isolation --config-settings editable_mode=compat \
+		--editable .
 	@touch $@
 	@echo "Installed: $(BIN)/atelier"
 

@@ -56,7 +56,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except TextError as error:
         raise InputError(str(error)) from None
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}; a text stands in straight quotes") from None
+        raise InputError(f"{path}: not TOML: {error}; mend that: a text has straight quotes") from None
 
 
 def _parse(text: str, place: str) -> dict[str, Any]:

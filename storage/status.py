@@ -248,7 +248,7 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
 
 
 def _attribute_images(study: Study) -> list[int]:
-    if study.settings["study"]["score"] not in ACCURACIES:
+    if study.settings.get("study", {}).get("score") not in ACCURACIES:
         return []
     # With folds, those of a fold: each has as many.
     return [row.get("folds", [row["images"]])[0] for row in study.attributes or []]

@@ -15,6 +15,7 @@ from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site
 from search.slurm.environment import habits
 from search.slurm.submit import check_weights
+from search.study_config import NO_FILE
 from search.toml_file import READY
 from storage.ownership import with_users_umask
 from storage.url import configured_url
@@ -104,7 +105,10 @@ def init(
     check_output(output)
     if output.exists():
         raise InputError(f"{output}: there is a file already; give another name with -o, or remove it")
-    changes = {key: value for key, value in (("data", data), ("weights", weights)) if value is not None}
+    # Absolute, since the file may be used from another folder.
+    changes = {} if data is None else {"data": str(Path(data).absolute())}
+    if weights is not None:
+        changes["weights"] = weights if weights in NO_FILE else str(Path(weights).absolute())
     if local or shutil.which("sbatch") is None:
         if partition or account:
             raise InputError(

@@ -196,6 +196,11 @@ def confirm(
         ]
         submit_workers(config, arguments, array, profile, dry_run, next_commands)
         return
+    if config.folds:
+        say(
+            f"{config.seeds} seed{'s' * (config.seeds > 1)} in each of {config.folds} folds: "
+            f"{config.seeds * config.folds} reruns of each of {len(config.candidates)} candidates"
+        )
     local, _ = _run_here(config, preflight(config), engine, workers, arguments)
     if not _show_confirmation(engine, entry):
         raise typer.Exit(_unfinished(local))

@@ -189,8 +189,14 @@ def plan_confirmation(
     status = read_status(engine, search.study_id, search.name)
     chosen = status.completed()
     if not chosen or len(chosen) < (top or 1):
-        shortage = f"only {len(chosen)} complete trials" if chosen else "no complete trial"
-        raise InputError(f"study {search.name!r} has {shortage} yet; see: atelier status {search.name}")
+        n = len(chosen)
+        shortage = f"only {n} complete trial{'s' * (n > 1)}" if n else "no complete trial"
+        has_ended = n and status.finished >= status.max_trials
+        advice = "give a smaller --top, or raise study.max_trials" if has_ended else None
+        raise InputError(
+            f"study {search.name!r} has {shortage}{'' if has_ended else ' yet'}; "
+            f"{advice or f'see: atelier status {search.name}'}"
+        )
     candidates = [{"number": row.number, "params": row.params} for row in chosen[: top or TOP]]
     if seeds == 1 and not folds:
         raise InputError("--seeds 1: one run shows no noise; allowed are more seeds, or add --folds")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from search.doctor.check import Check, State, ok, told
 from search.errors import InputError
-from search.slurm.site import absent_commands
+from search.slurm.site import absent_commands, has_cluster
 from search.slurm.submit import check_weights, dataset_of
 from search.study_config import StudyConfig
 
@@ -17,7 +17,8 @@ def weights(file: StudyConfig) -> Iterator[Check]:
         check_weights(file.shared)
     except InputError as error:
         check = told("weights", str(error))
-        downloads = wanted == "timm" and absent_commands()  # without SLURM a worker gets them itself
+        # Without a cluster a worker gets them itself.
+        downloads = wanted == "timm" and (absent_commands() or not has_cluster())
         yield replace(check, state=State.NOTE) if downloads else check
         return
     words = {"timm": f"{file.shared.backbone} is in the cache", "none": "none are wanted"}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from search.slurm.commands import SlurmError, call, not_understood, one_line
+from search.slurm.commands import NO_CLUSTER, SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
 from search.slurm.times import NO_LIMIT, slurm_seconds
 
@@ -129,6 +129,15 @@ class Site:
 def absent_commands() -> list[str]:
     """Those of SLURM's commands that Atelier calls and this machine lacks."""
     return [name for name in COMMANDS if shutil.which(name) is None]
+
+
+def has_cluster() -> bool:
+    """Whether SLURM's commands know a cluster. It may be silent."""
+    try:
+        configuration()
+    except SlurmError as error:
+        return NO_CLUSTER not in str(error)
+    return True
 
 
 def configuration() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import logging
 import re
 import shlex
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
 
     Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
+    _check_sbatch()
     script = array_script(file, profile, array, options)
     check_weights(file.shared)
     dataset = dataset_of(file.shared)
@@ -65,6 +67,7 @@ def submit_run(bundle: Bundle, config: TrainConfig, profile: str, options: list[
 
     Raises InputError, DatasetError. Then nothing was submitted.
     """
+    _check_sbatch()
     script = run_script(config, bundle.slurm, profile, options)
     check_weights(config)
     check_origin(bundle, config, dataset_of(config).fingerprint)
@@ -79,6 +82,12 @@ def dataset_of(config: TrainConfig) -> Dataset:
     dataset = read_dataset(config.data, unknown_labels=config.unknown_labels)
     divide(dataset, config)
     return dataset
+
+
+def _check_sbatch() -> None:
+    """Raises InputError where there is no SLURM: then what jobs need does not matter."""
+    if shutil.which("sbatch") is None:
+        raise InputError("no sbatch on this machine; submit on a login node of the cluster")
 
 
 def make_log_folder() -> None:

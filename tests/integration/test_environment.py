@@ -205,7 +205,17 @@ LOOKING = [
     ["db", "prune", "demo", "--dry-run"],
     ["db", "stop"],
 ]
-MAKING = {"init", "search", "train --submit", "db start", "db upgrade", "data demo", "user add"}
+MAKING = {
+    "demo",
+    "example",
+    "init",
+    "search",
+    "train --submit",
+    "db start",
+    "db upgrade",
+    "data demo",
+    "user add",
+}
 
 
 def everything_in(folder):

@@ -17,6 +17,7 @@ import search.cli.training
 import search.slurm.commands
 import search.slurm.environment
 import search.slurm.queue
+import search.study_config
 import search.trial
 import search.worker
 import storage.ledger
@@ -29,7 +30,7 @@ from storage.leases import LeaseKeeper
 from tests.simulation.database import Database
 from tests.simulation.history import History
 from tests.simulation.scheduler import Scheduler, current
-from tests.simulation.training import SimulatedRun, World, save, workspace
+from tests.simulation.training import ATTRIBUTES, SimulatedRun, World, save, workspace
 from trainer.checkpoint import Checkpoints, State
 
 KILLED = -9
@@ -143,6 +144,7 @@ class Machines:
         search.trial.Run = SimulatedRun
         trainer.checkpoint.torch = SimpleNamespace(save=save)
         search.trial.attach_curve = lambda *_: None
+        search.study_config.attribute_table = lambda *_: ATTRIBUTES
         search.worker.LeaseKeeper = Keeper
         search.worker._log_file = lambda: None
         search.cli.training.Worker = Worker

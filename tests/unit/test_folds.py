@@ -1,9 +1,11 @@
 """Folds: fair to every attribute, the same everywhere, and trained as their images alone would be."""
 
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from trainer.loop import finish, train, train_epoch
 from trainer.run import Run
 from trainer.workspace import Workspace
 
+ROOT = Path(__file__).parents[2]
 FOLDS = 3
 
 
@@ -168,12 +171,10 @@ def test_folds_beside_each_other_equal_each_alone_and_share_the_trunk(folded, ca
 def test_a_fold_that_is_cut_short_goes_on_as_if_it_were_not(folded, cache, tmp_path, how):
     config = of_fold(folded, 1)
     expected = curve(train(config, workspace(config, cache)))
-    first = multiprocessing.get_context("fork").Process(
-        target=cut_short, args=(config, cache, tmp_path, how)
-    )
-    first.start()
-    first.join()
-    assert first.exitcode == (-signal.SIGKILL if how == "killed" else 0)
+    code = "import sys; from tests.unit.test_folds import cut_short; cut_short(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, config.model_dump_json(), str(cache), str(tmp_path), how]
+    ended = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == (-signal.SIGKILL if how == "killed" else 0)
     again = workspace(of_fold(folded, 0), cache)  # a worker whose own configuration has another fold
     resumed = Run(config, again, Checkpoints(tmp_path, 2))
     assert len(resumed.history) == 1
@@ -182,6 +183,7 @@ def test_a_fold_that_is_cut_short_goes_on_as_if_it_were_not(folded, cache, tmp_p
 
 def cut_short(config, cache, folder, how):
     """Train until the middle of the second epoch, in a process of its own."""
+    config, cache = TrainConfig.model_validate_json(config), Path(cache)
 
     def interrupt(run, _):
         if len(run.history) < 1 or run.steps_left > 1:
@@ -191,6 +193,6 @@ def cut_short(config, cache, folder, how):
         return True
 
     epochs = train(
-        config, workspace(config, cache), Checkpoints(folder, 1), interrupt, checkpoint_seconds=0
+        config, workspace(config, cache), Checkpoints(Path(folder), 1), interrupt, checkpoint_seconds=0
     )
     assert len(list(epochs)) == 1

@@ -195,7 +195,11 @@ def test_a_study_table_with_wrong_types(load, study, expected):
         ("[train]", "[train]\nseed = 4294967296", "train.seed: found 4294967296; allowed is less than"),
         ("[train]", "[train]\ncompile = true", "train.compile: found true; allowed is 'auto'"),
         ("[train]", "[train]\nallow_tf32 = 5", "train.allow_tf32: found 5; allowed is true or false"),
-        ("[train]", "[train]\nimage = 8h", "not TOML: *; a text stands in straight quotes"),
+        (
+            "[train]",
+            "[train]\nimage = 8h",
+            "not TOML: *; mend that: a text has straight quotes",
+        ),
     ],
 )
 def test_other_tables_with_wrong_types(study_text, tmp_path, old, new, expected):
