@@ -89,6 +89,8 @@ def test_preemption_by_a_job_of_more_weight(campaign):
     study.wait_for_epochs(2)
     urgent = ["sbatch", "--wait", "--partition=urgent", "--cpus-per-task=16", "--output=/dev/null"]
     subprocess.run([*urgent, "--wrap=true"], check=True, timeout=300)
+    # Before it hurries: else the first task that begins anew may end both trials.
+    wait_for(lambda: len(study.rows(Attempt.number)) == 4, "both trials to go on", study)
     study.hurry()
     study.wait_for_the_end(job)
     assert study.outcomes == ["released", "released", "complete", "complete"], study.logs
