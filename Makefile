@@ -25,7 +25,7 @@ help:
 	@echo "make test-cluster-newer   the same on the SLURM of a Debian 13, which debootstrap gets"
 	@echo "make chaos    a search under faults for SECONDS, and ROUNDS backups of one that are finished elsewhere;"
 	@echo "              then what holds is checked. As root with a full disk and a second host"
-	@echo "make simulation   searches in which FAULTS go wrong, each of which a seed repeats"
+	@echo "make simulation   tests/simulation, then searches in which FAULTS go wrong, each of which a seed repeats"
 	@echo "make benchmark   benchmarks/gpu.py on this machine, small: does it still run?"
 	@echo "make fuzz     RUNS damaged files, in all, for everything that reads one"
 	@echo "make check    lint and types"
@@ -77,7 +77,7 @@ search: venv
 test: venv
 	@echo "Running the tests in three processes; a dot is a passed test. The first ones take a minute ..."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(SLOWEST) \
-		tests/unit tests/integration tests/chaos tests/simulation tests/fuzz
+		tests/unit tests/integration tests/chaos tests/fuzz
 
 test-browser: venv
 	$(BIN)/python -m pytest $(SLOWEST) tests/browser
@@ -94,6 +94,7 @@ chaos: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.backups --rounds $(ROUNDS)
 
 simulation: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(SLOWEST) tests/simulation
 	$(BIN)/python -m tests.simulation --faults $(FAULTS)
 
 benchmark: venv

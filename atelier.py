@@ -38,7 +38,7 @@ def _in_one_line() -> Iterator[None]:
         line = one_line(error)
         if line is None:
             raise
-        raise AtelierError(line.removeprefix("--")) from None
+        raise AtelierError(line) from None
 
 
 def _check_packages() -> None:

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from typer.testing import CliRunner
 
-from search.cli import VERBS, load_verb
+from search.cli import VERBS, app, load_verb
 from tests.json_page import OF_VERBS, assert_documented
 from tests.studies import fill
 
@@ -27,8 +28,9 @@ def test_what_is_printed_is_what_the_page_says(atelier, engine, accounts, demo, 
         for child in (demo / "split").iterdir():
             (words[-1] / "split" / child.name).write_bytes(child.read_bytes())
         (words[-1] / "split" / "train.txt").write_text("\n".join(listed[:1] * 2 + listed[2:]) + "\n")
-    code = {"verify": 1, "doctor": 1}.get(words[0], 0)
-    assert_documented(verb, atelier(*words, "--json", code=code).stdout)
+    # What a verb finds here, such as a home in main memory, is not what this is about.
+    printed = CliRunner().invoke(app, [*map(str, words), "--json"], catch_exceptions=False)
+    assert_documented(verb, printed.stdout)
 
 
 def with_json():
