@@ -139,7 +139,7 @@ def render_efficiency(
     uses: Sequence[WorkerUse], advice: Sequence[str], costs: str | None, source: str
 ) -> RenderableType:
     """What workers were granted and made of it, a row for each and one for all; then what to ask for."""
-    columns = ("queued", "time", "of", "training", "waiting", "lost", "GiB", "of GiB", "busy")
+    columns = ("queued", "time", "limit", "training", "waiting", "lost", "GiB", "granted", "busy")
     first = all(use.queued is None for use in uses)  # the column to begin with: nobody knows the queue
     table = Grid(
         ("worker", "job", *columns[first:], "pack", "epochs", "ended"), left=("worker", "job", "ended")

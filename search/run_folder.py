@@ -9,8 +9,14 @@ from trainer.files import write_atomically
 
 def model_path(run: Path) -> Path:
     """The file to predict with: a finished run's best model, else its last. Raises InputError."""
-    if run.suffix == ".toml" and run.with_suffix(".run").is_dir():
-        raise InputError(f"{run} is a configuration; its run is {run.with_suffix('.run')}: give that")
+    if run.suffix == ".toml":
+        its_run = run.with_suffix(".run")
+        next_step = (
+            f"its run is {its_run}: give that"
+            if its_run.is_dir()
+            else "train it first, with: atelier train"
+        )
+        raise InputError(f"{run} is a configuration; {next_step}")
     if run.is_file():
         return run
     best, last = run / "best.safetensors", run / "last.safetensors"
