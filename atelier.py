@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def _in_one_line() -> Iterator[None]:
         raise AtelierError(line) from None
 
 
+@cache
 def _check_packages() -> None:
     """Raises AtelierError if a file of the user's is imported instead of one of our packages."""
     for name in ("search", "storage", "trainer", "dashboards"):

@@ -15,7 +15,7 @@ import tomli_w
 
 from dashboards.study_tables import GIB
 from search.errors import InputError
-from search.slurm.commands import NO_CLUSTER, SilenceError, SlurmError
+from search.slurm.commands import NoClusterError, SilenceError, SlurmError
 from search.slurm.fit import Proposal, partition_line, preferred, proposals, usable
 from search.slurm.script import render_script
 from search.slurm.site import Partition, Site, read_site
@@ -103,12 +103,12 @@ def draft_for_site(
             for proposal in proposals(site, one, wanted, account)
         )
         proposal, said = _accepted(islice(tries, MOST_TRIES))
+    except NoClusterError:
+        raise InputError(
+            "SLURM's commands are here, but no cluster; set SLURM_CONF if there is one, or write a file "
+            "for this machine alone, with --local"
+        ) from None
     except SilenceError as error:
-        if NO_CLUSTER in str(error):
-            raise InputError(
-                "SLURM's commands are here, but no cluster; set SLURM_CONF if there is one, or write a "
-                "file for this machine alone, with --local"
-            ) from None
         raise InputError(
             f"{error}; try again on a login node, or write a file for this machine alone, with --local"
         ) from None

@@ -138,7 +138,7 @@ class Workspace:
     def _augmentation(self) -> Augmentation | None:
         if self.config.augment == "none":
             return None
-        pixels = len(self._divisions[self.config.fold].train) * self.config.image_size**2
+        pixels = len(self.division(self.config).train) * self.config.image_size**2
         return Augmentation(self.config.compile != "none" and pixels >= COMPILED_PIXELS)
 
     def division(self, config: TrainConfig) -> Division:
@@ -219,7 +219,7 @@ class Workspace:
 
     @cached_property
     def _tried(self) -> "_Tried":
-        some = self._divisions[self.config.fold].train[: self.runtime.images_at_once]
+        some = self.division(self.config).train[: self.runtime.images_at_once]
 
         def make(part: np.ndarray) -> torch.Tensor:
             return self.runtime.features(self.frozen, self.stream.images(0, 0, part))

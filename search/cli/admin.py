@@ -29,8 +29,9 @@ def data_check(folder: Path, as_json: AsJson = False) -> None:
     if as_json:
         images = {name: len(split) for name, split in dataset.splits.items()} if dataset else {}
         print_json(folder=folder, images=images, findings=findings)
-    for finding in [] if as_json else findings:
-        typer.echo(printable(f"{'error' if finding.is_error else 'warning'}: {finding}"))
+    else:
+        for finding in findings:
+            typer.echo(printable(f"{'error' if finding.is_error else 'warning'}: {finding}"))
     if dataset is None or any(finding.is_error for finding in findings):
         raise DatasetError(f"{folder} has {summary(findings)}; correct what is marked error")
     if as_json:

@@ -1,6 +1,5 @@
 """The verbs to begin with: demo runs a whole search, example and init write a study file."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from search.cli.searching import search
 from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site
 from search.slurm.environment import habits
+from search.slurm.site import absent_commands
 from search.slurm.submit import check_weights
 from search.study_config import NO_FILE
 from search.toml_file import READY
@@ -109,7 +109,7 @@ def init(
     changes = {} if data is None else {"data": str(Path(data).absolute())}
     if weights is not None:
         changes["weights"] = weights if weights in NO_FILE else str(Path(weights).absolute())
-    if local or shutil.which("sbatch") is None:
+    if local or "sbatch" in absent_commands():
         if partition or account:
             raise InputError(
                 "--partition and --account are of SLURM, which is not asked here; leave them out"

@@ -198,8 +198,9 @@ def db_check(as_json: AsJson = False) -> None:
     checks = [*schema.examine(engine)]
     if as_json:
         print_json(url=url.shown(engine.url), checks=[check._asdict() for check in checks])
-    for check in [] if as_json else checks:
-        remark = f"; {check.remark}" if check.remark else ""
-        typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}{remark}")
+    else:
+        for check in checks:
+            remark = f"; {check.remark}" if check.remark else ""
+            typer.echo(f"{'BAD' if check.problem else 'OK '} {check.name}: {check.value}{remark}")
     if problems := [check.problem for check in checks if check.problem]:
         raise url.DatabaseError(f"the database at {url.shown(engine.url)} {'; it '.join(problems)}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from search.doctor.check import Check, ask, not_asked, note, ok, wrong
-from search.slurm.commands import NO_CLUSTER, SilenceError, SlurmError
+from search.slurm.commands import NoClusterError, SilenceError, SlurmError
 from search.slurm.environment import job_id
 from search.slurm.job import KILL_SECONDS
 from search.slurm.script import array_script
@@ -30,15 +30,15 @@ def slurm(file: StudyConfig | None = None, profile: str = "", given: bool = Fals
         return
     try:
         settings = configuration()
+    except NoClusterError:
+        yield not_asked(
+            "slurm",
+            "SLURM's commands are here, but no cluster",
+            "a slurm.conf may be missing: set SLURM_CONF",
+        )
+        return
     except SilenceError as error:
-        if NO_CLUSTER in str(error):
-            yield not_asked(
-                "slurm",
-                "SLURM's commands are here, but no cluster",
-                "a slurm.conf may be missing: set SLURM_CONF",
-            )
-        else:
-            yield wrong("slurm", str(error), "try again; ask the site whether slurmctld is up")
+        yield wrong("slurm", str(error), "try again; ask the site whether slurmctld is up")
         return
     except SlurmError as error:
         yield wrong("slurm", str(error), "report this line as an issue")

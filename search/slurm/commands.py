@@ -15,7 +15,6 @@ SILENCE = (
     "Socket timed out",
     "Zero Bytes were transmitted",
     "Connection refused",
-    NO_CLUSTER,
 )
 
 
@@ -25,6 +24,10 @@ class SlurmError(RuntimeError):
 
 class SilenceError(SlurmError):
     """No answer from SLURM: there is none here, or its controller is away or busy."""
+
+
+class NoClusterError(SilenceError):
+    """SLURM's commands are here, but they know no cluster."""
 
 
 class Answer(NamedTuple):
@@ -54,6 +57,7 @@ def call(*command: str, text: str = "", environment: dict[str, str] | None = Non
     if result.returncode != 0:
         said = one_line(complaint or result.stdout) or "nothing"
         kind = SilenceError if any(words in said for words in SILENCE) else SlurmError
+        kind = NoClusterError if NO_CLUSTER in said else kind
         raise kind(f"{' '.join(command[:2])} ended with {result.returncode} and said: {said}")
     return Answer(result.stdout, complaint)
 

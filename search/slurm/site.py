@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from search.slurm.commands import NO_CLUSTER, SlurmError, call, not_understood, one_line
+from search.slurm.commands import NoClusterError, SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
 from search.slurm.times import NO_LIMIT, slurm_seconds
 
@@ -135,8 +135,10 @@ def has_cluster() -> bool:
     """Whether SLURM's commands know a cluster. It may be silent."""
     try:
         configuration()
-    except SlurmError as error:
-        return NO_CLUSTER not in str(error)
+    except NoClusterError:
+        return False
+    except SlurmError:  # it is silent, or answers what is not understood
+        pass
     return True
 
 

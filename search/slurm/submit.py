@@ -3,7 +3,6 @@
 import logging
 import re
 import shlex
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from search.slurm.commands import (
 from search.slurm.environment import clean_environment
 from search.slurm.logs import log_folder
 from search.slurm.script import array_script, left_open, run_script
+from search.slurm.site import absent_commands
 from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
@@ -86,7 +86,7 @@ def dataset_of(config: TrainConfig) -> Dataset:
 
 def _check_sbatch() -> None:
     """Raises InputError where there is no SLURM: then what jobs need does not matter."""
-    if shutil.which("sbatch") is None:
+    if "sbatch" in absent_commands():
         raise InputError("no sbatch on this machine; submit on a login node of the cluster")
 
 

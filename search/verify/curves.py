@@ -27,9 +27,10 @@ def a_trained_trial_has_parameters_of_the_space(evidence: Evidence) -> Found:
 def a_rerun_has_the_parameters_of_the_plan(evidence: Evidence) -> Found:
     if not isinstance(evidence.config, ConfirmationFile):
         return
+    plan = evidence.config.plan
     for trial in evidence.trials:
         if trial.epochs and not trial.is_enqueued:
-            planned = evidence.config.plan.of(trial.number)
+            planned = plan.of(trial.number)
             if other := sorted(name for name in planned if trial.params.get(name) != planned[name]):
                 yield trial.number, f"was trained with another {', '.join(other)} than planned"
 

@@ -62,18 +62,24 @@ def test_hits_are_of_the_last_five_epochs():
     check(of_hits(right, labels, (2,)))
 
 
+def redrawn(labels, runs):
+    """Scores of runs [n, images, categories] on images drawn within attributes, alike for all."""
+    random = np.random.default_rng(0)
+    replicates = np.zeros((4000, len(runs)))
+    for k, size in enumerate(SIZES):
+        for value in range(size):
+            members = np.flatnonzero(labels[:, k] == value)
+            drawn = random.choice(members, (4000, len(members)))
+            replicates += runs[:, drawn, k].mean(2).T / sum(SIZES)
+    return replicates
+
+
 def test_the_images_part_equals_a_bootstrap_that_draws(labels, monkeypatch):
     """Images drawn with replacement within each attribute, the same for both candidates."""
     monkeypatch.setattr(intervals, "PRIOR_IMAGES", 0)
     pair = np.stack([runs_of(labels, 0.7, 1)[0], runs_of(labels, 0.5, 1, 9)[0]])
     pair[1] = np.where(np.random.default_rng(3).random(labels.shape) < 0.6, pair[0], pair[1])
-    random = np.random.default_rng(0)
-    replicates = np.zeros((4000, 2))
-    for k, size in enumerate(SIZES):
-        for value in range(size):
-            members = np.flatnonzero(labels[:, k] == value)
-            drawn = random.choice(members, (4000, len(members)))
-            replicates += pair[:, drawn, k].mean(2).T / sum(SIZES)
+    replicates = redrawn(labels, pair)
     attributes = intervals.attribute_index(labels, SIZES)
     ours = intervals._image_covariance(pair, attributes, SIZES)
     assert ours == pytest.approx(np.cov(replicates.T), rel=0.12)
@@ -359,13 +365,7 @@ def test_folds_that_are_complete_are_a_bootstrap_of_all_images(labels, monkeypat
     table = intervals._by_fold(runs, labels, SIZES, folds)
     plain = [one[7] for one in runs]
     assert table.hits == pytest.approx(np.stack(plain))
-    random = np.random.default_rng(0)
-    replicates = np.zeros((4000, 2))
-    for k, size in enumerate(SIZES):
-        for value in range(size):
-            members = np.flatnonzero(labels[:, k] == value)
-            drawn = random.choice(members, (4000, len(members)))
-            replicates += np.stack([run[drawn, k].mean(1) for run in plain], 1) / sum(SIZES)
+    replicates = redrawn(labels, np.stack(plain))
     known = compare(runs, labels, SIZES, folds)
     assert known[0].score.value == pytest.approx(per_class_accuracy(plain[0], labels, SIZES))
     assert known[0].score.error > 0.9 * replicates[:, 0].std()
