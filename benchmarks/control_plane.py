@@ -29,7 +29,7 @@ import search.worker
 from benchmarks.server import temporary_home
 from search.study_config import StudyConfig
 from search.worker import Worker
-from storage import database, optuna_tables, schema, studies
+from storage import database, optuna_storage, studies
 from storage.ledger import Ledger
 from storage.paths import RunFolder
 from tests.studies import fill
@@ -109,7 +109,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             train = file.train | {"image_size": 32, "warmup_epochs": 5}
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")
-            storage = optuna_tables.optuna_storage(engine)
+            storage = optuna_storage.optuna_storage(engine)
             study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler([]))
             worker = Worker(
                 file,
@@ -169,7 +169,7 @@ class Simulated(threading.Thread):
 def simulate(
     study_id: int, pause: float, count: int, pipe: "multiprocessing.connection.Connection"
 ) -> None:
-    storage = optuna_tables.optuna_storage(database.connect())
+    storage = optuna_storage.optuna_storage(database.connect())
     workers = [Simulated(study_id, storage, pause) for _ in range(count)]
     for worker in workers:
         worker.start()
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=float, default=0.4)
     options = parser.parse_args()
     with temporary_home() as folder:
-        schema.open_storage(database.connect())
+        optuna_storage.open_storage(database.connect())
         many_workers(WORKERS / RATE, f"{RATE} records a second")
         many_workers(0.0, "as fast as they can")
         beside_training(options.trials or [100, 1000, 5000], options.epoch, folder)

@@ -41,7 +41,7 @@ from search.toml_file import load_study_file
 from search.worker import Worker
 from storage import database
 from storage.paths import image_cache
-from storage.tables import Epoch
+from storage.tables import EPOCHS
 from trainer.demo import write_demo
 from trainer.device import prepare_process, wait_for
 from trainer.feature_places import places
@@ -247,10 +247,10 @@ def search(data: str, scale: Scale) -> None:
     with database.connect().connect() as connection:
         first, last, images, busy = connection.execute(
             sa.select(
-                sa.func.min(Epoch.recorded),
-                sa.func.max(Epoch.recorded),
-                sa.func.sum(Epoch.images),
-                sa.func.avg(Epoch.busy),
+                sa.func.min(EPOCHS.c.recorded),
+                sa.func.max(EPOCHS.c.recorded),
+                sa.func.sum(EPOCHS.c.images),
+                sa.func.avg(EPOCHS.c.busy),
             )
         ).one()
     between = (last - first).total_seconds()

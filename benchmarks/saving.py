@@ -21,7 +21,7 @@ from search.study import open_study
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from search.worker import Worker
-from storage import database, optuna_tables, schema
+from storage import database, optuna_storage, schema
 from storage.ledger import Ledger
 from storage.paths import RunFolder, files_in
 from trainer.demo import write_demo
@@ -44,7 +44,7 @@ def spread(values: list[float], digits: int) -> str:
 def make_worker(config: StudyConfig, workspace: Workspace, pack: int = 1) -> Worker:
     engine = database.connect()
     schema.ensure_tables(engine)
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     study, entry = open_study(config, engine, storage, workspace.dataset, lead=True)
     runs = RunFolder(entry.name, entry.created).make()
     ledger = Ledger(engine, storage, entry.study_id)

@@ -45,7 +45,7 @@ from search.score import score
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
 from search.worker import Worker
-from storage import database, ledger, optuna_tables, schema, studies
+from storage import database, ledger, optuna_storage, studies
 from storage.paths import RunFolder
 from storage.status import read_status
 from trainer.config import TrainConfig
@@ -321,7 +321,7 @@ def atelier(
     file: StudyConfig, engine: sa.Engine, replay: Replay, workers: int = WORKERS
 ) -> list[Simulated]:
     """Our own workers on the study that `file` names."""
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     # No first configurations, because rivals get none either.
     sampler = OnTable(file.make_sampler(first=[]), replay)
     study = optuna.create_study(
@@ -512,7 +512,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     with temporary_home() as home:
-        schema.open_storage(_engine(home))
+        optuna_storage.open_storage(_engine(home))
         if options.only != "crowd":
             efficiency(home, options.replays, options.figure)
         if options.only != "efficiency":

@@ -20,13 +20,12 @@ from multiprocessing.synchronize import Semaphore
 
 import optuna
 import sqlalchemy as sa
-from sqlalchemy.orm import aliased
 
 from benchmarks.server import temporary_home
-from storage import database, schema
+from storage import database, optuna_storage
 from storage.leases import RENEW_SECONDS, LeaseKeeper
 from storage.ledger import LEASE_SECONDS, Ledger
-from storage.tables import Attempt, Worker
+from storage.tables import ATTEMPTS, WORKERS
 from tests.studies import fill
 
 SPREAD = 300.0  # seconds until all processes have been killed
@@ -61,7 +60,7 @@ def main() -> None:
     count = parser.parse_args().trials
     with temporary_home():
         engine = database.connect()
-        storage = schema.open_storage(engine)
+        storage = optuna_storage.open_storage(engine)
         study_id = fill(engine, ["waiting"] * count, name="takeover", max_trials=count)
         engine.dispose()  # before the fork
         storage._backend.engine.dispose()  # type: ignore[attr-defined]
@@ -81,16 +80,16 @@ def main() -> None:
             time.sleep(RENEW_SECONDS)
             while claim := successor.claim(taken):
                 taken.append(claim.trial_id)
-        next_attempt = aliased(Attempt)
+        next_attempt = ATTEMPTS.alias()
         query = (
-            sa.select(Worker.pid, next_attempt.claimed)
-            .join(Attempt, Attempt.worker_id == Worker.id)
+            sa.select(WORKERS.c.pid, next_attempt.c.claimed)
+            .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
             .join(
                 next_attempt,
-                (next_attempt.trial_id == Attempt.trial_id)
-                & (next_attempt.number == Attempt.number + 1),
+                (next_attempt.c.trial_id == ATTEMPTS.c.trial_id)
+                & (next_attempt.c.number == ATTEMPTS.c.number + 1),
             )
-            .where(Attempt.outcome == "lost")
+            .where(ATTEMPTS.c.outcome == "lost")
         )
         with engine.connect() as connection:
             waits = sorted(

@@ -10,9 +10,9 @@ from dashboards.terminal import printable
 from search.claims import RefusedError, SpoiltStudyError
 from search.exit_codes import ExitCode
 from search.stopping import Stop
-from storage.database import DATABASE_ERRORS
 from storage.ledger import Claim, LeaseLost, Ledger
 from storage.liveness import host
+from storage.optuna_storage import DATABASE_ERRORS
 from storage.outcome import SICK_HOST, Outcome
 from trainer.checkpoint import CheckpointError
 from trainer.device import is_device_fault, is_out_of_memory

@@ -23,9 +23,9 @@ from search.slurm.job import seconds_to_kill
 from search.stopping import Stop, on_signals
 from search.study_config import StudyConfig
 from search.trial import Trial
-from storage.database import DATABASE_ERRORS
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
+from storage.optuna_storage import DATABASE_ERRORS
 from storage.outcome import NOTHING_LEFT, SPENT, STOPPED, WALL_TIME, Outcome
 from storage.paths import RunFolder, path_to_record
 from storage.prune import remove, superfluous

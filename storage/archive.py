@@ -10,9 +10,8 @@ from typing import IO
 
 import pydantic
 
-from storage.optuna_tables import BaseModel as OptunaBase
-from storage.optuna_tables import VersionInfoModel
-from storage.tables import Base
+from storage.optuna_storage import OPTUNAS_TABLES, VERSION_TABLE
+from storage.tables import METADATA
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -20,12 +19,7 @@ LONGEST_MANIFEST = 1 << 26  # bytes
 # The name of a file in the archive: below the home folder, and no part of it begins with a dot.
 FILE = re.compile(r"files/(runs|artifacts)(/[^./\0][^/\0]*)+")
 # Parents first. Not Optuna's table of versions: each database writes its own.
-TABLES = [
-    table
-    for base in (OptunaBase, Base)
-    for table in base.metadata.sorted_tables
-    if table.name != VersionInfoModel.__tablename__
-]
+TABLES = [table for table in (*OPTUNAS_TABLES, *METADATA.sorted_tables) if table.name != VERSION_TABLE]
 
 
 class BackupError(ValueError):

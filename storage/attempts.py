@@ -1,33 +1,40 @@
 """Open, lock, close and read the attempts at trials, within the caller's transaction."""
 
+from typing import Any
+
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from storage import recording
 from storage.clock import now
-from storage.optuna_tables import TrialModel
+from storage.optuna_tables import TrialState
 from storage.outcome import LEFT, Outcome
-from storage.tables import Attempt, Worker
+from storage.tables import ATTEMPTS, WORKERS, Row
 
 
-def lock_open_attempt(session: Session, trial_id: int) -> tuple[Attempt, bool] | None:
-    """Lock a trial's open attempt. Returns it, and whether its lease lasts; None without one."""
-    row = session.execute(
-        sa.select(Attempt, Attempt.lease_until > now())
-        .where(Attempt.trial_id == trial_id, Attempt.released.is_(None))
-        .with_for_update()
-    ).one_or_none()
-    return None if row is None else (row[0], row[1])
+def lock_open_attempt(connection: sa.Connection, trial_id: int) -> Row | None:
+    """Lock a trial's open attempt. Returns its row, with whether its `lease_lasts`; None without one."""
+    is_open = sa.and_(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.released.is_(None))
+    lease_lasts = (ATTEMPTS.c.lease_until > now()).label("lease_lasts")
+    query = sa.select(ATTEMPTS, lease_lasts).where(is_open).with_for_update()
+    return connection.execute(query).one_or_none()
+
+
+def lock_attempt(connection: sa.Connection, trial_id: int, number: int) -> Row | None:
+    """Lock an attempt at a trial. Returns its row; None if there is none of this number."""
+    query = sa.select(ATTEMPTS).where(_is(trial_id, number)).with_for_update()
+    return connection.execute(query).one_or_none()
 
 
 def open_attempt(
-    session: Session, study_id: int, trial_id: int, worker_id: str | None, lease_seconds: float
+    connection: sa.Connection, study_id: int, trial_id: int, worker_id: str | None, lease_seconds: float
 ) -> int:
     """Add a worker's attempt at a trial without an open attempt. Returns its number."""
-    last = session.scalar(sa.select(sa.func.max(Attempt.number)).where(Attempt.trial_id == trial_id))
+    last = connection.scalar(
+        sa.select(sa.func.max(ATTEMPTS.c.number)).where(ATTEMPTS.c.trial_id == trial_id)
+    )
     number = (last or 0) + 1
-    session.execute(
-        sa.insert(Attempt).values(
+    connection.execute(
+        sa.insert(ATTEMPTS).values(
             trial_id=trial_id,
             number=number,
             study_id=study_id,
@@ -40,41 +47,52 @@ def open_attempt(
     return number
 
 
-def close_attempt(attempt: Attempt, outcome: Outcome, reason: str | None) -> None:
+def close_attempt(
+    connection: sa.Connection, trial_id: int, number: int, outcome: Outcome, reason: str | None
+) -> None:
     """End an attempt now."""
-    attempt.released = attempt.renewed = now()
-    attempt.outcome, attempt.reason = outcome, reason
+    _update(connection, trial_id, number, released=now(), renewed=now(), outcome=outcome, reason=reason)
 
 
-def close_if_ended(attempt: Attempt, trial: TrialModel) -> str | None:
+def close_if_ended(
+    connection: sa.Connection, trial_id: int, number: int, state: TrialState
+) -> str | None:
     """Close an attempt as lost if somebody has ended the trial, as in optuna-dashboard. Returns how."""
-    if not trial.state.is_finished():
+    if not state.is_finished():
         return None
-    how = f"the trial was set to {trial.state.name} by somebody else"
-    close_attempt(attempt, Outcome.LOST, how)
+    how = f"the trial was set to {state} by somebody else"
+    close_attempt(connection, trial_id, number, Outcome.LOST, how)
     return how
 
 
-def close_lost_attempt(attempt: Attempt) -> None:
+def close_lost_attempt(connection: sa.Connection, trial_id: int, number: int) -> None:
     """End a gone worker's attempt, as of its last renewal: until then it surely lived."""
-    attempt.released = attempt.renewed
-    attempt.outcome, attempt.reason = Outcome.LOST, LEFT
+    end = ATTEMPTS.c.renewed
+    _update(connection, trial_id, number, released=end, outcome=Outcome.LOST, reason=LEFT)
+
+
+def _update(connection: sa.Connection, trial_id: int, number: int, **values: Any) -> None:
+    connection.execute(sa.update(ATTEMPTS).where(_is(trial_id, number)).values(values))
+
+
+def _is(trial_id: int, number: int) -> sa.ColumnElement[bool]:
+    return sa.and_(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.number == number)
 
 
 def release_all(connection: sa.Connection, worker_id: str | None, reason: str) -> None:
     """Give back whatever a worker holds."""
     connection.execute(
-        sa.update(Attempt)
-        .where(Attempt.worker_id == worker_id, Attempt.released.is_(None))
+        sa.update(ATTEMPTS)
+        .where(ATTEMPTS.c.worker_id == worker_id, ATTEMPTS.c.released.is_(None))
         .values(released=now(), renewed=now(), outcome=Outcome.RELEASED, reason=reason)
     )
 
 
-def hosts_of_failures(session: Session, trial_id: int) -> list[str]:
+def hosts_of_failures(connection: sa.Connection, trial_id: int) -> list[str]:
     """The host of each attempt at a trial that ended with an error."""
     query = (
-        sa.select(Worker.host)
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.trial_id == trial_id, Attempt.outcome == Outcome.ERROR)
+        sa.select(WORKERS.c.host)
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .where(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.outcome == Outcome.ERROR)
     )
-    return list(session.scalars(query))
+    return list(connection.scalars(query))

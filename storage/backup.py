@@ -28,7 +28,6 @@ import optuna
 import psycopg2
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
-from optuna.trial import TrialState
 
 from storage import paths, schema, url
 from storage.archive import (
@@ -45,14 +44,15 @@ from storage.archive import (
 from storage.clock import now
 from storage.faults import is_transient
 from storage.optuna_tables import (
-    StudyModel,
-    TrialModel,
-    TrialSystemAttributeModel,
+    STUDY_NAMES,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    TrialState,
 )
 from storage.outcome import RESTORED, Outcome
 from storage.ownership import as_owner, private, require_own
 from storage.paths import RunFolder, artifacts, files_in, make_private
-from storage.tables import Attempt, Study, Worker
+from storage.tables import ATTEMPTS, STUDIES, WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
     make_private(staging)
     try:
         with tarfile.open(path, mode="r:") as tar, engine.begin() as connection:
-            connection.execute(sa.text(f"LOCK TABLE {StudyModel.__table__} IN EXCLUSIVE MODE"))
+            connection.execute(sa.text(f"LOCK TABLE {STUDY_NAMES} IN EXCLUSIVE MODE"))
             _refuse_unless_empty(connection)  # another restore may have come first
             for name in manifest.members:
                 if name.startswith("files/"):
@@ -132,7 +132,7 @@ def _fill(engine: sa.Engine, path: Path, manifest: Manifest) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     with target.open("xb") as file, open_member(tar, name) as source:
                         shutil.copyfileobj(source, file)
-            connection.execute(sa.delete(Worker))  # they worked at studies that were deleted
+            connection.execute(sa.delete(WORKERS))  # they worked at studies that were deleted
             _load(connection, tar, manifest)
             _begin_incarnation(connection)
             _put_in_place(staging / "files")
@@ -229,9 +229,9 @@ def _files(held: Path) -> list[Path]:
 def _needed_files(connection: sa.Connection) -> Iterator[Path]:
     """The files and folders that a search needs to go on, or a report: of the studies in the tables."""
     query = (
-        sa.select(StudyModel.study_name, Study.created, TrialModel.number, TrialModel.state)
-        .join(Study, Study.study_id == StudyModel.study_id)
-        .join(TrialModel, TrialModel.study_id == StudyModel.study_id)
+        sa.select(STUDY_NAMES.c.study_name, STUDIES.c.created, TRIALS.c.number, TRIALS.c.state)
+        .join(STUDIES, STUDIES.c.study_id == STUDY_NAMES.c.study_id)
+        .join(TRIALS, TRIALS.c.study_id == STUDY_NAMES.c.study_id)
     )
     elsewhere = set()
     for name, created, number, state in connection.execute(query):
@@ -248,7 +248,7 @@ def _needed_files(connection: sa.Connection) -> Iterator[Path]:
             ", ".join(sorted(elsewhere)),
             paths.home() / "runs",
         )
-    key = TrialSystemAttributeModel.key
+    key = SYSTEM_ATTRIBUTES.c.key
     for picture in connection.scalars(sa.select(key).where(key.startswith("artifacts:"))):
         if FILE.fullmatch(f"files/artifacts/{picture.partition(':')[2]}"):
             yield artifacts() / picture.partition(":")[2]
@@ -305,7 +305,7 @@ def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
 
 def _refuse_unless_empty(connection: sa.Connection) -> None:
     """Raises BackupError if the database has studies."""
-    if studies := connection.scalar(sa.select(sa.func.count()).select_from(StudyModel)):
+    if studies := connection.scalar(sa.select(sa.func.count()).select_from(STUDY_NAMES)):
         raise _occupied(connection.engine, f"{studies} studies")
 
 
@@ -342,12 +342,12 @@ def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
 def _begin_incarnation(connection: sa.Connection) -> None:
     """End the attempts and workers of before: they hold no trial now, and get no more."""
     connection.execute(
-        sa.update(Attempt)
-        .where(Attempt.released.is_(None))
-        .values(released=Attempt.renewed, outcome=Outcome.LOST, reason=RESTORED)
+        sa.update(ATTEMPTS)
+        .where(ATTEMPTS.c.released.is_(None))
+        .values(released=ATTEMPTS.c.renewed, outcome=Outcome.LOST, reason=RESTORED)
     )
     connection.execute(
-        sa.update(Worker).where(Worker.stopped.is_(None)).values(stopped=now(), reason=RESTORED)
+        sa.update(WORKERS).where(WORKERS.c.stopped.is_(None)).values(stopped=now(), reason=RESTORED)
     )
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
-from storage.database import retrying
-from storage.optuna_tables import TrialModel, TrialValueModel
+from storage.database import connected, retrying
+from storage.optuna_tables import TRIALS, VALUES
 from storage.status import FINISHED, TrialRow
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from storage.workers import WAITS
 
 DRAWN, MOST_DRAWN = 8, 40  # curves in one figure: by default, and at most
@@ -60,15 +59,15 @@ class Curve:
 def read_curves(bind: sa.Engine | sa.Connection, study_id: int, trials: list[TrialRow]) -> list[Curve]:
     """The curves of these trials, in their order; one statement."""
     curves = {row.number: Curve(row) for row in trials}
-    columns = [getattr(Epoch, name) for name in METRICS]
+    columns = [EPOCHS.c[name] for name in METRICS]
     query = (
-        sa.select(TrialModel.number, Epoch.epoch, Epoch.val_category, Epoch.val_hits, *columns)
-        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.number.in_(curves))
-        .order_by(TrialModel.number, Epoch.epoch)
+        sa.select(TRIALS.c.number, EPOCHS.c.epoch, EPOCHS.c.val_category, EPOCHS.c.val_hits, *columns)
+        .join(TRIALS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.number.in_(curves))
+        .order_by(TRIALS.c.number, EPOCHS.c.epoch)
     )
-    with Session(bind) as session:
-        for row in session.execute(query):
+    with connected(bind) as connection:
+        for row in connection.execute(query):
             curves[row.number].add(row._asdict())
     return list(curves.values())
 
@@ -80,16 +79,16 @@ def select_epochs(study_id: int) -> sa.Select[Any]:
     """
     return (
         sa.select(
-            TrialModel.number.label("trial"),
-            Epoch.epoch,
-            *(getattr(Epoch, name) for name in METRICS),
-            Epoch.val_category,
-            *(getattr(Epoch, name) for name in DETAILS),
-            Epoch.again.is_not(None).label("differs"),
+            TRIALS.c.number.label("trial"),
+            EPOCHS.c.epoch,
+            *(EPOCHS.c[name] for name in METRICS),
+            EPOCHS.c.val_category,
+            *(EPOCHS.c[name] for name in DETAILS),
+            EPOCHS.c.again.is_not(None).label("differs"),
         )
-        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-        .where(TrialModel.study_id == study_id)
-        .order_by(TrialModel.number, Epoch.epoch)
+        .join(TRIALS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(TRIALS.c.number, EPOCHS.c.epoch)
     )
 
 
@@ -107,24 +106,24 @@ class EndPoint:
 @retrying
 def read_ends(bind: sa.Engine | sa.Connection, study_id: int) -> list[EndPoint]:
     """The ends of a study's trials in order of time; one statement."""
-    start = sa.func.min(Attempt.claimed).over()
+    start = sa.func.min(ATTEMPTS.c.claimed).over()
     query = (
         sa.select(
-            TrialModel.number,
-            Attempt.outcome,
-            TrialValueModel.value,
-            sa.extract("epoch", Attempt.claimed - start) / 3600,
-            sa.extract("epoch", Attempt.released - start) / 3600,
-            Attempt.worker_id,
+            TRIALS.c.number,
+            ATTEMPTS.c.outcome,
+            VALUES.c.value,
+            sa.extract("epoch", ATTEMPTS.c.claimed - start) / 3600,
+            sa.extract("epoch", ATTEMPTS.c.released - start) / 3600,
+            ATTEMPTS.c.worker_id,
         )
-        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .outerjoin(TrialValueModel, TrialValueModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id)
+        .join(TRIALS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id)
+        .outerjoin(VALUES, VALUES.c.trial_id == ATTEMPTS.c.trial_id)
+        .where(ATTEMPTS.c.study_id == study_id)
     )
     # A claim or an end: hours, +1 or -1 trial that the worker holds, the worker, a finished trial's end
     changes: list[tuple[float, int, str, EndPoint | None]] = []
-    with Session(bind) as session:
-        for number, outcome, value, claimed, released, worker in session.execute(query):
+    with connected(bind) as connection:
+        for number, outcome, value, claimed, released, worker in connection.execute(query):
             changes.append((float(claimed), 1, worker, None))
             if released is not None:
                 end = EndPoint(number, outcome, value, float(released), 0.0)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import optuna
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
@@ -88,9 +87,6 @@ READING = WORK.having(default_transaction_read_only="on")
 # For web pages: nobody waits a minute for a page.
 PAGES = replace(WORK.having(statement_timeout="15s"), connect_timeout=3)
 
-# Errors of the database: they are not the trial's fault.
-DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, DatabaseError)
-
 
 def _revive(_: object) -> None:
     """Start the embedded server again after a crash; a server that was stopped stays stopped."""
@@ -133,6 +129,16 @@ def one_moment(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
     finally:
         thread_patience.reset(token)
+
+
+@contextmanager
+def connected(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
+    """A connection for some reads: a new one, or the caller's own, as from `one_moment`."""
+    if isinstance(bind, sa.Connection):
+        yield bind
+    else:
+        with bind.connect() as connection:
+            yield connection
 
 
 def look(sessions: Sessions = WORK) -> sa.Engine:

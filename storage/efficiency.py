@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from storage.clock import seconds_since
-from storage.database import retrying
-from storage.tables import ArrayJob, Attempt, Epoch, Worker
+from storage.database import connected, retrying
+from storage.tables import ARRAY_JOBS, ATTEMPTS, EPOCHS, WORKERS, Row
 from storage.workers import INSIDE, LATELY, TRAINED_IN, WAITS, job_of
 
 
@@ -49,60 +48,61 @@ class WorkerUse:
 def read_uses(bind: sa.Engine | sa.Connection, study_id: int) -> list[WorkerUse]:
     """The workers that have held trials of a study, and those of its array jobs, by their start."""
     held = _by_worker(
-        sa.func.count(Attempt.trial_id.distinct()).label("trials"), study_id=study_id
+        sa.func.count(ATTEMPTS.c.trial_id.distinct()).label("trials"), study_id=study_id
     ).subquery()
     trained = (
         _by_worker(
             sa.func.count().label("epochs"),
-            sa.func.sum(Epoch.seconds).label("seconds"),
-            sa.func.avg(Epoch.busy).label("busy"),
+            sa.func.sum(EPOCHS.c.seconds).label("seconds"),
+            sa.func.avg(EPOCHS.c.busy).label("busy"),
             *(sa.func.sum(column).label(f"waited_{what}") for what, column in WAITS.items()),
             study_id=study_id,
         )
-        .join(Epoch, TRAINED_IN)
+        .join(EPOCHS, TRAINED_IN)
         .subquery()
     )
-    last_sign = sa.func.coalesce(Worker.stopped, Worker.last_seen)
-    jobs = sa.select(sa.func.split_part(ArrayJob.job, ";", 1)).where(ArrayJob.study_id == study_id)
+    last_sign = sa.func.coalesce(WORKERS.c.stopped, WORKERS.c.last_seen)
+    jobs = sa.select(sa.func.split_part(ARRAY_JOBS.c.job, ";", 1)).where(
+        ARRAY_JOBS.c.study_id == study_id
+    )
     query = (
         sa.select(
-            Worker,
+            WORKERS,
             held.c.trials,
             trained,
-            sa.extract("epoch", last_sign - Worker.started).label("lasted"),
-            sa.and_(Worker.stopped.is_(None), seconds_since(last_sign) < LATELY).label("is_alive"),
+            sa.extract("epoch", last_sign - WORKERS.c.started).label("lasted"),
+            sa.and_(WORKERS.c.stopped.is_(None), seconds_since(last_sign) < LATELY).label("is_alive"),
         )
-        .outerjoin(held, held.c.worker_id == Worker.id)
-        .outerjoin(trained, trained.c.worker_id == Worker.id)
-        .where(sa.or_(held.c.trials.is_not(None), Worker.slurm_array_job.in_(jobs)))
-        .order_by(Worker.started)
+        .outerjoin(held, held.c.worker_id == WORKERS.c.id)
+        .outerjoin(trained, trained.c.worker_id == WORKERS.c.id)
+        .where(sa.or_(held.c.trials.is_not(None), WORKERS.c.slurm_array_job.in_(jobs)))
+        .order_by(WORKERS.c.started)
     )
-    with Session(bind) as session:
-        return [_use(row) for row in session.execute(query)]
+    with connected(bind) as connection:
+        return [_use(row) for row in connection.execute(query)]
 
 
 def _by_worker(*columns: sa.ColumnElement[Any], study_id: int) -> sa.Select[Any]:
-    of_study = sa.select(Attempt.worker_id, *columns).where(Attempt.study_id == study_id)
-    return of_study.group_by(Attempt.worker_id)
+    of_study = sa.select(ATTEMPTS.c.worker_id, *columns).where(ATTEMPTS.c.study_id == study_id)
+    return of_study.group_by(ATTEMPTS.c.worker_id)
 
 
-def _use(row: sa.Row[Any]) -> WorkerUse:
-    worker = row.Worker
+def _use(worker: Row) -> WorkerUse:
     return WorkerUse(
         worker=f"{worker.host}:{worker.pid}",
         job=job_of(worker),
         restarts=worker.slurm_restarts,
         gpu=worker.gpu,
         ended=worker.reason,
-        is_alive=row.is_alive,
+        is_alive=worker.is_alive,
         pack=worker.pack,
-        trials=row.trials or 0,
-        epochs=row.epochs or 0,
-        seconds=float(row.lasted),
-        seconds_training=row.seconds or 0.0,
-        waits={what: getattr(row, f"waited_{what}") or 0.0 for what in WAITS},
+        trials=worker.trials or 0,
+        epochs=worker.epochs or 0,
+        seconds=float(worker.lasted),
+        seconds_training=worker.seconds or 0.0,
+        waits={what: getattr(worker, f"waited_{what}") or 0.0 for what in WAITS},
         wall_seconds=worker.wall_seconds,
         memory=worker.memory,
         peak_memory=worker.peak_memory,
-        busy=row.busy,
+        busy=worker.busy,
     )

@@ -8,7 +8,6 @@ import enum
 import re
 from pathlib import Path
 
-import optuna
 import psycopg2
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -150,7 +149,8 @@ def sqlstate(error: BaseException) -> str | None:
 
 def _unwrapped(error: BaseException) -> BaseException:
     """The SQLAlchemy error that Optuna has wrapped, or the error itself."""
-    while isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
+    # By name: whoever meets such an error has imported Optuna, and others need not.
+    while type(error).__name__ == "StorageInternalError" and error.__cause__ is not None:
         error = error.__cause__
     return error
 

@@ -18,13 +18,10 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from storage import recording
 from storage.attempts import (
@@ -32,6 +29,7 @@ from storage.attempts import (
     close_if_ended,
     close_lost_attempt,
     hosts_of_failures,
+    lock_attempt,
     lock_open_attempt,
     open_attempt,
     release_all,
@@ -49,27 +47,28 @@ from storage.liveness import (
     read_holders,
 )
 from storage.optuna_tables import (
-    TrialIntermediateValueModel,
-    TrialModel,
-    TrialParamModel,
-    TrialUserAttributeModel,
+    AUDIT,
+    PARAMS,
+    TRIALS,
+    USER_ATTRIBUTES,
+    TrialState,
     add_trial,
     begin_trial,
     end_trial,
+    stored,
 )
 from storage.outcome import RESTORED, SICK_HOST, SPENT, STOPPED, Outcome
 from storage.ranks import Rank
 from storage.study_end import close_the_dead, prune_the_rest
-from storage.tables import Attempt, Epoch, Study, Worker
+from storage.tables import ATTEMPTS, EPOCHS, STUDIES, WORKERS, Row
 from storage.trial_queue import TrialQueue
 from storage.usage import IS_SPENT
 
+if TYPE_CHECKING:  # Optuna's import takes as long as SQLAlchemy's, and looking needs none
+    from optuna.storages import BaseStorage
+
 LEASE_SECONDS = 120.0
 REFUSED = " (refused)"  # the names of a refused trial's parameters end so
-
-# The user attribute of an audited trial: the "epoch" after which its strategy would first have stopped
-# it, and the "verdict" then.
-AUDIT = "atelier:audit"
 
 # Optuna's state for each outcome that ends a trial. A released trial stays RUNNING until it goes on.
 END_STATES = {
@@ -98,6 +97,11 @@ def _lost(claim: Claim) -> LeaseLost:
     return LeaseLost(f"trial {claim.trial_number} is no longer held by this worker")
 
 
+def _lock_trial(connection: sa.Connection, trial_id: int) -> Row:
+    query = sa.select(TRIALS).where(TRIALS.c.trial_id == trial_id)
+    return connection.execute(query.with_for_update()).one()
+
+
 class Ledger:
     """The trials of one study, for one worker or for a process that only reads.
 
@@ -108,7 +112,7 @@ class Ledger:
     def __init__(
         self,
         engine: sa.Engine,
-        storage: BaseStorage,
+        storage: "BaseStorage",
         study_id: int,
         lease_seconds: float = LEASE_SECONDS,
         probe_liveness: Callable[[list[Holder]], Liveness] = probe_this_host,
@@ -135,7 +139,7 @@ class Ledger:
             **columns,
         }
         with self.engine.begin() as connection:
-            connection.execute(insert(Worker).values(values).on_conflict_do_nothing())
+            connection.execute(insert(WORKERS).values(values).on_conflict_do_nothing())
         return self.worker_id
 
     @retrying
@@ -147,8 +151,8 @@ class Ledger:
         with self.engine.begin() as connection:
             release_all(connection, self.worker_id, reason)
             connection.execute(
-                sa.update(Worker)
-                .where(Worker.id == self.worker_id)
+                sa.update(WORKERS)
+                .where(WORKERS.c.id == self.worker_id)
                 .values(stopped=now(), last_seen=now(), reason=reason, peak_memory=peak_memory())
             )
 
@@ -169,109 +173,111 @@ class Ledger:
         the paused trials.
         """
         liveness = self._probe_liveness(self._holders())  # before the lock: it may be slow
-        with Session(self.engine) as session, session.begin():
-            study = session.get(Study, self.study_id, with_for_update=True)
-            if study is None or self._stop_reason(session) is not None:
+        with self.engine.begin() as connection:
+            row = sa.select(STUDIES).where(STUDIES.c.study_id == self.study_id)
+            study = connection.execute(row.with_for_update()).one_or_none()
+            if study is None or self._stop_reason(connection) is not None:
                 return None
-            queue = TrialQueue(session, study, self.worker_id, host(), liveness, self.lease_seconds)
-            spent = self._is_spent(session)
+            queue = TrialQueue(connection, study, self.worker_id, host(), liveness, self.lease_seconds)
+            spent = self._is_spent(connection)
             if spent:
-                close_the_dead(session, self.study_id, liveness, self.worker_id, held)
-                spent = self._is_spent(session)  # a gone worker's lease had counted to its end
+                close_the_dead(connection, self.study_id, liveness, self.worker_id, held)
+                spent = self._is_spent(connection)  # a gone worker's lease had counted to its end
             # Asked before the queue is read: else a trial that is released meanwhile may be pruned.
             # Who holds trials, but is not at work, has just given one back, and asks again.
             is_over = not held and not queue.somebody_is_at_work()
-            take_first = partial(self._take_first, session, liveness, held)
+            take_first = partial(self._take_first, connection, liveness, held)
             claim = None
             if not spent:
                 claim = (
                     take_first(queue.interrupted())
                     or take_first(queue.enqueued())
                     or take_first(queue.promoted(promotes))
-                    or take_first(self._new_trials(session, queue))
+                    or take_first(self._new_trials(connection, queue))
                     or take_first(queue.interrupted(prefers_another=True))
                     # Late, so that a host on which everything fails tries different trials first.
                     or take_first(queue.failed())
                     or take_first(queue.rest_of_paused(is_over))
                 )
             if claim is None and is_over:
-                prune_the_rest(session, self.study_id, spent)
+                prune_the_rest(connection, self.study_id, spent)
             return claim
 
-    def _is_spent(self, session: Session) -> bool:
-        """Whether the GPU-hours are spent, with what this session has changed."""
-        return bool(session.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
+    def _is_spent(self, connection: sa.Connection) -> bool:
+        """Whether the GPU-hours are spent, with what this transaction has changed."""
+        return bool(connection.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
 
-    def _new_trials(self, session: Session, queue: TrialQueue) -> list[int]:
-        return add_trial(session, self.study_id) if queue.allows_new() else []
+    def _new_trials(self, connection: sa.Connection, queue: TrialQueue) -> list[int]:
+        return add_trial(connection, self.study_id) if queue.allows_new() else []
 
     @retrying
     def _holders(self) -> list[Holder]:
         """The other workers that hold trials."""
-        with Session(self.engine) as session:
-            holders = read_holders(session, self.study_id)
+        with self.engine.connect() as connection:
+            holders = read_holders(connection, self.study_id)
         return [holder for holder in holders if holder.worker_id != self.worker_id]
 
     def _take_first(
-        self, session: Session, liveness: Liveness, held: Collection[int], trial_ids: Iterable[int]
+        self,
+        connection: sa.Connection,
+        liveness: Liveness,
+        held: Collection[int],
+        trial_ids: Iterable[int],
     ) -> Claim | None:
         for trial_id in trial_ids:
-            if trial_id not in held and (claim := self._take(session, trial_id, liveness)):
+            if trial_id not in held and (claim := self._take(connection, trial_id, liveness)):
                 return claim
         return None
 
-    def _take(self, session: Session, trial_id: int, liveness: Liveness) -> Claim | None:
+    def _take(self, connection: sa.Connection, trial_id: int, liveness: Liveness) -> Claim | None:
         """Claim the trial, unless it is finished or its holder is alive.
 
         The rows are locked before they are read, in the same order as in `finish`.
         """
-        row = lock_open_attempt(session, trial_id)
-        trial = session.get_one(TrialModel, trial_id, with_for_update=True, populate_existing=True)
+        attempt = lock_open_attempt(connection, trial_id)
+        trial = _lock_trial(connection, trial_id)
         if trial.state.is_finished():
             return None
-        if row is not None:
-            attempt, lease_lasts = row
+        if attempt is not None:
             if attempt.worker_id == self.worker_id:
-                return self._claim_of(session, trial, attempt.number)
-            if liveness.get(attempt.worker_id, lease_lasts):
+                return self._claim_of(connection, trial, attempt.number)
+            if liveness.get(attempt.worker_id, attempt.lease_lasts):
                 return None
-            close_lost_attempt(attempt)
-            session.flush()
+            close_lost_attempt(connection, trial_id, attempt.number)
         if trial.state == TrialState.WAITING:  # enqueued by hand
-            begin_trial(trial)
-        number = open_attempt(session, self.study_id, trial_id, self.worker_id, self.lease_seconds)
-        return self._claim_of(session, trial, number)
+            begin_trial(connection, trial_id)
+        number = open_attempt(connection, self.study_id, trial_id, self.worker_id, self.lease_seconds)
+        return self._claim_of(connection, trial, number)
 
-    def _claim_of(self, session: Session, trial: TrialModel, number: int) -> Claim:
-        epochs = sa.select(Epoch.epoch, Epoch.attempt).where(Epoch.trial_id == trial.trial_id)
-        last = session.execute(epochs.order_by(Epoch.epoch.desc()).limit(1)).one_or_none()
+    def _claim_of(self, connection: sa.Connection, trial: Row, number: int) -> Claim:
+        epochs = sa.select(EPOCHS.c.epoch, EPOCHS.c.attempt).where(EPOCHS.c.trial_id == trial.trial_id)
+        last = connection.execute(epochs.order_by(EPOCHS.c.epoch.desc()).limit(1)).one_or_none()
         epoch, recorded_by = last or (-1, 0)
         paused_since = sa.exists().where(
-            Attempt.trial_id == trial.trial_id,
-            Attempt.number >= recorded_by,
-            Attempt.outcome == Outcome.PAUSED,
+            ATTEMPTS.c.trial_id == trial.trial_id,
+            ATTEMPTS.c.number >= recorded_by,
+            ATTEMPTS.c.outcome == Outcome.PAUSED,
         )
         return Claim(
-            trial_id=int(trial.trial_id),
-            trial_number=int(trial.number),
+            trial_id=trial.trial_id,
+            trial_number=trial.number,
             attempt=number,
             last_epoch=epoch,
-            promoted=bool(session.scalar(sa.select(paused_since))),
+            promoted=bool(connection.scalar(sa.select(paused_since))),
         )
 
-    def _fence(self, session: Session, claim: Claim) -> Attempt:
+    def _fence(self, connection: sa.Connection, claim: Claim) -> None:
         """Lock the claim's attempt, which must still be open. Raises LeaseLost."""
-        attempt = session.scalar(sa.select(Attempt).where(self._is_open(claim)).with_for_update())
-        if attempt is None:
+        attempt = sa.select(ATTEMPTS.c.number).where(self._is_open(claim))
+        if connection.scalar(attempt.with_for_update()) is None:
             raise _lost(claim)
-        return attempt
 
     def _is_open(self, claim: Claim) -> sa.ColumnElement[bool]:
         return sa.and_(
-            Attempt.trial_id == claim.trial_id,
-            Attempt.number == claim.attempt,
-            Attempt.worker_id == self.worker_id,
-            Attempt.released.is_(None),
+            ATTEMPTS.c.trial_id == claim.trial_id,
+            ATTEMPTS.c.number == claim.attempt,
+            ATTEMPTS.c.worker_id == self.worker_id,
+            ATTEMPTS.c.released.is_(None),
         )
 
     def _renew(
@@ -307,14 +313,14 @@ class Ledger:
         `result` has the columns that trainer.metrics.EpochResult.columns gives, and maybe those of what
         was waited for. Returns why all workers of the study are to stop: STOPPED or SPENT; or None.
         """
-        stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+        number, kind = stored(value)
         return self._renew(
             claim,
             recording.RECORD,
             **{**recording.UNKNOWN, **result},
             value=None if math.isnan(value) else value,
-            intermediate_value=stored,
-            intermediate_value_type=kind.name,
+            intermediate_value=number,
+            intermediate_value_type=kind,
         )
 
     @retrying
@@ -326,8 +332,8 @@ class Ledger:
     @retrying
     def rank(self, epoch: int, value: float) -> Rank:
         """The rank of a trial with this value after an epoch."""
-        query = sa.select(sa.func.count().filter(Epoch.value > value), sa.func.count()).where(
-            Epoch.study_id == self.study_id, Epoch.epoch == epoch
+        query = sa.select(sa.func.count().filter(EPOCHS.c.value > value), sa.func.count()).where(
+            EPOCHS.c.study_id == self.study_id, EPOCHS.c.epoch == epoch
         )
         with recording.autocommitting(self.engine) as connection:
             return Rank(*connection.execute(query).one())
@@ -352,16 +358,17 @@ class Ledger:
             attributes[f"constraints:{violated}"] = 1.0
         if artifact is not None:
             attributes[f"artifacts:{artifact['artifact_id']}"] = json.dumps(artifact)
-        with Session(self.engine) as session, session.begin():
-            attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
+        with self.engine.begin() as connection:
+            key = claim.trial_id, claim.attempt
+            attempt = lock_attempt(connection, *key)
             if attempt is not None and attempt.outcome == outcome:
                 return  # an earlier call did it, and its reply was lost
-            attempt = self._fence(session, claim)
-            trial = session.get_one(TrialModel, claim.trial_id, with_for_update=True)
-            ended_elsewhere = close_if_ended(attempt, trial)
+            self._fence(connection, claim)
+            trial = _lock_trial(connection, claim.trial_id)
+            ended_elsewhere = close_if_ended(connection, *key, trial.state)
             if ended_elsewhere is None:
-                end_trial(session, trial, END_STATES[outcome], value, attributes)
-                close_attempt(attempt, outcome, reason)
+                end_trial(connection, claim.trial_id, END_STATES[outcome], value, attributes)
+                close_attempt(connection, *key, outcome, reason)
         if ended_elsewhere is not None:
             raise LeaseLost(f"trial {claim.trial_number}: {ended_elsewhere}")
 
@@ -371,12 +378,12 @@ class Ledger:
 
         The parameters are renamed: Optuna allows only one distribution per name in a study.
         """
-        name = TrialParamModel.param_name
-        with Session(self.engine) as session, session.begin():
-            self._fence(session, claim)
-            session.execute(
-                sa.update(TrialParamModel)
-                .where(TrialParamModel.trial_id == claim.trial_id, ~name.endswith(REFUSED))
+        name = PARAMS.c.param_name
+        with self.engine.begin() as connection:
+            self._fence(connection, claim)
+            connection.execute(
+                sa.update(PARAMS)
+                .where(PARAMS.c.trial_id == claim.trial_id, ~name.endswith(REFUSED))
                 .values(param_name=name + REFUSED)
             )
         self.finish(claim, Outcome.FAILED, reason=reason)
@@ -384,41 +391,48 @@ class Ledger:
     @retrying
     def note_audit(self, claim: Claim, epoch: int, verdict: str) -> None:
         """Record when a trial would have been stopped, unless that is on record. Raises LeaseLost."""
-        with Session(self.engine) as session, session.begin():
-            self._fence(session, claim)
+        with self.engine.begin() as connection:
+            self._fence(connection, claim)
             note = json.dumps({"epoch": epoch, "verdict": verdict})
             row = {"trial_id": claim.trial_id, "key": AUDIT, "value_json": note}
-            session.execute(insert(TrialUserAttributeModel).values(row).on_conflict_do_nothing())
+            connection.execute(insert(USER_ATTRIBUTES).values(row).on_conflict_do_nothing())
 
     @retrying
     def release(self, claim: Claim, outcome: Outcome = Outcome.RELEASED, reason: str = "") -> bool:
         """Let another worker have the trial. Returns False if it was lost, or ended elsewhere."""
-        with Session(self.engine) as session, session.begin():
-            attempt = session.get(Attempt, (claim.trial_id, claim.attempt), with_for_update=True)
+        with self.engine.begin() as connection:
+            key = claim.trial_id, claim.attempt
+            attempt = lock_attempt(connection, *key)
             if attempt is None or attempt.worker_id != self.worker_id:
                 return False
-            trial = session.get_one(TrialModel, claim.trial_id)
-            if attempt.released is None and close_if_ended(attempt, trial) is None:
-                close_attempt(attempt, outcome, reason)
-            return attempt.outcome == outcome  # also after an earlier call whose reply was lost
+            if attempt.released is not None:  # maybe by an earlier call whose reply was lost
+                return bool(attempt.outcome == outcome)
+            trial = sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == claim.trial_id)
+            state = connection.execute(trial).scalar_one()
+            if close_if_ended(connection, *key, state) is not None:
+                return False
+            close_attempt(connection, *key, outcome, reason)
+            return True
 
     @retrying
     def withdraw(self, claim: Claim) -> None:
         """Delete a claim's attempt that recorded nothing. Does nothing if the claim was lost."""
         with self.engine.begin() as connection:
-            connection.execute(sa.delete(Attempt).where(self._is_open(claim)))
+            connection.execute(sa.delete(ATTEMPTS).where(self._is_open(claim)))
 
     @retrying
     def stop_reason(self) -> str | None:
         """Why this worker gets no more trials; None if it may get some."""
-        with Session(self.engine) as session:
-            return self._stop_reason(session)
+        with self.engine.connect() as connection:
+            return self._stop_reason(connection)
 
-    def _stop_reason(self, session: Session) -> str | None:
-        study = sa.select(Study.stop_requested).where(Study.study_id == self.study_id)
+    def _stop_reason(self, connection: sa.Connection) -> str | None:
+        study = sa.select(STUDIES.c.stop_requested).where(STUDIES.c.study_id == self.study_id)
         # A restored database does not have this worker, or has it as stopped.
-        worker = sa.select(Worker.id).where(Worker.id == self.worker_id, Worker.stopped.is_(None))
-        stopped, registered = session.execute(
+        worker = sa.select(WORKERS.c.id).where(
+            WORKERS.c.id == self.worker_id, WORKERS.c.stopped.is_(None)
+        )
+        stopped, registered = connection.execute(
             sa.select(study.scalar_subquery(), worker.scalar_subquery())
         ).one()
         if registered is None:
@@ -431,18 +445,20 @@ class Ledger:
 
         It is if it failed on another host too, or `max_failures` times where no other could try it.
         """
-        with Session(self.engine) as session:
-            hosts = hosts_of_failures(session, claim.trial_id)
+        with self.engine.connect() as connection:
+            hosts = hosts_of_failures(connection, claim.trial_id)
             if {*hosts} - {host()}:
                 return True
-            return len(hosts) >= max_failures and hosts_at_work(session, self.study_id) <= {host()}
+            return len(hosts) >= max_failures and hosts_at_work(connection, self.study_id) <= {host()}
 
     @retrying
     def excuse(self) -> None:
         """Charge this worker's failures to its host, not to the trials."""
         with self.engine.begin() as connection:
             connection.execute(
-                sa.update(Attempt)
-                .where(Attempt.worker_id == self.worker_id, Attempt.outcome == Outcome.ERROR)
-                .values(outcome=Outcome.RELEASED, reason=sa.literal(f"{SICK_HOST}: ") + Attempt.reason)
+                sa.update(ATTEMPTS)
+                .where(ATTEMPTS.c.worker_id == self.worker_id, ATTEMPTS.c.outcome == Outcome.ERROR)
+                .values(
+                    outcome=Outcome.RELEASED, reason=sa.literal(f"{SICK_HOST}: ") + ATTEMPTS.c.reason
+                )
             )

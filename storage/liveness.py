@@ -9,10 +9,9 @@ from pathlib import Path
 
 import psutil
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from storage.clock import now
-from storage.tables import Attempt, Worker
+from storage.tables import ATTEMPTS, WORKERS
 
 
 def process_identity(pid: int | None = None) -> str:
@@ -75,7 +74,7 @@ class Holder:
 
 
 # Selects attempts at trials that a worker holds: its lease lasts.
-HELD = sa.and_(Attempt.released.is_(None), Attempt.lease_until > now())
+HELD = sa.and_(ATTEMPTS.c.released.is_(None), ATTEMPTS.c.lease_until > now())
 
 # By worker id: True for an alive holder, False for a gone one; without an entry if nobody can say.
 Liveness = Mapping[str, bool]
@@ -86,28 +85,28 @@ def probe_this_host(holders: Iterable[Holder]) -> dict[str, bool]:
     return {holder.worker_id: False for holder in holders if is_gone(holder.process)}
 
 
-def read_holders(session: Session, study_id: int) -> list[Holder]:
+def read_holders(connection: sa.Connection, study_id: int) -> list[Holder]:
     """The workers with open attempts at a study's trials."""
     query = (
         sa.select(
-            Worker.id,
-            Worker.process,
-            Worker.slurm_cluster,
-            Worker.slurm_job,
-            Worker.slurm_restarts,
+            WORKERS.c.id,
+            WORKERS.c.process,
+            WORKERS.c.slurm_cluster,
+            WORKERS.c.slurm_job,
+            WORKERS.c.slurm_restarts,
         )
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id, Attempt.released.is_(None))
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .where(ATTEMPTS.c.study_id == study_id, ATTEMPTS.c.released.is_(None))
     )
-    return [Holder(*row) for row in session.execute(query)]
+    return [Holder(*row) for row in connection.execute(query)]
 
 
-def hosts_at_work(session: Session, study_id: int) -> set[str]:
+def hosts_at_work(connection: sa.Connection, study_id: int) -> set[str]:
     """The hosts of workers that hold a trial of a study."""
     query = (
-        sa.select(Worker.host)
+        sa.select(WORKERS.c.host)
         .distinct()
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id, HELD)
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .where(ATTEMPTS.c.study_id == study_id, HELD)
     )
-    return set(session.scalars(query))
+    return set(connection.scalars(query))

@@ -1,126 +1,130 @@
-"""The only file that imports Optuna's table models; it starts and ends trials as Optuna does."""
+"""What we read and write of Optuna's tables, without an import of Optuna; it starts and ends trials.
+
+That import would take as long as SQLAlchemy's. A test compares these columns with Optuna's own.
+"""
 
 import json
+import math
 from collections.abc import Mapping
+from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import (
-    BaseModel,
-    StudyModel,
-    TrialIntermediateValueModel,
-    TrialModel,
-    TrialParamModel,
-    TrialSystemAttributeModel,
-    TrialUserAttributeModel,
-    TrialValueModel,
-    VersionInfoModel,
-)
-from optuna.trial import TrialState
-from sqlalchemy.orm import Session
+from sqlalchemy import DateTime, Double, Integer, Text
 
 from storage.clock import now
-from storage.database import WORK, Sessions, pool, watched
-from storage.tables import SCHEMA
-from storage.url import DatabaseError
-
-__all__ = [
-    "BaseModel",
-    "StudyModel",
-    "TrialIntermediateValueModel",
-    "TrialModel",
-    "TrialParamModel",
-    "TrialSystemAttributeModel",
-    "TrialUserAttributeModel",
-    "TrialValueModel",
-    "VersionInfoModel",
-    "add_trial",
-    "begin_trial",
-    "end_trial",
-    "optuna_storage",
-    "show_optunas_tables",
-    "with_engine",
-]
+from storage.tables import Row
 
 
-def show_optunas_tables(connection: sa.Connection) -> None:
-    """Let programs such as optuna-dashboard find Optuna's tables before ours: see WORK."""
-    role, name = connection.execute(sa.text("SELECT current_user, current_database()")).one()
-    if role == SCHEMA:
-        database = connection.dialect.identifier_preparer.quote_identifier(name)
-        connection.execute(
-            sa.text(f"ALTER ROLE {SCHEMA} IN DATABASE {database} SET search_path = public")
-        )
+class TrialState(StrEnum):
+    """The names that Optuna's table has for the states of optuna.trial.TrialState."""
+
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    PRUNED = "PRUNED"
+    FAIL = "FAIL"
+    WAITING = "WAITING"
+
+    def is_finished(self) -> bool:
+        """Whether the trial has ended."""
+        return self not in (TrialState.RUNNING, TrialState.WAITING)
 
 
-def optuna_storage(
-    engine: sa.Engine, sessions: Sessions = WORK, make_tables: bool = True
-) -> optuna.storages.BaseStorage:
-    """Optuna's storage on the same database, with its cache of finished trials.
-
-    Raises DatabaseError if Optuna's tables were made by another version.
-    """
-    return with_engine(engine.url, sessions, make_tables)[0]
+def _table(name: str, **columns: Any) -> sa.TableClause:
+    return sa.table(name, *(sa.column(column, kind) for column, kind in columns.items()))
 
 
-def with_engine(
-    url: sa.URL, sessions: Sessions, make_tables: bool = False
-) -> tuple[optuna.storages.BaseStorage, sa.Engine]:
-    """Optuna's storage as above, and its engine, so that others can use the same connections."""
-    try:
-        storage = optuna.storages.RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs=pool(url, sessions),
-            skip_table_creation=not make_tables,
-        )
-    except RuntimeError as error:
-        raise DatabaseError(f"Optuna cannot use this database: {error}".replace("\n", " ")) from error
-    return optuna.storages.get_storage(storage), watched(storage.engine, sessions)
+STUDY_NAMES = _table("studies", study_id=Integer, study_name=Text)
+TRIALS = _table(
+    "trials",
+    trial_id=Integer,
+    number=Integer,  # from 0, in its study
+    study_id=Integer,
+    state=sa.Enum(TrialState),
+    datetime_start=DateTime,  # UTC, naive
+    datetime_complete=DateTime,
+)
+PARAMS = _table(
+    "trial_params", trial_id=Integer, param_name=Text, param_value=Double, distribution_json=Text
+)
+VALUES = _table("trial_values", trial_id=Integer, objective=Integer, value=Double, value_type=Text)
+USER_ATTRIBUTES = _table("trial_user_attributes", trial_id=Integer, key=Text, value_json=Text)
+SYSTEM_ATTRIBUTES = _table("trial_system_attributes", trial_id=Integer, key=Text, value_json=Text)
+
+# The user attribute of an audited trial: the "epoch" after which its strategy would first have stopped
+# it, and the "verdict" then.
+AUDIT = "atelier:audit"
 
 
-def add_trial(session: Session, study_id: int) -> list[int]:
+def add_trial(connection: sa.Connection, study_id: int) -> list[int]:
     """Add a trial and start it, as Study.ask does. Returns Optuna's id of it; none of a deleted study.
 
     Not by Optuna's storage: that tries again by itself if the reply to its commit is lost, and may add
     two trials. Here the trial is added with its first attempt, or not at all.
     """
-    study = session.get(StudyModel, study_id, with_for_update=True)  # two must not get one number
-    if study is None:
+    study = sa.select(STUDY_NAMES.c.study_id).where(STUDY_NAMES.c.study_id == study_id)
+    if connection.scalar(study.with_for_update()) is None:  # two must not get one number
         return []
-    trial = TrialModel(study_id=study_id, number=None, state=TrialState.RUNNING)
-    trial._datetime_start_utc = _utc_now()
-    session.add(trial)
-    session.flush()
-    trial.number = trial.count_past_trials(session)
-    session.flush()
-    return [int(trial.trial_id)]
+    count = sa.select(sa.func.count()).select_from(TRIALS).where(TRIALS.c.study_id == study_id)
+    trial = sa.insert(TRIALS).values(
+        study_id=study_id,
+        number=count.scalar_subquery(),
+        state=TrialState.RUNNING,
+        datetime_start=_utc_now(),
+    )
+    return [connection.execute(trial.returning(TRIALS.c.trial_id)).scalar_one()]
 
 
-def begin_trial(trial: TrialModel) -> None:
+def begin_trial(connection: sa.Connection, trial_id: int) -> None:
     """Start an enqueued trial: write what Study.ask writes."""
-    trial.state = TrialState.RUNNING
-    trial._datetime_start_utc = _utc_now()
+    _update(connection, trial_id, state=TrialState.RUNNING, datetime_start=_utc_now())
 
 
 def end_trial(
-    session: Session,
-    trial: TrialModel,
+    connection: sa.Connection,
+    trial_id: int,
     state: TrialState,
     value: float | None,
     system_attributes: Mapping[str, Any],
 ) -> None:
     """End a trial: write what Study.tell writes, and system attributes."""
-    trial.state = state
-    trial._datetime_complete_utc = _utc_now()
+    _update(connection, trial_id, state=state, datetime_complete=_utc_now())
     if value is not None:
-        stored, kind = TrialValueModel.value_to_stored_repr(value)
-        session.add(TrialValueModel(trial_id=trial.trial_id, objective=0, value=stored, value_type=kind))
+        number, kind = stored(value)
+        row = {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
+        connection.execute(sa.insert(VALUES).values(row))
     for key, content in system_attributes.items():
-        session.add(
-            TrialSystemAttributeModel(trial_id=trial.trial_id, key=key, value_json=json.dumps(content))
-        )
+        row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(content)}
+        connection.execute(sa.insert(SYSTEM_ATTRIBUTES).values(row))
+
+
+def _update(connection: sa.Connection, trial_id: int, **values: Any) -> None:
+    connection.execute(sa.update(TRIALS).where(TRIALS.c.trial_id == trial_id).values(values))
 
 
 def _utc_now() -> sa.ColumnElement[Any]:
     return sa.func.timezone("UTC", now())  # Optuna 5 keeps naive UTC
+
+
+def stored(value: float) -> tuple[float | None, str]:
+    """A value in the form of Optuna's tables: a finite number or None, and the name of its kind."""
+    if math.isnan(value):
+        return None, "NAN"
+    if math.isinf(value):
+        return None, "INF_POS" if value > 0 else "INF_NEG"
+    return value, "FINITE"
+
+
+@lru_cache  # few distributions differ
+def _distribution(text: str) -> tuple[str, list[Any]]:
+    distribution = json.loads(text)
+    return distribution["name"], distribution["attributes"].get("choices", [])
+
+
+def parameter(row: Row) -> Any:
+    """A parameter's value, from its row in PARAMS. Optuna stores a number, such as a choice's index."""
+    name, choices = _distribution(row.distribution_json)
+    if name == "CategoricalDistribution":
+        return choices[int(row.param_value)]
+    return int(row.param_value) if name.startswith("Int") else row.param_value

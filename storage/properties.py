@@ -8,8 +8,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.faults import is_transient
 from storage.network import VIEWER, WORKER
-from storage.optuna_tables import BaseModel as OptunasBase
-from storage.tables import SCHEMA, Base
+from storage.tables import METADATA, SCHEMA
 
 MINIMUM_SERVER = 14
 _EVERYWHERE = f"SCHEMA public, {SCHEMA}"
@@ -119,7 +118,9 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
 
 def tables(connection: sa.Connection) -> Property:
     """Whether all tables of this version exist, and whether this user's workers may use them."""
-    names = [f"public.{name}" for name in OptunasBase.metadata.tables] + list(Base.metadata.tables)
+    from storage.optuna_storage import OPTUNAS_TABLES  # late: see its first lines
+
+    names = [f"public.{table}" for table in OPTUNAS_TABLES] + list(METADATA.tables)
     role = (
         WORKER if why_without(connection, WORKER) is None else _row(connection, "SELECT current_user")[0]
     )

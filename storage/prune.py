@@ -15,10 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
 
 from storage.database import retrying
-from storage.optuna_tables import TrialModel, TrialValueModel
+from storage.optuna_tables import TRIALS, VALUES, TrialState
 from storage.paths import RunFolder, artifacts, files_in, home
 from storage.studies import study_entry, study_names
 from storage.usage import TRAINED_HERE
@@ -87,10 +86,10 @@ def _is_at_rest(folder: Path) -> bool:
 def _ranked(engine: sa.Engine, study_id: int) -> list[tuple[int, TrialState, bool]]:
     """The trials' numbers, states, and whether our workers completed them; the best first."""
     query = (
-        sa.select(TrialModel.number, TrialModel.state, TRAINED_HERE)
-        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
-        .where(TrialModel.study_id == study_id)
-        .order_by(TrialValueModel.value.desc().nulls_last(), TrialModel.number)
+        sa.select(TRIALS.c.number, TRIALS.c.state, TRAINED_HERE)
+        .outerjoin(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(VALUES.c.value.desc().nulls_last(), TRIALS.c.number)
     )
     with engine.connect() as connection:
         return [(number, state, trained) for number, state, trained in connection.execute(query)]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 REDUCTION_FACTOR = 3
 
@@ -37,8 +36,10 @@ class Rank:
         return self.better < self.peers // REDUCTION_FACTOR
 
 
-def read_ranks(session: Session, study_id: int, places: str, **parameters: object) -> dict[int, Rank]:
+def read_ranks(
+    connection: sa.Connection, study_id: int, places: str, **parameters: object
+) -> dict[int, Rank]:
     """Ranks by Optuna's trial id: the latest epoch first, then the best trial."""
     query = sa.text(RANKS.format(places=places))
-    rows = session.execute(query, {"study_id": study_id, **parameters})
+    rows = connection.execute(query, {"study_id": study_id, **parameters})
     return {trial_id: Rank(better, peers) for trial_id, better, peers in rows}

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage.clock import NOW
-from storage.tables import Epoch
+from storage.tables import EPOCHS
 from storage.usage import IS_SPENT
 
 _LEASE_END = f"{NOW} + make_interval(secs => :lease_seconds)"
@@ -41,7 +41,7 @@ WITH {_RENEWAL}, marked AS (
 """)
 
 # All columns of the table, so that a new metric is added only there.
-_COLUMNS = [column for column in Epoch.__table__.columns if column.name not in ("recorded", "again")]
+_COLUMNS = [column for column in EPOCHS.columns if column.name not in ("recorded", "again")]
 # Of a result that says nothing of how busy the worker was.
 UNKNOWN = dict.fromkeys(
     name for column in _COLUMNS if (name := column.name) == "busy" or name.startswith("waited_for_")

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from storage.database import PAGES, WORK, Sessions, log, retrying
 from storage.network import VIEWER, WORKER
-from storage.optuna_tables import with_engine
+from storage.optuna_storage import with_engine
 from storage.properties import is_owner, why_without
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import optuna
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -17,7 +16,6 @@ from storage.faults import (
     sqlstate,
 )
 from storage.network import VIEWER, WORKER
-from storage.optuna_tables import optuna_storage, show_optunas_tables
 from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
 from storage.tables import SCHEMA
 from storage.url import DatabaseError, shown
@@ -71,13 +69,6 @@ def require_fit(engine: sa.Engine, only: str | None = None) -> None:
 
 
 @retrying
-def open_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
-    """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
-    ensure_tables(engine)
-    return optuna_storage(engine)
-
-
-@retrying
 def ensure_tables(engine: sa.Engine) -> None:
     """Give an empty database Optuna's tables and ours.
 
@@ -118,20 +109,20 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
 
 def _upgrade(engine: sa.Engine, wanted: str) -> None:
-    from storage import migrate  # late: Alembic takes as long as SQLAlchemy, and looking needs none
+    from storage import migrate, optuna_storage  # late: slow to import, and looking needs neither
 
     with engine.connect() as lock:
         lock.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _CREATE_LOCK})
         lock.commit()
         try:
-            optuna_storage(engine)  # makes Optuna's tables
+            optuna_storage.optuna_storage(engine)  # makes Optuna's tables
             revision = schema_revision(engine)
             with engine.begin() as connection:
                 if revision not in (None, head_revision()):
                     _refuse_if_held(connection)
                 if not connection.dialect.has_schema(connection, SCHEMA):  # else an administrator's
                     connection.execute(sa.schema.CreateSchema(SCHEMA))
-                show_optunas_tables(connection)
+                optuna_storage.show_optunas_tables(connection)
                 migrate.upgrade(migrations(), connection, wanted)
                 make_roles(connection)
         finally:

@@ -4,29 +4,27 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
-from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import distinct_on
-from sqlalchemy.orm import Session
 
 from storage.clock import now, seconds_since
 from storage.database import one_moment, retrying
-from storage.ledger import AUDIT
 from storage.liveness import HELD
 from storage.optuna_tables import (
-    TrialModel,
-    TrialParamModel,
-    TrialUserAttributeModel,
-    TrialValueModel,
+    AUDIT,
+    PARAMS,
+    TRIALS,
+    USER_ATTRIBUTES,
+    VALUES,
+    TrialState,
+    parameter,
 )
 from storage.outcome import SICK_HOST, Outcome
 from storage.ranks import read_ranks
 from storage.studies import select_array_jobs
-from storage.tables import Attempt, Epoch, Study, Worker
+from storage.tables import ATTEMPTS, EPOCHS, STUDIES, WORKERS, Row
 from storage.usage import gpu_seconds
 from storage.workers import IMAGES_PER_SECOND, WorkerRow, read_workers
 
@@ -200,54 +198,55 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
     if isinstance(bind, sa.Engine):
         with one_moment(bind) as connection:
             return read_status(connection, study_id, name)
-    with Session(bind) as session:
-        study = session.get_one(Study, study_id)
-        end = sa.func.max(sa.func.coalesce(Attempt.released, sa.func.least(now(), Attempt.lease_until)))
-        overdue = sa.func.max(seconds_since(Attempt.lease_until)).filter(
-            Attempt.released.is_(None),
-            Attempt.lease_until <= now(),
-            # Nobody takes over a trial that was ended elsewhere, as in optuna-dashboard.
-            Attempt.trial_id.in_(
-                sa.select(TrialModel.trial_id).where(
-                    TrialModel.study_id == study_id,
-                    TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]),
-                )
-            ),
-        )
-        hours, seconds, overdue_seconds, sick_hosts = session.execute(
-            sa.select(
-                gpu_seconds(study_id) / 3600,
-                sa.func.coalesce(sa.extract("epoch", end - sa.func.min(Attempt.claimed)), 0.0),
-                overdue,
-                _sick_hosts(study_id),
-            ).where(Attempt.study_id == study_id),
-        ).one()
-        jobs = session.scalars(select_array_jobs(study_id))
-        rows = _trials(session, study_id)
-        enqueued = sum(row.state == State.WAITING and not row.attempts for row in rows)
-        counts: dict[str, int] = dict.fromkeys(STATES, 0)
-        for row in rows:
-            counts[row.state] += 1
-        return Status(
-            study=name,
-            max_trials=study.max_trials,
-            max_gpu_hours=study.max_gpu_seconds and study.max_gpu_seconds / 3600,
-            max_epochs=int(study.settings["train"]["epochs"]),
-            counts=counts,
-            gpu_hours=float(hours),
-            seconds=float(seconds),
-            stopping=study.stop_requested is not None,
-            array_jobs=list(jobs),
-            workers=read_workers(session, study_id),
-            trials=rows,
-            overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
-            surplus=min(max(len(rows) - study.max_trials, 0), enqueued),
-            sick_hosts=sick_hosts or [],
-            attribute_images=_attribute_images(study),
-        )
+    study = bind.execute(sa.select(STUDIES).where(STUDIES.c.study_id == study_id)).one()
+    end = sa.func.max(
+        sa.func.coalesce(ATTEMPTS.c.released, sa.func.least(now(), ATTEMPTS.c.lease_until))
+    )
+    overdue = sa.func.max(seconds_since(ATTEMPTS.c.lease_until)).filter(
+        ATTEMPTS.c.released.is_(None),
+        ATTEMPTS.c.lease_until <= now(),
+        # Nobody takes over a trial that was ended elsewhere, as in optuna-dashboard.
+        ATTEMPTS.c.trial_id.in_(
+            sa.select(TRIALS.c.trial_id).where(
+                TRIALS.c.study_id == study_id,
+                TRIALS.c.state.in_([TrialState.RUNNING, TrialState.WAITING]),
+            )
+        ),
+    )
+    hours, seconds, overdue_seconds, sick_hosts = bind.execute(
+        sa.select(
+            gpu_seconds(study_id) / 3600,
+            sa.func.coalesce(sa.extract("epoch", end - sa.func.min(ATTEMPTS.c.claimed)), 0.0),
+            overdue,
+            _sick_hosts(study_id),
+        ).where(ATTEMPTS.c.study_id == study_id),
+    ).one()
+    jobs = bind.scalars(select_array_jobs(study_id))
+    rows = _trials(bind, study_id)
+    enqueued = sum(row.state == State.WAITING and not row.attempts for row in rows)
+    counts: dict[str, int] = dict.fromkeys(STATES, 0)
+    for row in rows:
+        counts[row.state] += 1
+    return Status(
+        study=name,
+        max_trials=study.max_trials,
+        max_gpu_hours=study.max_gpu_seconds and study.max_gpu_seconds / 3600,
+        max_epochs=int(study.settings["train"]["epochs"]),
+        counts=counts,
+        gpu_hours=float(hours),
+        seconds=float(seconds),
+        stopping=study.stop_requested is not None,
+        array_jobs=list(jobs),
+        workers=read_workers(bind, study_id),
+        trials=rows,
+        overdue_seconds=None if overdue_seconds is None else float(overdue_seconds),
+        surplus=min(max(len(rows) - study.max_trials, 0), enqueued),
+        sick_hosts=sick_hosts or [],
+        attribute_images=_attribute_images(study),
+    )
 
 
-def _attribute_images(study: Study) -> list[int]:
+def _attribute_images(study: Row) -> list[int]:
     if study.settings.get("study", {}).get("score") not in ACCURACIES:
         return []
     # With folds, those of a fold: each has as many.
@@ -257,95 +256,97 @@ def _attribute_images(study: Study) -> list[int]:
 def _sick_hosts(study_id: int) -> sa.ScalarSelect[list[str]]:
     """Why hosts are sick: the reasons of the last workers there, of hosts where none is at work."""
     at_work = (
-        sa.select(Worker.host)
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id, HELD)
+        sa.select(WORKERS.c.host)
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .where(ATTEMPTS.c.study_id == study_id, HELD)
     )
     latest = (
-        sa.select(Worker.reason)
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .where(Attempt.study_id == study_id, Worker.host.not_in(at_work))
-        .ext(distinct_on(Worker.host))
-        .order_by(Worker.host, Worker.started.desc())
+        sa.select(WORKERS.c.reason)
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .where(ATTEMPTS.c.study_id == study_id, WORKERS.c.host.not_in(at_work))
+        .ext(distinct_on(WORKERS.c.host))
+        .order_by(WORKERS.c.host, WORKERS.c.started.desc())
         .subquery()
     )
     sick = sa.select(sa.func.array_agg(latest.c.reason)).where(latest.c.reason.startswith(SICK_HOST))
     return sick.scalar_subquery()
 
 
-def _trials(session: Session, study_id: int) -> list[TrialRow]:
+def _trials(connection: sa.Connection, study_id: int) -> list[TrialRow]:
     epochs = (
         sa.select(
-            Epoch.trial_id,
-            sa.func.max(Epoch.epoch).label("last"),
-            sa.func.sum(Epoch.seconds).label("seconds"),
+            EPOCHS.c.trial_id,
+            sa.func.max(EPOCHS.c.epoch).label("last"),
+            sa.func.sum(EPOCHS.c.seconds).label("seconds"),
             IMAGES_PER_SECOND.label("pace"),
-            sa.func.avg(Epoch.busy).label("busy"),
-            sa.func.count(Epoch.again).label("differing"),
+            sa.func.avg(EPOCHS.c.busy).label("busy"),
+            sa.func.count(EPOCHS.c.again).label("differing"),
         )
-        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-        .where(TrialModel.study_id == study_id)
-        .group_by(Epoch.trial_id)
+        .join(TRIALS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id)
+        .group_by(EPOCHS.c.trial_id)
         .subquery()
     )
     attempts = (
-        sa.select(Attempt.trial_id, sa.func.max(Attempt.number).label("number"))
-        .where(Attempt.study_id == study_id)
-        .group_by(Attempt.trial_id)
+        sa.select(ATTEMPTS.c.trial_id, sa.func.max(ATTEMPTS.c.number).label("number"))
+        .where(ATTEMPTS.c.study_id == study_id)
+        .group_by(ATTEMPTS.c.trial_id)
         .subquery()
     )
     query = (
         sa.select(
-            TrialModel.trial_id,
-            TrialModel.number,
-            TrialModel.state,
-            TrialValueModel.value,
+            TRIALS.c.trial_id,
+            TRIALS.c.number,
+            TRIALS.c.state,
+            VALUES.c.value,
             epochs.c.last,
             epochs.c.seconds,
             epochs.c.pace,
             epochs.c.busy,
             epochs.c.differing,
-            Epoch.val_accuracy,
-            Attempt.number.label("attempts"),
+            EPOCHS.c.val_accuracy,
+            ATTEMPTS.c.number.label("attempts"),
             HELD.label("held"),
-            Attempt.outcome,
-            Attempt.reason,
-            seconds_since(Attempt.renewed).label("age"),
-            Worker.host,
-            Worker.pid,
+            ATTEMPTS.c.outcome,
+            ATTEMPTS.c.reason,
+            seconds_since(ATTEMPTS.c.renewed).label("age"),
+            WORKERS.c.host,
+            WORKERS.c.pid,
         )
-        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
-        .outerjoin(epochs, epochs.c.trial_id == TrialModel.trial_id)
-        .outerjoin(Epoch, sa.and_(Epoch.trial_id == TrialModel.trial_id, Epoch.epoch == epochs.c.last))
-        .outerjoin(attempts, attempts.c.trial_id == TrialModel.trial_id)
+        .outerjoin(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+        .outerjoin(epochs, epochs.c.trial_id == TRIALS.c.trial_id)
         .outerjoin(
-            Attempt,
-            sa.and_(Attempt.trial_id == TrialModel.trial_id, Attempt.number == attempts.c.number),
+            EPOCHS, sa.and_(EPOCHS.c.trial_id == TRIALS.c.trial_id, EPOCHS.c.epoch == epochs.c.last)
         )
-        .outerjoin(Worker, Worker.id == Attempt.worker_id)
-        .where(TrialModel.study_id == study_id)
-        .order_by(TrialModel.number)
+        .outerjoin(attempts, attempts.c.trial_id == TRIALS.c.trial_id)
+        .outerjoin(
+            ATTEMPTS,
+            sa.and_(ATTEMPTS.c.trial_id == TRIALS.c.trial_id, ATTEMPTS.c.number == attempts.c.number),
+        )
+        .outerjoin(WORKERS, WORKERS.c.id == ATTEMPTS.c.worker_id)
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(TRIALS.c.number)
     )
-    params, audits = _params(session, study_id), _audits(session, study_id)
+    params, audits = _params(connection, study_id), _audits(connection, study_id)
     return [
         _trial_row(row, params.get(row.trial_id, {}), audits.get(row.trial_id))
-        for row in session.execute(query)
+        for row in connection.execute(query)
     ]
 
 
-def _audits(session: Session, study_id: int) -> dict[int, str]:
+def _audits(connection: sa.Connection, study_id: int) -> dict[int, str]:
     """What would have happened to audited trials without the audit, by Optuna's id.
 
     Left out are trials that would have been paused, but are among the best by now: they would go on.
     """
     query = (
-        sa.select(TrialUserAttributeModel.trial_id, TrialUserAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == AUDIT)
+        sa.select(USER_ATTRIBUTES.c.trial_id, USER_ATTRIBUTES.c.value_json)
+        .join(TRIALS, TRIALS.c.trial_id == USER_ATTRIBUTES.c.trial_id)
+        .where(TRIALS.c.study_id == study_id, USER_ATTRIBUTES.c.key == AUDIT)
     )
-    noted = {trial_id: json.loads(text) for trial_id, text in session.execute(query)}
+    noted = {trial_id: json.loads(text) for trial_id, text in connection.execute(query)}
     present_ranks = read_ranks(
-        session,
+        connection,
         study_id,
         NOTED_EPOCHS,
         trial_ids=list(noted),
@@ -358,7 +359,7 @@ def _audits(session: Session, study_id: int) -> dict[int, str]:
     }
 
 
-def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> TrialRow:
+def _trial_row(row: Row, params: dict[str, Any], audit: str | None) -> TrialRow:
     held = bool(row.held) and row.state == TrialState.RUNNING
     waits = State.PAUSED if row.outcome == Outcome.PAUSED else State.WAITING
     return TrialRow(
@@ -380,25 +381,20 @@ def _trial_row(row: sa.Row[Any], params: dict[str, Any], audit: str | None) -> T
     )
 
 
-_distribution = lru_cache(optuna.distributions.json_to_distribution)  # few distributions differ
-
-
-def _params(session: Session, study_id: int) -> dict[int, dict[str, Any]]:
+def _params(connection: sa.Connection, study_id: int) -> dict[int, dict[str, Any]]:
     query = (
         sa.select(
-            TrialParamModel.trial_id,
-            TrialParamModel.param_name,
-            TrialParamModel.param_value,
-            TrialParamModel.distribution_json,
+            PARAMS.c.trial_id,
+            PARAMS.c.param_name,
+            PARAMS.c.param_value,
+            PARAMS.c.distribution_json,
         )
-        .join(TrialModel, TrialModel.trial_id == TrialParamModel.trial_id)
-        .where(TrialModel.study_id == study_id)
+        .join(TRIALS, TRIALS.c.trial_id == PARAMS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id)
     )
     params: dict[int, dict[str, Any]] = {}
-    for row in session.execute(query):
-        distribution = _distribution(row.distribution_json)
-        value = distribution.to_external_repr(row.param_value)
-        params.setdefault(row.trial_id, {})[row.param_name] = value
+    for row in connection.execute(query):
+        params.setdefault(row.trial_id, {})[row.param_name] = parameter(row)
     return params
 
 

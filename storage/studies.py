@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
-from optuna.trial import TrialState
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.orm import Session
 
 from storage.clock import now
-from storage.database import retrying
+from storage.database import connected, retrying
 from storage.liveness import HELD
-from storage.optuna_tables import StudyModel, TrialModel, TrialValueModel
+from storage.optuna_tables import STUDY_NAMES, TRIALS, VALUES, TrialState
 from storage.paths import path_from_record
-from storage.tables import ArrayJob, Attempt, Epoch, Study
+from storage.tables import ARRAY_JOBS, ATTEMPTS, EPOCHS, STUDIES
 from storage.usage import TRAINED_HERE
 
 
@@ -57,19 +55,18 @@ class StudyRow:
 @retrying
 def study_entry(bind: sa.Engine | sa.Connection, name_or_id: str | int) -> StudyEntry | None:
     """Look a study up by its name, or by Optuna's id."""
-    key = StudyModel.study_name if isinstance(name_or_id, str) else StudyModel.study_id
-    with Session(bind) as session:
-        row = session.execute(
-            sa.select(Study, StudyModel.study_name)
-            .join(StudyModel, StudyModel.study_id == Study.study_id)
+    key = STUDY_NAMES.c.study_name if isinstance(name_or_id, str) else STUDY_NAMES.c.study_id
+    with connected(bind) as connection:
+        study = connection.execute(
+            sa.select(STUDIES, STUDY_NAMES.c.study_name)
+            .join(STUDY_NAMES, STUDY_NAMES.c.study_id == STUDIES.c.study_id)
             .where(key == name_or_id)
         ).one_or_none()
-    if row is None:
+    if study is None:
         return None
-    study, name = row
     return StudyEntry(
         study.study_id,
-        name,
+        study.study_name,
         study.max_trials,
         study.settings,
         study.dataset,
@@ -86,12 +83,12 @@ def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
 
     Raises KeyError, as Optuna does, if somebody has just deleted the study.
     """
-    row = {"study_id": study_id, "optuna_version": optuna.__version__, **values}
+    row = {"study_id": study_id, "optuna_version": version("optuna"), **values}
     with engine.begin() as connection:
-        is_there = sa.select(StudyModel.study_id).where(StudyModel.study_id == study_id)
+        is_there = sa.select(STUDY_NAMES.c.study_id).where(STUDY_NAMES.c.study_id == study_id)
         if connection.scalar(is_there.with_for_update(key_share=True)) is None:
             raise KeyError(study_id)
-        connection.execute(insert(Study).values(row).on_conflict_do_nothing())
+        connection.execute(insert(STUDIES).values(row).on_conflict_do_nothing())
     entry = study_entry(engine, study_id)
     if entry is None:
         raise KeyError(study_id)
@@ -102,17 +99,19 @@ def enter_study(engine: sa.Engine, study_id: int, **values: Any) -> StudyEntry:
 def update_study(engine: sa.Engine, study_id: int, **values: Any) -> None:
     """Change columns of a study, such as its budget or its stop request."""
     with engine.begin() as connection:
-        connection.execute(sa.update(Study).where(Study.study_id == study_id).values(values))
+        connection.execute(sa.update(STUDIES).where(STUDIES.c.study_id == study_id).values(values))
 
 
 @retrying
 def agree_on_trunk(engine: sa.Engine, study_id: int, device: str, digest: str) -> str:
     """Record what the trunk computes on a device, if no worker has. Returns what is on record."""
-    is_first = sa.and_(Study.study_id == study_id, ~Study.trunks.has_key(device))
+    is_first = sa.and_(STUDIES.c.study_id == study_id, ~STUDIES.c.trunks.has_key(device))
     entry = sa.cast({device: digest}, JSONB)
     with engine.begin() as connection:
-        connection.execute(sa.update(Study).where(is_first).values(trunks=Study.trunks.op("||")(entry)))
-        recorded = sa.select(Study.trunks[device].astext).where(Study.study_id == study_id)
+        connection.execute(
+            sa.update(STUDIES).where(is_first).values(trunks=STUDIES.c.trunks.op("||")(entry))
+        )
+        recorded = sa.select(STUDIES.c.trunks[device].astext).where(STUDIES.c.study_id == study_id)
         return connection.scalar(recorded) or digest  # without one: the study was deleted meanwhile
 
 
@@ -127,7 +126,7 @@ def enter_array_job(engine: sa.Engine, study_id: int, job: str, array: str) -> N
     """Record a SLURM array job that was submitted for a study."""
     row = {"study_id": study_id, "job": job, "array": array}
     with engine.begin() as connection:
-        connection.execute(insert(ArrayJob).values(row).on_conflict_do_nothing())
+        connection.execute(insert(ARRAY_JOBS).values(row).on_conflict_do_nothing())
 
 
 def split_job(job: str) -> tuple[str, str]:
@@ -151,7 +150,11 @@ def array_jobs(engine: sa.Engine, study_id: int) -> list[str]:
 
 def select_array_jobs(study_id: int) -> sa.Select[str]:
     """The query of `array_jobs`, for a read that has more than that."""
-    return sa.select(ArrayJob.job).where(ArrayJob.study_id == study_id).order_by(ArrayJob.submitted)
+    return (
+        sa.select(ARRAY_JOBS.c.job)
+        .where(ARRAY_JOBS.c.study_id == study_id)
+        .order_by(ARRAY_JOBS.c.submitted)
+    )
 
 
 @retrying
@@ -160,9 +163,9 @@ def study_names(engine: sa.Engine) -> list[str]:
     with engine.connect() as connection:
         return list(
             connection.scalars(
-                sa.select(StudyModel.study_name)
-                .join(Study, Study.study_id == StudyModel.study_id)
-                .order_by(Study.created)
+                sa.select(STUDY_NAMES.c.study_name)
+                .join(STUDIES, STUDIES.c.study_id == STUDY_NAMES.c.study_id)
+                .order_by(STUDIES.c.created)
             )
         )
 
@@ -173,49 +176,45 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
     finished = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     trials = (
         sa.select(
-            TrialModel.study_id,
-            sa.func.count().filter(TrialModel.state.in_(finished)).label("finished"),
-            sa.func.count().filter(TrialModel.state == TrialState.FAIL).label("failed"),
-            sa.func.max(TrialValueModel.value)
-            .filter(TrialModel.state == TrialState.COMPLETE, TRAINED_HERE)
+            TRIALS.c.study_id,
+            sa.func.count().filter(TRIALS.c.state.in_(finished)).label("finished"),
+            sa.func.count().filter(TRIALS.c.state == TrialState.FAIL).label("failed"),
+            sa.func.max(VALUES.c.value)
+            .filter(TRIALS.c.state == TrialState.COMPLETE, TRAINED_HERE)
             .label("best"),
         )
-        .outerjoin(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
-        .group_by(TrialModel.study_id)
+        .outerjoin(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+        .group_by(TRIALS.c.study_id)
         .subquery()
     )
     workers = (
         sa.select(sa.func.count())
-        .where(Attempt.study_id == Study.study_id, HELD)
+        .where(ATTEMPTS.c.study_id == STUDIES.c.study_id, HELD)
         .scalar_subquery()
-        .label("workers")
     )
     query = (
-        sa.select(Study, StudyModel.study_name, trials, workers)
-        .join(StudyModel, StudyModel.study_id == Study.study_id)
-        .outerjoin(trials, trials.c.study_id == Study.study_id)
-        .order_by(Study.created.desc())
+        sa.select(
+            STUDIES.c.study_id,
+            STUDY_NAMES.c.study_name,
+            STUDIES.c.created,
+            STUDIES.c.max_trials,
+            sa.func.coalesce(trials.c.finished, 0),
+            sa.func.coalesce(trials.c.failed, 0),
+            trials.c.best,
+            workers,
+        )
+        .join(STUDY_NAMES, STUDY_NAMES.c.study_id == STUDIES.c.study_id)
+        .outerjoin(trials, trials.c.study_id == STUDIES.c.study_id)
+        .order_by(STUDIES.c.created.desc())
     )
-    with Session(engine) as session:
-        return [
-            StudyRow(
-                study_id=row.Study.study_id,
-                name=row.study_name,
-                created=row.Study.created,
-                max_trials=row.Study.max_trials,
-                finished=row.finished or 0,
-                failed=row.failed or 0,
-                best=row.best,
-                workers=row.workers,
-            )
-            for row in session.execute(query)
-        ]
+    with engine.connect() as connection:
+        return [StudyRow(*row) for row in connection.execute(query)]
 
 
 @retrying
 def has_only_failed(engine: sa.Engine, study_id: int) -> bool:
     """Whether a study has trials, and all have failed."""
-    query = sa.select(TrialModel.state).where(TrialModel.study_id == study_id).distinct()
+    query = sa.select(TRIALS.c.state).where(TRIALS.c.study_id == study_id).distinct()
     with engine.connect() as connection:
         return set(connection.scalars(query)) == {TrialState.FAIL}
 
@@ -224,7 +223,7 @@ def has_only_failed(engine: sa.Engine, study_id: int) -> bool:
 def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
     """Whether Optuna has a trial with this id."""
     with engine.connect() as connection:
-        query = sa.select(sa.literal(1)).where(TrialModel.trial_id == trial_id)
+        query = sa.select(sa.literal(1)).where(TRIALS.c.trial_id == trial_id)
         return connection.scalar(query) is not None
 
 
@@ -232,7 +231,7 @@ def trial_exists(engine: sa.Engine, trial_id: int) -> bool:
 def is_held(engine: sa.Engine, trial_id: int) -> bool:
     """Whether a worker holds the trial."""
     with engine.connect() as connection:
-        query = sa.select(sa.literal(1)).where(Attempt.trial_id == trial_id, HELD)
+        query = sa.select(sa.literal(1)).where(ATTEMPTS.c.trial_id == trial_id, HELD)
         return connection.scalar(query) is not None
 
 
@@ -242,12 +241,15 @@ def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
 
     A study must be stopped before it is deleted. The lock of its row keeps claims out meanwhile.
     """
-    with Session(engine) as session, session.begin():
-        study = session.get(Study, study_id, with_for_update=True)
-        if session.scalar(sa.select(sa.literal(1)).where(Attempt.study_id == study_id, HELD).limit(1)):
+    with engine.begin() as connection:
+        row = sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id)
+        connection.execute(row.with_for_update())
+        if connection.scalar(
+            sa.select(sa.literal(1)).where(ATTEMPTS.c.study_id == study_id, HELD).limit(1)
+        ):
             return False
-        if study is not None:
-            study.stop_requested = now()
+        stop = sa.update(STUDIES).where(STUDIES.c.study_id == study_id)
+        connection.execute(stop.values(stop_requested=now()))
     return True
 
 
@@ -255,10 +257,10 @@ def stop_unless_held(engine: sa.Engine, study_id: int) -> bool:
 def epochs_of(engine: sa.Engine, study_id: int, trial_number: int) -> list[dict[str, Any]]:
     """A trial's epochs on record, in order; each with all columns of the table `epoch`."""
     query = (
-        sa.select(Epoch.__table__)
-        .join(TrialModel, TrialModel.trial_id == Epoch.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.number == trial_number)
-        .order_by(Epoch.epoch)
+        sa.select(EPOCHS)
+        .join(TRIALS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.number == trial_number)
+        .order_by(EPOCHS.c.epoch)
     )
     with engine.connect() as connection:
         return [dict(row) for row in connection.execute(query).mappings()]

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from functools import cached_property
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
-from sqlalchemy.orm import Session
 
 from storage.clock import NOW
 from storage.liveness import Liveness, hosts_at_work
-from storage.optuna_tables import TrialModel
+from storage.optuna_tables import TRIALS, TrialState
 from storage.outcome import SICK_HOST, Outcome
 from storage.ranks import Rank, read_ranks
-from storage.tables import Attempt, Study, Worker
+from storage.tables import ATTEMPTS, WORKERS, Row
 from storage.usage import TRAINED_HERE
 
 # Trials that are paused: their last attempt ended so.
@@ -78,14 +76,14 @@ class TrialQueue:
 
     def __init__(
         self,
-        session: Session,
-        study: Study,
+        connection: sa.Connection,
+        study: Row,
         worker_id: str | None,
         host: str,
         liveness: Liveness,
         lease_seconds: float,
     ) -> None:
-        self._session, self._study, self._lease_seconds = session, study, lease_seconds
+        self._connection, self._study, self._lease_seconds = connection, study, lease_seconds
         self._worker_id, self._host, self._liveness = worker_id, host, liveness
 
     @cached_property
@@ -100,7 +98,7 @@ class TrialQueue:
             "gone_workers": [worker for worker, alive in self._liveness.items() if not alive],
             "lease_seconds": self._lease_seconds,
         }
-        rows = self._session.execute(sa.text(UNFINISHED_TRIALS), parameters)
+        rows = self._connection.execute(sa.text(UNFINISHED_TRIALS), parameters)
         return {trial_id: prefers_another for trial_id, prefers_another in rows}
 
     def interrupted(self, prefers_another: bool = False) -> list[int]:
@@ -123,14 +121,14 @@ class TrialQueue:
     def allows_new(self) -> bool:
         """Whether the budget has a place for a new trial."""
         count, _ = self._count_and_waiting
-        return count < self._study.max_trials
+        return bool(count < self._study.max_trials)
 
     def failed(self) -> list[int]:
         """Unfinished trials that have failed; last those that failed on this host.
 
         While a host is at work that has not tried a trial, the trial is left to that host.
         """
-        other_hosts = hosts_at_work(self._session, self._study.study_id) - {self._host}
+        other_hosts = hosts_at_work(self._connection, self._study.study_id) - {self._host}
         failures = {
             trial_id: self._failures[trial_id]
             for trial_id in self.unfinished
@@ -155,24 +153,24 @@ class TrialQueue:
     def somebody_is_at_work(self) -> bool:
         """Whether a trial has an open attempt, and has not been ended elsewhere."""
         query = (
-            sa.select(Attempt.trial_id)
-            .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-            .where(Attempt.study_id == self._study.study_id, Attempt.released.is_(None))
-            .where(TrialModel.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+            sa.select(ATTEMPTS.c.trial_id)
+            .join(TRIALS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id)
+            .where(ATTEMPTS.c.study_id == self._study.study_id, ATTEMPTS.c.released.is_(None))
+            .where(TRIALS.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
         )
-        return self._session.scalar(query.limit(1)) is not None
+        return self._connection.scalar(query.limit(1)) is not None
 
     @cached_property
     def _failures(self) -> dict[int, set[str]]:
         """The hosts on which trials have failed, by trial; with those that `Ledger.excuse` excused."""
-        failed = (Attempt.outcome == Outcome.ERROR) | Attempt.reason.startswith(SICK_HOST)
+        failed = (ATTEMPTS.c.outcome == Outcome.ERROR) | ATTEMPTS.c.reason.startswith(SICK_HOST)
         query = (
-            sa.select(Attempt.trial_id, Worker.host)
-            .join(Worker, Worker.id == Attempt.worker_id)
-            .where(Attempt.study_id == self._study.study_id, failed)
+            sa.select(ATTEMPTS.c.trial_id, WORKERS.c.host)
+            .join(WORKERS, WORKERS.c.id == ATTEMPTS.c.worker_id)
+            .where(ATTEMPTS.c.study_id == self._study.study_id, failed)
         )
         hosts: dict[int, set[str]] = {}
-        for trial_id, name in self._session.execute(query):
+        for trial_id, name in self._connection.execute(query):
             hosts.setdefault(trial_id, set()).add(name)
         return hosts
 
@@ -180,18 +178,18 @@ class TrialQueue:
     def _count_and_waiting(self) -> tuple[int, list[int]]:
         """How many trials there are, and those that a user enqueued."""
         parameters = {"study_id": self._study.study_id}
-        count, waiting = self._session.execute(sa.text(COUNT_AND_WAITING), parameters).one()
+        count, waiting = self._connection.execute(sa.text(COUNT_AND_WAITING), parameters).one()
         return count, waiting
 
     @cached_property
     def _paused(self) -> dict[int, Rank]:
         """The ranks of paused trials at their last epochs; the latest epoch first, then the best."""
-        return read_ranks(self._session, self._study.study_id, LAST_EPOCHS_OF_PAUSED)
+        return read_ranks(self._connection, self._study.study_id, LAST_EPOCHS_OF_PAUSED)
 
     def _has_complete(self) -> bool:
-        query = sa.select(TrialModel.trial_id).where(
-            TrialModel.study_id == self._study.study_id,
-            TrialModel.state == TrialState.COMPLETE,
+        query = sa.select(TRIALS.c.trial_id).where(
+            TRIALS.c.study_id == self._study.study_id,
+            TRIALS.c.state == TrialState.COMPLETE,
             TRAINED_HERE,
         )
-        return self._session.scalar(query.limit(1)) is not None
+        return self._connection.scalar(query.limit(1)) is not None

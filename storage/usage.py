@@ -3,13 +3,13 @@
 import sqlalchemy as sa
 
 from storage.clock import NOW
-from storage.optuna_tables import TrialModel
+from storage.optuna_tables import TRIALS
 from storage.outcome import Outcome
-from storage.tables import Attempt
+from storage.tables import ATTEMPTS
 
 # Whether a worker completed the trial: others may add finished trials with Study.tell or add_trial.
 TRAINED_HERE = sa.exists().where(
-    Attempt.trial_id == TrialModel.trial_id, Attempt.outcome == Outcome.COMPLETE
+    ATTEMPTS.c.trial_id == TRIALS.c.trial_id, ATTEMPTS.c.outcome == Outcome.COMPLETE
 )
 
 # Seconds in which workers have held trials of a study. A worker that holds several counts once.

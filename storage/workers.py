@@ -5,28 +5,27 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from storage.clock import seconds_since
-from storage.database import retrying
+from storage.database import connected, retrying
 from storage.liveness import HELD
-from storage.optuna_tables import TrialModel
+from storage.optuna_tables import TRIALS
 from storage.paths import path_from_record
-from storage.tables import Attempt, Epoch, Worker
+from storage.tables import ATTEMPTS, EPOCHS, WORKERS, Row
 
 LATELY = 300  # seconds
 # Which attempt trained an epoch.
-TRAINED_IN = sa.and_(Epoch.trial_id == Attempt.trial_id, Epoch.attempt == Attempt.number)
+TRAINED_IN = sa.and_(EPOCHS.c.trial_id == ATTEMPTS.c.trial_id, EPOCHS.c.attempt == ATTEMPTS.c.number)
 # Trial-images per second of all epochs of a group.
-IMAGES_PER_SECOND = sa.cast(sa.func.sum(Epoch.images), sa.Double) / sa.func.nullif(
-    sa.func.sum(Epoch.seconds), 0.0
+IMAGES_PER_SECOND = sa.cast(sa.func.sum(EPOCHS.c.images), sa.Double) / sa.func.nullif(
+    sa.func.sum(EPOCHS.c.seconds), 0.0
 )
 # What a worker may wait for while it trains nothing.
 WAITS = {
-    "database": Epoch.waited_for_database,
-    "disk": Epoch.waited_for_disk,
-    "trials": Epoch.waited_for_trials,
-    "images": Epoch.waited_for_images,
+    "database": EPOCHS.c.waited_for_database,
+    "disk": EPOCHS.c.waited_for_disk,
+    "trials": EPOCHS.c.waited_for_trials,
+    "images": EPOCHS.c.waited_for_images,
 }
 INSIDE = "images"  # what is waited for inside an epoch's seconds
 
@@ -79,47 +78,50 @@ class AttemptRow:
     released: datetime | None  # None while it lasts
 
 
-def read_workers(session: Session, study_id: int) -> list[WorkerRow]:
+def read_workers(connection: sa.Connection, study_id: int) -> list[WorkerRow]:
     """The trials that workers hold now."""
     query = (
         sa.select(
-            Worker, TrialModel.number, seconds_since(Attempt.renewed), seconds_since(Worker.started)
+            WORKERS,
+            TRIALS.c.number.label("trial"),
+            seconds_since(ATTEMPTS.c.renewed).label("renewed"),
+            seconds_since(WORKERS.c.started).label("running_for"),
         )
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id, HELD)
-        .order_by(TrialModel.number)
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .join(TRIALS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id)
+        .where(ATTEMPTS.c.study_id == study_id, HELD)
+        .order_by(TRIALS.c.number)
     )
-    rows = session.execute(query).all()
-    paces = _paces(session, {worker.id for worker, *_ in rows})
+    rows = connection.execute(query).all()
+    paces = _paces(connection, {row.id for row in rows})
     return [
         WorkerRow(
-            worker=worker.id,
-            host=worker.host,
-            pid=worker.pid,
-            job=job_of(worker),
-            gpu=worker.gpu,
-            log=_log(worker),
-            trial=number,
-            renewed=float(renewed),
-            running_for=float(running_for),
-            **paces.get(worker.id, {}),
+            worker=row.id,
+            host=row.host,
+            pid=row.pid,
+            job=job_of(row),
+            gpu=row.gpu,
+            log=_log(row),
+            trial=row.trial,
+            renewed=float(row.renewed),
+            running_for=float(row.running_for),
+            **paces.get(row.id, {}),
         )
-        for worker, number, renewed, running_for in rows
+        for row in rows
     ]
 
 
-def _paces(session: Session, workers: set[str]) -> dict[str, dict[str, Any]]:
+def _paces(connection: sa.Connection, workers: set[str]) -> dict[str, dict[str, Any]]:
     """How fast workers have trained lately, as fields of WorkerRow."""
-    columns = (Epoch.seconds, Epoch.images, *WAITS.values())
+    columns = (EPOCHS.c.seconds, EPOCHS.c.images, *WAITS.values())
     sums = [sa.cast(sa.func.coalesce(sa.func.sum(column), 0), sa.Double) for column in columns]
     query = (
-        sa.select(Attempt.worker_id, sa.func.avg(Epoch.busy), *sums)
-        .join(Attempt, TRAINED_IN)
-        .where(Attempt.worker_id.in_(workers), seconds_since(Epoch.recorded) < LATELY)
-        .group_by(Attempt.worker_id)
+        sa.select(ATTEMPTS.c.worker_id, sa.func.avg(EPOCHS.c.busy), *sums)
+        .join(ATTEMPTS, TRAINED_IN)
+        .where(ATTEMPTS.c.worker_id.in_(workers), seconds_since(EPOCHS.c.recorded) < LATELY)
+        .group_by(ATTEMPTS.c.worker_id)
     )
-    return {worker: _pace(busy, *sums) for worker, busy, *sums in session.execute(query)}
+    return {worker: _pace(busy, *sums) for worker, busy, *sums in connection.execute(query)}
 
 
 def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> dict[str, Any]:
@@ -137,18 +139,20 @@ def _pace(busy: float | None, seconds: float, images: float, *waits: float) -> d
 @retrying
 def read_machines(bind: sa.Engine | sa.Connection, study_id: int) -> list[Machine]:
     """The machines that a study's trials ran on; those with most workers first."""
-    slurm = Worker.slurm_job.is_not(None)
-    count = sa.func.count(Worker.id.distinct())
+    slurm = WORKERS.c.slurm_job.is_not(None)
+    count = sa.func.count(WORKERS.c.id.distinct())
     query = (
-        sa.select(Worker.host, Worker.gpu, count, slurm, IMAGES_PER_SECOND, sa.func.avg(Epoch.busy))
-        .join(Attempt, Attempt.worker_id == Worker.id)
-        .outerjoin(Epoch, TRAINED_IN)
-        .where(Attempt.study_id == study_id)
-        .group_by(Worker.host, Worker.gpu, slurm)
-        .order_by(count.desc(), Worker.host)
+        sa.select(
+            WORKERS.c.host, WORKERS.c.gpu, count, slurm, IMAGES_PER_SECOND, sa.func.avg(EPOCHS.c.busy)
+        )
+        .join(ATTEMPTS, ATTEMPTS.c.worker_id == WORKERS.c.id)
+        .outerjoin(EPOCHS, TRAINED_IN)
+        .where(ATTEMPTS.c.study_id == study_id)
+        .group_by(WORKERS.c.host, WORKERS.c.gpu, slurm)
+        .order_by(count.desc(), WORKERS.c.host)
     )
-    with Session(bind) as session:
-        return [Machine(*row) for row in session.execute(query)]
+    with connected(bind) as connection:
+        return [Machine(*row) for row in connection.execute(query)]
 
 
 @retrying
@@ -157,38 +161,45 @@ def read_attempts(
 ) -> list[AttemptRow]:
     """A study's attempts, or one trial's, oldest first."""
     query = (
-        sa.select(Attempt, Worker, TrialModel.number)
-        .join(Worker, Worker.id == Attempt.worker_id)
-        .join(TrialModel, TrialModel.trial_id == Attempt.trial_id)
-        .where(Attempt.study_id == study_id)
-        .order_by(Attempt.claimed)
+        sa.select(
+            TRIALS.c.number.label("trial"),
+            ATTEMPTS.c.number.label("attempt"),
+            *(ATTEMPTS.c.outcome, ATTEMPTS.c.reason, ATTEMPTS.c.claimed, ATTEMPTS.c.released),
+            *(WORKERS.c.host, WORKERS.c.pid, WORKERS.c.log, WORKERS.c.gpu),
+            *(WORKERS.c.slurm_job, WORKERS.c.slurm_array_job, WORKERS.c.slurm_array_task),
+        )
+        .join(WORKERS, WORKERS.c.id == ATTEMPTS.c.worker_id)
+        .join(TRIALS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id)
+        .where(ATTEMPTS.c.study_id == study_id)
+        .order_by(ATTEMPTS.c.claimed)
     )
     if trial is not None:
-        query = query.where(TrialModel.number == trial)
-    with Session(bind) as session:
+        query = query.where(TRIALS.c.number == trial)
+    with connected(bind) as connection:
         return [
             AttemptRow(
-                trial=number,
-                attempt=attempt.number,
-                worker=f"{worker.host}:{worker.pid}",
-                job=job_of(worker),
-                log=_log(worker),
-                outcome=attempt.outcome,
-                reason=attempt.reason,
-                gpu=worker.gpu,
-                claimed=attempt.claimed.astimezone(UTC),
-                released=attempt.released and attempt.released.astimezone(UTC),
+                trial=row.trial,
+                attempt=row.attempt,
+                worker=f"{row.host}:{row.pid}",
+                job=job_of(row),
+                log=_log(row),
+                outcome=row.outcome,
+                reason=row.reason,
+                gpu=row.gpu,
+                claimed=row.claimed.astimezone(UTC),
+                released=row.released and row.released.astimezone(UTC),
             )
-            for attempt, worker, number in session.execute(query)
+            for row in connection.execute(query)
         ]
 
 
-def job_of(worker: Worker) -> str | None:
+def job_of(worker: Row) -> str | None:
     """A worker's job in SLURM, as in 12_3."""
-    if worker.slurm_array_job is None:
-        return worker.slurm_job
-    return f"{worker.slurm_array_job}_{worker.slurm_array_task}"
+    job: str | None = worker.slurm_job
+    return (
+        job if worker.slurm_array_job is None else f"{worker.slurm_array_job}_{worker.slurm_array_task}"
+    )
 
 
-def _log(worker: Worker) -> str | None:
+def _log(worker: Row) -> str | None:
     return None if worker.log is None else str(path_from_record(worker.log))

@@ -7,17 +7,16 @@ import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
-from optuna.trial import TrialState
 
-from storage import recording, schema, studies
+from storage import optuna_storage, recording, studies
+from storage.optuna_storage import OPTUNAS_TABLES
 from storage.optuna_tables import (
-    TrialIntermediateValueModel,
-    TrialModel,
-    TrialParamModel,
-    TrialValueModel,
+    PARAMS,
+    VALUES,
+    TrialState,
 )
 from storage.paths import RunFolder
-from storage.tables import Attempt, Epoch, Worker
+from storage.tables import ATTEMPTS, EPOCHS, WORKERS
 from trainer.config import ARITHMETIC
 from trainer.images import READER
 from trainer.predictions import Predictions
@@ -29,7 +28,8 @@ SPACE = {
     "dropout": FloatDistribution(0.15, 0.6),
     "epsilon": FloatDistribution(1e-4, 2e-2, log=True),
 }
-FINITE = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+OPTUNAS = {table.name: table for table in OPTUNAS_TABLES}
+TRIALS, INTERMEDIATE_VALUES = OPTUNAS["trials"], OPTUNAS["trial_intermediate_values"]
 CATEGORIES = {"texture": 7, "sleeve": 3, "length": 3, "neckline": 4, "fabric": 6, "fit": 3}
 # Columns of the table of epochs that differ from run to run.
 MAY_DIFFER = {"attempt", "recorded", "seconds", "peak_memory", "again", *recording.UNKNOWN}
@@ -49,7 +49,7 @@ STATES = {
 
 def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, data="nowhere"):
     """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
-    storage = schema.open_storage(engine)
+    storage = optuna_storage.open_storage(engine)
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     study_id = study._study_id
     studies.enter_study(
@@ -73,16 +73,13 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
         dataset="f" * 64,
         attributes=ATTRIBUTES,
     )
-    tables = {
-        model: []
-        for model in (TrialParamModel, TrialValueModel, TrialIntermediateValueModel, Attempt, Epoch)
-    }
+    tables = {model: [] for model in (PARAMS, VALUES, INTERMEDIATE_VALUES, ATTEMPTS, EPOCHS)}
     now = datetime.now(UTC)
     worker = f"worker of {name}"
     random = np.random.default_rng(0)
     with engine.begin() as connection:
         connection.execute(
-            sa.insert(Worker).values(
+            sa.insert(WORKERS).values(
                 id=worker,
                 host="node-1",
                 pid=77,
@@ -94,7 +91,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
                 slurm_array_task="3",
             )
         )
-        query = sa.insert(TrialModel).returning(TrialModel.trial_id, sort_by_parameter_order=True)
+        query = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
         rows = [
             {"number": number, "study_id": study_id, "state": STATES[state]}
             for number, state in enumerate(states)
@@ -107,30 +104,30 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
             )
             begin = now - timedelta(hours=len(states) - number)
             end = begin + timedelta(minutes=2 * length)
-            tables[TrialParamModel] += [_param(trial, key, d, random) for key, d in SPACE.items()]
+            tables[PARAMS] += [_param(trial, key, d, random) for key, d in SPACE.items()]
             accuracy = 0.0
             for epoch in range(length):
                 row = _epoch(trial, study_id, epoch, quality, random)
                 accuracy = row["val_accuracy"]
-                tables[Epoch].append(row)
-                tables[TrialIntermediateValueModel].append(
+                tables[EPOCHS].append(row)
+                tables[INTERMEDIATE_VALUES].append(
                     {
                         "trial_id": trial,
                         "step": epoch,
                         "intermediate_value": accuracy,
-                        "intermediate_value_type": FINITE,
+                        "intermediate_value_type": "FINITE",
                     }
                 )
             if state in ("complete", "pruned"):
-                tables[TrialValueModel].append(
+                tables[VALUES].append(
                     {
                         "trial_id": trial,
                         "objective": 0,
                         "value": accuracy,
-                        "value_type": TrialValueModel.TrialValueType.FINITE,
+                        "value_type": "FINITE",
                     }
                 )
-            tables[Attempt] += _attempts(trial, study_id, worker, state, begin, end, now)
+            tables[ATTEMPTS] += _attempts(trial, study_id, worker, state, begin, end, now)
         for model, some in tables.items():
             if some:
                 connection.execute(sa.insert(model), some)

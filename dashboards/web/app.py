@@ -29,7 +29,8 @@ from dashboards.web.auth import (
     refuse,
 )
 from dashboards.web.optuna import mount_optuna
-from storage import database, faults, url
+from storage import faults, url
+from storage.optuna_storage import DATABASE_ERRORS
 
 log = logging.getLogger(__name__)
 CONTENT_POLICY = (
@@ -114,7 +115,7 @@ def _explain(error: Exception) -> Any:
         status, words = error.code or 500, error.description or ""
     elif isinstance(error, (NoResultFound, ArtifactNotFound)):
         status, words = 404, "There is no such study or file. It may have been deleted."
-    elif isinstance(error, database.DATABASE_ERRORS):
+    elif isinstance(error, DATABASE_ERRORS):
         status, words = 503, _database_error(error)
     else:
         raise error

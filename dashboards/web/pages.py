@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 from flask import Blueprint, Response, abort, current_app, g, render_template, request
 from markupsafe import Markup
-from sqlalchemy.orm import Session
 
 from dashboards import charts, csv_tables, render
 from dashboards.arguments import read_choice
@@ -27,7 +26,7 @@ from dashboards.web.filters import Filters, choose_trials, in_states
 from dashboards.web.scripts import Script
 from storage import curves
 from storage.database import retrying
-from storage.optuna_tables import TrialModel, TrialSystemAttributeModel
+from storage.optuna_tables import SYSTEM_ATTRIBUTES, TRIALS
 from storage.paths import home
 from storage.status import STATES, Status, TrialRow, parameter_names, read_status
 from storage.studies import StudyEntry, StudyRow, read_studies, study_entry
@@ -337,13 +336,13 @@ def log_tail(log: str | None) -> str | None:
 def _artifacts(engine: sa.Engine, study_id: int, trial: int) -> list[dict[str, Any]]:
     """The metadata of a trial's artifacts, as optuna.artifacts has it, with Optuna's id of the trial."""
     query = (
-        sa.select(TrialModel.trial_id, TrialSystemAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialSystemAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.number == trial)
-        .where(TrialSystemAttributeModel.key.startswith("artifacts:"))
-        .order_by(TrialSystemAttributeModel.key)
+        sa.select(TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.value_json)
+        .join(TRIALS, TRIALS.c.trial_id == SYSTEM_ATTRIBUTES.c.trial_id)
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.number == trial)
+        .where(SYSTEM_ATTRIBUTES.c.key.startswith("artifacts:"))
+        .order_by(SYSTEM_ATTRIBUTES.c.key)
     )
-    with Session(engine) as session:
+    with engine.connect() as connection:
         # A deleted artifact is null. Optuna stores its JSON text as a JSON string.
-        rows = [(trial_id, json.loads(json.loads(text))) for trial_id, text in session.execute(query)]
+        rows = [(trial_id, json.loads(json.loads(text))) for trial_id, text in connection.execute(query)]
     return [{**row, "trial_id": trial_id} for trial_id, row in rows if row is not None]

@@ -17,7 +17,7 @@ from dashboards.web.app import make_app
 from dashboards.web.auth import RoleConnection
 from dashboards.web.optuna import connect_role
 from dashboards.web.pages import ReadConfirmed
-from storage import database, optuna_tables, roles, schema
+from storage import database, optuna_storage, roles, schema
 from storage.network import VIEWER
 from storage.properties import why_without
 from storage.url import is_loopback
@@ -135,7 +135,7 @@ def connect_roles() -> dict[str, RoleConnection]:
         )
     return {
         "editor": connect_role(
-            engine, optuna_tables.optuna_storage(engine, database.PAGES, make_tables=False)
+            engine, optuna_storage.optuna_storage(engine, database.PAGES, make_tables=False)
         ),
         "viewer": connect_role(viewer.engine, viewer.storage),
     }

@@ -44,7 +44,8 @@ from search.local import LocalSearch
 from search.preflight import preflight
 from search.study import open_study
 from search.study_config import StudyConfig
-from storage import database, schema
+from storage import database
+from storage.optuna_storage import open_storage
 from storage.paths import RunFolder
 from storage.status import Status, read_status
 from storage.studies import StudyEntry
@@ -93,7 +94,7 @@ def _run_here(
     config: StudyConfig, dataset: Dataset, engine: sa.Engine, workers: int, arguments: list[str]
 ) -> tuple[LocalSearch, StudyEntry]:
     """Open a study and run workers with these arguments on this machine until they end."""
-    _, entry = open_study(config, engine, schema.open_storage(engine), dataset, lead=True)
+    _, entry = open_study(config, engine, open_storage(engine), dataset, lead=True)
     runs = RunFolder(entry.name, entry.created).make()
     say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
 

@@ -25,9 +25,9 @@ from search.slurm.site import absent_commands
 from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
+from storage.optuna_storage import open_storage
 from storage.ownership import with_users_umask
 from storage.paths import make_private
-from storage.schema import open_storage
 from storage.status import read_status
 from storage.studies import enter_array_job
 from trainer.config import TrainConfig

@@ -16,7 +16,7 @@ from search import forking, local
 from search.exit_codes import ExitCode
 from search.study import open_study
 from search.toml_file import load_study_file
-from storage import optuna_tables, studies
+from storage import optuna_storage, studies
 from storage.status import read_status
 from tests.browser.conftest import PATIENCE, SCREENSHOTS, ask_again, drawn, log_in, wait_until
 from tests.conftest import PASSWORD, STUDY
@@ -64,7 +64,7 @@ def test_optuna_dashboards_own_delete_button_is_refused(dashboard, page, engine)
 
 def test_optuna_dashboards_study_page_opens_through_the_login(dashboard, page, engine):
     study = fill(engine, MIXED, name="linked")
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     leave_note(optuna.load_study(study_name="linked", storage=storage))
     log_in(page, dashboard, "vera")
     page.goto(f"{dashboard.base}/dashboard/studies/{study}")
@@ -159,7 +159,7 @@ def work_on(engine, home, demo, tmp_path):
         text = text.replace("resnet10t", "test_resnet")  # timm's smallest
         path.write_text(text.replace("[train]", "[train]\ntrain_images = 64"))
         file = load_study_file(path)
-        open_study(file, engine, optuna_tables.optuna_storage(engine), read_dataset(demo))
+        open_study(file, engine, optuna_storage.optuna_storage(engine), read_dataset(demo))
 
         def start():
             worker = forking.start(
@@ -259,7 +259,7 @@ def test_a_page_says_when_its_study_is_gone_and_when_the_server_is(dashboard, pa
     log_in(page, dashboard, "vera")
     page.goto(f"{dashboard.base}/atelier/studies/{study}")
     drawn(page)
-    optuna_tables.optuna_storage(engine).delete_study(study)
+    optuna_storage.optuna_storage(engine).delete_study(study)
     ask_again(page)
     page.get_by_text("There is no such study of Atelier's. It may have been deleted.").wait_for()
     page.goto(f"{dashboard.base}/atelier/")

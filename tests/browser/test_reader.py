@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from storage import optuna_tables
+from storage import optuna_storage
 from tests import studies
 from tests.browser.conftest import SCREENSHOTS, ask_again, browsing, drawn, log_in, wait_until
 from tests.conftest import PASSWORD
@@ -217,7 +217,7 @@ def test_parts_that_come_and_go_need_no_reload(seen, site):
     seen.evaluate("window.sameDocument = true")
     seen.locator("#trials button").focus()
     assert seen.locator(".plot").count() == 0
-    storage = optuna_tables.optuna_storage(site.engine)
+    storage = optuna_storage.optuna_storage(site.engine)
     with site.engine.begin() as connection:
         connection.execute(
             sa.text(

@@ -7,9 +7,9 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from storage import optuna_tables
+from storage import optuna_storage
 from storage.ledger import LeaseLost, Ledger
-from storage.tables import Epoch
+from storage.tables import EPOCHS
 from tests.integration.test_ledger import RESULT, make_study
 from trainer.checkpoint import Checkpoints
 
@@ -65,7 +65,7 @@ class Paused:
 def race(engine, study, folder):
     """Trial after trial is taken over while its holder writes. Returns how many writes were too late."""
     refused = 0
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     dead = {}
     first = Ledger(engine, storage, study._study_id, probe_liveness=lambda _: {})
     second = Ledger(engine, storage, study._study_id, probe_liveness=lambda _: dead)
@@ -100,9 +100,9 @@ def test_ten_thousand_late_writes_are_refused(engine, tmp_path):
         refused = sum(pool.map(run, range(PAIRS)))
     assert refused >= 10_000
     with engine.connect() as connection:
-        late = sa.select(sa.func.count()).where((Epoch.epoch >= 100) | (Epoch.value == 0.9))
+        late = sa.select(sa.func.count()).where((EPOCHS.c.epoch >= 100) | (EPOCHS.c.value == 0.9))
         assert connection.scalar(late) == 0
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     for number in range(PAIRS):
         trials = optuna.load_study(study_name=f"race-{number}", storage=storage).trials
         assert [trial.value for trial in trials] == [0.7] * TRIALS

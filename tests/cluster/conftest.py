@@ -31,7 +31,7 @@ from search.cli import app
 from search.export import load_bundle
 from storage import database, studies
 from storage.embedded import EmbeddedPostgres
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from tests.conftest import STUDY
 from trainer.demo import write_demo
 
@@ -205,17 +205,17 @@ class Campaign:
 
     @property
     def epochs(self):
-        return len(self.rows(Epoch.epoch))
+        return len(self.rows(EPOCHS.c.epoch))
 
     @property
     def outcomes(self):
         """How the attempts ended, in the order of their beginning."""
-        return [row[0] for row in self.rows(Attempt.outcome, order=Attempt.claimed)]
+        return [row[0] for row in self.rows(ATTEMPTS.c.outcome, order=ATTEMPTS.c.claimed)]
 
     @property
     def reasons(self):
         """Why the attempts ended, in words."""
-        return [row[0] for row in self.rows(Attempt.reason, order=Attempt.claimed)]
+        return [row[0] for row in self.rows(ATTEMPTS.c.reason, order=ATTEMPTS.c.claimed)]
 
     def wait_for_outcomes(self, outcome, number=1):
         wait_for(lambda: self.outcomes.count(outcome) >= number, f"{number} {outcome}", self)
@@ -266,7 +266,7 @@ class Campaign:
         counts = {"waiting": 0, "running": 0, "paused": 0, "failed": 0}
         counts |= {"complete": complete, "pruned": trials - complete}
         assert status["counts"] == counts, self.logs
-        recorded = self.rows(Epoch.trial_id, Epoch.epoch, Epoch.attempt)
+        recorded = self.rows(EPOCHS.c.trial_id, EPOCHS.c.epoch, EPOCHS.c.attempt)
         wanted = complete * epochs
         if rung is None:
             assert complete == trials

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from storage.tables import Attempt, Worker
+from storage.tables import ATTEMPTS, WORKERS
 from tests.cluster.conftest import BEFORE_OTHERS
 
 
@@ -117,10 +117,10 @@ def test_nothing_of_another_job_reaches_the_new_one(campaign, monkeypatch):
     assert "Requeue=1" in shown
     study.wait_for_the_end(job)
     assert study.outcomes == ["complete", "complete"], study.logs
-    known = study.rows(Attempt.worker_id)
+    known = study.rows(ATTEMPTS.c.worker_id)
     with study.engine.connect() as connection:
-        query = sa.select(Worker.slurm_restarts, Worker.slurm_array_job, Worker.slurm_cluster)
-        rows = connection.execute(query.where(Worker.id.in_([one for (one,) in known]))).all()
+        query = sa.select(WORKERS.c.slurm_restarts, WORKERS.c.slurm_array_job, WORKERS.c.slurm_cluster)
+        rows = connection.execute(query.where(WORKERS.c.id.in_([one for (one,) in known]))).all()
     assert {*rows} == {(0, job, "atelier")}
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 
 from storage.ledger import LEASE_SECONDS
-from storage.tables import Attempt, Worker
+from storage.tables import ATTEMPTS, WORKERS
 from tests.cluster.conftest import BEFORE_OTHERS, SLURM, task_states, wait_for
 
 
@@ -90,7 +90,7 @@ def test_preemption_by_a_job_of_more_weight(campaign):
     urgent = ["sbatch", "--wait", "--partition=urgent", "--cpus-per-task=16", "--output=/dev/null"]
     subprocess.run([*urgent, "--wrap=true"], check=True, timeout=300)
     # Before it hurries: else the first task that begins anew may end both trials.
-    wait_for(lambda: len(study.rows(Attempt.number)) == 4, "both trials to go on", study)
+    wait_for(lambda: len(study.rows(ATTEMPTS.c.number)) == 4, "both trials to go on", study)
     study.hurry()
     study.wait_for_the_end(job)
     assert study.outcomes == ["released", "released", "complete", "complete"], study.logs
@@ -119,7 +119,7 @@ def test_a_killed_worker_is_replaced_at_once(campaign):
     killed = time.time()
     study.hurry()
     study.wait_for_the_end(job)
-    attempts = study.rows(Attempt.trial_id, Attempt.number, Attempt.outcome, Attempt.claimed)
+    attempts = study.rows(ATTEMPTS.c.trial_id, ATTEMPTS.c.number, ATTEMPTS.c.outcome, ATTEMPTS.c.claimed)
     lost = [row for row in attempts if row.outcome == "lost"]
     assert lost
     for attempt in lost:
@@ -158,8 +158,8 @@ def sinfo():
 
 def workers(study):
     with study.engine.connect() as connection:
-        ids = {worker for (worker,) in study.rows(Attempt.worker_id)}
-        return connection.execute(sa.select(Worker.slurm_restarts).where(Worker.id.in_(ids))).all()
+        ids = {worker for (worker,) in study.rows(ATTEMPTS.c.worker_id)}
+        return connection.execute(sa.select(WORKERS.c.slurm_restarts).where(WORKERS.c.id.in_(ids))).all()
 
 
 def test_the_database_is_away_for_a_minute(campaign, server):

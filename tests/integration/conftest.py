@@ -18,7 +18,7 @@ from search.study import open_study
 from search.toml_file import load_study_file
 from search.verify.look import verify
 from search.worker import Worker
-from storage import ledger, optuna_tables, studies
+from storage import ledger, optuna_storage, studies
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder
 from trainer.config import TrainConfig
@@ -164,7 +164,7 @@ def make_worker(engine, study_text, tmp_path, monkeypatch, workspaces):
         # A picture of each trial's curve takes as long as its training.
         monkeypatch.setattr(search.trial, "attach_curve", attach_curve if pictures else no_picture)
         file = load_study_file(path, list(settings))
-        storage = optuna_tables.optuna_storage(engine)
+        storage = optuna_storage.optuna_storage(engine)
         workspace = workspaces(file.shared)
         study, entry = open_study(file, engine, storage, workspace.dataset, lead=True)
         runs = RunFolder(entry.name, entry.created)

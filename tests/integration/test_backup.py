@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from search.exit_codes import ExitCode
-from storage import backup, database, optuna_tables, paths, schema, studies
+from storage import backup, database, optuna_storage, paths, schema, studies
 from storage.archive import BackupError
 from storage.ledger import LeaseLost
 from storage.outcome import RESTORED
-from storage.tables import Attempt
+from storage.tables import ATTEMPTS
 from tests.conftest import empty_database
 from tests.integration import test_ledger
 from tests.integration.test_wrong_input import downgrade
@@ -109,7 +109,7 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
 
     other = elsewhere()
     backup.restore(other, tmp_path / "b.tar")
-    storage = optuna_tables.optuna_storage(other)
+    storage = optuna_storage.optuna_storage(other)
     for worker in (holder, idle, late):
         worker.engine, worker.storage = other, storage  # the same URL, to a worker
         assert worker.claim() is None
@@ -124,7 +124,9 @@ def test_workers_of_the_time_before_are_fenced(engine, elsewhere, tmp_path):
     new = test_ledger.make_worker(other, study)
     assert [new.claim().trial_number, new.claim([claim.trial_id]).trial_number] == [0, 1]
     with other.connect() as connection:
-        ended = connection.execute(sa.select(Attempt.outcome, Attempt.reason).order_by("number")).all()
+        ended = connection.execute(
+            sa.select(ATTEMPTS.c.outcome, ATTEMPTS.c.reason).order_by("number")
+        ).all()
     assert ended.count(("lost", RESTORED)) == 1
 
 
@@ -133,7 +135,7 @@ def test_numbers_go_on_after_the_last(engine, elsewhere, tmp_path):
     backup.back_up(engine, tmp_path / "b.tar")
     other = elsewhere()
     backup.restore(other, tmp_path / "b.tar")
-    storage = optuna_tables.optuna_storage(other)
+    storage = optuna_storage.optuna_storage(other)
     optuna.load_study(study_name="s", storage=storage).ask({"x": SPACE})
     assert optuna.create_study(storage=storage, study_name="another").trials == []
 
@@ -276,7 +278,7 @@ def test_a_restore_waits_for_no_other(engine, elsewhere, tmp_path):
 def test_a_deleted_study_is_restored_into_the_database_that_it_was_in(engine, home, tmp_path):
     fill(engine, ["complete"], epochs=2, name="s")  # its worker's row outlives it
     backup.back_up(engine, tmp_path / "b.tar")
-    optuna.delete_study(study_name="s", storage=optuna_tables.optuna_storage(engine))
+    optuna.delete_study(study_name="s", storage=optuna_storage.optuna_storage(engine))
     backup.restore(engine, tmp_path / "b.tar")
     assert studies.study_names(engine) == ["s"]
 

@@ -7,7 +7,7 @@ import search.worker
 from search.blame import SickHostError
 from search.exit_codes import ExitCode
 from storage import ledger
-from storage.optuna_tables import optuna_storage
+from storage.optuna_storage import optuna_storage
 from tests.integration.test_ledger import make_study
 from tests.integration.test_ledger import make_worker as make_ledger
 from tests.integration.test_worker import attempts, reasons

@@ -21,7 +21,7 @@ from storage.ledger import Ledger
 from storage.network import VIEWER, WORKER
 from storage.postgres_programs import SYSTEM_USER
 from storage.properties import why_without
-from storage.tables import Epoch
+from storage.tables import EPOCHS
 from storage.url import DatabaseError
 from tests.conftest import as_superuser, free_port
 from tests.studies import fill
@@ -31,9 +31,9 @@ NO_WRITES = "takes no writes (a standby, or default_transaction_read_only); give
 
 
 def curve(engine):
-    columns = (Epoch.epoch, Epoch.train_loss, Epoch.val_loss, Epoch.value, Epoch.lr)
+    columns = (EPOCHS.c.epoch, EPOCHS.c.train_loss, EPOCHS.c.val_loss, EPOCHS.c.value, EPOCHS.c.lr)
     with engine.connect() as connection:
-        return connection.execute(sa.select(*columns).order_by(Epoch.epoch)).all()
+        return connection.execute(sa.select(*columns).order_by(EPOCHS.c.epoch)).all()
 
 
 def at_the_first_record(monkeypatch, event):
@@ -88,7 +88,7 @@ def test_a_worker_waits_for_a_server_that_is_read_only_and_goes_on(
     assert make_worker(*ONE_TRIAL, "study.name=undisturbed").run() == ExitCode.DONE
     expected = curve(engine)
     with engine.begin() as connection:
-        connection.execute(sa.delete(Epoch))
+        connection.execute(sa.delete(EPOCHS))
     reload, reset = "SELECT pg_reload_conf()", "ALTER SYSTEM RESET default_transaction_read_only"
     refused = threading.Event()
     sa.event.listen(

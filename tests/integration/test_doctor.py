@@ -29,7 +29,7 @@ from search.slurm.granted import take_granted
 from search.toml_file import load_study_file
 from storage import database
 from storage.network import VIEWER
-from storage.tables import Study
+from storage.tables import STUDIES
 from tests.chaos.harness import small_disk
 from tests.conftest import as_superuser
 from tests.integration.test_database import IGNORED, on_server, pooler  # noqa: F401  # fixtures
@@ -259,7 +259,7 @@ def test_versions_that_are_not_those_of_the_workers(doctor, engine, values, stat
     fill(engine, ["complete"], name="tiny")
     assert doctor("study.toml")["record"]["state"] == "ok"
     with engine.begin() as connection:
-        connection.execute(sa.update(Study).values(values))
+        connection.execute(sa.update(STUDIES).values(values))
     assert_says(doctor("study.toml")["record"], state, *words)
 
 

@@ -11,7 +11,7 @@ import search.study
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file
-from storage import optuna_tables, studies
+from storage import optuna_storage, studies
 from tests.studies import fill
 from trainer.dataset import read_dataset
 from trainer.images import load_image
@@ -88,7 +88,7 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     engine, demo, atelier, tmp_path, monkeypatch
 ):
     file, dataset = load_study_file(tmp_path / "study.toml"), read_dataset(demo)
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     _, entry = open_study(file, engine, storage, dataset, lead=True)
     assert entry.settings["images"] == {"reader": search.study.READER}
     monkeypatch.setattr(search.study, "READER", 99)

@@ -13,15 +13,13 @@ import pytest
 import sqlalchemy as sa
 
 from search.local import work
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from tests.integration.conftest import end_of, slow_steps
 from tests.studies import MAY_DIFFER
 from trainer.checkpoint import Checkpoints
 
 COLUMNS = [
-    column
-    for column in Epoch.__table__.columns
-    if column.name not in ("trial_id", "study_id", *MAY_DIFFER)
+    column for column in EPOCHS.columns if column.name not in ("trial_id", "study_id", *MAY_DIFFER)
 ]
 
 
@@ -78,10 +76,10 @@ def wait_for(condition, ended, log):
 @pytest.mark.parametrize(("seconds", "kills"), [(0, (1, 2, 2)), (1e6, (2,))])
 def test_a_trial_that_was_killed_equals_one_that_was_not(engine, start, seconds, kills):
     def attempts():
-        return len(rows(engine, Attempt.__table__.c.number))
+        return len(rows(engine, ATTEMPTS.c.number))
 
     def epochs():
-        return len(rows(engine, Epoch.__table__.c.epoch))
+        return len(rows(engine, EPOCHS.c.epoch))
 
     whole = start("whole")
     assert end_of(whole) == 0, whole.output.read_text()
@@ -104,7 +102,7 @@ def test_a_trial_that_was_killed_equals_one_that_was_not(engine, start, seconds,
 
     assert rows(engine, *COLUMNS) == rows(engine, *COLUMNS, study="whole")
     assert len(rows(engine, *COLUMNS)) == 3
-    history = rows(engine, Attempt.__table__.c.number, Attempt.__table__.c.outcome)
+    history = rows(engine, ATTEMPTS.c.number, ATTEMPTS.c.outcome)
     assert [outcome for _, outcome in history] == ["lost"] * len(kills) + ["complete"]
     storage = optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False))
     trials = {
@@ -123,7 +121,7 @@ def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment
     command = [sys.executable, "-m", "atelier_command", "worker", path]
     with log.open("w") as output:
         worker = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    epochs = lambda: len(rows(engine, Epoch.__table__.c.epoch))  # noqa: E731
+    epochs = lambda: len(rows(engine, EPOCHS.c.epoch))  # noqa: E731
     try:
         wait_for(epochs, lambda: worker.poll() is not None, log)
         worker.send_signal(signal.SIGTERM)
@@ -131,7 +129,7 @@ def test_sigterm_finishes_the_epoch_and_releases(engine, study_file, environment
     finally:
         worker.kill()
         worker.wait()
-    [attempt] = rows(engine, Attempt.__table__.c.outcome, Attempt.__table__.c.reason)
+    [attempt] = rows(engine, ATTEMPTS.c.outcome, ATTEMPTS.c.reason)
     assert attempt == ("released", "SIGTERM")
     [folder] = (tmp_path / "home" / "runs").glob("*/trial-00000")
     state = Checkpoints(folder).latest()

@@ -12,15 +12,14 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from search import forking
-from storage import database, optuna_tables, schema, studies
+from storage import database, optuna_storage, schema, studies
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
 from storage.liveness import is_gone, process_identity
 from storage.outcome import Outcome
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from trainer.metrics import EpochResult
 
 RESULT = {
@@ -63,11 +62,11 @@ def test_an_epoch_is_recorded_as_it_was_whatever_its_numbers(engine):
 
 def test_every_number_of_an_epoch_has_a_column():
     names = {field.name for field in fields(EpochResult)} - {"predictions", "cause"}
-    assert names <= set(Epoch.__table__.columns.keys())
+    assert names <= set(EPOCHS.columns.keys())
 
 
 def make_study(engine, max_trials=3, name="s", **values):
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True
     )
@@ -77,7 +76,7 @@ def make_study(engine, max_trials=3, name="s", **values):
 
 
 def make_worker(engine, study, gpu=None, **options):
-    worker = Ledger(engine, optuna_tables.optuna_storage(engine), study._study_id, **options)
+    worker = Ledger(engine, optuna_storage.optuna_storage(engine), study._study_id, **options)
     worker.register(gpu=gpu)
     return worker
 
@@ -162,7 +161,7 @@ def test_an_interrupted_trial_prefers_its_kind_of_device_for_one_lease(engine, g
     first.release(first.claim())
     ago = timedelta(minutes=minutes)
     with engine.begin() as connection:
-        connection.execute(sa.update(Attempt).values(released=Attempt.released - ago))
+        connection.execute(sa.update(ATTEMPTS).values(released=ATTEMPTS.c.released - ago))
     claim = second.claim()
     assert claim.trial_number == number
     other = second.claim(held=[claim.trial_id])  # nobody waits for the other kind
@@ -188,9 +187,9 @@ def test_a_worker_that_was_replaced_can_write_nothing(engine):
     assert study.trials[0].intermediate_values == {}
     assert study.trials[0].state == optuna.trial.TrialState.RUNNING
     with engine.connect() as connection:
-        assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 0
+        assert connection.scalar(sa.select(sa.func.count()).select_from(EPOCHS)) == 0
         open_attempts = connection.execute(
-            sa.select(Attempt.number).where(Attempt.released.is_(None))
+            sa.select(ATTEMPTS.c.number).where(ATTEMPTS.c.released.is_(None))
         ).all()
     assert open_attempts == [(2,)]
 
@@ -217,7 +216,7 @@ def test_the_database_refuses_a_second_holder(engine):
     row = {"trial_id": claim.trial_id, "number": 2, "study_id": study._study_id}
     row |= {"worker_id": worker.worker_id, "lease_until": sa.func.now()}
     with pytest.raises(IntegrityError, match="attempt_open"), engine.begin() as connection:
-        connection.execute(sa.insert(Attempt).values(row))
+        connection.execute(sa.insert(ATTEMPTS).values(row))
 
 
 def test_a_trial_made_by_a_worker_that_died_before_its_attempt_is_taken(engine):
@@ -280,11 +279,12 @@ def test_a_claim_waits_for_the_holders_transaction_and_then_judges_anew(engine):
     late = make_worker(engine, study, probe_liveness=nobody_knows)
     result = []
     thread = threading.Thread(target=lambda: result.append(late.claim()))
-    with Session(engine) as session, session.begin():
-        attempt = holder._fence(session, claim)  # the row is locked, as by a renewal
+    with engine.begin() as connection:
+        holder._fence(connection, claim)  # the row is locked, as by a renewal
         thread.start()
         wait_until_blocked(engine)
-        attempt.lease_until = sa.func.now() + timedelta(seconds=60)
+        later = sa.func.now() + timedelta(seconds=60)
+        connection.execute(sa.update(ATTEMPTS).values(lease_until=later))
     thread.join(30)
     assert result == [None]
 
@@ -312,7 +312,7 @@ def test_a_trial_that_somebody_else_ended_is_not_ended_again(engine):
         worker.finish(claim, "complete", 0.9)
     assert study.trials[0].state == optuna.trial.TrialState.FAIL
     with engine.connect() as connection:
-        assert connection.scalar(sa.select(Attempt.outcome)) == "lost"
+        assert connection.scalar(sa.select(ATTEMPTS.c.outcome)) == "lost"
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_a_trial_that_somebody_else_ended_is_not_given_back(engine):
     assert not worker.release(claim, reason="no such file")
     assert not worker.release(claim, reason="no such file")  # as after a lost reply
     with engine.connect() as connection:
-        ends = connection.execute(sa.select(Attempt.outcome, Attempt.reason)).all()
+        ends = connection.execute(sa.select(ATTEMPTS.c.outcome, ATTEMPTS.c.reason)).all()
     assert ends == [("lost", "the trial was set to PRUNED by somebody else")]
 
 
@@ -409,7 +409,7 @@ def test_a_release_may_be_repeated_after_a_lost_reply(engine):
 def test_a_connection_that_is_lost_while_optuna_reads_is_no_error(engine):
     study = make_study(engine, max_trials=1)
     make_worker(engine, study).claim()
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     cut = []
 
     @sa.event.listens_for(storage._backend.engine, "before_cursor_execute")
@@ -500,7 +500,7 @@ def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
             )
         )
         attempts, epochs = (
-            connection.scalar(sa.select(sa.func.count()).select_from(t)) for t in (Attempt, Epoch)
+            connection.scalar(sa.select(sa.func.count()).select_from(t)) for t in (ATTEMPTS, EPOCHS)
         )
     assert overlaps == 0
     assert attempts == 55
@@ -510,7 +510,7 @@ def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
 def prepare_once(barrier) -> None:
     engine = database.connect()
     barrier.wait()
-    schema.open_storage(engine)
+    optuna_storage.open_storage(engine)
     assert schema.schema_revision(engine) == schema.head_revision()
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dashboards.outputs import mark
 from search.cli import app
-from storage import optuna_tables, studies
+from storage import optuna_storage, studies
 from storage.paths import RunFolder
 from storage.prune import forgotten
 from tests.studies import fill
@@ -155,7 +155,7 @@ def test_folders_of_studies_that_are_gone(two, engine, home):
         aged(home / "runs" / "busy-20200101-000000", DAY / 2),  # maybe another database's
         aged(home / "runs" / "notes", 3 * DAY),  # a user's
     ]
-    optuna.delete_study(study_name="another", storage=optuna_tables.optuna_storage(engine))
+    optuna.delete_study(study_name="another", storage=optuna_storage.optuna_storage(engine))
     lost = sorted([gone, earlier])
     assert forgotten(engine) == lost
     assert "run folders of no study here: 2; see: atelier db prune" in run("db", "status").stdout
@@ -175,13 +175,13 @@ def test_a_folder_that_is_written_to_is_left(two, engine, home):
     gone = folder_of(engine, "another", 3 * DAY)
     (gone / "trial-00000" / "new").write_bytes(b"")  # whatever the folder's own time
     os.utime(gone / "trial-00000", (0, 0))
-    optuna.delete_study(study_name="another", storage=optuna_tables.optuna_storage(engine))
+    optuna.delete_study(study_name="another", storage=optuna_storage.optuna_storage(engine))
     assert forgotten(engine) == []
 
 
 def test_a_home_that_has_a_database_of_its_own_keeps_its_folders(two, engine, home):
     gone = folder_of(engine, "another", 3 * DAY)
-    optuna.delete_study(study_name="another", storage=optuna_tables.optuna_storage(engine))
+    optuna.delete_study(study_name="another", storage=optuna_storage.optuna_storage(engine))
     (home / "postgres").mkdir()
     assert "which shares this home" in run("db", "prune", "--deleted", code=2).stderr
     assert str(gone) in run("db", "prune").stdout

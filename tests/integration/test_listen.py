@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database, schema, url
+from storage import database, optuna_storage, url
 from storage.embedded import EmbeddedPostgres
 from storage.url import DatabaseError
 from tests.conftest import free_port
@@ -69,7 +69,7 @@ def test_the_network_needs_the_password_and_serves_no_superuser(home, port):
     assert stat.S_IMODE(passfile.stat().st_mode) == 0o600
     engine = database.connect()  # by the file that the home holds
     assert (engine.url.host, engine.url.port) == ("127.0.0.1", port)
-    schema.open_storage(engine)
+    optuna_storage.open_storage(engine)
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SHOW is_superuser")) == "off"
         assert connection.scalar(sa.text("SELECT count(*) FROM atelier.study")) == 0
@@ -171,7 +171,7 @@ def test_with_tls_nothing_goes_in_the_clear_and_the_server_is_verified(home, por
     result = start(port, "--postgres", str(SYSTEM[-1]))
     assert result.exit_code == 0, result.output
     engine = database.connect()
-    schema.open_storage(engine)
+    optuna_storage.open_storage(engine)
     with engine.connect() as connection:
         query = "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
         encrypted, version = connection.execute(sa.text(query)).one()

@@ -18,7 +18,7 @@ from storage.network import Network
 from storage.paths import RunFolder, path_from_record, path_to_record
 from storage.status import read_status
 from storage.studies import study_entry
-from storage.tables import Worker
+from storage.tables import WORKERS
 from storage.workers import read_attempts
 from tests.conftest import free_port
 from tests.studies import fill
@@ -73,7 +73,7 @@ def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
         atelier("search", "study.toml", "--workers", "1", "--set", f"study.max_trials={number}")
     entry = study_entry(engine, "tiny")
     with engine.connect() as connection:
-        recorded = connection.scalars(sa.select(Worker.log).order_by(Worker.log)).all()
+        recorded = connection.scalars(sa.select(WORKERS.c.log).order_by(WORKERS.c.log)).all()
     logs = RunFolder(entry.name, entry.created).logs
     names = [f"./{path.relative_to(home)}" for path in sorted(logs.iterdir())]
     assert len(names) == 2
@@ -97,7 +97,9 @@ def test_searches_have_logs_of_their_own_and_show_them_wherever_they_are(
     moved = home.rename(tmp_path / "moved home")
     check(moved)
     with engine.begin() as connection:  # as earlier versions did
-        connection.execute(sa.update(Worker).values(log=sa.func.replace(Worker.log, "./", f"{home}/")))
+        connection.execute(
+            sa.update(WORKERS).values(log=sa.func.replace(WORKERS.c.log, "./", f"{home}/"))
+        )
     check(moved)
 
 

@@ -13,7 +13,7 @@ import torch
 from search.exit_codes import ExitCode
 from storage import ranks, studies
 from storage.status import read_status
-from storage.tables import Attempt
+from storage.tables import ATTEMPTS
 from tests.integration.test_ledger import RESULT
 from tests.integration.test_worker import attempts, reasons
 from trainer.checkpoint import Checkpoints
@@ -39,16 +39,16 @@ def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine, m
     assert any(row[0]["stream_epoch"] > 0 for row in rows)  # some have joined late
     spans = sa.select(sa.func.count()).select_from(
         sa.join(
-            one := sa.orm.aliased(Attempt), two := sa.orm.aliased(Attempt), one.trial_id < two.trial_id
+            one := sa.orm.aliased(ATTEMPTS), two := sa.orm.aliased(ATTEMPTS), one.trial_id < two.trial_id
         )
     )
     overlapping = spans.where(one.claimed < two.released, two.claimed < one.released)
     with engine.connect() as connection:
         assert connection.scalar(overlapping) >= 3
         # What a worker holds side by side counts once.
-        held = sa.func.max(Attempt.released) - sa.func.min(Attempt.claimed)
+        held = sa.func.max(ATTEMPTS.c.released) - sa.func.min(ATTEMPTS.c.claimed)
         whole = connection.scalar(sa.select(sa.extract("epoch", held)))
-        each = sa.func.sum(Attempt.released - Attempt.claimed)
+        each = sa.func.sum(ATTEMPTS.c.released - ATTEMPTS.c.claimed)
         assert connection.scalar(sa.select(sa.extract("epoch", each))) > 1.5 * float(whole)
     spent = read_status(engine, entry.study_id, "tiny").gpu_hours * 3600
     assert spent <= float(whole) + 0.01

@@ -14,7 +14,7 @@ from storage.outcome import SPENT, Outcome
 from storage.ranks import Rank
 from storage.status import read_status
 from storage.studies import study_entry, update_study
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from storage.trial_queue import TrialQueue
 from tests.integration import test_ledger
 from tests.integration.test_ledger import RESULT, make_study
@@ -55,7 +55,9 @@ def outcomes(engine):
     """By trial number, in order."""
     found = defaultdict(list)
     with engine.connect() as connection:
-        query = sa.select(Attempt.trial_id, Attempt.outcome).order_by(Attempt.trial_id, Attempt.number)
+        query = sa.select(ATTEMPTS.c.trial_id, ATTEMPTS.c.outcome).order_by(
+            ATTEMPTS.c.trial_id, ATTEMPTS.c.number
+        )
         for trial_id, outcome in connection.execute(query):
             found[trial_id].append(outcome)
     return [*found.values()]
@@ -162,9 +164,12 @@ def test_the_lease_that_a_killed_worker_leaves_does_not_end_a_search(engine):
     trials.pause(worker, 0.3)
     claim = trials.worker().claim()
     ago = sa.func.make_interval(0, 0, 0, 0, 0, 0, 100)
-    times = {column: column - ago for column in (Attempt.claimed, Attempt.renewed, Attempt.lease_until)}
+    times = {
+        column: column - ago
+        for column in (ATTEMPTS.c.claimed, ATTEMPTS.c.renewed, ATTEMPTS.c.lease_until)
+    }
     with engine.begin() as connection:
-        query = sa.update(Attempt).where(Attempt.trial_id == claim.trial_id)
+        query = sa.update(ATTEMPTS).where(ATTEMPTS.c.trial_id == claim.trial_id)
         connection.execute(query.values(times))
     worker._probe_liveness = lambda holders: {holder.worker_id: False for holder in holders}
     again = worker.claim()
@@ -240,7 +245,7 @@ def test_gpu_hours_are_a_hard_limit(engine, make_worker):
     [trial] = worker.study.get_trials()
     assert (trial.state, [*trial.intermediate_values]) == (TrialState.PRUNED, [0])
     with engine.connect() as connection:
-        assert connection.scalar(sa.select(sa.func.count()).select_from(Epoch)) == 1
+        assert connection.scalar(sa.select(sa.func.count()).select_from(EPOCHS)) == 1
 
 
 def test_a_trial_goes_on_if_the_gpu_hours_are_raised_once_they_are_spent(engine, make_worker):

@@ -12,7 +12,7 @@ from search.exit_codes import ExitCode
 from search.trial import MOST_UNRECORDED
 from storage import studies
 from storage.outcome import SPENT, STOPPED
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from tests.studies import MAY_DIFFER
 from trainer.checkpoint import Checkpoints
 from trainer.predictions import Predictions
@@ -116,8 +116,8 @@ def test_where_it_differs_the_first_record_stands_and_is_marked(engine, make_wor
     trial.finish_jobs()
     lose(engine, first)
     with engine.begin() as connection:  # as another kind of device would have recorded it
-        change = {"val_accuracy": Epoch.val_accuracy + 0.125, "value": Epoch.value + 0.125}
-        connection.execute(sa.update(Epoch).values(change))
+        change = {"val_accuracy": EPOCHS.c.val_accuracy + 0.125, "value": EPOCHS.c.value + 0.125}
+        connection.execute(sa.update(EPOCHS).values(change))
         told = "UPDATE trial_intermediate_values SET intermediate_value = intermediate_value + 0.125"
         connection.execute(sa.text(told))
     [recorded] = numbers(engine)
@@ -151,7 +151,7 @@ def test_a_trial_is_given_back_after_its_epoch_is_recorded(engine, make_worker, 
         assert ending.is_alive()
     ending.join()
     with engine.connect() as connection:
-        [attempt] = connection.execute(sa.select(Attempt.outcome, Attempt.reason))
+        [attempt] = connection.execute(sa.select(ATTEMPTS.c.outcome, ATTEMPTS.c.reason))
     assert attempt == ("released", "enough")
     assert saved_epochs(worker) == len(epochs(engine)) == 1
 
@@ -181,7 +181,7 @@ def test_an_epoch_that_is_no_longer_wanted_is_cut(engine, make_worker, all_holds
     assert 1 <= len(epochs(engine)) <= MOST_UNRECORDED
     assert saved_epochs(worker) == len(epochs(engine))
     with engine.connect() as connection:
-        [attempt] = connection.execute(sa.select(Attempt.outcome, Attempt.reason))
+        [attempt] = connection.execute(sa.select(ATTEMPTS.c.outcome, ATTEMPTS.c.reason))
     assert attempt == ("released", answer)
 
 

@@ -18,7 +18,7 @@ from search.exit_codes import ExitCode
 from search.slurm.job import KILL_SECONDS, seconds_to_kill
 from search.stopping import SAVE_SECONDS, Stop
 from storage import leases, studies
-from storage.tables import Attempt, Epoch
+from storage.tables import ATTEMPTS, EPOCHS
 from trainer.device import is_out_of_memory
 
 pytestmark = pytest.mark.usefixtures("all_holds")
@@ -27,18 +27,24 @@ KEEPER = leases.LeaseKeeper.__init__
 
 def attempts(engine):
     with engine.connect() as connection:
-        return connection.execute(sa.select(Attempt.outcome).order_by(Attempt.claimed)).scalars().all()
+        return (
+            connection.execute(sa.select(ATTEMPTS.c.outcome).order_by(ATTEMPTS.c.claimed))
+            .scalars()
+            .all()
+        )
 
 
 def reasons(engine):
     with engine.connect() as connection:
-        return connection.execute(sa.select(Attempt.reason).order_by(Attempt.claimed)).scalars().all()
+        return (
+            connection.execute(sa.select(ATTEMPTS.c.reason).order_by(ATTEMPTS.c.claimed)).scalars().all()
+        )
 
 
 def epochs(engine):
     with engine.connect() as connection:
         return connection.execute(
-            sa.select(Epoch.trial_id, Epoch.epoch).order_by(*Epoch.__mapper__.primary_key)
+            sa.select(EPOCHS.c.trial_id, EPOCHS.c.epoch).order_by(*EPOCHS.c.__mapper__.primary_key)
         ).all()
 
 
@@ -159,7 +165,7 @@ def test_a_worker_that_was_replaced_stops_inside_its_epoch(engine, make_worker, 
         if not reasons(engine)[-1]:
             with engine.begin() as connection:
                 connection.execute(
-                    sa.update(Attempt).values(released=sa.func.now(), outcome="lost", reason="drill")
+                    sa.update(ATTEMPTS).values(released=sa.func.now(), outcome="lost", reason="drill")
                 )
             worker.stop.ask("enough", ExitCode.STOPPED)
         time.sleep(0.05)
@@ -184,7 +190,7 @@ def test_a_trial_that_fails_after_it_was_lost_does_not_end_the_worker(
 
     def lose_then_raise(runs, _):
         with engine.begin() as connection:
-            connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
+            connection.execute(sa.update(ATTEMPTS).values(released=sa.func.now(), outcome="lost"))
         worker.stop.ask("enough", ExitCode.STOPPED)
         yield runs[0], error
 
@@ -201,7 +207,7 @@ def test_what_a_lost_trial_saves_when_its_epoch_is_cut_is_withdrawn(engine, make
     def lose_then_release(claim, **details):
         assert list(worker.runs.checkpoints(0).glob("*.pt"))
         with engine.begin() as connection:
-            connection.execute(sa.update(Attempt).values(released=sa.func.now(), outcome="lost"))
+            connection.execute(sa.update(ATTEMPTS).values(released=sa.func.now(), outcome="lost"))
         return release(claim, **details)
 
     def cut(seconds_left):

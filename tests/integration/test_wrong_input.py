@@ -23,8 +23,8 @@ from search.confirm.plan import plan_confirmation
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file
-from storage import migrate, optuna_tables, schema, studies
-from storage.tables import Attempt
+from storage import migrate, optuna_storage, schema, studies
+from storage.tables import ATTEMPTS
 from tests.chaos.harness import small_disk
 from tests.integration.test_ledger import complete_trial, make_worker
 from tests.studies import fill
@@ -380,7 +380,7 @@ def test_a_study_with_other_settings_or_other_data(engine, demo, study_text, tmp
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     write_demo(tmp_path / "other", train=12, val=6, test=0)
     open_study(load_study_file(path), engine, storage, read_dataset(demo))
     open_study(load_study_file(path, ["study.max_trials=9"]), engine, storage, read_dataset(demo))
@@ -399,10 +399,10 @@ def test_a_worker_that_joins_a_study_whose_batches_cannot_be_trained(
     monkeypatch.setenv("ATELIER_HOME", str(folder / "home"))
     Path("study.toml").write_text(study_text)
     file = load_study_file(Path("study.toml"), ["train.train_images=65"])
-    open_study(file, engine, optuna_tables.optuna_storage(engine), read_dataset(demo), lead=True)
+    open_study(file, engine, optuna_storage.optuna_storage(engine), read_dataset(demo), lead=True)
     assert_one_line(runner.invoke(app, ["worker", "tiny"]), "batch_size = 32 or 64: the last batch")
     with engine.connect() as connection:
-        assert connection.execute(sa.select(Attempt)).all() == []
+        assert connection.execute(sa.select(ATTEMPTS)).all() == []
 
 
 def test_a_confirmation_needs_the_batches_of_its_candidates_only(engine):
@@ -423,7 +423,7 @@ def test_a_confirmation_needs_the_batches_of_its_candidates_only(engine):
 def test_a_warm_start_from_nothing(engine, demo, study_text, tmp_path, name, expected):
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     open_study(load_study_file(path, ["study.name=empty"]), engine, storage, read_dataset(demo))
     file = load_study_file(path, [f'study.warm_start=["{name}"]'])
     with pytest.raises(InputError, match=expected):
@@ -436,7 +436,7 @@ def test_a_study_with_other_weights(engine, demo, study_text, tmp_path, before, 
     (tmp_path / "w.pth").write_bytes(b"weights")
     path = tmp_path / "study.toml"
     path.write_text(study_text)
-    storage = optuna_tables.optuna_storage(engine)
+    storage = optuna_storage.optuna_storage(engine)
     first, second = (f"train.weights={w.format(file=tmp_path / 'w.pth')}" for w in (before, after))
     open_study(load_study_file(path, [first]), engine, storage, read_dataset(demo))
     with pytest.raises(InputError, match=r"made with train.weights ="):
@@ -731,7 +731,7 @@ def test_a_study_with_nothing_to_export(
 ):
     (tmp_path / "s.toml").write_text(study_text)
     file = load_study_file(tmp_path / "s.toml")
-    study, _ = open_study(file, engine, optuna_tables.optuna_storage(engine), read_dataset(demo))
+    study, _ = open_study(file, engine, optuna_storage.optuna_storage(engine), read_dataset(demo))
     study.ask()
     url = engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("ATELIER_DATABASE_URL", url)
@@ -742,7 +742,7 @@ def test_a_study_with_nothing_to_export(
 def test_a_confirmation_on_another_dataset(engine, demo, study_text, folder, tmp_path, monkeypatch):
     (tmp_path / "s.toml").write_text(study_text)
     file = load_study_file(tmp_path / "s.toml")
-    study, _ = open_study(file, engine, optuna_tables.optuna_storage(engine), read_dataset(demo))
+    study, _ = open_study(file, engine, optuna_storage.optuna_storage(engine), read_dataset(demo))
     worker = make_worker(engine, study)
     complete_trial(worker, file, {"lr": 1e-3, "batch_size": 32}, score=0.5)
     write_demo(tmp_path / "other", train=20, val=10, test=5, seed=3)

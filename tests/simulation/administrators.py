@@ -22,7 +22,7 @@ from search.verify.evidence import gather
 from search.verify.rules import Holds, violations
 from storage import backup, database, schema
 from storage.archive import BackupError
-from storage.database import DATABASE_ERRORS
+from storage.optuna_storage import DATABASE_ERRORS
 from storage.studies import study_entry
 from storage.url import DatabaseError
 from tests.simulation.process import KILLED, Process

@@ -16,17 +16,15 @@ from storage import recording
 Edit = tuple[str, str, str]  # the path of a function or of SQL, words that stand in it once, other words
 
 PLANTS: dict[str, list[Edit]] = {
-    "claim-without-study-lock": [
-        ("storage.ledger.Ledger.claim", "self.study_id, with_for_update=True)", "self.study_id)")
-    ],
+    "claim-without-study-lock": [("storage.ledger.Ledger.claim", "row.with_for_update()", "row")],
     "fence-without-lock": [
-        ("storage.ledger.Ledger._fence", ".where(self._is_open(claim)).with_for_update()", ""),
-        ("storage.ledger.Ledger.finish", "claim.attempt), with_for_update=True)", "claim.attempt))"),
+        ("storage.ledger.Ledger._fence", "attempt.with_for_update()", "attempt"),
+        ("storage.attempts.lock_attempt", ".with_for_update()", ""),
     ],
     "finish-without-fence": [
         (
             "storage.ledger.Ledger.finish",
-            "attempt = self._fence(session, claim)",
+            "self._fence(connection, claim)",
             "assert attempt is not None",
         )
     ],
@@ -40,8 +38,8 @@ PLANTS: dict[str, list[Edit]] = {
     "lease-by-the-workers-clock": [
         (
             "storage.attempts.lock_open_attempt",
-            "Attempt.lease_until > now()",
-            'Attempt.lease_until > sa.func.to_timestamp(__import__("time").time())',
+            "ATTEMPTS.c.lease_until > now()",
+            'ATTEMPTS.c.lease_until > sa.func.to_timestamp(__import__("time").time())',
         ),
         (
             "storage.trial_queue.UNFINISHED_TRIALS",
@@ -75,7 +73,7 @@ PLANTS: dict[str, list[Edit]] = {
     "trial-added-by-optuna": [
         (
             "storage.ledger.Ledger._new_trials",
-            "add_trial(session, self.study_id)",
+            "add_trial(connection, self.study_id)",
             "[self.storage.create_new_trial(self.study_id)]",
         )
     ],
@@ -170,8 +168,8 @@ PLANTS: dict[str, list[Edit]] = {
     "release-without-fence": [
         (
             "storage.ledger.Ledger.release",
-            "if attempt.released is None and close_if_ended(attempt, trial) is None:",
-            "if close_if_ended(attempt, trial) is None:",
+            "if attempt.released is not None:",
+            "if False:",
         )
     ],
     "damaged-digest-is-text": [
@@ -185,13 +183,11 @@ PLANTS: dict[str, list[Edit]] = {
     "told-trial-ended-again": [
         (
             "storage.ledger.Ledger.finish",
-            "ended_elsewhere = close_if_ended(attempt, trial)",
+            "ended_elsewhere = close_if_ended(connection, *key, trial.state)",
             "ended_elsewhere = None",
         )
     ],
-    "deleted-study-at-claim": [
-        ("storage.ledger.Ledger.claim", "session.get(Study", "session.get_one(Study")
-    ],
+    "deleted-study-at-claim": [("storage.ledger.Ledger.claim", "one_or_none()", "one()")],
     "enqueued-over-budget": [
         (
             "storage.trial_queue.TrialQueue.enqueued",
@@ -215,7 +211,7 @@ PLANTS: dict[str, list[Edit]] = {
     "dead-of-spent-study-stay-open": [
         (
             "storage.ledger.Ledger.claim",
-            "close_the_dead(session, self.study_id, liveness, self.worker_id, held)",
+            "close_the_dead(connection, self.study_id, liveness, self.worker_id, held)",
             "pass",
         )
     ],
@@ -223,13 +219,14 @@ PLANTS: dict[str, list[Edit]] = {
     "time-of-transactions-begin": [
         (
             "storage.ledger.Ledger.claim",
-            "study = session.get(",
-            'session.info["begun"] = session.scalar(sa.select(now()))\n        study = session.get(',
+            "study = connection.execute(",
+            'connection.info["begun"] = connection.scalar(sa.select(now()))\n'
+            "        study = connection.execute(",
         ),
         (
             "storage.attempts.open_attempt",
             "claimed=now(),\n            renewed=now(),",
-            'claimed=session.info["begun"],\n            renewed=session.info["begun"],',
+            'claimed=connection.info["begun"],\n            renewed=connection.info["begun"],',
         ),
     ],
     "backup-of-many-moments": [("storage.backup.dump_tables", "REPEATABLE READ", "READ COMMITTED")],
@@ -252,8 +249,8 @@ PLANTS: dict[str, list[Edit]] = {
     "swept-folder-ends-worker": [
         (
             "storage.ledger.Ledger.release",
-            "if attempt.released is None and close_if_ended(attempt, trial) is None:",
-            "if attempt.released is None:",
+            "if close_if_ended(connection, *key, state) is not None:",
+            "if False:",
         )
     ],
     "vanished-checkpoint-ends-worker": [
@@ -270,9 +267,7 @@ PLANTS: dict[str, list[Edit]] = {
             "True",
         )
     ],
-    "deleted-study-at-end": [
-        ("storage.ledger.Ledger.finish", "session.get(Attempt", "session.get_one(Attempt")
-    ],
+    "deleted-study-at-end": [("storage.attempts.lock_attempt", "one_or_none()", "one()")],
     "offer-error-ends-worker": [
         ("search.claims.Claims._obtain", "return Offer(claim, error, [])", "raise")
     ],
@@ -314,9 +309,8 @@ PLANTS: dict[str, list[Edit]] = {
     "locks-in-another-order": [
         (
             "storage.ledger.Ledger._take",
-            "row = lock_open_attempt(session, trial_id)",
-            "session.get(TrialModel, trial_id, with_for_update=True)\n"
-            "    row = lock_open_attempt(session, trial_id)",
+            "attempt = lock_open_attempt(connection, trial_id)",
+            "_lock_trial(connection, trial_id)\n    attempt = lock_open_attempt(connection, trial_id)",
         )
     ],
     "nan-ranks-first": [
@@ -374,8 +368,8 @@ PLANTS: dict[str, list[Edit]] = {
         (
             "storage.ledger.Ledger.withdraw",
             "self._is_open(claim)",
-            "Attempt.trial_id == claim.trial_id, Attempt.number == claim.attempt, "
-            "Attempt.released.is_(None)",
+            "ATTEMPTS.c.trial_id == claim.trial_id, ATTEMPTS.c.number == claim.attempt, "
+            "ATTEMPTS.c.released.is_(None)",
         )
     ],
     "strange-line-means-gone": [

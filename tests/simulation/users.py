@@ -15,10 +15,9 @@ from search.verify.ends import the_budget_of_gpu_hours_is_kept, the_budget_of_tr
 from search.verify.evidence import Evidence
 from search.verify.rules import UNDISTURBED, Finding, Holds, rules_for, violations
 from storage import database, studies
-from storage.database import DATABASE_ERRORS
-from storage.optuna_tables import with_engine
+from storage.optuna_storage import DATABASE_ERRORS, with_engine
 from storage.outcome import Outcome
-from storage.tables import Study
+from storage.tables import STUDIES
 from tests.simulation.scheduler import Actor
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def enqueue(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Rand
         if allows_more and entry is not None:
             more = {
                 "max_trials": entry.max_trials + 1,
-                "max_gpu_seconds": Study.max_gpu_seconds + MORE_SECONDS,  # none stays none
+                "max_gpu_seconds": STUDIES.c.max_gpu_seconds + MORE_SECONDS,  # none stays none
             }
             studies.update_study(account.engine, entry.study_id, **more)
 
