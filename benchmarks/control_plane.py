@@ -27,6 +27,7 @@ import optuna
 
 import search.worker
 from benchmarks.server import temporary_home
+from search.sampling import make_sampler
 from search.study_config import StudyConfig
 from search.worker import Worker
 from storage import database, optuna_storage, studies
@@ -110,7 +111,7 @@ def beside_training(sizes: list[int], epoch: float, folder: Path) -> None:
             file = file.model_copy(update={"train": train})
             workspace = workspace or Workspace(file.shared, folder / "cache")
             storage = optuna_storage.optuna_storage(engine)
-            study = optuna.load_study(study_name=name, storage=storage, sampler=file.make_sampler([]))
+            study = optuna.load_study(study_name=name, storage=storage, sampler=make_sampler(file, []))
             worker = Worker(
                 file,
                 study,

@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from search.sampling import distributions
 from search.score import score
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
@@ -89,7 +90,7 @@ def configurations(file: StudyConfig) -> list[dict[str, Any]]:
     study = optuna.create_study(sampler=sampler)
     parameters = []
     for _ in range(CONFIGURATIONS):
-        trial = study.ask(file.distributions())
+        trial = study.ask(distributions(file))
         parameters.append(trial.params)
         study.tell(trial, 0.0)
     return parameters

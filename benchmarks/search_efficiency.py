@@ -40,7 +40,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 import search.trial
 import search.worker
 from benchmarks.server import temporary_home
-from search.sampling import whole_sample
+from search.sampling import distributions, make_sampler, whole_sample
 from search.score import score
 from search.study_config import StudyConfig
 from search.toml_file import load_study_file
@@ -323,7 +323,7 @@ def atelier(
     """Our own workers on the study that `file` names."""
     storage = optuna_storage.optuna_storage(engine)
     # No first configurations, because rivals get none either.
-    sampler = OnTable(file.make_sampler(first=[]), replay)
+    sampler = OnTable(make_sampler(file, first=[]), replay)
     study = optuna.create_study(
         storage=storage, study_name=file.study.name, direction="maximize", sampler=sampler
     )
@@ -388,7 +388,7 @@ def _engine(home: Path) -> sa.Engine:
 
 @cache
 def _table() -> Table:
-    return Table(CURVES, load_study_file(STUDY).distributions())
+    return Table(CURVES, distributions(load_study_file(STUDY)))
 
 
 def efficiency(home: Path, replays: int, figure: Path | None) -> None:

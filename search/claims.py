@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import optuna
 
 from search.exit_codes import ExitCode
-from search.sampling import ImputedStudy
+from search.sampling import ImputedStudy, distributions
 from search.stopping import Stop
 from search.strategy import Strategy
 from search.study_config import StudyConfig
@@ -135,7 +135,7 @@ class Claims:
         A parameter is written once and never again. So a worker that was replaced while it sampled
         cannot make its successor train something else than the study says.
         """
-        storage, space = self._ledger.storage, self._config.distributions()
+        storage, space = self._ledger.storage, distributions(self._config)
         # Optuna's cache refuses parameters of a trial that it has not seen: another worker began it, or
         # the reply to its creation was lost. Only some samplers read all trials by themselves.
         with _deletion_is_a_loss(claim):
@@ -166,7 +166,7 @@ class Claims:
         """Raises RefusedError for enqueued or suggested parameters that the study does not have."""
         given = trial.system_attrs.get("fixed_params", {}) | trial.params
         problem = self._config.foreign(given)
-        ours = self._config.distributions()
+        ours = distributions(self._config)
         try:
             for name, theirs in trial.distributions.items() if problem is None else ():
                 optuna.distributions.check_distribution_compatibility(theirs, ours[name])

@@ -14,12 +14,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
+from search.comparable import reader_note, reader_of
 from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
 from search.confirm.table import field, in_points
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
-from search.study import reader_note, reader_of
 from search.study_config import weights_identity
 from search.toml_file import read_toml, validate
 from storage.status import Status, TrialRow

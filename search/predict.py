@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dashboards.outputs import check_overwritable, mark
+from search.comparable import reader_note
 from search.confirm.intervals import Interval, of_hits, of_mean
 from search.run_folder import model_path
-from search.study import reader_note
 from trainer.dataset import read_dataset, read_labels
 from trainer.files import write_atomically
 from trainer.images import READER

@@ -11,9 +11,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from search.comparable import check_versions, other_dataset
 from search.errors import InputError
 from search.export import find_trial
-from search.study import check_versions, other_dataset
 from search.study_config import StudyConfig
 from storage.status import read_status
 from storage.studies import StudyEntry, epochs_of

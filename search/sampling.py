@@ -4,21 +4,85 @@ import copy
 import math
 import warnings
 import zlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, QMCSampler
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
+
+from search.study_config import StudyConfig, WholeRange
 
 STARTUP_TRIALS = 10
 
 # The warning would help nobody who reads a worker's log.
 warnings.filterwarnings("ignore", "QMCSampler is experimental", ExperimentalWarning)
+
+
+def distributions(config: StudyConfig) -> dict[str, BaseDistribution]:
+    """A study's parameters as Optuna's distributions."""
+
+    def distribution(spec: Any) -> BaseDistribution:
+        if isinstance(spec, list):
+            return CategoricalDistribution(spec)
+        if isinstance(spec, WholeRange):
+            return IntDistribution(int(spec.low), int(spec.high))
+        return FloatDistribution(spec.low, spec.high, log=spec.log)
+
+    return {name: distribution(spec) for name, spec in config.parameters().items()}
+
+
+def make_sampler(config: StudyConfig, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
+    """The study's sampler. It begins with the parameters `first`, unless all trials are planned."""
+    if config.planned(0) is not None:
+        return PlannedSampler(config)
+    # Without seeds: workers with the same seed would try the same trials.
+    makers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": lambda: TPESampler(n_startup_trials=1),
+        "gp": lambda: GPSampler(n_startup_trials=1),
+        "random": RandomSampler,
+        "qmc": RandomSampler,  # never asked
+    }
+    startup = {"random": 0, "qmc": math.inf}.get(config.study.sampler, STARTUP_TRIALS)
+    inner = makers[config.study.sampler]()
+    return StartupSampler(distributions(config), inner, first, startup)
+
+
+class PlannedSampler(BaseSampler):
+    """Samples nothing: each trial's parameters follow from its number."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self._config = config
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        planned = self._config.planned(trial.number)
+        assert planned is not None  # `make_sampler` has asked
+        return planned[param_name]
 
 
 class StartupSampler(BaseSampler):

@@ -4,11 +4,14 @@ A worker may be killed between a report and its decision. Another worker then ta
 so nothing but the values on record may decide.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
 import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
 
+from search.study_config import StudyConfig
 from storage.database import retrying
 from storage.ledger import Claim, Ledger
 from storage.outcome import Outcome
@@ -38,6 +41,22 @@ class Strategy(Protocol):
 
     def promotes(self, rank: Rank) -> bool:
         """Whether a paused trial of this rank goes on before a new one begins."""
+
+
+def make_strategy(config: StudyConfig, study: optuna.Study, trials: Ledger) -> Strategy:
+    """The study's strategy. Each one starts at the first rung."""
+    name, rungs = config.study.strategy, config.rungs()
+    makers: dict[str, Callable[[], BasePruner]] = {
+        "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0]),
+        "hyperband": lambda: HyperbandPruner(
+            min_resource=max(rungs[0], 1),
+            max_resource=config.epochs,
+            reduction_factor=REDUCTION_FACTOR,
+        ),
+    }
+    if name in makers and rungs:
+        return OptunasPruner(study, trials, makers[name](), rungs[0])
+    return Rungs(trials, rungs, pauses=name == "promote")
 
 
 class Rungs:
@@ -78,9 +97,7 @@ class OptunasPruner:
     is killed just then, the trial is not judged again at that rung.
     """
 
-    def __init__(
-        self, study: optuna.Study, ledger: Ledger, pruner: optuna.pruners.BasePruner, first: int
-    ) -> None:
+    def __init__(self, study: optuna.Study, ledger: Ledger, pruner: BasePruner, first: int) -> None:
         self._study, self._ledger, self._pruner, self._first = study, ledger, pruner, first
 
     def decides_at(self, epoch: int) -> bool:

@@ -1,16 +1,11 @@
-"""The tables of a study file and their checks; space, sampler, strategy, rungs follow from them."""
+"""The tables of a study file and their checks; its parameters, rungs and identity follow from them."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.pruners import HyperbandPruner, MedianPruner
-from optuna.samplers import GPSampler, RandomSampler, TPESampler
 from pydantic import (
     AliasChoices,
     Field,
@@ -20,11 +15,9 @@ from pydantic import (
 
 from search.errors import InputError
 from search.profile import Profiles, SlurmProfile
-from search.sampling import STARTUP_TRIALS, StartupSampler
 from search.score import Kind
-from search.strategy import OptunasPruner, Rungs, Strategy
 from search.typed import Table, Texts, as_typed, unknown_key
-from storage import ledger, ranks, studies
+from storage import studies
 from storage.paths import path_to_record
 from trainer.config import ARITHMETIC, CHECKPOINT_SECONDS, TUNABLE, Number, Real, TrainConfig, Whole
 from trainer.dataset import Dataset
@@ -46,6 +39,10 @@ class Range(Table):
         if self.log and self.low <= 0:
             raise ValueError(f"low = {self.low} with log = true; a log scale needs low > 0")
         return self
+
+
+class WholeRange(Range):
+    """A range of whole numbers. No study file has one; a confirmation's parameters do."""
 
 
 Choices = Annotated[list[Number], Field(min_length=1)]
@@ -150,18 +147,12 @@ class StudyConfig(Table):
 
     def foreign(self, params: Mapping[str, Any]) -> str | None:
         """What is wrong with parameters, in words. None if the study could have sampled them."""
-        distributions = self.distributions()
+        parameters = self.parameters()
         for name, value in params.items():
-            if name not in distributions:
-                return unknown_key(name, distributions)
-            spec = distributions[name]
-            try:
-                fits = spec._contains(spec.to_internal_repr(value))
-            except (ValueError, TypeError):
-                fits = False
-            if not fits:
-                choices = getattr(spec, "choices", None)
-                allowed = [*choices] if choices else f"{spec.low:g} to {spec.high:g}"  # type: ignore[attr-defined]
+            if name not in parameters:
+                return unknown_key(name, parameters)
+            if not _fits(value, spec := parameters[name]):
+                allowed = spec if isinstance(spec, list) else f"{spec.low:g} to {spec.high:g}"
                 return f"{name} = {value!r}; allowed is {allowed}"
         return None
 
@@ -205,14 +196,13 @@ class StudyConfig(Table):
     def epochs(self) -> int:
         return self.shared.epochs
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """The space as Optuna's distributions."""
-        return {
-            name: CategoricalDistribution(spec)
-            if isinstance(spec, list)
-            else FloatDistribution(spec.low, spec.high, log=spec.log)
-            for name, spec in self.space.items()
-        }
+    def parameters(self) -> dict[str, Range | list[float | int]]:
+        """What each parameter of a trial may be."""
+        return {**self.space}
+
+    def planned(self, number: int) -> dict[str, Any] | None:
+        """The parameters of the trial with this number; None where a sampler chooses them."""
+        return None
 
     def rungs(self) -> list[int]:
         """The epochs after which the strategy decides: the warm-up's last one, then times 3.
@@ -265,34 +255,6 @@ class StudyConfig(Table):
             },
         )
 
-    def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> optuna.samplers.BaseSampler:
-        """The study's sampler. It begins with the parameters `first`."""
-        # Without seeds: workers with the same seed would try the same trials.
-        makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-            "tpe": lambda: TPESampler(n_startup_trials=1),
-            "gp": lambda: GPSampler(n_startup_trials=1),
-            "random": RandomSampler,
-            "qmc": RandomSampler,  # never asked
-        }
-        startup = {"random": 0, "qmc": math.inf}.get(self.study.sampler, STARTUP_TRIALS)
-        inner = makers[self.study.sampler]()
-        return StartupSampler(self.distributions(), inner, first, startup)
-
-    def make_strategy(self, study: optuna.Study, trials: ledger.Ledger) -> Strategy:
-        """The study's strategy. Each one starts at the first rung."""
-        name, rungs = self.study.strategy, self.rungs()
-        makers: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-            "median": lambda: MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0]),
-            "hyperband": lambda: HyperbandPruner(
-                min_resource=max(rungs[0], 1),
-                max_resource=self.epochs,
-                reduction_factor=ranks.REDUCTION_FACTOR,
-            ),
-        }
-        if name in makers and rungs:
-            return OptunasPruner(study, trials, makers[name](), rungs[0])
-        return Rungs(trials, rungs, pauses=name == "promote")
-
     def attribute_table(self, dataset: Dataset) -> list[dict[str, Any]]:
         """The attributes as they go on record, with how many images have each."""
         return attribute_table(dataset, self.shared)
@@ -331,6 +293,13 @@ def weights_identity(weights: str) -> str:
         raise InputError(
             f"weights = {weights!r}: {error.strerror}; give its path with --weights"
         ) from None
+
+
+def _fits(value: Any, spec: Range | list[float | int]) -> bool:
+    if isinstance(spec, list):
+        return value in spec
+    is_number = isinstance(value, int if isinstance(spec, WholeRange) else (int, float))
+    return is_number and spec.low <= value <= spec.high
 
 
 def _corner(spec: Range | list[float | int], which: str) -> Any:

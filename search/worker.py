@@ -21,6 +21,7 @@ from search.claims import Claims
 from search.exit_codes import ExitCode
 from search.slurm.job import seconds_to_kill
 from search.stopping import Stop, on_signals
+from search.strategy import make_strategy
 from search.study_config import StudyConfig
 from search.trial import Trial
 from storage.leases import LeaseKeeper
@@ -67,7 +68,7 @@ class Worker:
         # Called when the wall time has ended the work; returns whether somebody will go on.
         self.requeue: Callable[[], bool] = lambda: False
         self.attributes = workspace.attributes
-        self.strategy = study_config.make_strategy(study, ledger)
+        self.strategy = make_strategy(study_config, study, ledger)
         self.stop = Stop(wall_end, pack, seconds_to_kill())
         self.keeper = LeaseKeeper(ledger)
         self.blame = Blame(ledger, self.stop, study_config.study.max_failures, workspace.device_name)

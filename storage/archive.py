@@ -10,7 +10,7 @@ from typing import IO
 
 import pydantic
 
-from storage.optuna_storage import OPTUNAS_TABLES, VERSION_TABLE
+from storage.optuna_tables import OPTUNAS_TABLES, VERSION
 from storage.tables import METADATA
 
 FORMAT = 1
@@ -19,7 +19,7 @@ LONGEST_MANIFEST = 1 << 26  # bytes
 # The name of a file in the archive: below the home folder, and no part of it begins with a dot.
 FILE = re.compile(r"files/(runs|artifacts)(/[^./\0][^/\0]*)+")
 # Parents first. Not Optuna's table of versions: each database writes its own.
-TABLES = [table for table in (*OPTUNAS_TABLES, *METADATA.sorted_tables) if table.name != VERSION_TABLE]
+TABLES = [table for table in (*OPTUNAS_TABLES, *METADATA.sorted_tables) if table is not VERSION]
 
 
 class BackupError(ValueError):
@@ -98,7 +98,7 @@ def _check(tar: tarfile.TarFile, archive_bytes: int) -> Manifest:
         manifest = Manifest.model_validate_json(file.read())
     if manifest.format != FORMAT:
         raise ValueError(f"its format is {manifest.format}, this version of Atelier reads {FORMAT}")
-    if unknown := manifest.columns.keys() - {str(table) for table in TABLES}:
+    if unknown := manifest.columns.keys() - {table.fullname for table in TABLES}:
         raise ValueError(f"{min(unknown)!r} is no table of Atelier's")
     tables = {f"tables/{name}" for name in manifest.columns}
     if unknown := {name for name in members.keys() - tables if not FILE.fullmatch(name)}:

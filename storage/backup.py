@@ -21,10 +21,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import optuna
 import psycopg2
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
@@ -88,7 +88,7 @@ def back_up(engine: sa.Engine, path: Path) -> Manifest:
                     format=FORMAT,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                     schema_revision=revision,
-                    optuna=optuna.__version__,
+                    optuna=version("optuna"),
                     columns=columns,
                     members=writer.members,
                 )
@@ -212,7 +212,7 @@ def dump_tables(engine: sa.Engine, writer: Writer) -> tuple[dict[str, list[str]]
         columns = {}
         for table in TABLES:
             present = sa.inspect(connection).get_columns(table.name, schema=table.schema)
-            names = columns[str(table)] = [column["name"] for column in present]
+            names = columns[table.fullname] = [column["name"] for column in present]
             with tempfile.TemporaryFile(dir=_hold_folder()) as file:
                 _copy(connection, table, names, "TO STDOUT", file)
                 writer.add(f"tables/{table}", file)
@@ -266,7 +266,7 @@ def _prepare_copy(connection: sa.Connection) -> None:
 
 
 def _copy(
-    connection: sa.Connection, table: sa.Table, names: list[str], way: str, file: IO[bytes]
+    connection: sa.Connection, table: sa.TableClause, names: list[str], way: str, file: IO[bytes]
 ) -> None:
     """Copy a table to a file, or from it. Raises BackupError, psycopg2.Error if the database is away."""
     columns = ", ".join(connection.dialect.identifier_preparer.quote_identifier(name) for name in names)
@@ -284,9 +284,9 @@ def _copy(
 
 def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
     """Raises BackupError or DatabaseError unless this database can take the backup."""
-    if manifest.optuna != optuna.__version__:
+    if manifest.optuna != (here := version("optuna")):
         raise BackupError(
-            f"the backup was made with Optuna {manifest.optuna}, this is {optuna.__version__}; install "
+            f"the backup was made with Optuna {manifest.optuna}, this is {here}; install "
             f"{manifest.optuna}, restore, and then upgrade (optuna storage upgrade)"
         )
     if not schema.knows(manifest.schema_revision):
@@ -320,9 +320,9 @@ def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -
     """Fill the tables from the archive. Raises BackupError."""
     _prepare_copy(connection)
     for table in TABLES:
-        if str(table) not in manifest.columns:
+        if table.fullname not in manifest.columns:
             continue  # newer than the backup
-        names = manifest.columns[str(table)]
+        names = manifest.columns[table.fullname]
         if not set(names) <= set(table.columns.keys()):
             raise BackupError(f"the backup's table {table} has columns that Atelier does not know")
         with open_member(tar, f"tables/{table}") as file:
@@ -330,9 +330,9 @@ def _load(connection: sa.Connection, tar: tarfile.TarFile, manifest: Manifest) -
         _set_sequence(connection, table)
 
 
-def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
+def _set_sequence(connection: sa.Connection, table: sa.TableClause) -> None:
     """Let the table's sequence, if it has one, go on after the rows that were loaded."""
-    key = table.primary_key.columns[0].name
+    key = table.columns[0].name
     sequence = connection.exec_driver_sql(f"SELECT pg_get_serial_sequence('{table}', '{key}')").scalar()
     if sequence is not None:
         last = f"SELECT max({key}) AS id FROM {table}"

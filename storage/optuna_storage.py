@@ -2,7 +2,6 @@
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import BaseModel, VersionInfoModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database import WORK, Sessions, pool, retrying, watched
@@ -12,10 +11,6 @@ from storage.url import DatabaseError
 
 # Errors of the database: they are not the trial's fault.
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, DatabaseError)
-
-# All of Optuna's tables, parents first, and the one with its version.
-OPTUNAS_TABLES = BaseModel.metadata.sorted_tables
-VERSION_TABLE = VersionInfoModel.__tablename__
 
 
 def show_optunas_tables(connection: sa.Connection) -> None:

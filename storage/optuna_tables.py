@@ -35,6 +35,7 @@ def _table(name: str, **columns: Any) -> sa.TableClause:
     return sa.table(name, *(sa.column(column, kind) for column, kind in columns.items()))
 
 
+# The first column of each is its key.
 STUDY_NAMES = _table("studies", study_id=Integer, study_name=Text)
 TRIALS = _table(
     "trials",
@@ -46,11 +47,72 @@ TRIALS = _table(
     datetime_complete=DateTime,
 )
 PARAMS = _table(
-    "trial_params", trial_id=Integer, param_name=Text, param_value=Double, distribution_json=Text
+    "trial_params",
+    param_id=Integer,
+    trial_id=Integer,
+    param_name=Text,
+    param_value=Double,
+    distribution_json=Text,
 )
-VALUES = _table("trial_values", trial_id=Integer, objective=Integer, value=Double, value_type=Text)
-USER_ATTRIBUTES = _table("trial_user_attributes", trial_id=Integer, key=Text, value_json=Text)
-SYSTEM_ATTRIBUTES = _table("trial_system_attributes", trial_id=Integer, key=Text, value_json=Text)
+VALUES = _table(
+    "trial_values",
+    trial_value_id=Integer,
+    trial_id=Integer,
+    objective=Integer,
+    value=Double,
+    value_type=Text,
+)
+USER_ATTRIBUTES = _table(
+    "trial_user_attributes", trial_user_attribute_id=Integer, trial_id=Integer, key=Text, value_json=Text
+)
+SYSTEM_ATTRIBUTES = _table(
+    "trial_system_attributes",
+    trial_system_attribute_id=Integer,
+    trial_id=Integer,
+    key=Text,
+    value_json=Text,
+)
+VERSION = _table("version_info", version_info_id=Integer, schema_version=Integer, library_version=Text)
+# All of Optuna's tables, parents first.
+OPTUNAS_TABLES = (
+    VERSION,
+    STUDY_NAMES,
+    _table(
+        "study_directions",
+        study_direction_id=Integer,
+        direction=Text,
+        study_id=Integer,
+        objective=Integer,
+    ),
+    _table(
+        "study_system_attributes",
+        study_system_attribute_id=Integer,
+        study_id=Integer,
+        key=Text,
+        value_json=Text,
+    ),
+    _table(
+        "study_user_attributes",
+        study_user_attribute_id=Integer,
+        study_id=Integer,
+        key=Text,
+        value_json=Text,
+    ),
+    TRIALS,
+    _table("trial_heartbeats", trial_heartbeat_id=Integer, trial_id=Integer, heartbeat=DateTime),
+    _table(
+        "trial_intermediate_values",
+        trial_intermediate_value_id=Integer,
+        trial_id=Integer,
+        step=Integer,
+        intermediate_value=Double,
+        intermediate_value_type=Text,
+    ),
+    PARAMS,
+    SYSTEM_ATTRIBUTES,
+    USER_ATTRIBUTES,
+    VALUES,
+)
 
 # The user attribute of an audited trial: the "epoch" after which its strategy would first have stopped
 # it, and the "verdict" then.

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.faults import is_transient
 from storage.network import VIEWER, WORKER
+from storage.optuna_tables import OPTUNAS_TABLES
 from storage.tables import METADATA, SCHEMA
 
 MINIMUM_SERVER = 14
@@ -118,9 +119,7 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
 
 def tables(connection: sa.Connection) -> Property:
     """Whether all tables of this version exist, and whether this user's workers may use them."""
-    from storage.optuna_storage import OPTUNAS_TABLES  # late: see its first lines
-
-    names = [f"public.{table}" for table in OPTUNAS_TABLES] + list(METADATA.tables)
+    names = [f"public.{table.name}" for table in OPTUNAS_TABLES] + list(METADATA.tables)
     role = (
         WORKER if why_without(connection, WORKER) is None else _row(connection, "SELECT current_user")[0]
     )

@@ -7,9 +7,9 @@ import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel
 
 from storage import optuna_storage, recording, studies
-from storage.optuna_storage import OPTUNAS_TABLES
 from storage.optuna_tables import (
     PARAMS,
     VALUES,
@@ -28,8 +28,6 @@ SPACE = {
     "dropout": FloatDistribution(0.15, 0.6),
     "epsilon": FloatDistribution(1e-4, 2e-2, log=True),
 }
-OPTUNAS = {table.name: table for table in OPTUNAS_TABLES}
-TRIALS, INTERMEDIATE_VALUES = OPTUNAS["trials"], OPTUNAS["trial_intermediate_values"]
 CATEGORIES = {"texture": 7, "sleeve": 3, "length": 3, "neckline": 4, "fabric": 6, "fit": 3}
 # Columns of the table of epochs that differ from run to run.
 MAY_DIFFER = {"attempt", "recorded", "seconds", "peak_memory", "again", *recording.UNKNOWN}
@@ -73,7 +71,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
         dataset="f" * 64,
         attributes=ATTRIBUTES,
     )
-    tables = {model: [] for model in (PARAMS, VALUES, INTERMEDIATE_VALUES, ATTEMPTS, EPOCHS)}
+    tables = {model: [] for model in (PARAMS, VALUES, TrialIntermediateValueModel, ATTEMPTS, EPOCHS)}
     now = datetime.now(UTC)
     worker = f"worker of {name}"
     random = np.random.default_rng(0)
@@ -91,7 +89,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
                 slurm_array_task="3",
             )
         )
-        query = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
+        query = sa.insert(TrialModel).returning(TrialModel.trial_id, sort_by_parameter_order=True)
         rows = [
             {"number": number, "study_id": study_id, "state": STATES[state]}
             for number, state in enumerate(states)
@@ -110,7 +108,7 @@ def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, da
                 row = _epoch(trial, study_id, epoch, quality, random)
                 accuracy = row["val_accuracy"]
                 tables[EPOCHS].append(row)
-                tables[INTERMEDIATE_VALUES].append(
+                tables[TrialIntermediateValueModel].append(
                     {
                         "trial_id": trial,
                         "step": epoch,

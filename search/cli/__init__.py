@@ -44,9 +44,9 @@ VERBS = {
     "predict": ("search.cli.winning:predict", "Predict a split's attributes with a trained model."),
     "export-model": ("search.cli.winning:export_model", "Write a trained model for use elsewhere."),
     "model": ("search.cli.winning:model", "Print the network's stages and their sizes."),
-    "data": ("search.cli.admin:data_app", "Make or check a dataset."),
+    "data": ("search.cli.data:data_app", "Make or check a dataset."),
     "db": ("search.cli.database:db_app", "Start, check, back up, clean or upgrade the database."),
-    "user": ("search.cli.admin:user_app", "Who may log in to the dashboard."),
+    "user": ("search.cli.users:user_app", "Who may log in to the dashboard."),
 }
 
 

@@ -3,14 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler
 
+from search.comparable import check_versions
 from search.errors import InputError
-from search.study import check_versions
-from search.study_config import StudyConfig
+from search.study_config import Range, StudyConfig, WholeRange
 from search.toml_file import validate
 from storage.status import read_status
 from storage.studies import StudyEntry, study_entry
@@ -22,46 +19,6 @@ SUFFIX = "-confirm"  # of the linked study's name
 TOP, SEEDS = 5, 5  # with three seeds no paired test can reach significance
 SEEDS_OF_FOLD = 1  # six folds have six
 MOST_TRIALS = 10**6
-
-
-class Plan(BaseSampler):
-    """An Optuna sampler that samples nothing: each trial's parameters follow from its number."""
-
-    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int, folds: int | None) -> None:
-        self._candidates, self._seed, self._folds = candidates, seed, folds
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        return self.of(trial.number)[param_name]
-
-    def of(self, number: int) -> dict[str, Any]:
-        """The parameters of the trial with this number."""
-        round_number, index = divmod(number, len(self._candidates))
-        candidate = self._candidates[index]
-        # A fresh seed: the search's own one may have been lucky. Folds do not share one: what it did to
-        # all of them could not be told from the configuration.
-        rerun = {"candidate": candidate["number"], "seed": (self._seed + 1 + round_number) % 2**32}
-        in_fold = {"fold": round_number % self._folds} if self._folds else {}
-        planned: dict[str, Any] = rerun | in_fold | candidate["params"]
-        return planned
 
 
 class ConfirmationFile(StudyConfig):
@@ -94,15 +51,15 @@ class ConfirmationFile(StudyConfig):
         """The full configuration of a trial with these parameters."""
         return super().config({key: value for key, value in params.items() if key != "candidate"})
 
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def parameters(self) -> dict[str, Range | list[float | int]]:
         """The search's space, and as parameters the trial to run again, its seed and its fold."""
-        rerun: dict[str, Any] = {
-            "candidate": IntDistribution(0, MOST_TRIALS),
-            "seed": IntDistribution(0, 2**32 - 1),
+        rerun: dict[str, Range | list[float | int]] = {
+            "candidate": WholeRange(low=0, high=MOST_TRIALS),
+            "seed": WholeRange(low=0, high=2**32 - 1),
         }
         if self.folds:
-            rerun["fold"] = IntDistribution(0, self.folds - 1)
-        return rerun | super().distributions()
+            rerun["fold"] = WholeRange(low=0, high=self.folds - 1)
+        return rerun | super().parameters()
 
     def attribute_table(self, dataset: Dataset) -> list[dict[str, Any]]:
         """With folds, `images` counts those of all folds, and `folds` those of each."""
@@ -123,13 +80,17 @@ class ConfirmationFile(StudyConfig):
     def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return super().metadata(first) | {"wanted": {"within": self.within}}
 
-    @property
-    def plan(self) -> Plan:
-        """What each of its trials is."""
-        return Plan(self.candidates, self.shared.seed, self.folds)
-
-    def make_sampler(self, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
-        return self.plan
+    def planned(self, number: int) -> dict[str, Any]:
+        """The parameters of the trial with this number. No candidate runs again before all have run."""
+        round_number, index = divmod(number, len(self.candidates))
+        candidate = self.candidates[index]
+        # A fresh seed: the search's own one may have been lucky. Folds do not share one: what it did to
+        # all of them could not be told from the configuration.
+        seed = (self.shared.seed + 1 + round_number) % 2**32
+        rerun = {"candidate": candidate["number"], "seed": seed}
+        in_fold = {"fold": round_number % self.folds} if self.folds else {}
+        planned: dict[str, Any] = rerun | in_fold | candidate["params"]
+        return planned
 
 
 def recorded(entry: StudyEntry) -> ConfirmationFile | None:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 import sqlalchemy as sa
 
+from search.comparable import check_optuna, check_versions
 from search.doctor.check import Check, State, ask, not_asked, note, ok, told, wrong
-from search.study import check_optuna, check_versions
 from storage import database, schema
 from storage.clock import clock_lead
 from storage.embedded import EmbeddedPostgres

@@ -22,10 +22,8 @@ from search.slurm.environment import clean_environment
 from search.slurm.logs import log_folder
 from search.slurm.script import array_script, left_open, run_script
 from search.slurm.site import absent_commands
-from search.study import open_study
 from search.study_config import NO_FILE, StudyConfig
 from storage.database import connect
-from storage.optuna_storage import open_storage
 from storage.ownership import with_users_umask
 from storage.paths import make_private
 from storage.status import read_status
@@ -43,6 +41,9 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
 
     Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
+    from search.study import open_study  # late: Optuna is slow to import, and only this needs it
+    from storage.optuna_storage import open_storage  # late: the same
+
     _check_sbatch()
     script = array_script(file, profile, array, options)
     check_weights(file.shared)

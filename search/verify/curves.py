@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from search.confirm.plan import ConfirmationFile
 from search.score import epoch_value, score
 from search.verify.evidence import Evidence, Found, Trial
 from storage.outcome import Outcome
@@ -14,7 +13,7 @@ SOURCES = {"balanced-log-loss": "val_log_loss", "shrunken-mean-last-5": "val_hit
 
 
 def a_trained_trial_has_parameters_of_the_space(evidence: Evidence) -> Found:
-    names = evidence.config.distributions().keys()
+    names = evidence.config.parameters().keys()
     for trial in evidence.trials:
         if not trial.epochs:
             continue
@@ -25,14 +24,12 @@ def a_trained_trial_has_parameters_of_the_space(evidence: Evidence) -> Found:
 
 
 def a_rerun_has_the_parameters_of_the_plan(evidence: Evidence) -> Found:
-    if not isinstance(evidence.config, ConfirmationFile):
-        return
-    plan = evidence.config.plan
     for trial in evidence.trials:
-        if trial.epochs and not trial.is_enqueued:
-            planned = plan.of(trial.number)
-            if other := sorted(name for name in planned if trial.params.get(name) != planned[name]):
-                yield trial.number, f"was trained with another {', '.join(other)} than planned"
+        planned = evidence.config.planned(trial.number)
+        if planned is None or not trial.epochs or trial.is_enqueued:
+            continue
+        if other := sorted(name for name in planned if trial.params.get(name) != planned[name]):
+            yield trial.number, f"was trained with another {', '.join(other)} than planned"
 
 
 def epochs_are_on_record_once(evidence: Evidence) -> Found:

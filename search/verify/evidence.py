@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from optuna.distributions import json_to_distribution
 
 from search.confirm.plan import recorded
 from search.errors import InputError
 from search.study_config import StudyConfig
+from storage.optuna_tables import parameter
 from storage.outcome import NOTHING_LEFT
 from storage.paths import RunFolder
 from storage.studies import StudyEntry, study_entry
@@ -113,8 +113,7 @@ def gather(connection: sa.Connection, name: str) -> Evidence:
     for row in rows(f"SELECT * FROM public.trial_system_attributes {own} AND key = 'fixed_params'"):
         trials[row.trial_id].is_enqueued = True
     for row in rows(f"SELECT * FROM public.trial_params {own}"):
-        value = _distribution(row.distribution_json).to_external_repr(row.param_value)
-        trials[row.trial_id].params[row.param_name] = value
+        trials[row.trial_id].params[row.param_name] = parameter(row)
     for row in rows(f"SELECT * FROM public.trial_values {own}"):
         trials[row.trial_id].values.append(row.value)
     for row in rows(f"SELECT * FROM public.trial_intermediate_values {own} ORDER BY step"):
@@ -132,6 +131,3 @@ def gather(connection: sa.Connection, name: str) -> Evidence:
         workers={row.id: row for row in rows("SELECT * FROM atelier.worker")},
         runs=RunFolder(entry.name, entry.created),
     )
-
-
-_distribution = lru_cache(json_to_distribution)  # few distributions differ

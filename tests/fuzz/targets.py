@@ -122,8 +122,10 @@ def _read_override(path: Path) -> None:
 
 def _use(file: "StudyConfig") -> None:
     """What every command does next with a study file."""
-    file.distributions(), file.rungs(), file.largest, file.identity(), file.places()
-    file.make_sampler(file.study.first)
+    from search.sampling import make_sampler
+
+    file.parameters(), file.rungs(), file.largest, file.identity(), file.places()
+    make_sampler(file, file.study.first)
 
 
 def _read_config(path: Path) -> None:

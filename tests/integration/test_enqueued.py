@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from search.claims import SpoiltStudyError
 from search.exit_codes import ExitCode
+from search.sampling import distributions
 from storage.studies import update_study
 from tests.integration.test_worker import attempts, reasons
 
@@ -130,7 +131,7 @@ def test_an_added_trial_is_no_reason_to_end_with_nothing(make_worker):
 def test_what_was_never_trained_here_is_not_the_best(make_worker, atelier, tmp_path):
     """Optuna's sampler learns from it; our tables have no epoch of it, and no prediction."""
     worker = make_worker("study.max_trials=3")
-    space = worker.study_config.distributions()
+    space = distributions(worker.study_config)
     added = optuna.create_trial(
         params={"lr": 1.5e-3, "batch_size": 32}, distributions=space, values=[0.999]
     )

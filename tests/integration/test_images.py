@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from PIL import ExifTags, Image
 
-import search.study
+from search import comparable
 from search.errors import InputError
 from search.study import open_study
 from search.toml_file import load_study_file
@@ -90,8 +90,8 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     file, dataset = load_study_file(tmp_path / "study.toml"), read_dataset(demo)
     storage = optuna_storage.optuna_storage(engine)
     _, entry = open_study(file, engine, storage, dataset, lead=True)
-    assert entry.settings["images"] == {"reader": search.study.READER}
-    monkeypatch.setattr(search.study, "READER", 99)
+    assert entry.settings["images"] == {"reader": comparable.READER}
+    monkeypatch.setattr(comparable, "READER", 99)
     with pytest.raises(InputError, match="with version 2 of the reader of images, this is 99"):
         open_study(file, engine, storage, dataset)
     for words in (["confirm", "tiny"], ["search", "study.toml"], ["worker", "tiny"]):
@@ -103,4 +103,4 @@ def test_a_study_goes_on_with_the_reader_of_images_that_it_was_made_with(
     del settings["images"]  # as of a study from when there was one reader only
     studies.update_study(engine, study_id, settings=settings)
     with pytest.raises(InputError, match="with version 1 of the reader of images"):
-        search.study.check_versions(studies.study_entry(engine, "before"))
+        comparable.check_versions(studies.study_entry(engine, "before"))

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from search import forking
+from search.sampling import distributions
 from storage import database, optuna_storage, schema, studies
 from storage.leases import LeaseKeeper
 from storage.ledger import LeaseLost, Ledger
@@ -85,7 +86,7 @@ def complete_trial(worker, file, params, score):
     """As a worker leaves it."""
     claim = worker.claim()
     worker.storage.get_all_trials(worker.study_id)  # else its cache refuses the trial
-    for name, space in file.distributions().items():
+    for name, space in distributions(file).items():
         value = space.to_internal_repr(params[name])
         worker.storage.set_trial_param(claim.trial_id, name, value, space)
     for epoch in range(file.epochs):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from search.strategy import Decision
+from search.strategy import Decision, make_strategy
 from search.toml_file import load_study_file
 from storage.ranks import Rank
 from tests.integration.test_ledger import RESULT, make_study, make_worker
@@ -19,7 +19,7 @@ def decide(engine, study_text, tmp_path):
         path = tmp_path / "study.toml"
         path.write_text(study_text)
         file = load_study_file(path, ['study.strategy="asha"', "train.epochs=30", *settings])
-        strategy = file.make_strategy(study, make_worker(engine, study))
+        strategy = make_strategy(file, study, make_worker(engine, study))
         held = []
         for curve in curves:
             holder = make_worker(engine, study)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 import search.worker
 from search.exit_codes import ExitCode
+from search.sampling import distributions
 from search.slurm.job import KILL_SECONDS, seconds_to_kill
 from search.stopping import SAVE_SECONDS, Stop
 from storage import leases, studies
@@ -54,7 +55,7 @@ def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(en
     first = worker.ledger.claim()
     worker.claims.sample(first)
     worker.ledger.finish(first, "pruned", 0.5)
-    space = worker.study_config.distributions()
+    space = distributions(worker.study_config)
     for number in range(12):
         worker.study.add_trial(
             optuna.trial.create_trial(

@@ -11,6 +11,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from search.sampling import distributions
 from search.verify.ends import the_budget_of_gpu_hours_is_kept, the_budget_of_trials_is_used_up
 from search.verify.evidence import Evidence
 from search.verify.rules import UNDISTURBED, Finding, Holds, rules_for, violations
@@ -245,7 +246,7 @@ def add(sim: "Simulation", actor: Actor, fault: "Fault", chance: random.Random) 
     """A user adds a trial that was trained elsewhere."""
     trial = optuna.trial.create_trial(
         params={"lr": 10 ** chance.uniform(-4, -1), "batch_size": chance.choice([32, 64])},
-        distributions=sim.config.distributions(),
+        distributions=distributions(sim.config),
         value=chance.uniform(0, 2),
         user_attrs={ADDED: True},
     )
