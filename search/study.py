@@ -13,6 +13,7 @@ from search.sampling import make_sampler
 from search.study_config import WARM_START_TRIALS, StudyConfig
 from storage import studies
 from storage.database import retrying
+from storage.optuna_storage import open_storage
 from storage.status import read_status
 from trainer.dataset import Dataset
 from trainer.division import absent_attributes
@@ -50,6 +51,11 @@ def open_study(
             f"study {name!r} was deleted meanwhile; give the same command again to begin anew"
         ) from None
     return study, entry
+
+
+def lead_study(config: StudyConfig, engine: sa.Engine, dataset: Dataset) -> studies.StudyEntry:
+    """Make the tables if there are none, and open the study as its lead. Raises DatabaseError too."""
+    return open_study(config, engine, open_storage(engine), dataset, lead=True)[1]
 
 
 def _create(

@@ -48,13 +48,13 @@ from storage.liveness import (
 )
 from storage.optuna_tables import (
     AUDIT,
-    PARAMS,
-    TRIALS,
     USER_ATTRIBUTES,
     TrialState,
     add_trial,
     begin_trial,
     end_trial,
+    lock_trial,
+    rename_params,
     stored,
 )
 from storage.outcome import RESTORED, SICK_HOST, SPENT, STOPPED, Outcome
@@ -65,7 +65,7 @@ from storage.trial_queue import TrialQueue
 from storage.usage import IS_SPENT
 
 if TYPE_CHECKING:  # Optuna's import takes as long as SQLAlchemy's, and looking needs none
-    from optuna.storages import BaseStorage
+    from storage.optuna_storage import BaseStorage
 
 LEASE_SECONDS = 120.0
 REFUSED = " (refused)"  # the names of a refused trial's parameters end so
@@ -95,11 +95,6 @@ class Claim:
 
 def _lost(claim: Claim) -> LeaseLost:
     return LeaseLost(f"trial {claim.trial_number} is no longer held by this worker")
-
-
-def _lock_trial(connection: sa.Connection, trial_id: int) -> Row:
-    query = sa.select(TRIALS).where(TRIALS.c.trial_id == trial_id)
-    return connection.execute(query.with_for_update()).one()
 
 
 class Ledger:
@@ -193,7 +188,7 @@ class Ledger:
                     take_first(queue.interrupted())
                     or take_first(queue.enqueued())
                     or take_first(queue.promoted(promotes))
-                    or take_first(self._new_trials(connection, queue))
+                    or take_first(add_trial(connection, self.study_id) if queue.allows_new() else [])
                     or take_first(queue.interrupted(prefers_another=True))
                     # Late, so that a host on which everything fails tries different trials first.
                     or take_first(queue.failed())
@@ -206,9 +201,6 @@ class Ledger:
     def _is_spent(self, connection: sa.Connection) -> bool:
         """Whether the GPU-hours are spent, with what this transaction has changed."""
         return bool(connection.scalar(sa.text(IS_SPENT), {"study_id": self.study_id}))
-
-    def _new_trials(self, connection: sa.Connection, queue: TrialQueue) -> list[int]:
-        return add_trial(connection, self.study_id) if queue.allows_new() else []
 
     @retrying
     def _holders(self) -> list[Holder]:
@@ -235,7 +227,7 @@ class Ledger:
         The rows are locked before they are read, in the same order as in `finish`.
         """
         attempt = lock_open_attempt(connection, trial_id)
-        trial = _lock_trial(connection, trial_id)
+        trial = lock_trial(connection, trial_id)
         if trial.state.is_finished():
             return None
         if attempt is not None:
@@ -251,8 +243,8 @@ class Ledger:
 
     def _claim_of(self, connection: sa.Connection, trial: Row, number: int) -> Claim:
         epochs = sa.select(EPOCHS.c.epoch, EPOCHS.c.attempt).where(EPOCHS.c.trial_id == trial.trial_id)
-        last = connection.execute(epochs.order_by(EPOCHS.c.epoch.desc()).limit(1)).one_or_none()
-        epoch, recorded_by = last or (-1, 0)
+        latest = epochs.order_by(EPOCHS.c.epoch.desc()).limit(1)
+        epoch, recorded_by = connection.execute(latest).one_or_none() or (-1, 0)
         paused_since = sa.exists().where(
             ATTEMPTS.c.trial_id == trial.trial_id,
             ATTEMPTS.c.number >= recorded_by,
@@ -364,7 +356,7 @@ class Ledger:
             if attempt is not None and attempt.outcome == outcome:
                 return  # an earlier call did it, and its reply was lost
             self._fence(connection, claim)
-            trial = _lock_trial(connection, claim.trial_id)
+            trial = lock_trial(connection, claim.trial_id)
             ended_elsewhere = close_if_ended(connection, *key, trial.state)
             if ended_elsewhere is None:
                 end_trial(connection, claim.trial_id, END_STATES[outcome], value, attributes)
@@ -378,14 +370,9 @@ class Ledger:
 
         The parameters are renamed: Optuna allows only one distribution per name in a study.
         """
-        name = PARAMS.c.param_name
         with self.engine.begin() as connection:
             self._fence(connection, claim)
-            connection.execute(
-                sa.update(PARAMS)
-                .where(PARAMS.c.trial_id == claim.trial_id, ~name.endswith(REFUSED))
-                .values(param_name=name + REFUSED)
-            )
+            rename_params(connection, claim.trial_id, REFUSED)
         self.finish(claim, Outcome.FAILED, reason=reason)
 
     @retrying
@@ -407,9 +394,8 @@ class Ledger:
                 return False
             if attempt.released is not None:  # maybe by an earlier call whose reply was lost
                 return bool(attempt.outcome == outcome)
-            trial = sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == claim.trial_id)
-            state = connection.execute(trial).scalar_one()
-            if close_if_ended(connection, *key, state) is not None:
+            trial = lock_trial(connection, claim.trial_id)
+            if close_if_ended(connection, *key, trial.state) is not None:
                 return False
             close_attempt(connection, *key, outcome, reason)
             return True
@@ -429,9 +415,8 @@ class Ledger:
     def _stop_reason(self, connection: sa.Connection) -> str | None:
         study = sa.select(STUDIES.c.stop_requested).where(STUDIES.c.study_id == self.study_id)
         # A restored database does not have this worker, or has it as stopped.
-        worker = sa.select(WORKERS.c.id).where(
-            WORKERS.c.id == self.worker_id, WORKERS.c.stopped.is_(None)
-        )
+        is_at_work = sa.and_(WORKERS.c.id == self.worker_id, WORKERS.c.stopped.is_(None))
+        worker = sa.select(WORKERS.c.id).where(is_at_work)
         stopped, registered = connection.execute(
             sa.select(study.scalar_subquery(), worker.scalar_subquery())
         ).one()
@@ -454,11 +439,10 @@ class Ledger:
     @retrying
     def excuse(self) -> None:
         """Charge this worker's failures to its host, not to the trials."""
+        reason = sa.literal(f"{SICK_HOST}: ") + ATTEMPTS.c.reason
         with self.engine.begin() as connection:
             connection.execute(
                 sa.update(ATTEMPTS)
                 .where(ATTEMPTS.c.worker_id == self.worker_id, ATTEMPTS.c.outcome == Outcome.ERROR)
-                .values(
-                    outcome=Outcome.RELEASED, reason=sa.literal(f"{SICK_HOST}: ") + ATTEMPTS.c.reason
-                )
+                .values(outcome=Outcome.RELEASED, reason=reason)
             )

@@ -1,7 +1,8 @@
-"""Optuna's own storage on our database, and what only Optuna itself knows of its tables."""
+"""Optuna's own storage on our database: the only file of this package that imports Optuna."""
 
 import optuna
 import sqlalchemy as sa
+from optuna.storages import BaseStorage as BaseStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database import WORK, Sessions, pool, retrying, watched
@@ -24,7 +25,7 @@ def show_optunas_tables(connection: sa.Connection) -> None:
 
 
 @retrying
-def open_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
+def open_storage(engine: sa.Engine) -> BaseStorage:
     """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
     ensure_tables(engine)
     return optuna_storage(engine)
@@ -32,7 +33,7 @@ def open_storage(engine: sa.Engine) -> optuna.storages.BaseStorage:
 
 def optuna_storage(
     engine: sa.Engine, sessions: Sessions = WORK, make_tables: bool = True
-) -> optuna.storages.BaseStorage:
+) -> BaseStorage:
     """Optuna's storage on the same database, with its cache of finished trials.
 
     Raises DatabaseError if Optuna's tables were made by another version.
@@ -42,7 +43,7 @@ def optuna_storage(
 
 def with_engine(
     url: sa.URL, sessions: Sessions, make_tables: bool = False
-) -> tuple[optuna.storages.BaseStorage, sa.Engine]:
+) -> tuple[BaseStorage, sa.Engine]:
     """Optuna's storage as above, and its engine, so that others can use the same connections."""
     try:
         storage = optuna.storages.RDBStorage(

@@ -1,4 +1,4 @@
-"""What we read and write of Optuna's tables, without an import of Optuna; it starts and ends trials.
+"""What we read and write of Optuna's tables, without its import; it starts and ends trials.
 
 That import would take as long as SQLAlchemy's. A test compares these columns with Optuna's own.
 """
@@ -136,6 +136,19 @@ def add_trial(connection: sa.Connection, study_id: int) -> list[int]:
         datetime_start=_utc_now(),
     )
     return [connection.execute(trial.returning(TRIALS.c.trial_id)).scalar_one()]
+
+
+def lock_trial(connection: sa.Connection, trial_id: int) -> Row:
+    """Lock a trial's row until the transaction ends. Returns it."""
+    query = sa.select(TRIALS).where(TRIALS.c.trial_id == trial_id)
+    return connection.execute(query.with_for_update()).one()
+
+
+def rename_params(connection: sa.Connection, trial_id: int, suffix: str) -> None:
+    """Let the names of a trial's parameters end so, if they do not yet."""
+    name = PARAMS.c.param_name
+    to_rename = sa.update(PARAMS).where(PARAMS.c.trial_id == trial_id, ~name.endswith(suffix))
+    connection.execute(to_rename.values(param_name=name + suffix))
 
 
 def begin_trial(connection: sa.Connection, trial_id: int) -> None:

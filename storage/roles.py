@@ -3,12 +3,11 @@
 import logging
 from typing import NamedTuple
 
-import optuna
 import sqlalchemy as sa
 
 from storage.database import PAGES, WORK, Sessions, log, retrying
 from storage.network import VIEWER, WORKER
-from storage.optuna_storage import with_engine
+from storage.optuna_storage import BaseStorage, with_engine
 from storage.properties import is_owner, why_without
 
 
@@ -16,7 +15,7 @@ class Restricted(NamedTuple):
     """A connection with fewer rights than the owner's."""
 
     engine: sa.Engine
-    storage: optuna.storages.BaseStorage
+    storage: BaseStorage
     has_role: bool  # whether a role limits the rights; if not, at most a setting of the connection does
 
 

@@ -22,7 +22,7 @@ from storage.ownership import private
 # Name: the function or the group of verbs, and its line in `atelier --help`.
 VERBS = {
     "init": ("search.cli.beginning:init", "Write a study file for this site or this machine."),
-    "demo": ("search.cli.beginning:demo", "Draw a small dataset, and search it: one minute."),
+    "demo": ("search.cli.searching:demo", "Draw a small dataset, and search it: one minute."),
     "example": ("search.cli.beginning:example", "Write a ready study file, to be edited."),
     "search": ("search.cli.searching:search", "Run a whole search on this machine."),
     "worker": ("search.cli.searching:worker", "Run one worker, as a SLURM array task does."),

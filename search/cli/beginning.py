@@ -1,4 +1,4 @@
-"""The verbs to begin with: demo runs a whole search, example and init write a study file."""
+"""The verbs that write a study file: example and init."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +8,7 @@ import typer
 from dashboards.terminal import printable
 from search.cli.errors import say
 from search.cli.finding import command
-from search.cli.options import Data, Output, Set, Weights, Workers, check_output, load_study
-from search.cli.searching import search
+from search.cli.options import Data, Weights, check_output
 from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site
 from search.slurm.environment import habits
@@ -20,28 +19,7 @@ from search.toml_file import READY
 from storage.ownership import with_users_umask
 from storage.url import configured_url
 from trainer.dataset import DatasetError, read_dataset
-from trainer.demo import write_demo
 from trainer.text import read_text
-
-
-def demo(
-    folder: Annotated[Path, typer.Argument(help="Folder of the drawn pictures.")] = Path("demo-data"),
-    workers: Workers = None,
-    output: Output = Path("best.toml"),
-    set_: Set = None,
-) -> None:
-    """Draw a small dataset, search it with the ready demo.toml, and say what to type next.
-
-    The same command resumes an interrupted search. A folder that has pictures is searched as it is.
-    """
-    load_study(READY / "demo.toml", None, None, set_)  # what is wrong is said before pictures are drawn
-    if not (folder.is_dir() and any(folder.iterdir())):
-        with with_users_umask():
-            write_demo(folder)
-        say(f"the pictures are in {folder}")
-    search(READY / "demo.toml", workers, output, data=str(folder), set_=set_)
-    run = output.with_suffix(".run")
-    say(f"predict with what is trained: {command('predict', str(run), '-o', 'prediction.zip')}")
 
 
 def example(

@@ -1,4 +1,4 @@
-"""The verbs that train trials: search, worker and confirm."""
+"""The verbs that train trials: demo, search, worker and confirm."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,15 +42,37 @@ from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.local import LocalSearch
 from search.preflight import preflight
-from search.study import open_study
+from search.study import lead_study
 from search.study_config import StudyConfig
+from search.toml_file import READY
 from storage import database
-from storage.optuna_storage import open_storage
+from storage.ownership import with_users_umask
 from storage.paths import RunFolder
 from storage.status import Status, read_status
 from storage.studies import StudyEntry
 from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
+from trainer.demo import write_demo
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder of the drawn pictures.")] = Path("demo-data"),
+    workers: Workers = None,
+    output: Output = Path("best.toml"),
+    set_: Set = None,
+) -> None:
+    """Draw a small dataset, search it with the ready demo.toml, and say what to type next.
+
+    The same command resumes an interrupted search. A folder that has pictures is searched as it is.
+    """
+    load_study(READY / "demo.toml", None, None, set_)  # what is wrong is said before pictures are drawn
+    if not (folder.is_dir() and any(folder.iterdir())):
+        with with_users_umask():
+            write_demo(folder)
+        say(f"the pictures are in {folder}")
+    search(READY / "demo.toml", workers, output, data=str(folder), set_=set_)
+    run = output.with_suffix(".run")
+    say(f"predict with what is trained: {command('predict', str(run), '-o', 'prediction.zip')}")
 
 
 def search(
@@ -94,7 +116,7 @@ def _run_here(
     config: StudyConfig, dataset: Dataset, engine: sa.Engine, workers: int, arguments: list[str]
 ) -> tuple[LocalSearch, StudyEntry]:
     """Open a study and run workers with these arguments on this machine until they end."""
-    _, entry = open_study(config, engine, open_storage(engine), dataset, lead=True)
+    entry = lead_study(config, engine, dataset)
     runs = RunFolder(entry.name, entry.created).make()
     say(f"study {entry.name!r} starts workers: {workers}; their logs are in {runs.logs}")
 

@@ -41,8 +41,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
 
     Raises InputError, DatasetError, DatabaseError. Then nothing was submitted.
     """
-    from search.study import open_study  # late: Optuna is slow to import, and only this needs it
-    from storage.optuna_storage import open_storage  # late: the same
+    from search.study import lead_study  # late: Optuna is slow to import, and only this needs it
 
     _check_sbatch()
     script = array_script(file, profile, array, options)
@@ -51,7 +50,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     engine = connect()
     make_log_folder()
     check_script(script)
-    _, entry = open_study(file, engine, open_storage(engine), dataset, lead=True)
+    entry = lead_study(file, engine, dataset)
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
         raise InputError(

@@ -72,7 +72,7 @@ PLANTS: dict[str, list[Edit]] = {
     ],
     "trial-added-by-optuna": [
         (
-            "storage.ledger.Ledger._new_trials",
+            "storage.ledger.Ledger.claim",
             "add_trial(connection, self.study_id)",
             "[self.storage.create_new_trial(self.study_id)]",
         )
@@ -249,7 +249,7 @@ PLANTS: dict[str, list[Edit]] = {
     "swept-folder-ends-worker": [
         (
             "storage.ledger.Ledger.release",
-            "if close_if_ended(connection, *key, state) is not None:",
+            "if close_if_ended(connection, *key, trial.state) is not None:",
             "if False:",
         )
     ],
@@ -310,7 +310,7 @@ PLANTS: dict[str, list[Edit]] = {
         (
             "storage.ledger.Ledger._take",
             "attempt = lock_open_attempt(connection, trial_id)",
-            "_lock_trial(connection, trial_id)\n    attempt = lock_open_attempt(connection, trial_id)",
+            "lock_trial(connection, trial_id)\n    attempt = lock_open_attempt(connection, trial_id)",
         )
     ],
     "nan-ranks-first": [

@@ -128,3 +128,14 @@ def test_commands_start_without_torch():
         "assert not {'torch', 'timm', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_who_trains_nothing_imports_neither_optuna_nor_an_orm():
+    """Each takes as long as all the rest of a short command."""
+    code = (
+        "import sys; from search.cli import VERBS, load_verb\n"
+        "trains = {'demo', 'search', 'worker', 'confirm'}\n"
+        "for verb in VERBS.keys() - trains - {'dashboard'}: load_verb(verb)\n"
+        "assert not {'optuna', 'sqlalchemy.orm', 'pandas', 'matplotlib'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
