@@ -35,6 +35,12 @@ def _table(name: str, **columns: Any) -> sa.TableClause:
     return sa.table(name, *(sa.column(column, kind) for column, kind in columns.items()))
 
 
+def _attributes(of: str, whose: str) -> sa.TableClause:
+    name = f"{of}_{whose}_attribute"
+    keys = {f"{name}_id": Integer, f"{of}_id": Integer}
+    return _table(f"{name}s", **keys, key=Text, value_json=Text)
+
+
 # The first column of each is its key.
 STUDY_NAMES = _table("studies", study_id=Integer, study_name=Text)
 TRIALS = _table(
@@ -62,16 +68,8 @@ VALUES = _table(
     value=Double,
     value_type=Text,
 )
-USER_ATTRIBUTES = _table(
-    "trial_user_attributes", trial_user_attribute_id=Integer, trial_id=Integer, key=Text, value_json=Text
-)
-SYSTEM_ATTRIBUTES = _table(
-    "trial_system_attributes",
-    trial_system_attribute_id=Integer,
-    trial_id=Integer,
-    key=Text,
-    value_json=Text,
-)
+USER_ATTRIBUTES = _attributes("trial", "user")
+SYSTEM_ATTRIBUTES = _attributes("trial", "system")
 VERSION = _table("version_info", version_info_id=Integer, schema_version=Integer, library_version=Text)
 # All of Optuna's tables, parents first.
 OPTUNAS_TABLES = (
@@ -84,20 +82,8 @@ OPTUNAS_TABLES = (
         study_id=Integer,
         objective=Integer,
     ),
-    _table(
-        "study_system_attributes",
-        study_system_attribute_id=Integer,
-        study_id=Integer,
-        key=Text,
-        value_json=Text,
-    ),
-    _table(
-        "study_user_attributes",
-        study_user_attribute_id=Integer,
-        study_id=Integer,
-        key=Text,
-        value_json=Text,
-    ),
+    _attributes("study", "system"),
+    _attributes("study", "user"),
     TRIALS,
     _table("trial_heartbeats", trial_heartbeat_id=Integer, trial_id=Integer, heartbeat=DateTime),
     _table(

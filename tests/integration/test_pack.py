@@ -7,7 +7,6 @@ import optuna
 import psycopg2
 import pytest
 import sqlalchemy as sa
-import sqlalchemy.orm
 import torch
 
 from search.exit_codes import ExitCode
@@ -37,12 +36,9 @@ def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine, m
     rows = [studies.epochs_of(engine, entry.study_id, number) for number in range(6)]
     assert all(rows)
     assert any(row[0]["stream_epoch"] > 0 for row in rows)  # some have joined late
-    spans = sa.select(sa.func.count()).select_from(
-        sa.join(
-            one := sa.orm.aliased(ATTEMPTS), two := sa.orm.aliased(ATTEMPTS), one.trial_id < two.trial_id
-        )
-    )
-    overlapping = spans.where(one.claimed < two.released, two.claimed < one.released)
+    one, two = ATTEMPTS.alias(), ATTEMPTS.alias()
+    pairs = sa.select(sa.func.count()).join_from(one, two, one.c.trial_id < two.c.trial_id)
+    overlapping = pairs.where(one.c.claimed < two.c.released, two.c.claimed < one.c.released)
     with engine.connect() as connection:
         assert connection.scalar(overlapping) >= 3
         # What a worker holds side by side counts once.

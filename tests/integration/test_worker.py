@@ -28,25 +28,18 @@ KEEPER = leases.LeaseKeeper.__init__
 
 def attempts(engine):
     with engine.connect() as connection:
-        return (
-            connection.execute(sa.select(ATTEMPTS.c.outcome).order_by(ATTEMPTS.c.claimed))
-            .scalars()
-            .all()
-        )
+        return connection.scalars(sa.select(ATTEMPTS.c.outcome).order_by(ATTEMPTS.c.claimed)).all()
 
 
 def reasons(engine):
     with engine.connect() as connection:
-        return (
-            connection.execute(sa.select(ATTEMPTS.c.reason).order_by(ATTEMPTS.c.claimed)).scalars().all()
-        )
+        return connection.scalars(sa.select(ATTEMPTS.c.reason).order_by(ATTEMPTS.c.claimed)).all()
 
 
 def epochs(engine):
+    query = sa.select(EPOCHS.c.trial_id, EPOCHS.c.epoch).order_by("trial_id", "epoch")
     with engine.connect() as connection:
-        return connection.execute(
-            sa.select(EPOCHS.c.trial_id, EPOCHS.c.epoch).order_by(*EPOCHS.c.__mapper__.primary_key)
-        ).all()
+        return connection.execute(query).all()
 
 
 def test_the_sampler_learns_from_trials_that_finished_after_the_workers_first(engine, make_worker):
