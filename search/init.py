@@ -185,7 +185,8 @@ def _accepted(tries: Iterable[Proposal]) -> tuple[Proposal, list[str]]:
 
 
 def _script(proposal: Proposal, name: str) -> str:
-    array = None if name == LONG_RUN else proposal.array
+    # One task: how many more SLURM takes depends on the jobs that the user has there at the moment.
+    array = None if name == LONG_RUN else "0"
     return render_script(proposal.profiles[name], array, ["true"], Path.cwd(), {}, "/dev/null")
 
 

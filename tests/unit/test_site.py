@@ -77,7 +77,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 GPUS = "gpu|4|idle|64|512000|gpu:a100:4(S:0-1)\n"
-# Recorded from a slurmdbd, which was set up as in tests/cluster/test_accounting.py.
+# Recorded from a slurmdbd, which was set up much as in tests/cluster/test_accounting.py.
 ASSOCIATIONS = """\
 root||normal||atelier||||||||
 guests||idle||atelier||||||||
