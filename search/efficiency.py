@@ -138,7 +138,7 @@ def _starved(uses: Sequence[WorkerUse]) -> str | None:
     if not starved:
         return None
     granted = max((use.memory for use in starved if use.memory), default=None)
-    than = "" if granted is None else f" than {granted / GIB:.0f} GiB"
+    than = "" if granted is None else f" than {granted / GIB:.3g} GiB"
     return f"more memory{than} (--mem): SLURM killed {len(starved)} of {len(uses)} workers for it"
 
 
@@ -150,7 +150,7 @@ def _memory(uses: Sequence[WorkerUse]) -> str | None:
     if killed:
         granted = max((use.memory for use in killed if use.memory), default=used)
         return (
-            f"memory of more than {max(granted, used) / GIB:.0f} GiB (--mem), if that was the reason: "
+            f"memory of more than {max(granted, used) / GIB:.3g} GiB (--mem), if that was the reason: "
             f"{len(killed)} of {len(uses)} workers were killed"
         )
     enough = math.ceil(SPARE * used / GIB)

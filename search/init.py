@@ -134,6 +134,11 @@ def draft_for_site(
 
 def _partitions(site: Site, name: str | None, account: str | None) -> list[Partition]:
     """The partitions to choose from. Raises InputError."""
+    if site.without_account:
+        raise InputError(
+            f"SLURM has no account for {site.without_account}, and takes no job here without one; ask "
+            f"those who run this site for one (sacctmgr add user {site.without_account} account=NAME)"
+        )
     found, closed = usable(site, account)
     if name is None:
         if not found:
@@ -180,7 +185,8 @@ def _accepted(tries: Iterable[Proposal]) -> tuple[Proposal, list[str]]:
 
 
 def _script(proposal: Proposal, name: str) -> str:
-    array = None if name == LONG_RUN else proposal.array
+    # One task: how many more SLURM takes depends on the jobs that the user has there at the moment.
+    array = None if name == LONG_RUN else "0"
     return render_script(proposal.profiles[name], array, ["true"], Path.cwd(), {}, "/dev/null")
 
 

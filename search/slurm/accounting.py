@@ -52,7 +52,7 @@ def read_runs(ids: Iterable[str], since: datetime, cluster: str = "") -> dict[st
         if len(values) != len(FIELDS) or (match is None and not _WAITING_TASKS.fullmatch(values[0])):
             raise not_understood("sacct", line)
         row = dict(zip(FIELDS, values, strict=True))
-        if match is None or (match[2] is None and row["Start"] in NEVER_BEGAN):
+        if match is None or (match[2] is None and _never_began(row)):
             steps_of = None
         elif match[2] is None:
             steps_of = found.setdefault(match[1], [])
@@ -60,10 +60,15 @@ def read_runs(ids: Iterable[str], since: datetime, cluster: str = "") -> dict[st
                 steps_of.append(_run(row))
             except ValueError:
                 raise not_understood("sacct", line) from None
-        elif steps_of and (peak := _bytes(row["MaxRSS"])) is not None:
+        elif steps_of and (peak := size(row["MaxRSS"])) is not None:
             start_time, run = steps_of[-1]
             steps_of[-1] = (start_time, replace(run, peak_memory=max(run.peak_memory or 0.0, peak)))
     return {job: [run for _, run in sorted(runs, key=lambda one: one[0])] for job, runs in found.items()}
+
+
+def _never_began(row: dict[str, str]) -> bool:
+    """A job that was cancelled at once may have a start all the same, but it was granted nothing."""
+    return row["Start"] in NEVER_BEGAN or (row["ElapsedRaw"] == "0" and not row["AllocTRES"])
 
 
 def _run(row: dict[str, str]) -> tuple[float, Run]:
@@ -78,12 +83,12 @@ def _run(row: dict[str, str]) -> tuple[float, Run]:
         None if submitted is None else max(started - submitted, 0.0),
         float(row["ElapsedRaw"]),
         float(limit) * 60 if limit and limit.upper() not in (*NO_LIMIT, "PARTITION_LIMIT") else None,
-        _bytes(granted[1]) if granted else None,
+        size(granted[1]) if granted else None,
         None,
     )
 
 
-def _bytes(text: str) -> float | None:
+def size(text: str) -> float | None:
     """A size, whatever its unit. A bare number is of bytes. None for what is none."""
     match = _SIZE.fullmatch(text)
     if match is None:

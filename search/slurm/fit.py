@@ -4,15 +4,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dashboards.study_tables import duration
 from search.profile import SlurmProfile
-from search.slurm.site import Limits, Nodes, Partition, Site
+from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site
 from search.slurm.times import clock, slurm_seconds
 
 DAY = 86400  # seconds
 TASKS, AT_ONCE = 8, 4  # of an array
+YOURS = "your account or QOS"
 WARNED_SHARE = 4  # of a short job at most a fourth is left to end in
 
 
@@ -24,7 +26,7 @@ class Account:
     qos: str | None = None
     why: str = ""
     why_qos: str = ""
-    limits: tuple[Limits, ...] = ()
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ def _closed(site: Site, partition: Partition, account: str | None) -> str | None
         return None
     allowed = {"accounts": partition.accounts, "QOS": partition.qos}
     only = [f"the {what} {', '.join(sorted(names))}" for what, names in allowed.items() if names]
-    return f"it is for {' and '.join(only)}" if only else "none of your accounts is for it"
+    return (
+        f"it is for {' and '.join(only)}"
+        if only
+        else "no account of yours is for it, or lets a job run there"
+    )
 
 
 def preferred(partitions: list[Partition], seconds: float, gpus: bool) -> list[Partition]:
@@ -104,14 +110,25 @@ def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Ac
         ]
         if one.account in partition.denied_accounts or (one.qos and not allowed):
             continue
-        qos = allowed[0] if allowed else None
-        limits = (
-            one.limits,
-            *(site.qos.get(name, Limits()) for name in (qos, partition.own_qos) if name),
-        )
-        yield Account(
-            one.account, qos, _or(names, one.account, "yours"), _or(allowed, qos, "allowed here"), limits
-        )
+        limits = {qos: _limits(site, partition, one.limits, qos) for qos in allowed or ("",)}
+        usable = {name: own for name, own in limits.items() if _lets_run(own, bool(partition.gpus))}
+        for qos, own in islice(usable.items(), 1):
+            why, why_qos = _or(names, one.account, "yours"), _or([*usable], qos, "allowed here")
+            yield Account(one.account, qos or None, why, why_qos, own)
+
+
+def _limits(site: Site, partition: Partition, of_account: Limits, qos: str) -> Limits:
+    """What holds for a job. The partition's QOS comes first, then the job's, then the account."""
+    order = [partition.own_qos, qos]
+    if qos in site.qos_before_partition:
+        order.reverse()
+    first, then = (site.qos.get(name, NO_LIMITS) for name in order)
+    return first.before(then).before(of_account)
+
+
+def _lets_run(limits: Limits, with_gpu: bool) -> bool:
+    """Whether one job may run at all. Sites close an account or a QOS by a limit of 0."""
+    return min(limits if with_gpu else limits._replace(gpus=math.inf, all_gpus=math.inf)) >= 1
 
 
 def _or(names: list[str], taken: str | None, which: str) -> str:
@@ -134,16 +151,16 @@ def _propose(
             "partition": (partition.name, ""),
             "account": (payer.name, payer.why),
             "qos": (payer.qos, payer.why_qos),
-            **_hardware(partition, profile, kind, part),
+            **_hardware(partition, profile, payer.limits, kind, part),
             **_time(site, partition, profile, payer),
         }
         profiles[name] = SlurmProfile(**{key: value for key, (value, _) in chosen.items()})
         reasons[name] = {key: why for key, (_, why) in chosen.items()}
-    return Proposal(partition, profiles, reasons, _array(site, partition, payer, wanted))
+    return Proposal(partition, profiles, reasons, _array(site, partition, payer.limits, profiles))
 
 
 def _hardware(
-    partition: Partition, profile: SlurmProfile, kind: str, part: int
+    partition: Partition, profile: SlurmProfile, limits: Limits, kind: str, part: int
 ) -> dict[str, tuple[Any, str]]:
     """CPUs, GPUs and memory: what the study asks for, and no more than a GPU's share of any node.
 
@@ -163,6 +180,12 @@ def _hardware(
     if memory > most:
         memory = int(most)
         why_memory = f"the most that {partition.name} allows for its {_count(cpus, 'CPU')}"
+    most = min(limits.cpus, limits.all_cpus)
+    if cpus > most:
+        cpus, why_cpus = int(most), f"the most that {YOURS} allows"
+    most = min(limits.memory, limits.all_memory)
+    if memory > most:
+        memory, why_memory = int(most), f"the most that {YOURS} allows"
     if part > 1:
         why_memory += "; SLURM refused more"
     why_gpus = f"{partition.name} has {_gpus_in_words(gpus)}" if gpus else ""
@@ -192,8 +215,8 @@ def _share(
 def _time(
     site: Site, partition: Partition, profile: SlurmProfile, payer: Account
 ) -> dict[str, tuple[Any, str]]:
-    most = min([partition.seconds, *(limits.seconds for limits in payer.limits)])
-    who = partition.name if most == partition.seconds else "your account or QOS"
+    most = min(partition.seconds, payer.limits.seconds)
+    who = partition.name if most == partition.seconds else YOURS
     end = "when its time is up, a task is requeued and goes on"
     if not site.requeues:
         end = "when its time is up, a task asks to be requeued, which this site does not do unasked"
@@ -211,12 +234,21 @@ def _time(
     }
 
 
-def _array(site: Site, partition: Partition, payer: Account, wanted: Mapping[str, SlurmProfile]) -> str:
-    """The array to submit: no more tasks than SLURM takes, no more at once than there are GPUs."""
-    tasks = min([TASKS, site.largest_array, *(limit.submitted for limit in payer.limits)])
-    at_once = min([AT_ONCE, tasks, *(limit.running for limit in payer.limits)])
-    if partition.gpus and any(profile.gpus for profile in wanted.values()):
-        at_once = min([at_once, sum(partition.gpus.values()), *(limit.gpus for limit in payer.limits)])
+def _array(
+    site: Site, partition: Partition, limits: Limits, profiles: Mapping[str, SlurmProfile]
+) -> str:
+    """The array to submit: no more tasks than SLURM takes, no more at once than there is room for."""
+    tasks = min(TASKS, site.largest_array, limits.submitted)
+    profile = next(iter(profiles.values()))
+    at_once = min(
+        AT_ONCE,
+        tasks,
+        limits.running,
+        limits.all_cpus / profile.cpus,
+        limits.all_memory / _mebibytes(profile.memory),
+    )
+    if partition.gpus and any(profile.gpus for profile in profiles.values()):
+        at_once = min(at_once, sum(partition.gpus.values()), limits.all_gpus)
     return f"0-{max(int(tasks), 1) - 1}%{max(int(at_once), 1)}"
 
 

@@ -9,7 +9,9 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from search.slurm.accounting import size
 from search.slurm.commands import NoClusterError, SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
 from search.slurm.times import NO_LIMIT, slurm_seconds
@@ -34,12 +36,13 @@ SILENT = "*"  # after the state of a node that does not answer
 WITHOUT_LIMIT = {"", "N/A", "NONE", "(NULL)", *NO_LIMIT}
 EVERYBODY = {"", "ALL", "(null)"}
 # What makes SLURM hold jobs to the limits of accounts and QOS, of AccountingStorageEnforce.
-ENFORCING = {"limits", "qos", "safe", "all"}
+ENFORCING = {"limits", "safe", "all"}
+WITH_ACCOUNT = {"associations", "qos", "wckeys", *ENFORCING}  # each job needs one
+OVER_PARTITION = "OverPartQOS"  # flag of a QOS that comes before the QOS of a partition
 SLICE = re.compile(r"\d+g\.\d+gb", re.IGNORECASE)  # in the name of a part of a GPU (MIG)
 NORMAL = "normal"  # the QOS where there is no other default
 _PAIR = re.compile(r"(\S+?)=(\S*)")
 _GPU = re.compile(r"gpu(?::(?P<kind>[^:]*[^:\d][^:]*))?(?::(?P<count>\d+))?")
-_GPUS_OF_USER = re.compile(r"gres/gpu(?::[\w.-]+)?=(\d+)")
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,31 @@ class Partition:
         return {kind: counts[kind] for kind in order}
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of a QOS or of an account for one user. Infinite where SLURM sets none."""
 
     seconds: float = math.inf  # of a job
-    gpus: float = math.inf  # at once
     running: float = math.inf  # jobs at once
     submitted: float = math.inf  # jobs that run or wait
+    cpus: float = math.inf  # of a job, as the next two
+    memory: float = math.inf  # MiB
+    gpus: float = math.inf
+    all_cpus: float = math.inf  # of all jobs that run at once, as the next two
+    all_memory: float = math.inf  # MiB
+    all_gpus: float = math.inf
+
+    def within(self, other: "Limits") -> "Limits":
+        """Both hold."""
+        return Limits(*map(min, self, other))
+
+    def before(self, other: "Limits") -> "Limits":
+        """Those of `other` hold only where this has none, as those of an account beside a QOS."""
+        return Limits(
+            *(theirs if math.isinf(own) else own for own, theirs in zip(self, other, strict=True))
+        )
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,9 @@ class Site:
     partitions: list[Partition] = field(default_factory=list)
     # The user's default account comes first. Empty where SLURM keeps no accounts.
     associations: list[Association] = field(default_factory=list)
+    without_account: str | None = None  # this user, if SLURM has no account for them but wants one
     qos: dict[str, Limits] = field(default_factory=dict)  # whose limits SLURM enforces
+    qos_before_partition: set[str] = field(default_factory=set)  # their limits come before its QOS's
     notes: list[str] = field(default_factory=list)  # what was not understood, or not said
 
 
@@ -168,7 +190,7 @@ def read_site() -> Site:
         try:
             _read_accounts(site, set(config.get("AccountingStorageEnforce", "").lower().split(",")))
         except (SlurmError, ValueError) as error:
-            site.associations, site.qos = [], {}
+            site.associations, site.qos, site.without_account = [], {}, None
             site.notes.append(f"accounts and QOS are not known: {error}")
     return site
 
@@ -273,33 +295,49 @@ def _group(number: int) -> str:
 def _read_accounts(site: Site, enforced: set[str]) -> None:
     user = pwd.getpwuid(os.geteuid()).pw_name
     default = next((name for [name] in _rows("user", user, "DefaultAccount")), "")
-    fields = "Account,Partition,QOS,DefaultQOS,MaxWall,MaxJobs,MaxSubmit,Cluster"
     holds, usual = bool(enforced & ENFORCING), habits().qos
-    for account, partition, qos, first, wall, running, submitted, cluster in _rows(
-        "associations", f"user={user}", fields
+    above = {
+        account: (parent, _limits("", [running], [submitted], [], [tres]))
+        for account, parent, cluster, running, submitted, tres in _rows(
+            "associations", "user=", "Account,ParentName,Cluster,GrpJobs,GrpSubmit,GrpTRES"
+        )
+        if cluster in ("", site.cluster)
+    }
+    fields = "Account,Partition,QOS,DefaultQOS,Cluster,MaxWall,MaxJobs,GrpJobs,MaxSubmit,GrpSubmit"
+    for account, partition, qos, first, cluster, wall, *more in _rows(
+        "associations", f"user={user}", f"{fields},MaxTRES,MaxTRESPerNode,GrpTRES"
     ):
         if cluster in ("", site.cluster):
-            limits = Limits(_seconds(wall), math.inf, _limit(running), _limit(submitted))
+            limits = _limits(wall, more[:2], more[2:4], more[4:6], more[6:])
             names = [name for name in (usual, first, NORMAL, *sorted(qos.split(","))) if name]
             site.associations.append(
                 Association(
                     account,
                     partition,
                     tuple(name for name in dict.fromkeys(names) if name in qos.split(",")),
-                    limits if holds else Limits(),
+                    _within_those_above(limits, account, dict(above)) if holds else NO_LIMITS,
                 )
             )
     site.associations.sort(key=lambda one: one.account != default)
     if not site.associations:
+        site.without_account = user if enforced & WITH_ACCOUNT else None
         site.notes.append(f"SLURM has no account for {user}")
     if holds:
-        for name, wall, tres, running, submitted in _rows(
-            "qos", "", "Name,MaxWall,MaxTRESPU,MaxJobsPU,MaxSubmitPU"
+        fields = "Name,Flags,MaxWall,MaxJobsPU,MaxJobsPA,GrpJobs,MaxSubmitPU,MaxSubmitPA,GrpSubmit"
+        for name, flags, wall, *more in _rows(
+            "qos", "", f"{fields},MaxTRES,MaxTRESPerNode,MaxTRESPU,MaxTRESPA,GrpTRES"
         ):
-            gpus = _GPUS_OF_USER.search(tres)
-            site.qos[name] = Limits(
-                _seconds(wall), _limit(gpus[1] if gpus else ""), _limit(running), _limit(submitted)
-            )
+            site.qos[name] = _limits(wall, more[:3], more[3:6], more[6:8], more[8:])
+            if OVER_PARTITION in flags.split(","):
+                site.qos_before_partition.add(name)
+
+
+def _within_those_above(limits: Limits, account: str, above: dict[str, tuple[str, Limits]]) -> Limits:
+    """Limits within those of the account and of all above it. Takes from `above` what it has met."""
+    while found := above.pop(account, None):
+        account, theirs = found
+        limits = limits.within(theirs)
+    return limits
 
 
 def _rows(what: str, which: str, fields: str) -> Iterator[list[str]]:
@@ -310,6 +348,41 @@ def _rows(what: str, which: str, fields: str) -> Iterator[list[str]]:
         if len(values) != len(fields.split(",")):
             raise not_understood(f"sacctmgr show {what}", line)
         yield values
+
+
+def _limits(
+    wall: str, running: list[str], submitted: list[str], of_job: list[str], of_all: list[str]
+) -> Limits:
+    """What sacctmgr prints of limits: the tightest of each list. Raises ValueError."""
+    return Limits(
+        _seconds(wall),
+        min(map(_limit, running)),
+        min(map(_limit, submitted)),
+        *map(min, *map(_tres, ["", "", *of_job])),
+        *map(min, *map(_tres, ["", "", *of_all])),
+    )
+
+
+def _tres(text: str) -> list[float]:
+    """CPUs, memory in MiB, and GPUs of whatever type, of a limit as in `cpu=2,mem=4G,gres/gpu=1`.
+
+    Infinite for what is not limited. Raises ValueError if it is not understood.
+    """
+    found = {"cpu": math.inf, "mem": math.inf, "gres/gpu": math.inf}
+    for resource, value in re.findall(r"([^,=]+)=([^,]*)", text):
+        kind = resource.partition(":")[0]
+        if kind == "mem":
+            found[kind] = _mebibytes(value)
+        elif kind in found:
+            found[kind] = min(found[kind], _limit(value))
+    return list(found.values())
+
+
+def _mebibytes(text: str) -> float:
+    bytes_of = size(text)
+    if bytes_of is None:
+        raise ValueError(f"{text!r} is not understood")
+    return bytes_of / (1 << 20)
 
 
 def _seconds(text: str) -> float:

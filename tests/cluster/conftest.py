@@ -38,6 +38,7 @@ from trainer.demo import write_demo
 SLURM = Path(__file__).with_name("slurm")
 SLOW_WORKER = Path(__file__).with_name("slow_worker.py")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
+PROGRAMS_OF_ACCOUNTING = ("slurmdbd", "mariadbd")
 # A job in one of these states has ended and will not begin again.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 ENDED |= {"PREEMPTED", "TIMEOUT"}
@@ -70,14 +71,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     """The folder of a running SLURM; its commands find it by SLURM_CONF."""
+    with running_slurm(tmp_path_factory.mktemp("slurm")) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def running_slurm(folder, accounts=None):
+    """A SLURM in this folder, for which `accounts` are sacctmgr's commands; None for no accounting."""
     root = os.environ.get("SLURM_ROOT", "/")  # see tests/cluster/slurm
     path = os.pathsep.join(f"{root}/{part}" for part in ("usr/bin", "usr/sbin"))
-    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    programs = PROGRAMS if accounts is None else (*PROGRAMS, *PROGRAMS_OF_ACCOUNTING)
+    missing = [name for name in programs if shutil.which(name, path=path) is None]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"needs root and SLURM (apt-get install slurm-wlm munge); no {', '.join(missing)}")
-    folder = tmp_path_factory.mktemp("slurm")
+        pytest.skip(
+            f"needs root and SLURM (CONTRIBUTING.md says which packages); no {', '.join(missing)}"
+        )
     folder.chmod(0o755)
-    subprocess.run([SLURM, "up", folder], check=True)
+    verb = "up" if accounts is None else "accounts"
+    subprocess.run([SLURM, verb, folder], input=accounts or "", text=True, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)

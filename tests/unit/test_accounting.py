@@ -1,6 +1,6 @@
 """What sacct prints, in the forms of several versions, and what `efficiency` makes of it.
 
-The texts follow sacct's manual. No test here has a slurmdbd; tests/cluster has a SLURM without one.
+The texts were recorded from real ones, with a slurmdbd. tests/cluster/test_accounting.py asks one.
 """
 
 from datetime import UTC, datetime
@@ -15,50 +15,61 @@ from storage.outcome import WALL_TIME
 
 SINCE = datetime(2026, 11, 1, tzinfo=UTC)
 GIB = 1 << 30
-# An array of four: 0 was requeued at its wall time and ended, 1 was out of memory, 2 was cancelled by
-# its user, 3 works. Then tasks that wait, and a job that was cancelled before it began.
+MIB = 1 << 20
+# Job 1 is an array: 0 was requeued, 1 ended, 2 was cancelled by its user, 3 works, 4 ran out of time.
+# 3 and 5 were cancelled before they began (one has a start all the same), 4 failed, 6 and 9 wait.
 TEXTS = {
     "22.05": """\
-12_0|1795724000|1795724060|28800|480|REQUEUED|billing=7,cpu=7,gres/gpu=1,mem=12288M,node=1|
-12_0.batch||1795724060|28800||CANCELLED||5123.50M
-12_0.extern||1795724060|28800||COMPLETED||0
-12_0|1795752860|1795753460|3600|480|COMPLETED|billing=7,cpu=7,gres/gpu=1,mem=12288M,node=1|
-12_0.batch||1795753460|3600||COMPLETED||2048M
-12_0.extern||1795753460|3600||COMPLETED||1M
-12_1|1795724000|1795724060|120|480|OUT_OF_MEMORY|billing=7,cpu=7,gres/gpu=1,mem=12G,node=1|
-12_1.batch||1795724060|120||OUT_OF_MEMORY||12288M
-12_2|1795724000|1795724060|300|480|CANCELLED by 1000|billing=7,cpu=7,gres/gpu=1,mem=12288M,node=1|
-12_2.batch||1795724060|300||CANCELLED||1G
-12_3|1795724000|1795724100|200|480|RUNNING|billing=7,cpu=7,gres/gpu=1,mem=12288M,node=1|
-12_3.batch||1795724100|200||RUNNING||
-12_3.extern||1795724100|200||RUNNING||
-12_[4-7%4]|1795724000|Unknown|0|480|PENDING||
-13|1795724000|None|0|480|CANCELLED by 1000||
+3|1795870954|1795870954|0|Partition_Limit|CANCELLED by 0||
+4|1795870954|1795870965|0|480|FAILED|billing=1,cpu=1,mem=100M,node=1|
+4.batch|1795870965|1795870965|0||FAILED|cpu=1,mem=100M,node=1|
+1_0|1795870954|1795870955|7|10|REQUEUED|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_0.batch|1795870955|1795870955|7||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|1.64M
+1_1|1795870954|1795870955|7|10|COMPLETED|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_1.batch|1795870955|1795870955|7||COMPLETED|cpu=2,gres/gpu=1,mem=1200M,node=1|306.47M
+1_1.0|1795870958|1795870958|4||COMPLETED|cpu=2,gres/gpu=1,mem=1200M,node=1|504.73M
+1_2|1795870954|1795870955|10|10|CANCELLED by 0|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_2.batch|1795870955|1795870955|10||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|44.68M
+1_3|1795870954|1795870962|85|10|RUNNING|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_3.batch|1795870962|1795870962|85||RUNNING|cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_4|1795870954|1795870955|88|1|TIMEOUT|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_4.batch|1795870955|1795870955|88||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|44.78M
+1_0|1795870962|1795871043|4|10|RUNNING|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_0.batch|1795871043|1795871043|4||RUNNING|cpu=2,gres/gpu=1,mem=1200M,node=1|
+5|1795869651|None|0|Partition_Limit|CANCELLED by 0||
+6_[0,2-3]|1795869651|Unknown|0|Partition_Limit|PENDING||
+9_[0-2,4%1]|1795869651|Unknown|0|UNLIMITED|PENDING||
 """,
-    # From 23.02 on a GPU has its type beside it; without SLURM_TIME_FORMAT times are as in ISO 8601.
+    # Without SLURM_TIME_FORMAT times are as in ISO 8601.
     "24.11": """\
-12_0|2026-11-26T20:53:20|2026-11-26T20:54:20|28800|480|REQUEUED|billing=7,cpu=7,gres/gpu:a100=1,gres/gpu=1,mem=12G,node=1|
-12_0.batch|2026-11-26T20:54:20|2026-11-26T20:54:20|28800||CANCELLED|cpu=7,gres/gpu=1,mem=12G,node=1|5246464K
-12_0.extern|2026-11-26T20:54:20|2026-11-26T20:54:20|28800||COMPLETED|billing=7,cpu=7,mem=12G,node=1|0
-12_0|2026-11-27T04:54:20|2026-11-27T05:04:20|3600|480|COMPLETED|billing=7,cpu=7,gres/gpu:a100=1,gres/gpu=1,mem=12G,node=1|
-12_0.batch|2026-11-27T05:04:20|2026-11-27T05:04:20|3600||COMPLETED|cpu=7,gres/gpu=1,mem=12G,node=1|2147483648
-12_1|2026-11-26T20:53:20|2026-11-26T20:54:20|120|480|OUT_OF_MEMORY|billing=7,cpu=7,gres/gpu=1,mem=0.01171875T,node=1|
-12_1.batch|2026-11-26T20:54:20|2026-11-26T20:54:20|120||OUT_OF_MEMORY|cpu=7,mem=12G,node=1|12G
-12_2|2026-11-26T20:53:20|2026-11-26T20:54:20|300|480|CANCELLED by 1000|cpu=7,gres/gpu=1,mem=12G|
-12_2.batch|2026-11-26T20:54:20|2026-11-26T20:54:20|300||CANCELLED|cpu=7,mem=12G,node=1|1024M
-12_3|2026-11-26T20:53:20|2026-11-26T20:55:00|200|480|RUNNING|billing=7,cpu=7,gres/gpu=1,mem=12G,node=1|
-12_3.batch|2026-11-26T20:55:00|2026-11-26T20:55:00|200||RUNNING|cpu=7,mem=12G,node=1|
-12_[4-7%4]|2026-11-26T20:53:20|Unknown|0|480|PENDING||
-13|2026-11-26T20:53:20|None|0|480|CANCELLED by 1000||
-""",
+3|2026-11-28T13:02:36|None|0|Partition_Limit|CANCELLED by 0||
+4|2026-11-28T13:02:36|2026-11-28T13:02:47|0|480|FAILED|billing=1,cpu=1,mem=100M,node=1|
+4.batch|2026-11-28T13:02:47|2026-11-28T13:02:47|0||FAILED|cpu=1,mem=100M,node=1|
+1_0|2026-11-28T13:02:36|2026-11-28T13:02:36|8|10|REQUEUED|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_0.batch|2026-11-28T13:02:36|2026-11-28T13:02:36|8||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|1.71M
+1_1|2026-11-28T13:02:36|2026-11-28T13:02:36|7|10|COMPLETED|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_1.batch|2026-11-28T13:02:36|2026-11-28T13:02:36|7||COMPLETED|cpu=2,gres/gpu=1,mem=1200M,node=1|306.47M
+1_1.0|2026-11-28T13:02:40|2026-11-28T13:02:40|3||COMPLETED|cpu=2,gres/gpu=1,mem=1200M,node=1|504.83M
+1_2|2026-11-28T13:02:36|2026-11-28T13:02:36|11|10|CANCELLED by 0|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_2.batch|2026-11-28T13:02:36|2026-11-28T13:02:36|11||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|44.87M
+1_3|2026-11-28T13:02:36|2026-11-28T13:02:44|85|10|RUNNING|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_3.batch|2026-11-28T13:02:44|2026-11-28T13:02:44|85||RUNNING|cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_4|2026-11-28T13:02:36|2026-11-28T13:02:36|89|1|TIMEOUT|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_4.batch|2026-11-28T13:02:36|2026-11-28T13:02:36|89||CANCELLED|cpu=2,gres/gpu=1,mem=1200M,node=1|45.11M
+1_0|2026-11-28T13:02:44|2026-11-28T13:04:05|4|10|RUNNING|billing=2,cpu=2,gres/gpu=1,mem=1200M,node=1|
+1_0.batch|2026-11-28T13:04:05|2026-11-28T13:04:05|4||RUNNING|cpu=2,gres/gpu=1,mem=1200M,node=1|
+6_[0,2-3]|2026-11-28T12:52:12|Unknown|0|Partition_Limit|PENDING||
+9_[0-2,4%1]|2026-11-28T12:52:12|Unknown|0|UNLIMITED|PENDING||
+""",  # noqa: E501
 }
+STARVED = TEXTS["22.05"].replace("|TIMEOUT|", "|OUT_OF_MEMORY|")
 
 
 def use(task, restarts=0, **changes):
     """A worker of the array: what its own record says."""
     values = {
         "worker": f"node:{task}",
-        "job": None if task is None else f"12_{task}",
+        "job": None if task is None else f"1_{task}",
         "restarts": restarts,
         "gpu": "A100",
         "ended": None,
@@ -77,21 +88,35 @@ def use(task, restarts=0, **changes):
     return WorkerUse(**values | changes)
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_what_the_versions_print(command, text):
-    arguments = command("sacct", text)
-    runs = read_runs(["12", "13", "12"], SINCE, "other")
-    assert runs == {
-        "12_0": [
-            Run("REQUEUED", 60, 28800, 28800, 12 * GIB, 5123.5 * (1 << 20)),
-            Run("COMPLETED", 600, 3600, 28800, 12 * GIB, 2 * GIB),
+def runs(first, *, queued, seconds, peaks):
+    """What both versions say of the array, with small differences."""
+    granted = 1200 * MIB
+    requeued, ended, cancelled, timed_out = (peak * MIB for peak in peaks)
+    return {
+        "1_0": [
+            Run("REQUEUED", queued, first, 600, granted, requeued),
+            Run("RUNNING", 81, 4, 600, granted, None),
         ],
-        "12_1": [Run("OUT_OF_MEMORY", 60, 120, 28800, 12 * GIB, 12 * GIB)],
-        "12_2": [Run("CANCELLED by 1000", 60, 300, 28800, 12 * GIB, GIB)],
-        "12_3": [Run("RUNNING", 100, 200, 28800, 12 * GIB, None)],
+        "1_1": [Run("COMPLETED", queued, 7, 600, granted, ended)],  # the step used more than the batch
+        "1_2": [Run("CANCELLED by 0", queued, seconds[0], 600, granted, cancelled)],
+        "1_3": [Run("RUNNING", 8, 85, 600, granted, None)],
+        "1_4": [Run("TIMEOUT", queued, seconds[1], 60, granted, timed_out)],
+        "4": [Run("FAILED", 11, 0, 28800, 100 * MIB, None)],
     }
+
+
+RUNS = {
+    "22.05": runs(7, queued=1, seconds=(10, 88), peaks=(1.64, 504.73, 44.68, 44.78)),
+    "24.11": runs(8, queued=0, seconds=(11, 89), peaks=(1.71, 504.83, 44.87, 45.11)),
+}
+
+
+@pytest.mark.parametrize("version", TEXTS)
+def test_what_the_versions_print(command, version):
+    arguments = command("sacct", TEXTS[version])
+    assert read_runs(["1", "3", "1"], SINCE, "other") == RUNS[version]
     words = arguments.read_text().split()
-    assert {"--jobs=12,13", "--duplicates", "--clusters=other"} <= {*words}
+    assert {"--jobs=1,3", "--duplicates", "--clusters=other"} <= {*words}
 
 
 @pytest.mark.parametrize("limit", ["UNLIMITED", "Partition_Limit", ""])
@@ -122,34 +147,36 @@ def test_what_is_not_understood_is_said(command, text):
 
 def test_sacct_knows_better(command):
     command("squeue", "")
-    command("sacct", TEXTS["22.05"])
+    command("sacct", STARVED)
     given = [
         use(0, ended=WALL_TIME),
-        use(0, restarts=1, ended="nothing left to claim"),
-        use(1),
+        use(0, restarts=1, is_alive=True),
+        use(1, peak_memory=300 * MIB),
         use(3, is_alive=True),
+        use(4),
         use(None),
     ]
-    uses, source = with_accounting(given, ["12"], SINCE)
-    first, again, starved, at_work, elsewhere, cancelled = uses
-    assert (first.seconds, first.queued, first.ended) == (28800, 60, WALL_TIME)
-    assert first.peak_memory == 5123.5 * (1 << 20)
-    assert (again.seconds, again.queued, again.peak_memory) == (3600, 600, 2.5 * GIB)  # ours is more
-    assert (starved.ended, starved.memory, starved.wall_seconds) == ("OUT_OF_MEMORY", 12 * GIB, 28800)
-    assert (at_work.ended, at_work.seconds, at_work.peak_memory) == (None, 200, 2.5 * GIB)
+    uses, source = with_accounting(given, ["1"], SINCE)
+    first, again, ended, at_work, starved, elsewhere, cancelled = uses
+    assert (first.seconds, first.queued, first.ended) == (7, 1, WALL_TIME)
+    assert first.peak_memory == 2.5 * GIB  # ours is more
+    assert (again.seconds, again.queued, again.ended) == (4, 81, None)
+    assert (ended.ended, ended.peak_memory) == ("COMPLETED", 504.73 * MIB)
+    assert (at_work.ended, at_work.seconds, at_work.peak_memory) == (None, 85, 2.5 * GIB)
+    assert (starved.ended, starved.memory, starved.wall_seconds) == ("OUT_OF_MEMORY", 1200 * MIB, 60)
     assert elsewhere == given[-1]
     # No worker has signed for this task.
-    assert (cancelled.job, cancelled.ended, cancelled.epochs) == ("12_2", "CANCELLED by 1000", 0)
+    assert (cancelled.job, cancelled.ended, cancelled.epochs) == ("1_2", "CANCELLED by 0", 0)
     assert source == (
-        "sacct of slurm 99.11.1 for time, memory and the queue, of 4 of 5 workers; "
+        "sacct of slurm 99.11.1 for time, memory and the queue, of 5 of 6 workers; "
         f"{OUR_RECORDS} for the rest"
     )
     assert advice(uses) == [
-        "more memory than 12 GiB (--mem): SLURM killed 1 of 6 workers for it",
+        "more memory than 1.17 GiB (--mem): SLURM killed 1 of 7 workers for it",
         "a longer time (--time): it ended 1 of 4 workers, and each starts anew",
     ]
     assert costs(uses) == (
-        "14 min 40 s in the queue, before 5 starts; 1 of 6 began anew, which cost 1 h 09 min: "
+        "1 min 33 s in the queue, before 6 starts; 1 of 7 began anew, which cost 1 min 21 s: "
         "the queue, starting and saving"
     )
 
@@ -157,7 +184,7 @@ def test_sacct_knows_better(command):
 def test_several_workers_of_one_job_keep_their_own_figures(command):
     command("sacct", TEXTS["22.05"])
     both = [use(0), use(0)]
-    assert with_accounting(both, ["12"], SINCE)[0][:2] == both
+    assert with_accounting(both, ["1"], SINCE)[0][:2] == both
 
 
 def test_jobs_that_sacct_does_not_know(command):

@@ -1,6 +1,7 @@
 """What is made of a site: accounts, QOS, groups, nodes that are away, and answers nobody understands.
 
-tests/cluster/test_init.py asks real SLURMs, which have no accounting.
+tests/cluster/test_init.py asks real SLURMs, and tests/cluster/test_accounting.py one with accounting.
+What sacctmgr prints here has the form of SLURM 22.05 and 24.11, which is the same.
 """
 
 import math
@@ -11,7 +12,7 @@ import pytest
 from search.errors import InputError
 from search.init import draft_for_machine, draft_for_site
 from search.slurm.commands import SlurmError
-from search.slurm.site import Nodes, read_site
+from search.slurm.site import Limits, Nodes, read_site
 from search.toml_file import load_study_file
 
 CONFIG = """Configuration data as of 2026-11-28T09:17:41
@@ -41,7 +42,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 65534)  # root may use every partition
     monkeypatch.chdir(tmp_path)
 
-    def make(partitions, nodes, associations="", qos="", needs="", **config):
+    def make(partitions, nodes, associations="", qos="", above="", needs="", **config):
         texts = {
             "config": CONFIG.format(**DEFAULTS | config),
             "partition": "\n".join(
@@ -50,14 +51,15 @@ def slurm(tmp_path, monkeypatch):
             ),
             "sinfo": nodes,
             "user": "lab\n",
-            "associations": associations,
+            "user=": above,
+            "user=nobody": associations,
             "qos": qos,
         }
         for name, text in texts.items():
             (tmp_path / f"{name}.text").write_text(text)
         scripts = {
             "scontrol": ("config", "partition"),
-            "sacctmgr": ("user", "associations", "qos"),
+            "sacctmgr": ("user", "user=", "user=nobody", "qos"),
             "sinfo": ("sinfo",),
         }
         for command, words in scripts.items():
@@ -75,6 +77,38 @@ def slurm(tmp_path, monkeypatch):
 
 
 GPUS = "gpu|4|idle|64|512000|gpu:a100:4(S:0-1)\n"
+# Recorded from a slurmdbd, which was set up much as in tests/cluster/test_accounting.py.
+ASSOCIATIONS = """\
+root||normal||atelier||||||||
+guests||idle||atelier||||||||
+vision||gpu,idle|idle|atelier|02:00:00|||||cpu=2,mem=1500M||
+"""
+ABOVE = """\
+root||atelier|||
+guests|root|atelier|||
+lab|root|atelier|||cpu=5
+vision|lab|atelier|||
+"""
+QOS = """\
+normal|||||||||||||
+gpu||03:00:00||||5|||||gres/gpu=2||
+idle|||||||||||||gres/gpu=0
+"""
+
+
+def account(name, qos, first="", cluster="atelier", **limits):
+    """A row of `sacctmgr show associations`."""
+    names = (
+        "wall",
+        "running",
+        "all_running",
+        "submitted",
+        "all_submitted",
+        "tres",
+        "node_tres",
+        "all_tres",
+    )
+    return "|".join([name, "", qos, first, cluster, *(limits.get(one, "") for one in names)]) + "\n"
 
 
 def tuning(**options):
@@ -84,7 +118,7 @@ def tuning(**options):
 
 
 def test_one_account_and_its_default_qos_are_written(slurm):
-    slurm({"gpu": {"time": "1-00:00:00"}}, GPUS, "lab||normal,long|normal||||atelier\n")
+    slurm({"gpu": {"time": "1-00:00:00"}}, GPUS, account("lab", "normal,long", "normal"))
     draft = draft_for_site(None, {}, None, None)
     profile = draft.config.slurm["tuning"]
     assert (profile.account, profile.qos, profile.partition) == ("lab", "normal", "gpu")
@@ -94,7 +128,9 @@ def test_one_account_and_its_default_qos_are_written(slurm):
 
 
 def test_the_default_account_comes_first_but_only_where_it_may_pay(slurm):
-    accounts = "rich||normal|normal||||atelier\nlab||normal|normal||||atelier\nx||n|n||||elsewhere\n"
+    accounts = (
+        account("rich", "normal") + account("lab", "normal") + account("x", "n", cluster="elsewhere")
+    )
     partitions = {"gpu": {"time": "12:00:00"}, "long": {"time": "UNLIMITED", "accounts": "rich"}}
     slurm(partitions, GPUS + GPUS.replace("gpu|", "long|"), accounts)
     assert [one.account for one in read_site().associations] == ["lab", "rich"]
@@ -107,26 +143,82 @@ def test_the_default_account_comes_first_but_only_where_it_may_pay(slurm):
 
 
 def test_limits_of_account_and_qos_hold_where_slurm_enforces_them(slurm):
-    accounts = "lab||gpu|gpu|04:00:00||6|atelier\n"
-    qos = "gpu|02:00:00|cpu=64,gres/gpu=2||\npart|01:30:00|||\n"
+    accounts = account("lab", "gpu", "gpu", wall="04:00:00", submitted="6", all_running="9")
+    qos = "gpu||02:00:00|||||||||cpu=64,gres/gpu=2||\npart||01:30:00|||||||||||\n"
     partitions = {"gpu": {"time": "12:00:00", "qos": "part"}}
     slurm(partitions, GPUS, accounts, qos, enforce="associations,limits,qos")
     draft = draft_for_site(None, {}, None, None)
     assert draft.config.slurm["tuning"].time == "01:30:00"
     assert "your account or QOS: up to 1 h 30 min" in draft.text
     assert draft.array == "0-5%2"
-    slurm(partitions, GPUS, accounts, qos, enforce="associations")
+    slurm(partitions, GPUS, accounts, qos.replace("gpu||", "gpu|OverPartQOS|"), enforce="safe")
+    assert tuning().time == "02:00:00"
+    slurm(partitions, GPUS, accounts, qos, enforce="associations,qos")
     assert tuning().time == "08:00:00"
 
 
+ENFORCED = {"enforce": "associations,limits,qos"}
+
+
+def test_what_a_slurmdbd_says_of_accounts(slurm):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, ASSOCIATIONS, QOS, ABOVE, **ENFORCED)
+    site = read_site()
+    assert site.notes == []
+    limits = {one.account: one.limits for one in site.associations}
+    assert limits["root"] == Limits()
+    assert limits["vision"] == Limits(seconds=7200, cpus=2, memory=1500, all_cpus=5)
+    assert site.qos == {
+        "normal": Limits(),
+        "gpu": Limits(seconds=10800, submitted=5, all_gpus=2),
+        "idle": Limits(all_gpus=0),
+    }
+    draft = draft_for_site(None, {}, None, "vision")
+    profile = draft.config.slurm["tuning"]
+    assert (profile.qos, profile.time, profile.cpus, profile.memory) == ("gpu", "03:00:00", 2, "1G")
+    assert draft.array == "0-4%2"
+    with pytest.raises(InputError, match="no account of yours is for it, or lets a job run there"):
+        draft_for_site(None, {}, None, "guests")
+
+
+@pytest.mark.parametrize("limit", [{"submitted": "0"}, {"tres": "cpu=0"}, {"all_tres": "mem=0"}])
+def test_an_account_that_is_closed_by_a_limit(slurm, limit):
+    rows = account("lab", "normal", **limit) + account("rich", "normal")
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, **ENFORCED)
+    assert tuning().account == "rich"
+
+
+def test_limits_of_resources_in_sacctmgrs_words(slurm):
+    rows = account("lab", "normal", tres="cpu=4,node=1", node_tres="mem=2.50T", all_tres="mem=9G")
+    above = "lab|up|atelier|||gres/gpu:a100=3,gres/gpu=5,mem=1T\nup|lab|atelier|2|7|billing=9\n"
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, "normal|||||||||||||\n", above, **ENFORCED)
+    [one] = read_site().associations
+    expected = {"cpus": 4, "memory": 2.5 * (1 << 20), "all_memory": 9 << 10, "all_gpus": 3}
+    assert one.limits == Limits(running=2, submitted=7, **expected)
+    for odd in ("cpu=many", "mem=lots", "mem=", "gres/gpu=-1"):
+        slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows.replace("cpu=4", odd), **ENFORCED)
+        site = read_site()
+        assert (site.associations, site.without_account) == ([], None)
+        assert "accounts and QOS are not known" in site.notes[0]
+
+
+def test_a_user_without_an_account(slurm):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, **ENFORCED)
+    with pytest.raises(InputError, match=r"SLURM has no account for nobody, .* add user nobody"):
+        tuning()
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS)  # where accounts are kept, but nobody has to have one
+    draft = draft_for_site(None, {}, None, None)
+    assert "note: SLURM has no account for nobody" in draft.found
+    assert draft.config.slurm["tuning"].account is None
+
+
 def test_a_qos_that_a_partition_wants_is_written_instead_of_the_default(slurm):
-    accounts = "lab||normal,gpu|normal||||atelier\n"
+    accounts = account("lab", "normal,gpu", "normal")
     slurm({"gpu": {"time": "12:00:00", "allow_qos": "gpu,other"}}, GPUS, accounts)
     assert tuning().qos == "gpu"
 
 
 def test_the_users_habits_for_sbatch_come_first(slurm, monkeypatch):
-    slurm({"gpu": {"time": "12:00:00"}}, GPUS, "lab||normal,high,low|low||||atelier\n")
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, account("lab", "normal,high,low", "low"))
     assert tuning().qos == "low"
     monkeypatch.setenv("SBATCH_QOS", "high")
     assert tuning().qos == "high"
@@ -144,7 +236,7 @@ def test_a_partition_for_a_group_is_for_its_members(slurm):
     ("needs", "expected"), [("gpu:a100:1", {"gpus": "a100:1"}), ("--account=rich", {"account": "rich"})]
 )
 def test_what_sbatch_refuses_is_adjusted(slurm, needs, expected):
-    accounts = "lab||normal|normal||||atelier\nrich||normal|normal||||atelier\n"
+    accounts = account("lab", "normal") + account("rich", "normal")
     slurm({"gpu": {"time": "12:00:00"}}, GPUS, accounts, needs=needs)
     draft = draft_for_site(None, {}, None, None)
     for profile in draft.config.slurm.values():
