@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dashboards.terminal import printable
+from dashboards.terminal import printable, say
 from dashboards.web.accounts import Accounts
 from search.cli import group_of_verbs
-from search.cli.errors import say
-from search.cli.json_output import AsJson, print_json
+from search.json_output import AsJson, print_json
 from storage.ownership import with_users_umask
 from trainer.check import check_dataset, summary
 from trainer.dataset import DatasetError

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dashboards.terminal import printable
-from search.cli.errors import say
+from dashboards.terminal import printable, say
 from search.cli.finding import command
 from search.cli.options import Data, Output, Set, Weights, Workers, check_output, load_study
 from search.cli.searching import search

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from dashboards.terminal import say
 from search.cli import group_of_verbs
 from search.cli.completion import studies
-from search.cli.errors import say
 from search.cli.finding import find_study
-from search.cli.json_output import AsJson, print_json
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
+from search.json_output import AsJson, print_json
 from storage import archive, backup, database, prune, schema, url
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder, files_in, home, total_size

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dashboards.terminal import console
-from search.cli.errors import say
+from dashboards.terminal import console, say
 from search.cli.finding import command
-from search.cli.json_output import AsJson, print_json
 from search.cli.options import (
     TUNING,
     Data,
@@ -25,6 +23,7 @@ from search.doctor.look import checks_here, render
 from search.doctor.node import on_node
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.json_output import AsJson, print_json
 from search.study_config import StudyConfig
 
 

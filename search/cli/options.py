@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
+from dashboards.terminal import say
 from search.cli.completion import study_files
-from search.cli.errors import say
 from search.cli.finding import find_study
 from search.confirm.plan import recorded
 from search.errors import InputError

@@ -1,16 +1,16 @@
 """The verbs that train trials: search, worker and confirm."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import sqlalchemy as sa
 import typer
 
-from dashboards.terminal import console
+from dashboards.terminal import console, say
+from search.cli import main
 from search.cli.completion import studies
-from search.cli.errors import say
 from search.cli.finding import StudyName, command, find_study
-from search.cli.json_output import AsJson, print_json
 from search.cli.options import (
     Array,
     Data,
@@ -40,12 +40,15 @@ from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.json_output import AsJson, print_json
 from search.local import LocalSearch
 from search.preflight import preflight
 from search.study import open_study
 from search.study_config import StudyConfig
 from storage import database, schema
-from storage.paths import RunFolder
+from storage.embedded import EmbeddedPostgres
+from storage.paths import RunFolder, home
+from storage.postgres_programs import EmbeddedPostgresError
 from storage.status import Status, read_status
 from storage.studies import StudyEntry
 from trainer.config import MOST_FOLDS
@@ -100,9 +103,19 @@ def _run_here(
     def status() -> Status:
         return read_status(engine, entry.study_id, entry.name)
 
-    local = LocalSearch(arguments, workers, runs, status, console())
+    local = LocalSearch(work, arguments, workers, runs, status, console())
     local.run()
     return local, entry
+
+
+def work(arguments: list[str]) -> None:
+    """Run `atelier worker` with these arguments, in a process that was forked for it."""
+    try:
+        main(["worker", *arguments])
+    finally:
+        # A process of multiprocessing runs no atexit function, which would do this otherwise.
+        with suppress(EmbeddedPostgresError):  # the exit code says more
+            EmbeddedPostgres(home()).release()
 
 
 def _unfinished(local: LocalSearch) -> ExitCode:

@@ -10,16 +10,15 @@ from pathlib import Path
 import sqlalchemy as sa
 import typer
 
-from dashboards.terminal import Grid, console
+from dashboards.terminal import Grid, console, say
 from search import pictures
 from search import predict as prediction
-from search.cli.errors import say
-from search.cli.json_output import print_json
 from search.cli.options import AUTO, say_each
 from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
 from search.export import Bundle, check_origin
+from search.json_output import print_json
 from search.model_card import facts_of
 from search.model_folder import ModelFolder
 from search.replay import replay as replay_epochs

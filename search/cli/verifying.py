@@ -2,11 +2,10 @@
 
 import typer
 
-from dashboards.terminal import printable
-from search.cli.errors import say
+from dashboards.terminal import printable, say
 from search.cli.finding import StudyName, find_study
-from search.cli.json_output import AsJson, print_json
 from search.exit_codes import ExitCode
+from search.json_output import AsJson, print_json
 from search.verify.look import verify as verify_study
 from storage.database import READING
 from storage.paths import home

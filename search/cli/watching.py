@@ -19,12 +19,11 @@ from dashboards.study_tables import (
     render_trials,
     render_workers,
 )
-from dashboards.terminal import can_redraw, console
-from search.cli.errors import say
+from dashboards.terminal import can_redraw, console, say
 from search.cli.finding import StudyName, find_study
-from search.cli.json_output import AsJson, print_json
 from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
+from search.json_output import AsJson, print_json
 from search.slurm.logs import newest_log
 from search.slurm.queue import Tasks, task_states
 from storage import schema

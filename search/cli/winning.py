@@ -8,9 +8,8 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.predictions import PredictionsError
-from search.cli.errors import say
+from dashboards.terminal import say
 from search.cli.finding import StudyName, command, find_study
-from search.cli.json_output import AsJson
 from search.cli.options import (
     Data,
     DryRun,
@@ -44,6 +43,7 @@ from search.export import (
     known_accuracy,
     load_bundle,
 )
+from search.json_output import AsJson
 from search.run_folder import init_path
 from search.slurm.logs import log_folder
 from search.slurm.script import run_script

@@ -194,7 +194,10 @@ def test_what_a_run_cannot_begin_with(atelier, small, config, tmp_path, finished
     change(config, "efficient.toml", backbone="test_efficientnet", trainable="head")
     for words, expected in (
         (["c.toml", "--init", "nowhere"], "nowhere: no model in it; give the run folder of a finished"),
-        (["c.toml", "--init", "c.toml"], "c.toml is a configuration; train it first, with: atelier train"),
+        (
+            ["c.toml", "--init", "c.toml"],
+            "c.toml is a configuration; train it first, with: atelier train",
+        ),
         (["c.toml", "--init", finished_run, "--weights", "w.pth"], "two sources of weights; give one"),
         (["efficient.toml", "--init", finished_run], "is from a run with test_resnet; give weights of"),
     ):
