@@ -1,6 +1,8 @@
 """Protects files that a command would overwrite: only the same study may replace its own output.
 
-Each file that a command writes has a mark of its study in it.
+Each file that a command writes has a mark of its study or its run in it. A file may be written where
+there is none, or one with the mark. A folder may be written to if it is new or empty, or if all that it
+has is files with the mark.
 """
 
 from pathlib import Path
@@ -23,13 +25,29 @@ def check_overwritable(output: Path, marker: str, what: str) -> None:
 
     `what` names the kind of file that may be overwritten.
     """
-    if not output.is_file():  # a pipe or a device may be written to
-        return
-    with output.open("rb") as file:
-        ends = file.read(LOOKED_AT)
-        file.seek(max(output.stat().st_size - LOOKED_AT, 0))
-        ends += file.read()
-    if marker.encode() not in ends:
+    if output.is_file() and not _has(output, marker):  # a pipe or a device may be written to
         raise OutputError(
             f"{output}: there is a file that is not {what}; give another name, or remove it"
         )
+
+
+def check_folder(folder: Path, marker: str, what: str) -> None:
+    """Check that all in the folder, if there is any, are files with the marker.
+
+    `what` names what they may be, as in "of a report". Raises OutputError, OSError.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise OutputError(f"{folder}: is a file; give a folder")
+        return
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() and _has(path, marker)):
+            raise OutputError(f"{folder}: has {path.name}, which is not of {what}; give another folder")
+
+
+def _has(path: Path, marker: str) -> bool:
+    """Whether the marker is at one of the ends of a file."""
+    with path.open("rb") as file:
+        ends = file.read(LOOKED_AT)
+        file.seek(max(path.stat().st_size - LOOKED_AT, 0))
+        return marker.encode() in ends + file.read()

@@ -180,7 +180,7 @@ def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed
     assert "| weights | of another run, SHA-256 " in card
     # What comes of it does not take the place of what comes of its parent.
     assert (
-        "is not an export of this run"
+        "is not of an export of this run"
         in atelier("export-model", "parent/last.safetensors", "-o", "model", code=2).stderr
     )
     shutil.rmtree(tmp_path / "parent")
