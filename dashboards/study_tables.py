@@ -14,11 +14,22 @@ from storage.efficiency import WorkerUse
 from storage.outcome import Outcome
 from storage.paths import home
 from storage.status import State, Status, TrialRow, difference_line, parameter_names
-from storage.studies import job_in_words
+from storage.studies import StudyRow, job_in_words
 from storage.workers import AttemptRow, WorkerRow
 
 MUCH = 0.05  # share of a worker's time
 GIB = 1 << 30
+
+
+def render_studies(studies: Sequence[StudyRow]) -> RenderableType:
+    """The studies of a database, a row for each."""
+    table = Grid(("study", "trials", "failed", "best", "at work", "since"), left=("study",), gap=2)
+    for row in studies:
+        best = "" if row.best is None else f"{row.best:.4f}"
+        done = f"{row.finished}/{row.max_trials}"
+        since = f"{row.created.astimezone():%Y-%m-%d %H:%M}"
+        table.add(row.name, done, str(row.failed), best, str(row.workers), since)
+    return table
 
 
 def render_trials(status: Status) -> RenderableType:

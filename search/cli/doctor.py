@@ -12,10 +12,12 @@ from search.cli.finding import command
 from search.cli.options import (
     TUNING,
     Data,
+    OptionalStudy,
     Profile,
     Set,
     Weights,
-    load_study,
+    file_or_recorded,
+    is_file,
     worker_options,
 )
 from search.doctor.check import Check, State, ask, not_asked, ok
@@ -28,9 +30,7 @@ from search.study_config import StudyConfig
 
 
 def doctor(
-    study: Annotated[
-        Path | None, typer.Argument(help="Study file: its weights, dataset, profile and record too.")
-    ] = None,
+    study: OptionalStudy = None,
     as_json: AsJson = False,
     node: Annotated[
         bool, typer.Option("--on-node", help="Ask on a node too, by a short job of the profile.")
@@ -40,27 +40,29 @@ def doctor(
     weights: Weights = None,
     set_: Set = None,
 ) -> None:
-    """Check what a search needs here: machine, folders, database, SLURM, a study's files.
+    """Check what a search needs here: machine, folders, database, SLURM.
 
+    With a study also its weights, dataset, profile and record.
     Each line is a check, with what to do where something is wrong.
     Exit codes: 0 nothing is wrong, 1 something is.
     """
     if node and study is None:
-        raise InputError("--on-node needs a study file, whose profile says how to get a node")
+        raise InputError("--on-node needs a study, whose profile says how to get a node; name it")
     read: list[StudyConfig] = []
 
     def read_study() -> Iterator[Check]:
         if study is None:
-            yield not_asked("study", "no study file was given", command("doctor", "STUDY.toml"))
+            yield not_asked("study", "no study was given", command("doctor", "STUDY"))
             return
-        read.append(load_study(study, data, weights, set_))
-        yield ok("study", f"{read[0].study.name} in {study}")
+        read.append(file_or_recorded(study, data, weights, set_))
+        yield ok("study", f"{read[0].study.name} {f'in {study}' if is_file(study) else 'on record'}")
 
     checks = [*ask("study", read_study)]
     file, chosen = read[0] if read else None, profile or TUNING
     checks += checks_here(file, chosen, profile is not None)
     if node and file is not None and study is not None:
-        arguments = [str(study.absolute()), *worker_options(data, weights, set_, None)]
+        named = str(Path(study).absolute()) if is_file(study) else study
+        arguments = [*worker_options(data, weights, set_, None), "--", named]
         checks += ask("node", partial(on_node, file, chosen, arguments, [*checks]))
     if as_json:
         print_json(checks=checks)

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.terminal import say
-from search.cli.completion import study_files
+from search.cli.completion import studies, study_files
 from search.cli.finding import find_study
 from search.confirm.plan import recorded
 from search.errors import InputError
@@ -23,6 +23,11 @@ ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's job
 StudyPath = Annotated[
     Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
 ]
+_FILE_OR_NAME = typer.Argument(
+    help="Study file, or the name of a study on record.", autocompletion=studies
+)
+Study = Annotated[str, _FILE_OR_NAME]
+OptionalStudy = Annotated[str | None, _FILE_OR_NAME]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
@@ -82,6 +87,25 @@ def load_study(
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def is_file(study: str) -> bool:
+    """Whether a study is meant by its file, and not by its name."""
+    return study.endswith(".toml") or Path(study).is_file()
+
+
+def file_or_recorded(
+    study: str, data: str | None, weights: str | None, settings: list[str] | None
+) -> StudyConfig:
+    """The settings of a study file, or of a study on record, with what the options change in them.
+
+    Raises InputError.
+    """
+    if is_file(study):
+        return load_study(Path(study), data, weights, settings)
+    if settings:
+        raise InputError("--set goes with a study file; a study on record has its settings")
+    return recorded_study(find_study(study)[1], data, weights)
 
 
 def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> StudyConfig:

@@ -9,8 +9,7 @@ import typer
 
 from dashboards.terminal import console, say
 from search.cli import main
-from search.cli.completion import studies
-from search.cli.finding import StudyName, command, find_study
+from search.cli.finding import StudyName, command
 from search.cli.options import (
     Array,
     Data,
@@ -19,16 +18,17 @@ from search.cli.options import (
     Pack,
     Profile,
     Set,
+    Study,
     StudyPath,
     Submit,
     Weights,
     Workers,
     check_pack,
+    file_or_recorded,
     find_search,
     goes_to_slurm,
     load_study,
     pack_here,
-    recorded_study,
     with_torch,
     worker_options,
     workers_here,
@@ -123,10 +123,7 @@ def _unfinished(local: LocalSearch) -> ExitCode:
 
 
 def worker(
-    study: Annotated[
-        str,
-        typer.Argument(help="Study file, or the name of a study on record.", autocompletion=studies),
-    ],
+    study: Study,
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
@@ -136,12 +133,7 @@ def worker(
 
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
     """
-    if study.endswith(".toml"):
-        config = load_study(Path(study), data, weights, set_)
-    elif set_:
-        raise InputError("--set goes with a study file; a study on record has its settings")
-    else:
-        config = recorded_study(find_study(study)[1], data, weights)
+    config = file_or_recorded(study, data, weights, set_)
     check_pack(pack)
     with_torch().work(config, pack)
 

@@ -16,13 +16,13 @@ from search.cli.options import (
     Output,
     Profile,
     Set,
-    StudyPath,
+    Study,
     Submit,
     Weights,
     check_output,
+    file_or_recorded,
     find_search,
     goes_to_slurm,
-    load_study,
     print_script,
     recorded_study,
     say_each,
@@ -283,12 +283,12 @@ def export_model(
 
 
 def model(
-    study: StudyPath,
+    study: Study,
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
-    config = load_study(study, data, weights, set_)
+    config = file_or_recorded(study, data, weights, set_)
     with_torch().print_stages(config.shared, as_json)
