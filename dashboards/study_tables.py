@@ -15,6 +15,7 @@ from storage.outcome import Outcome
 from storage.paths import home
 from storage.status import State, Status, TrialRow, difference_line, parameter_names
 from storage.studies import StudyRow, job_in_words
+from storage.words import counted
 from storage.workers import AttemptRow, WorkerRow
 
 MUCH = 0.05  # share of a worker's time
@@ -93,7 +94,7 @@ def audit_line(status: Status) -> str:
     place, best = stopped[0]
     good = sum(place <= len(complete) / 3 for place, _ in stopped)
     return (
-        f"Audit: {_count(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
+        f"Audit: {counted(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
         f"the best third of all {len(complete)} (by chance {len(stopped) / 3:.0f}); the best, trial "
         f"{best.number}, would have been {best.audit} and has place {place}"
     )
@@ -139,7 +140,7 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines += [Text(reason, style="red") for reason in status.sick_hosts]
     if status.surplus:
-        waiting = f"{_count(status.surplus, 'enqueued trial')} beyond study.max_trials"
+        waiting = f"{counted(status.surplus, 'enqueued trial')} beyond study.max_trials"
         lines.append(Text(f"{waiting}: with a larger one, they begin", style="yellow"))
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
@@ -223,13 +224,9 @@ def _spent(status: Status) -> str:
     budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
     disk = "" if status.disk_bytes is None else f", {status.disk_bytes / 1e6:,.0f} MB on disk"
     return (
-        f"{_count(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{counted(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
         f"{status.gpu_hours_saved:.2f} saved by pruning{disk}"
     )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:

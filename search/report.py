@@ -22,6 +22,7 @@ from storage.database import one_moment, retrying
 from storage.efficiency import WorkerUse, read_uses
 from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
+from storage.words import counted
 from storage.workers import Machine, read_machines
 from trainer.config import TrainConfig
 from trainer.division import absent_attributes
@@ -117,7 +118,7 @@ def _judged(entry: StudyEntry, trial: int) -> dict[str, charts.Figure]:
 def _templates() -> jinja2.Environment:
     loader = jinja2.PackageLoader("search")
     templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
-    templates.filters.update(pace=pace, share=share)
+    templates.filters.update(counted=counted, pace=pace, share=share)
     return templates
 
 
@@ -160,7 +161,7 @@ def _winning(choice: Choice, train: TrainConfig) -> list[tuple[str, Any]]:
     return [
         ("epochs", train.epochs),
         ("cosine annealing", True),
-        ("learning rate warm-up", f"{train.warmup_epochs} epochs"),
+        ("learning rate warm-up", counted(train.warmup_epochs, "epoch")),
         *tuned,
         ("data augmentation", train.augment != "none"),
     ]

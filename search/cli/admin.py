@@ -10,6 +10,7 @@ from dashboards.web.accounts import Accounts
 from search.cli import group_of_verbs
 from search.json_output import AsJson, print_json
 from storage.ownership import with_users_umask
+from storage.words import counted
 from trainer.check import check_dataset, summary
 from trainer.dataset import DatasetError
 from trainer.demo import write_demo
@@ -36,7 +37,9 @@ def data_check(folder: Path, as_json: AsJson = False) -> None:
     if as_json:
         return
     counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-    typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
+    typer.echo(
+        f"{folder}: {counts}; {counted(len(dataset.attributes), 'attribute')}; {summary(findings)}"
+    )
     if all(split.labels is None for split in dataset.splits.values()):
         splits = " or ".join(dataset.splits)
         typer.echo(f"without labels it is good for: atelier predict --split {splits}")

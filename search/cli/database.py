@@ -19,6 +19,7 @@ from storage import archive, backup, database, prune, schema, url
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder, files_in, home, total_size
 from storage.studies import study_entry, study_names
+from storage.words import counted
 
 db_app = group_of_verbs("db")
 
@@ -96,8 +97,8 @@ def db_backup(
 ) -> None:
     """Write the database and the files of its studies into one archive, while workers run."""
     manifest = backup.back_up(database.look(), file)
-    files = len(manifest.members) - len(manifest.columns)
-    typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified")
+    files = counted(len(manifest.members) - len(manifest.columns), "file")
+    typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} beside the tables; verified")
 
 
 @db_app.command("restore")
@@ -151,7 +152,7 @@ def db_prune(
             typer.echo(path)
     else:
         prune.remove(files)
-    typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
+    typer.echo(f"{counted(len(files), 'file')}, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
 
 
 def _prune_deleted(remove: bool) -> None:
@@ -176,7 +177,7 @@ def _prune_deleted(remove: bool) -> None:
     else:
         end = "removed" if remove else "atelier db prune --deleted removes them"
     where = url.shown(engine.url)
-    typer.echo(f"{len(folders)} folders of no study in {where}, {size:.1f} MB: {end}")
+    typer.echo(f"{counted(len(folders), 'folder')} of no study in {where}, {size:.1f} MB: {end}")
 
 
 @db_app.command("upgrade")

@@ -51,6 +51,7 @@ from storage.paths import RunFolder, home
 from storage.postgres_programs import EmbeddedPostgresError
 from storage.status import Status, read_status
 from storage.studies import StudyEntry
+from storage.words import counted
 from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
 
@@ -203,8 +204,9 @@ def confirm(
         return
     if config.folds:
         say(
-            f"{config.seeds} seed{'s' * (config.seeds > 1)} in each of {config.folds} folds: "
-            f"{config.seeds * config.folds} reruns of each of {len(config.candidates)} candidates"
+            f"{counted(config.seeds, 'seed')} in each of {config.folds} folds: "
+            f"{config.seeds * config.folds} reruns of each of "
+            f"{counted(len(config.candidates), 'candidate')}"
         )
     local, _ = _run_here(config, preflight(config), engine, workers, arguments)
     if not _show_confirmation(engine, entry):

@@ -52,6 +52,7 @@ from storage.ownership import with_users_umask
 from storage.paths import home
 from storage.status import State, difference_line, read_status
 from storage.studies import StudyEntry, job_in_words, split_job
+from storage.words import counted
 from trainer.config import TrainConfig
 
 PROFILE = "final"
@@ -227,11 +228,11 @@ def replay(
         if line := difference_line([row]):
             say(f"note: {line}")
         say(
-            f"{differing} of {epochs} epochs differ; the same machine, with as many threads "
+            f"{differing} of {counted(epochs, 'epoch')} differ; the same machine, with as many threads "
             "(OMP_NUM_THREADS), gives the same"
         )
         raise typer.Exit(ExitCode.FAILED)
-    say(f"all {epochs} epochs are equal, bit for bit")
+    say(f"the numbers of {counted(epochs, 'epoch')} are equal, bit for bit")
 
 
 def predict(

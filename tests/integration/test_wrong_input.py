@@ -346,7 +346,7 @@ def test_a_database_of_an_older_schema(engine, study_text, tmp_path, monkeypatch
         assert checked.exit_code == 2
         assert "has schema 0004" in checked.output.splitlines()[-1]
         assert "atelier db upgrade" in checked.output.splitlines()[-1]
-    assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trials")
+    assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trial;")
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE atelier.attempt SET released = now() WHERE released IS NULL"))
     assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0008\n"
@@ -368,7 +368,7 @@ def test_a_trial_that_is_claimed_while_an_upgrade_begins(engine):
         while not worker.scalar(waits):
             assert not upgrade.done(), upgrade.result().output
         worker.commit()
-        assert_one_line(upgrade.result(), "hold 1 trials")
+        assert_one_line(upgrade.result(), "hold 1 trial;")
     assert schema.schema_revision(engine) == "0004"
 
 
