@@ -5,6 +5,7 @@ there is none, or one with the mark. A folder may be written to if it is new or 
 has is files with the mark.
 """
 
+import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,11 +21,28 @@ def mark(study: str) -> str:
     return f"atelier:{quote(study, safe='')};"
 
 
-def check_overwritable(output: Path, marker: str, what: str) -> None:
-    """Check that there is no file yet, or one that has the marker. Raises OutputError, OSError.
+def check_output(output: Path) -> None:
+    """Check that a file may be written at this place, whatever is there. Raises OutputError."""
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{output}: no such folder; make it first")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; give a file")
+    if output.is_file() or not output.exists():  # else a pipe or a device, which nothing replaces
+        _check_writable(folder)
 
-    `what` names the kind of file that may be overwritten.
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: nothing may be written there; choose another folder")
+
+
+def check_overwritable(output: Path, marker: str, what: str) -> None:
+    """Check that a file may be written: where none is yet, or one that has the marker.
+
+    `what` names the kind of file that may be overwritten. Raises OutputError, OSError.
     """
+    check_output(output)
     if output.is_file() and not _has(output, marker):  # a pipe or a device may be written to
         raise OutputError(
             f"{output}: there is a file that is not {what}; give another name, or remove it"
@@ -32,13 +50,15 @@ def check_overwritable(output: Path, marker: str, what: str) -> None:
 
 
 def check_folder(folder: Path, marker: str, what: str) -> None:
-    """Check that all in the folder, if there is any, are files with the marker.
+    """Check that a folder may be written: a new one, or one that has only files with the marker.
 
     `what` names what they may be, as in "of a report". Raises OutputError, OSError.
     """
-    if not folder.is_dir():
-        if folder.exists():
-            raise OutputError(f"{folder}: is a file; give a folder")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give a folder")
+    path = folder.absolute()
+    _check_writable(next(place for place in (path, *path.parents) if place.exists()))
+    if not folder.exists():
         return
     for path in sorted(folder.iterdir()):
         if not (path.is_file() and _has(path, marker)):

@@ -16,6 +16,7 @@ from trainer.dataset import DatasetError
 from trainer.demo import write_demo
 from trainer.text import read_text
 
+MOST_DRAWN = 1_000_000  # images of a split
 data_app, user_app = group_of_verbs("data"), group_of_verbs("user")
 
 
@@ -48,9 +49,9 @@ def data_check(folder: Path, as_json: AsJson = False) -> None:
 @data_app.command("demo")
 def data_demo(
     folder: Path,
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 1000,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
-    test_images: Annotated[int, typer.Option("--test", min=1)] = 100,
+    train_images: Annotated[int, typer.Option("--train", min=1, max=MOST_DRAWN)] = 1000,
+    val_images: Annotated[int, typer.Option("--val", min=1, max=MOST_DRAWN)] = 400,
+    test_images: Annotated[int, typer.Option("--test", min=1, max=MOST_DRAWN)] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a small generated dataset of drawn garments."""

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from dashboards.outputs import check_output
 from dashboards.terminal import printable, say
 from search.cli.finding import command
-from search.cli.options import Data, Output, Set, Weights, Workers, check_output, load_study
+from search.cli.options import Data, Output, Set, Weights, Workers, load_study
 from search.cli.searching import search
 from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site
@@ -66,6 +67,7 @@ def example(
     if name not in files:
         raise InputError(f"no ready study file {name!r}; there are: {', '.join(files)}")
     output = output or Path(name)
+    check_output(output)
     try:
         with with_users_umask(), output.open("xb") as copy:
             copy.write(files[name].read_bytes())

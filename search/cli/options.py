@@ -161,14 +161,6 @@ def check_pack(pack: str | None) -> None:
         raise InputError(f"--pack {pack!r}: allowed is a number from 1 to {MOST_PACKED}, or {AUTO}")
 
 
-def check_output(path: Path) -> None:
-    """Raises InputError if the file cannot be written, before any work is done for it."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--output {path}: no such folder; make it first")
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a folder; give a file")
-
-
 def print_script(script: str) -> None:
     """Print a batch script, and on stderr what sbatch would get of this environment."""
     say_each(about_environment(script))

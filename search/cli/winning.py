@@ -7,6 +7,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from dashboards.outputs import check_output
 from dashboards.predictions import PredictionsError
 from dashboards.terminal import say
 from search.cli.finding import StudyName, command, find_study
@@ -19,7 +20,6 @@ from search.cli.options import (
     Study,
     Submit,
     Weights,
-    check_output,
     file_or_recorded,
     find_search,
     goes_to_slurm,
@@ -73,7 +73,7 @@ def export(
 
 
 def check_export(path: Path, study: str) -> None:
-    """Raises InputError if the export cannot be written, before any work is done for it."""
+    """Raises InputError, OutputError if the export cannot be written, before any work is done for it."""
     check_output(path)
     check_overwritable(path, study)
 

@@ -277,7 +277,7 @@ def test_an_export_replaces_only_its_own(run_of, finished_run, tiny, atelier, tm
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "nowhere: no model in it; give the run folder of a finished: atelier train"),
+        (["nowhere"], "nowhere: no such run; give the run folder of a finished: atelier train"),
         (["unfinished"], "unfinished: the run is not finished; go on with atelier train"),
         (["junk.safetensors"], "junk.safetensors: cannot be read"),
         (["odd.safetensors"], "odd.safetensors: what it says of its training cannot be read"),
