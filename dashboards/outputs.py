@@ -56,8 +56,8 @@ def check_folder(folder: Path, marker: str, what: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; give a folder")
-    path = folder.absolute()
-    _check_writable(next(place for place in (path, *path.parents) if place.exists()))
+    place = folder.absolute()
+    _check_writable(next(one for one in (place, *place.parents) if one.exists()))
     if not folder.exists():
         return
     for path in sorted(folder.iterdir()):

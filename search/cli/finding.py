@@ -53,7 +53,7 @@ def _which_has(names: list[str]) -> str:
         return "which has none yet; start one with: atelier search STUDY.toml"
     if len(names) > NAMED:
         return f"which has {len(names)}; they are listed by: atelier status"
-    return f"which has: {', '.join(names)}; name one of these, or its study file"
+    return f"which has: {', '.join(names)}; name one of these, or a study file (.toml)"
 
 
 def command(*words: str) -> str:

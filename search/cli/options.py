@@ -90,8 +90,8 @@ def _quoted(text: str) -> str:
 
 
 def is_file(study: str) -> bool:
-    """Whether a study is meant by its file, and not by its name."""
-    return study.endswith(".toml") or Path(study).is_file()
+    """Whether a study is meant by its file, and not by its name, which a file here may have too."""
+    return study.endswith(".toml")
 
 
 def file_or_recorded(

@@ -148,6 +148,7 @@ def test_a_study_is_asked_about_by_its_name_too(doctor, engine, tmp_path):
     file = load_study_file(tmp_path / "study.toml", ["study.max_trials=7"])
     open_study(file, engine, optuna_storage(engine), read_dataset(file.shared.data))
     (tmp_path / "study.toml").write_text("of another study")
+    (tmp_path / "tiny").write_text("a file of that name is not meant")
     checks = doctor("tiny")
     assert_says(checks["study"], "ok", "tiny on record")
     for name in ("weights", "dataset", "record"):
