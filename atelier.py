@@ -34,7 +34,7 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from search.cli.errors import one_line
+        from search.error_lines import one_line
 
         line = one_line(error)
         if line is None:

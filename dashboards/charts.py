@@ -14,6 +14,7 @@ from dashboards.predictions import Judgement
 from dashboards.wilson import wilson
 from storage.curves import Curve, EndPoint
 from storage.status import State
+from storage.words import counted
 
 # Readable on white and on near-black, and distinct with the common kinds of colour blindness.
 PALETTE = (
@@ -210,7 +211,7 @@ def compare(curves: list[Curve], by: str, groups: int = 4) -> Figure:
                 x, y = [e + 1 for e in curve.epochs], curve.metrics[kind]
                 panel.series.append(Series(_name(curve), x, y, color, style, faint=curve is not best))
         panel.note = (
-            f"{len(members)} trial{'s' if len(members) > 1 else ''}; best: trial {best.trial.number}, "
+            f"{counted(len(members), 'trial')}; best: trial {best.trial.number}, "
             f"{'so far' if best.trial.value is None else 'score'} {best.trial.worth:.1%}"
         )
         if best.gap is not None:

@@ -39,7 +39,7 @@ def plot_study(
     """Draw a figure, as the pages show it, into a file. Raises PlotError, OutputError, OSError."""
     if output.suffix not in render.FORMATS:
         raise PlotError(f"{output}: allowed are files that end in {', '.join(render.FORMATS)}")
-    check_figure(output, entry.name)
+    check_overwritable(output, mark(entry.name), f"a figure of study {entry.name!r}")
     figure, title = figure_of(engine, entry, kind, trials, top, by, smooth)
     save_figure(figure, output, entry.name, title)
 
@@ -141,11 +141,6 @@ def judged(judgement: Judgement, folder: str) -> dict[str, charts.Figure]:
     with suppress(PicturesError):
         figures["errors.png"] = surest_errors(folder, judgement)
     return figures
-
-
-def check_figure(output: Path, study: str) -> None:
-    """Check that a figure of the study may be written there. Raises OutputError, OSError."""
-    check_overwritable(output, mark(study), f"a figure of study {study!r}")
 
 
 def save_figure(figure: charts.Figure, output: Path, study: str, title: str = "") -> None:

@@ -14,11 +14,23 @@ from storage.efficiency import WorkerUse
 from storage.outcome import Outcome
 from storage.paths import home
 from storage.status import State, Status, TrialRow, difference_line, parameter_names
-from storage.studies import job_in_words
+from storage.studies import StudyRow, job_in_words
+from storage.words import counted
 from storage.workers import AttemptRow, WorkerRow
 
 MUCH = 0.05  # share of a worker's time
 GIB = 1 << 30
+
+
+def render_studies(studies: Sequence[StudyRow]) -> RenderableType:
+    """The studies of a database, a row for each."""
+    table = Grid(("study", "trials", "failed", "best", "at work", "since"), left=("study",), gap=2)
+    for row in studies:
+        best = "" if row.best is None else f"{row.best:.4f}"
+        done = f"{row.finished}/{row.max_trials}"
+        since = f"{row.created.astimezone():%Y-%m-%d %H:%M}"
+        table.add(row.name, done, str(row.failed), best, str(row.workers), since)
+    return table
 
 
 def render_trials(status: Status) -> RenderableType:
@@ -82,7 +94,7 @@ def audit_line(status: Status) -> str:
     place, best = stopped[0]
     good = sum(place <= len(complete) / 3 for place, _ in stopped)
     return (
-        f"Audit: {_count(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
+        f"Audit: {counted(len(stopped), 'complete trial')} would have been stopped, {good} of them in "
         f"the best third of all {len(complete)} (by chance {len(stopped) / 3:.0f}); the best, trial "
         f"{best.number}, would have been {best.audit} and has place {place}"
     )
@@ -128,7 +140,7 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines += [Text(reason, style="red") for reason in status.sick_hosts]
     if status.surplus:
-        waiting = f"{_count(status.surplus, 'enqueued trial')} beyond study.max_trials"
+        waiting = f"{counted(status.surplus, 'enqueued trial')} beyond study.max_trials"
         lines.append(Text(f"{waiting}: with a larger one, they begin", style="yellow"))
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
@@ -212,13 +224,9 @@ def _spent(status: Status) -> str:
     budget = "" if status.max_gpu_hours is None else f" of {status.max_gpu_hours:g}"
     disk = "" if status.disk_bytes is None else f", {status.disk_bytes / 1e6:,.0f} MB on disk"
     return (
-        f"{_count(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
+        f"{counted(status.processes, 'worker')}, {status.gpu_hours:.2f}{budget} GPU-hours, "
         f"{status.gpu_hours_saved:.2f} saved by pruning{disk}"
     )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def render_attempts(attempts: list[AttemptRow], newest: Path | None, lines: int) -> RenderableType:

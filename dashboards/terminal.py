@@ -8,7 +8,9 @@ rich is imported late, because every command imports this module for `printable`
 
 import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ TERMINAL = ("TERM", "COLORTERM", "NO_COLOR")  # the only variables of the enviro
 def printable(text: str) -> str:
     """The text in one line. Control characters are escaped, since the text may quote any file."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    with suppress(OSError):  # if stderr cannot be written, there is no other way to tell
+        print(text, file=sys.stderr, flush=True)
 
 
 def console() -> "Console":

@@ -24,6 +24,7 @@ from search.study_config import weights_identity
 from search.toml_file import read_toml, validate
 from storage.status import Status, TrialRow
 from storage.studies import StudyEntry, curve
+from storage.words import counted
 from trainer.config import TrainConfig, Whole
 from trainer.files import write_atomically
 from trainer.images import READER
@@ -327,15 +328,16 @@ def _schedule(old: TrainConfig, given: Mapping[str, Any], stretch_warmup: bool) 
         if old.warmup_epochs >= epochs:
             others = f"--stretch-warmup, for one of {stretched}, or --warmup-epochs, 0 to {epochs - 1}"
             raise InputError(
-                f"--epochs {epochs}: the warm-up of {old.warmup_epochs} epochs leaves nothing of it; "
-                f"add {others if epochs > 1 else '--warmup-epochs 0'}"
+                f"--epochs {epochs}: the warm-up of {counted(old.warmup_epochs, 'epoch')} leaves "
+                f"nothing of it; add {others if epochs > 1 else '--warmup-epochs 0'}"
             )
         if stretched != old.warmup_epochs:
             hint = f"; --stretch-warmup makes it {stretched}"
     if (epochs, warmup) == (old.epochs, old.warmup_epochs):
         return warmup, []
+    length = counted(epochs, "epoch")
     return warmup, [
-        f"note: the schedule has {epochs} epochs{_before(epochs, old.epochs)}, with a warm-up of "
+        f"note: the schedule has {length}{_before(epochs, old.epochs)}, with a warm-up of "
         f"{warmup}{_before(warmup, old.warmup_epochs)}{hint}"
     ]
 

@@ -28,7 +28,7 @@ LONGEST_SOCKET_FOLDER = 75  # bytes; the fork server adds to it, and the kernel 
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM}
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["search.preload"])
+context.set_forkserver_preload(["search.cli.preload"])
 
 
 def start_server() -> None:

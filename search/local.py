@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -16,28 +15,15 @@ from rich.live import Live
 from dashboards.study_tables import progress_line, render
 from dashboards.terminal import can_redraw
 from search import forking
-from search.cli import main
 from search.errors import SearchError
 from search.exit_codes import ExitCode
-from storage.embedded import EmbeddedPostgres
 from storage.leases import RENEW_SECONDS
-from storage.paths import RunFolder, home
-from storage.postgres_programs import EmbeddedPostgresError
+from storage.paths import RunFolder
 from storage.status import State, Status
 from trainer.allocation import cpu_count, visible_gpus
 
 POLL_SECONDS = 1.0
 PLAIN_SECONDS = 20.0  # between lines where the output is not a terminal
-
-
-def work(arguments: list[str]) -> None:
-    """Run `atelier worker` with these arguments, in a process that was forked for it."""
-    try:
-        main(["worker", *arguments])
-    finally:
-        # A process of multiprocessing runs no atexit function, which would do this otherwise.
-        with suppress(EmbeddedPostgresError):  # the exit code says more
-            EmbeddedPostgres(home()).release()
 
 
 class WorkersFailedError(SearchError):
@@ -57,17 +43,22 @@ class _Slot:
 
 
 class LocalSearch:
-    """Starts workers, replaces those that are killed, passes Ctrl-C on, and shows progress."""
+    """Starts workers, replaces those that are killed, passes Ctrl-C on, and shows progress.
+
+    `work` is a module's function that works with `arguments`, in a process that is forked for it.
+    """
 
     def __init__(
         self,
+        work: Callable[[list[str]], None],
         arguments: list[str],
         workers: int,
         runs: RunFolder,
         status: Callable[[], Status],
         console: Console,
     ) -> None:
-        self._arguments, self._n_workers, self._runs = arguments, workers, runs
+        self._work, self._arguments = work, arguments
+        self._n_workers, self._runs = workers, runs
         self.status, self._console = status, console
         self._interrupts = 0
         self._slots: list[_Slot] = []
@@ -114,7 +105,7 @@ class LocalSearch:
         }
         if gpus := visible_gpus():
             environment["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
-        process = forking.start(work, self._arguments, environment=environment, output=log)
+        process = forking.start(self._work, self._arguments, environment=environment, output=log)
         return _Slot(number, process, log)
 
     def _interrupt(self, _: int, __: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from dashboards.terminal import printable
 from search.confirm.intervals import of_counts
 from search.errors import InputError
 from search.export import Bundle, Origin, in_words
+from storage.words import counted
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
 from trainer.division import attribute_table
@@ -69,22 +70,20 @@ def model_card(
     settings = config.model_dump() | names  # without paths of this machine
     if description.init is not None:
         settings["weights"] = f"of another run, {description.init}"
-    return (
-        jinja2.Environment(loader=loader, autoescape=False, trim_blocks=True)
-        .get_template("model_card.md")
-        .render(
-            hub=hub_config,
-            data=names["data"],
-            base=base,
-            settings=settings,
-            description=description,
-            is_best=is_best,
-            score=_score(description, facts),
-            facts=facts,
-            accuracy=_known(facts),
-            changes=_changes(facts, config),
-            files=files,
-        )
+    templates = jinja2.Environment(loader=loader, autoescape=False, trim_blocks=True)
+    templates.filters["counted"] = counted
+    return templates.get_template("model_card.md").render(
+        hub=hub_config,
+        data=names["data"],
+        base=base,
+        settings=settings,
+        description=description,
+        is_best=is_best,
+        score=_score(description, facts),
+        facts=facts,
+        accuracy=_known(facts),
+        changes=_changes(facts, config),
+        files=files,
     )
 
 

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from dashboards.outputs import check_overwritable
-from search.errors import InputError
+from dashboards.outputs import check_folder
 from search.model_card import model_card, read_facts
 from search.predict import reader_notes, source_of
 from search.run_folder import model_path
@@ -25,7 +24,7 @@ class ModelFolder:
         path = model_path(run)
         model = PortableModel(path)
         self._folder, source = folder, source_of(model.saved)
-        _check_folder(folder, source)
+        check_folder(folder, source, "an export of this run")
         self.notes = reader_notes(model.saved)
         facts = read_facts(path, model.saved.description.facts)
         config = model.config() | {"source": source}
@@ -46,16 +45,3 @@ class ModelFolder:
         for name in FILES:
             if name not in self.files:  # of another epoch, maybe
                 (self._folder / name).unlink(missing_ok=True)
-
-
-def _check_folder(folder: Path, source: str) -> None:
-    """Check that the folder is new, empty or of this run. Raises InputError, OutputError, OSError."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file; give a folder")
-    for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if path.name not in FILES or not path.is_file():
-            raise InputError(
-                f"--output {folder}: has {path.name}, which is not of an exported model; give another "
-                "folder"
-            )
-        check_overwritable(path, source, "an export of this run")

@@ -1,6 +1,5 @@
 """`atelier report`: writes what a study found as one page, in Markdown and in HTML, with its figures."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +8,13 @@ import sqlalchemy as sa
 from markdown_it import MarkdownIt
 
 from dashboards import charts
-from dashboards.outputs import check_overwritable, mark
-from dashboards.plot import check_figure, judged, save_figure
+from dashboards.outputs import check_folder, mark
+from dashboards.plot import judged, save_figure
 from dashboards.predictions import Judgement, PredictionsError
 from dashboards.study_tables import audit_line, pace, share
 from search.confirm.evidence import Confirmation, read_confirmation
 from search.confirm.table import COLUMNS, cells, verdict
 from search.efficiency import advice
-from search.errors import InputError
 from search.export import Choice, choose, in_words, known_accuracy
 from search.study_config import StudyConfig
 from storage import curves
@@ -24,9 +22,11 @@ from storage.database import one_moment, retrying
 from storage.efficiency import WorkerUse, read_uses
 from storage.status import Status, parameter_names, read_status
 from storage.studies import StudyEntry
+from storage.words import counted
 from storage.workers import Machine, read_machines
 from trainer.config import TrainConfig
 from trainer.division import absent_attributes
+from trainer.files import write_atomically
 from trainer.model import HEAD, stage_table
 
 DRAWN = 5  # trials whose learning curves are drawn, the best ones
@@ -37,8 +37,9 @@ NAMES = {"lr": "learning rate", "epsilon": "label smoothing"}
 def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
     """Write report.md, report.html and figures into a folder, which is made. Returns the HTML page.
 
-    Raises InputError if no trial is complete, OutputError if it would overwrite other files, OSError.
+    Raises InputError if no trial is complete, OutputError if the folder has other files, OSError.
     """
+    check_folder(folder, mark(entry.name), f"a report of study {entry.name!r}")
     reading = _read(engine, entry)
     best = reading.best
     choice = choose(reading.status, reading.confirmation, None)
@@ -49,7 +50,6 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
         **{f"compare-{name}.png": charts.compare(best, name) for name in compared},
         **(judgements := _judged(entry, choice.row.number)),
     }
-    _check_folder(folder, entry.name, figures)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         save_figure(figure, folder / name, entry.name)
@@ -64,14 +64,14 @@ def write_report(engine: sa.Engine, entry: StudyEntry, folder: Path) -> Path:
             advice=advice(reading.uses),
         )
     )
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_atomically(folder / "report.md", text.encode())
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     page = (
         _templates()
         .get_template("report.html")
         .render(title=f"Study {entry.name}", source=mark(entry.name), body=body)
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_atomically(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -115,20 +115,10 @@ def _judged(entry: StudyEntry, trial: int) -> dict[str, charts.Figure]:
         return {}
 
 
-def _check_folder(folder: Path, study: str, figures: Iterable[str]) -> None:
-    """Check that the report may be written there. Raises InputError, OutputError, OSError."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder")
-    for name in ("report.md", "report.html"):
-        check_overwritable(folder / name, mark(study), f"a report of study {study!r}")
-    for name in figures:
-        check_figure(folder / name, study)
-
-
 def _templates() -> jinja2.Environment:
     loader = jinja2.PackageLoader("search")
     templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
-    templates.filters.update(pace=pace, share=share)
+    templates.filters.update(counted=counted, pace=pace, share=share)
     return templates
 
 
@@ -171,7 +161,7 @@ def _winning(choice: Choice, train: TrainConfig) -> list[tuple[str, Any]]:
     return [
         ("epochs", train.epochs),
         ("cosine annealing", True),
-        ("learning rate warm-up", f"{train.warmup_epochs} epochs"),
+        ("learning rate warm-up", counted(train.warmup_epochs, "epoch")),
         *tuned,
         ("data augmentation", train.augment != "none"),
     ]

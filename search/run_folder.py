@@ -6,6 +6,8 @@ from search.errors import InputError
 from search.study_config import weights_identity
 from trainer.files import write_atomically
 
+GIVE = "give the run folder of a finished: atelier train"
+
 
 def model_path(run: Path) -> Path:
     """The file to predict with: a finished run's best model, else its last. Raises InputError."""
@@ -24,7 +26,11 @@ def model_path(run: Path) -> Path:
         return best if best.is_file() else last
     if best.is_file():
         raise InputError(f"{run}: the run is not finished; go on with atelier train, or name {best}")
-    raise InputError(f"{run}: no model in it; give the run folder of a finished: atelier train")
+    if not run.exists():
+        config = run.with_suffix(".toml")
+        remedy = f"make it with: atelier train {config}" if config.is_file() else GIVE
+        raise InputError(f"{run}: no such run; {remedy}")
+    raise InputError(f"{run}: no model in it; {GIVE}")
 
 
 def init_path(folder: Path, init: Path) -> Path:

@@ -16,6 +16,7 @@ from storage.database import retrying
 from storage.ledger import Claim, Ledger
 from storage.outcome import Outcome
 from storage.ranks import REDUCTION_FACTOR, Rank
+from storage.words import counted
 
 
 class Decision(Enum):
@@ -27,7 +28,7 @@ class Decision(Enum):
 
     def after(self, epochs: int) -> str:
         """In words, as a reason."""
-        return f"{self.value} after {epochs} epochs"
+        return f"{self.value} after {counted(epochs, 'epoch')}"
 
 
 class Strategy(Protocol):

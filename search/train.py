@@ -51,6 +51,8 @@ def run_to_end(
     Raises CheckpointError if the folder has another configuration's run, InputError if another process
     works in it, if there is nothing to lengthen, or if the loss diverges.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--run {folder}: is a file; give a folder")
     lock = folder / ".lock"
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
         raise InputError(f"--run {folder}: is not empty and not a run's folder; give another folder")

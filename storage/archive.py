@@ -12,6 +12,7 @@ import pydantic
 
 from storage.optuna_tables import OPTUNAS_TABLES, VERSION
 from storage.tables import METADATA
+from storage.words import counted
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -106,7 +107,7 @@ def _check(tar: tarfile.TarFile, archive_bytes: int) -> Manifest:
     # A table that the manifest has columns of must be a member too.
     names = manifest.members.keys() | members.keys() | tables
     if wrong := {name for name in names if not _agree(manifest.members.get(name), members.get(name))}:
-        raise ValueError(f"{len(wrong)} files are not what the manifest says, first {min(wrong)!r}")
+        raise ValueError(f"{counted(len(wrong), 'file')} differ from the manifest, first {min(wrong)!r}")
     return manifest
 
 

@@ -53,6 +53,7 @@ from storage.outcome import RESTORED, Outcome
 from storage.ownership import as_owner, private, require_own
 from storage.paths import RunFolder, artifacts, files_in, make_private
 from storage.tables import ATTEMPTS, STUDIES, WORKERS
+from storage.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +307,7 @@ def _refuse_unless_it_fits(engine: sa.Engine, manifest: Manifest) -> None:
 def _refuse_unless_empty(connection: sa.Connection) -> None:
     """Raises BackupError if the database has studies."""
     if studies := connection.scalar(sa.select(sa.func.count()).select_from(STUDY_NAMES)):
-        raise _occupied(connection.engine, f"{studies} studies")
+        raise _occupied(connection.engine, counted(studies, "study"))
 
 
 def _occupied(engine: sa.Engine, what: str) -> BackupError:

@@ -14,6 +14,8 @@ from storage.ownership import private, require_own
 # An absolute path of a worker's log or an array task's log; the group is its part below the home.
 _FORMER = re.compile(r"/.*/(runs/[^/]+-\d{8}-\d{6}/logs/[^/]+|slurm/[^/]+)")
 
+DELETED = ".deleted"  # a file in the run folder of a study that was deleted
+
 
 def total_size(files: Iterable[Path]) -> int:
     """The bytes of the files; deleted files count nothing."""
@@ -84,6 +86,11 @@ class RunFolder:
         """The file with a complete trial's predictions of every epoch."""
         return self.path / "predictions" / f"trial-{trial_number:05d}.npz"
 
+    def mark_deleted(self) -> None:
+        """Note that the database has the study no longer: shells do not offer it any more."""
+        with suppress(OSError):  # no folder here, or none that this process may write to
+            (self.path / DELETED).touch()
+
     @property
     def logs(self) -> Path:
         """The folder of the workers' logs."""
@@ -101,9 +108,13 @@ class RunFolder:
 
 
 def studies_here() -> set[str]:
-    """The names of the studies that have a run folder in the home, whether or not a database runs."""
+    """The names of the studies that have a run folder in the home, whether or not a database runs.
+
+    Those that were deleted in the dashboard are not among them.
+    """
     folders = (home() / "runs").glob("*-????????-??????")
-    return {unquote(folder.name[: -len("-YYYYMMDD-HHMMSS")]) for folder in folders}
+    kept = (folder.name for folder in folders if not (folder / DELETED).exists())
+    return {unquote(name[: -len("-YYYYMMDD-HHMMSS")]) for name in kept}
 
 
 def artifacts() -> Path:

@@ -19,6 +19,7 @@ from storage.network import VIEWER, WORKER
 from storage.properties import Property, is_owner, make_roles, properties, tables, why_without
 from storage.tables import SCHEMA
 from storage.url import DatabaseError, shown
+from storage.words import counted
 
 _CREATE_LOCK = 0x41544C52  # advisory lock: two processes must not create the tables at once
 
@@ -136,7 +137,7 @@ def _refuse_if_held(connection: sa.Connection) -> None:
     held = f"FROM {SCHEMA}.attempt WHERE released IS NULL AND lease_until > {NOW}"
     if number := connection.scalar(sa.text(f"SELECT count(*) {held}")):
         raise DatabaseError(
-            f"workers of an older Atelier hold {number} trials; let them end first: "
+            f"workers of an older Atelier hold {counted(number, 'trial')}; let them end first: "
             "atelier stop STUDY, with the version that they run"
         )
 

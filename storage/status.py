@@ -26,6 +26,7 @@ from storage.ranks import read_ranks
 from storage.studies import select_array_jobs
 from storage.tables import ATTEMPTS, EPOCHS, STUDIES, WORKERS, Row
 from storage.usage import gpu_seconds
+from storage.words import counted
 from storage.workers import IMAGES_PER_SECOND, WorkerRow, read_workers
 
 
@@ -353,7 +354,7 @@ def _audits(connection: sa.Connection, study_id: int) -> dict[int, str]:
         epochs=[note["epoch"] for note in noted.values()],
     )
     return {
-        trial_id: f"{note['verdict']} after {note['epoch'] + 1} epochs"
+        trial_id: f"{note['verdict']} after {counted(note['epoch'] + 1, 'epoch')}"
         for trial_id, note in noted.items()
         if note["verdict"] != Outcome.PAUSED or not present_ranks[trial_id].is_among_the_best
     }

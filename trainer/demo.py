@@ -43,7 +43,9 @@ def write_demo(folder: Path, train: int = 1000, val: int = 400, test: int = 100,
 
     Raises DatasetError if the folder exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise DatasetError(f"{folder}: is a file; name a new folder")
+    if folder.exists() and any(folder.iterdir()):
         raise DatasetError(f"{folder} exists and is not empty; name a new folder, or remove it")
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ class FeatureFiles:
         damaged = block.indices[np.fromiter(checksums, np.uint32, len(rows)) != expected]
         if not len(damaged):
             return self._rows.as_made(rows.view(self._rows.dtype))
-        log.warning("%s: %d damaged rows are computed again", self._path(block.view), len(damaged))
+        log.warning("%s: computes damaged rows again: %d", self._path(block.view), len(damaged))
         with self._stopping_at_errors():
             self._write_index(block.view, dict.fromkeys(damaged.tolist(), 0))
         return None

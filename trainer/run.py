@@ -120,7 +120,7 @@ class Run:
                 raise CheckpointError(
                     f"{folder}: the checkpoint does not fit the run ({reason(error)}); delete it"
                 ) from error
-            log.info("goes on after %d epochs, %d steps", len(self.history), self.step)
+            log.info("goes on after epoch %d, step %d", len(self.history), self.step)
             return
 
     def _agrees(self, state: State) -> bool:

@@ -31,8 +31,11 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
+    except IsADirectoryError:
+        raise TextError(f"{path}: is a folder; give a text file") from None
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
-        raise TextError(f"{path}: cannot be read ({error}); give a text file") from None
+        why = getattr(error, "strerror", None) or error
+        raise TextError(f"{path}: cannot be read ({why}); give a text file") from None
     mark, encoding = next((pair for pair in MARKS if data.startswith(pair[0])), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)

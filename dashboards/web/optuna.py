@@ -18,7 +18,7 @@ from dashboards.web.auth import RoleConnection, is_navigation
 from dashboards.web.scripts import Script
 from storage import studies
 from storage.ownership import as_owner
-from storage.paths import artifacts, home, make_private
+from storage.paths import RunFolder, artifacts, home, make_private
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -59,10 +59,15 @@ def mount_optuna(app: Flask, prefix: str) -> None:
             "PATH_INFO": request.path.encode().decode("latin-1"),
         }
         is_page = path.split("/")[0] == "dashboard"
+        deletes = re.fullmatch(r"DELETE api/studies/(\d+)/?", f"{request.method} {path}")
+        entry = deletes and studies.study_entry(g.engine, int(deletes[1]))
         try:
             answer = Response.from_app(g.optuna_app, environ, buffered=is_page)
         except KeyError:  # Optuna's error for an unknown study or trial
             abort(404, "There is no such study or trial. It may have been deleted.")
+        if entry and answer.status_code < 300:
+            with as_owner(home()):
+                RunFolder(entry.name, entry.created).mark_deleted()
         if answer.status_code == 404 and is_navigation():
             abort(404, "There is no such page.")
         if answer.status_code == 500:  # optuna-dashboard's answer to any error of its storage

@@ -30,6 +30,7 @@ from storage.optuna_tables import SYSTEM_ATTRIBUTES, TRIALS
 from storage.paths import home
 from storage.status import STATES, Status, TrialRow, parameter_names, read_status
 from storage.studies import StudyEntry, StudyRow, read_studies, study_entry
+from storage.words import counted
 from storage.workers import AttemptRow, WorkerRow, read_attempts
 
 blueprint = Blueprint("pages", __name__, url_prefix="/atelier")
@@ -64,7 +65,7 @@ def figure(name: str, drawn: charts.Figure, level: int = 2) -> Markup:
     return Markup(render_template("figure.html", name=name, figure=drawn, panels=panels, level=level))
 
 
-for in_words in (duration, pace, share, waits):
+for in_words in (counted, duration, pace, share, waits):
     blueprint.add_app_template_filter(in_words)
 blueprint.record(lambda setup: setup.app.jinja_env.globals.update(STATES=STATES))
 

@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet = ("optuna", "alembic", "timm", "httpx", "huggingface_hub", "matplotlib", "onnxscript")
     for name in (*quiet, "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its import sets the level anew
     # torch's import sets this too, unless it is cut short.
     logging.getLogger("torch").setLevel(logging.WARNING)
     run(app, arguments)

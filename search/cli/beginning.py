@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dashboards.terminal import printable
-from search.cli.errors import say
+from dashboards.outputs import check_output
+from dashboards.terminal import printable, say
 from search.cli.finding import command
-from search.cli.options import Data, Weights, check_output
+from search.cli.options import Data, Weights
 from search.errors import InputError
 from search.init import Draft, draft_for_machine, draft_for_site
 from search.slurm.environment import habits
@@ -45,6 +45,7 @@ def example(
     if name not in files:
         raise InputError(f"no ready study file {name!r}; there are: {', '.join(files)}")
     output = output or Path(name)
+    check_output(output)
     try:
         with with_users_umask(), output.open("xb") as copy:
             copy.write(files[name].read_bytes())

@@ -7,12 +7,14 @@ import typer
 
 from dashboards.terminal import printable
 from search.cli import group_of_verbs
-from search.cli.json_output import AsJson, print_json
+from search.json_output import AsJson, print_json
 from storage.ownership import with_users_umask
+from storage.words import counted
 from trainer.check import check_dataset, summary
 from trainer.dataset import DatasetError
 from trainer.demo import write_demo
 
+MOST_DRAWN = 1_000_000  # images of a split
 data_app = group_of_verbs("data")
 
 
@@ -34,7 +36,9 @@ def data_check(folder: Path, as_json: AsJson = False) -> None:
     if as_json:
         return
     counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-    typer.echo(f"{folder}: {counts}; {len(dataset.attributes)} attributes; {summary(findings)}")
+    typer.echo(
+        f"{folder}: {counts}; {counted(len(dataset.attributes), 'attribute')}; {summary(findings)}"
+    )
     if all(split.labels is None for split in dataset.splits.values()):
         splits = " or ".join(dataset.splits)
         typer.echo(f"without labels it is good for: atelier predict --split {splits}")
@@ -43,9 +47,9 @@ def data_check(folder: Path, as_json: AsJson = False) -> None:
 @data_app.command("demo")
 def data_demo(
     folder: Path,
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 1000,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 400,
-    test_images: Annotated[int, typer.Option("--test", min=1)] = 100,
+    train_images: Annotated[int, typer.Option("--train", min=1, max=MOST_DRAWN)] = 1000,
+    val_images: Annotated[int, typer.Option("--val", min=1, max=MOST_DRAWN)] = 400,
+    test_images: Annotated[int, typer.Option("--test", min=1, max=MOST_DRAWN)] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a small generated dataset of drawn garments."""

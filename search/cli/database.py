@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
+from dashboards.terminal import say
 from search.cli import group_of_verbs
-from search.cli.completion import studies
-from search.cli.errors import say
-from search.cli.finding import find_study
-from search.cli.json_output import AsJson, print_json
+from search.cli.finding import AnyStudy, find_study
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
+from search.json_output import AsJson, print_json
 from storage import archive, backup, database, prune, schema, url
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder, files_in, home, total_size
 from storage.studies import study_entry, study_names
+from storage.words import counted
 
 db_app = group_of_verbs("db")
 
@@ -97,8 +97,8 @@ def db_backup(
 ) -> None:
     """Write the database and the files of its studies into one archive, while workers run."""
     manifest = backup.back_up(database.look(), file)
-    files = len(manifest.members) - len(manifest.columns)
-    typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} files beside the tables; verified")
+    files = counted(len(manifest.members) - len(manifest.columns), "file")
+    typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB, {files} beside the tables; verified")
 
 
 @db_app.command("restore")
@@ -117,9 +117,7 @@ def db_restore(
 
 @db_app.command("prune")
 def db_prune(
-    study: Annotated[
-        str | None, typer.Argument(help="Study name, or its study file.", autocompletion=studies)
-    ] = None,
+    study: AnyStudy = None,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
     ] = MOST_RIVALS,
@@ -154,7 +152,7 @@ def db_prune(
             typer.echo(path)
     else:
         prune.remove(files)
-    typer.echo(f"{len(files)} files, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
+    typer.echo(f"{counted(len(files), 'file')}, {size:.1f} MB: {'would be ' if dry_run else ''}removed")
 
 
 def _prune_deleted(remove: bool) -> None:
@@ -179,7 +177,7 @@ def _prune_deleted(remove: bool) -> None:
     else:
         end = "removed" if remove else "atelier db prune --deleted removes them"
     where = url.shown(engine.url)
-    typer.echo(f"{len(folders)} folders of no study in {where}, {size:.1f} MB: {end}")
+    typer.echo(f"{counted(len(folders), 'folder')} of no study in {where}, {size:.1f} MB: {end}")
 
 
 @db_app.command("upgrade")

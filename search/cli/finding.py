@@ -13,10 +13,13 @@ from storage import database, schema
 from storage.studies import StudyEntry, study_entry, study_names
 from trainer.text import same_letters
 
-StudyName = Annotated[str, typer.Argument(help="Study name, or its study file.", autocompletion=studies)]
+NAMED = 20  # studies in an error, at most
+_STUDY = typer.Argument(help="Study name, or its study file.", autocompletion=studies)
+StudyName = Annotated[str, _STUDY]
+AnyStudy = Annotated[str | None, _STUDY]
 
 
-def find_database(sessions: database.Sessions) -> sa.Engine:
+def find_database(sessions: database.Sessions = database.WORK) -> sa.Engine:
     """An engine on an existing database with tables of this version.
 
     Raises InputError, DatabaseError.
@@ -40,9 +43,17 @@ def find_study(
     engine = find_database(sessions)
     entry = study_entry(engine, name) or study_entry(engine, same_letters(name))
     if entry is None:
-        names = ", ".join(study_names(engine)) or "none"
-        raise InputError(f"no study {name!r} in the database; it has: {names}")
+        raise InputError(f"no study {name!r} in the database, {_which_has(study_names(engine))}")
     return engine, entry
+
+
+def _which_has(names: list[str]) -> str:
+    """What there is instead, and what to do next."""
+    if not names:
+        return "which has none yet; start one with: atelier search STUDY.toml"
+    if len(names) > NAMED:
+        return f"which has {len(names)}; they are listed by: atelier status"
+    return f"which has: {', '.join(names)}; name one of these, or a study file (.toml)"
 
 
 def command(*words: str) -> str:

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
-from search.cli.completion import study_files
-from search.cli.errors import say
+from dashboards.terminal import say
+from search.cli.completion import studies, study_files
 from search.cli.finding import find_study
 from search.confirm.plan import recorded
 from search.errors import InputError
@@ -23,6 +23,11 @@ ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's job
 StudyPath = Annotated[
     Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
 ]
+_FILE_OR_NAME = typer.Argument(
+    help="Study file, or the name of a study on record.", autocompletion=studies
+)
+Study = Annotated[str, _FILE_OR_NAME]
+OptionalStudy = Annotated[str | None, _FILE_OR_NAME]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
@@ -84,6 +89,25 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+def is_file(study: str) -> bool:
+    """Whether a study is meant by its file, and not by its name, which a file here may have too."""
+    return study.endswith(".toml")
+
+
+def file_or_recorded(
+    study: str, data: str | None, weights: str | None, settings: list[str] | None
+) -> StudyConfig:
+    """The settings of a study file, or of a study on record, with what the options change in them.
+
+    Raises InputError.
+    """
+    if is_file(study):
+        return load_study(Path(study), data, weights, settings)
+    if settings:
+        raise InputError("--set goes with a study file; a study on record has its settings")
+    return recorded_study(find_study(study)[1], data, weights)
+
+
 def recorded_study(entry: StudyEntry, data: str | None, weights: str | None) -> StudyConfig:
     """A study's settings as they are on record, with other paths where the options give some."""
     return (recorded(entry) or StudyConfig.from_record(entry)).with_paths(data, weights)
@@ -135,14 +159,6 @@ def check_pack(pack: str | None) -> None:
     """Raises InputError for what is no pack."""
     if pack not in (None, AUTO, *map(str, range(1, MOST_PACKED + 1))):
         raise InputError(f"--pack {pack!r}: allowed is a number from 1 to {MOST_PACKED}, or {AUTO}")
-
-
-def check_output(path: Path) -> None:
-    """Raises InputError if the file cannot be written, before any work is done for it."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--output {path}: no such folder; make it first")
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a folder; give a file")
 
 
 def print_script(script: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dashboards.plot import plot_study
-from search.cli.errors import say
+from dashboards.terminal import say
 from search.cli.finding import StudyName, find_study
 from storage.ownership import with_users_umask
 

@@ -8,7 +8,8 @@ from types import FrameType
 
 import typer
 
-from search.cli.errors import errors_in_one_line, say
+from dashboards.terminal import say
+from search.cli.errors import errors_in_one_line
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from storage import limits

@@ -1,16 +1,15 @@
 """The verbs that train trials: demo, search, worker and confirm."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import sqlalchemy as sa
 import typer
 
-from dashboards.terminal import console
-from search.cli.completion import studies
-from search.cli.errors import say
-from search.cli.finding import StudyName, command, find_study
-from search.cli.json_output import AsJson, print_json
+from dashboards.terminal import console, say
+from search.cli import main
+from search.cli.finding import StudyName, command
 from search.cli.options import (
     Array,
     Data,
@@ -19,16 +18,17 @@ from search.cli.options import (
     Pack,
     Profile,
     Set,
+    Study,
     StudyPath,
     Submit,
     Weights,
     Workers,
     check_pack,
+    file_or_recorded,
     find_search,
     goes_to_slurm,
     load_study,
     pack_here,
-    recorded_study,
     with_torch,
     worker_options,
     workers_here,
@@ -40,16 +40,20 @@ from search.confirm.plan import plan_confirmation
 from search.confirm.table import render
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.json_output import AsJson, print_json
 from search.local import LocalSearch
 from search.preflight import preflight
 from search.study import lead_study
 from search.study_config import StudyConfig
 from search.toml_file import READY
 from storage import database
+from storage.embedded import EmbeddedPostgres
 from storage.ownership import with_users_umask
-from storage.paths import RunFolder
+from storage.paths import RunFolder, home
+from storage.postgres_programs import EmbeddedPostgresError
 from storage.status import Status, read_status
 from storage.studies import StudyEntry
+from storage.words import counted
 from trainer.config import MOST_FOLDS
 from trainer.dataset import Dataset
 from trainer.demo import write_demo
@@ -123,9 +127,19 @@ def _run_here(
     def status() -> Status:
         return read_status(engine, entry.study_id, entry.name)
 
-    local = LocalSearch(arguments, workers, runs, status, console())
+    local = LocalSearch(work, arguments, workers, runs, status, console())
     local.run()
     return local, entry
+
+
+def work(arguments: list[str]) -> None:
+    """Run `atelier worker` with these arguments, in a process that was forked for it."""
+    try:
+        main(["worker", *arguments])
+    finally:
+        # A process of multiprocessing runs no atexit function, which would do this otherwise.
+        with suppress(EmbeddedPostgresError):  # the exit code says more
+            EmbeddedPostgres(home()).release()
 
 
 def _unfinished(local: LocalSearch) -> ExitCode:
@@ -133,10 +147,7 @@ def _unfinished(local: LocalSearch) -> ExitCode:
 
 
 def worker(
-    study: Annotated[
-        str,
-        typer.Argument(help="Study file, or the name of a study on record.", autocompletion=studies),
-    ],
+    study: Study,
     pack: Pack = None,
     data: Data = None,
     weights: Weights = None,
@@ -146,12 +157,7 @@ def worker(
 
     Exit codes: 0 nothing left to do, 3 asked to stop, 4 out of wall time (and requeued).
     """
-    if study.endswith(".toml"):
-        config = load_study(Path(study), data, weights, set_)
-    elif set_:
-        raise InputError("--set goes with a study file; a study on record has its settings")
-    else:
-        config = recorded_study(find_study(study)[1], data, weights)
+    config = file_or_recorded(study, data, weights, set_)
     check_pack(pack)
     with_torch().work(config, pack)
 
@@ -221,8 +227,9 @@ def confirm(
         return
     if config.folds:
         say(
-            f"{config.seeds} seed{'s' * (config.seeds > 1)} in each of {config.folds} folds: "
-            f"{config.seeds * config.folds} reruns of each of {len(config.candidates)} candidates"
+            f"{counted(config.seeds, 'seed')} in each of {config.folds} folds: "
+            f"{config.seeds * config.folds} reruns of each of "
+            f"{counted(len(config.candidates), 'candidate')}"
         )
     local, _ = _run_here(config, preflight(config), engine, workers, arguments)
     if not _show_confirmation(engine, entry):

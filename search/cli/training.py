@@ -10,16 +10,15 @@ from pathlib import Path
 import sqlalchemy as sa
 import typer
 
-from dashboards.terminal import Grid, console
+from dashboards.terminal import Grid, console, say
 from search import pictures
 from search import predict as prediction
-from search.cli.errors import say
-from search.cli.json_output import print_json
 from search.cli.options import AUTO, say_each
 from search.confirm.evidence import gains_nothing
 from search.confirm.plan import ConfirmationFile
 from search.exit_codes import ExitCode
 from search.export import Bundle, check_origin
+from search.json_output import print_json
 from search.model_card import facts_of
 from search.model_folder import ModelFolder
 from search.replay import replay as replay_epochs
@@ -35,6 +34,7 @@ from storage.outcome import NOTHING_LEFT
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, image_cache
 from storage.studies import StudyEntry, agree_on_trunk
+from storage.words import counted
 from trainer.config import TrainConfig
 from trainer.dataset import DatasetError, read_dataset
 from trainer.device import prepare_process
@@ -183,7 +183,7 @@ def predict(
     classes = predictor.predict(image_cache(), flip)
     with with_users_umask():
         prediction.write_submission(classes, output, predictor.source)
-    say(f"{len(classes)} images of {split}, in the order of its list, are in {output}")
+    say(f"predicted {counted(len(classes), 'image')} of {split}, in the order of its list, in {output}")
     if truth and predictor.learned_from:
         say(f"note: the run learned from, or was chosen by, the images of {split}")
     for name, accuracy in predictor.scores(classes).items():
@@ -201,7 +201,7 @@ def predict_pictures(run: Path, words: list[str], output: Path, flip: bool) -> N
     with with_users_umask():
         pictures.write_table(predictions, output, predictor.categories)
     broken = [one.error for one in predictions if one.error]
-    say(f"{len(found) - len(broken)} of {len(found)} pictures are predicted, in {output}")
+    say(f"predicted {len(found) - len(broken)} of {counted(len(found), 'picture')}, in {output}")
     if broken:
         kind = "error" if len(broken) == len(found) else "warning"
         say(f"{kind}: {len(broken)} cannot be read, their lines say why; the first: {broken[0]}")

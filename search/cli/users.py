@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from dashboards.terminal import say
 from dashboards.web.accounts import Accounts
 from search.cli import group_of_verbs
-from search.cli.errors import say
-from search.cli.json_output import AsJson, print_json
+from search.json_output import AsJson, print_json
 from trainer.text import read_text
 
 user_app = group_of_verbs("user")

@@ -2,14 +2,14 @@
 
 import typer
 
-from dashboards.terminal import printable
-from search.cli.errors import say
+from dashboards.terminal import printable, say
 from search.cli.finding import StudyName, find_study
-from search.cli.json_output import AsJson, print_json
 from search.exit_codes import ExitCode
+from search.json_output import AsJson, print_json
 from search.verify.look import verify as verify_study
 from storage.database import READING
 from storage.paths import home
+from storage.words import counted
 
 
 def verify(
@@ -31,9 +31,10 @@ def verify(
             typer.echo(printable(str(finding)))
         if not findings:
             trials = len(verdict.evidence.trials)
-            typer.echo(f"study {entry.name!r}: {trials} trials, all {rules} rules hold")
+            typer.echo(f"study {entry.name!r}: {counted(trials, 'trial')}, all {rules} rules hold")
     if not verdict.evidence.has_files:
         say(f"note: no file was looked at, since the study's are not in ATELIER_HOME ({home()})")
     if findings:
-        say(f"study {entry.name!r}: {len(findings)} findings, by {rules} rules (docs/guarantees.md)")
+        found = counted(len(findings), "finding")
+        say(f"study {entry.name!r}: {found}, by {rules} rules (docs/guarantees.md)")
         raise typer.Exit(ExitCode.FAILED)

@@ -16,15 +16,15 @@ from dashboards.study_tables import (
     render,
     render_attempts,
     render_efficiency,
+    render_studies,
     render_trials,
     render_workers,
 )
-from dashboards.terminal import can_redraw, console
-from search.cli.errors import say
-from search.cli.finding import StudyName, find_study
-from search.cli.json_output import AsJson, print_json
+from dashboards.terminal import can_redraw, console, say
+from search.cli.finding import AnyStudy, StudyName, find_database, find_study
 from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
+from search.json_output import AsJson, print_json
 from search.slurm.logs import newest_log
 from search.slurm.queue import Tasks, task_states
 from storage import schema
@@ -32,7 +32,7 @@ from storage.efficiency import read_uses
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, total_size
 from storage.status import Status, read_status
-from storage.studies import array_jobs, request_stop
+from storage.studies import array_jobs, read_studies, request_stop
 from storage.workers import read_attempts
 
 WATCH_SECONDS, SITE_SECONDS = 2, 30
@@ -40,11 +40,14 @@ MOST_ROWS = 40  # of trials
 
 
 def status(
-    study: StudyName,
+    study: AnyStudy = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
-    """Show a study: progress, trials, workers, GPU-hours."""
+    """Show a study: progress, trials, workers, GPU-hours. Without STUDY: list all studies."""
+    if study is None:
+        _list_studies(as_json, watch)
+        return
     engine, entry = find_study(study)
     runs = RunFolder(entry.name, entry.created)
 
@@ -54,7 +57,9 @@ def status(
     def ask_site(array_jobs: tuple[str, ...], _: int) -> tuple[Tasks, int]:
         return task_states(array_jobs), total_size(runs.files())
 
-    def read() -> Status:
+    def read(again: bool = False) -> Status:
+        if again:
+            ask_site.cache_clear()
         status = read_status(engine, entry.study_id, entry.name)
         half_minute = int(time.monotonic() / SITE_SECONDS)
         tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute)
@@ -71,18 +76,33 @@ def status(
         console().print(_tables(read()))
 
 
+def _list_studies(as_json: bool, watch: bool) -> None:
+    if watch:
+        raise InputError("--watch shows one study; name it, or leave --watch out for a list of all")
+    rows = read_studies(find_database())
+    if as_json:
+        print_json(studies=rows)
+    elif rows:
+        console().print(render_studies(rows))
+    else:
+        say("the database has no study yet; start one with: atelier search STUDY.toml")
+
+
 def _tables(status: Status) -> Group:
     return Group(render(status, MOST_ROWS), render_workers(status))
 
 
-def _watch(read: Callable[[], Status], console: Console) -> None:
-    """Show a study until its trials have ended: on a terminal as tables, else a line for each change."""
+def _watch(read: Callable[..., Status], console: Console) -> None:
+    """Show a study until its trials have ended: on a terminal as tables, else a line for each change.
+
+    `read` with True asks the site again, however shortly it was asked: for what stays on the screen.
+    """
     if can_redraw(console):
         with Live(console=console) as live:
             while (status := read()).finished < status.max_trials:
                 live.update(_tables(status))
                 time.sleep(WATCH_SECONDS)
-            live.update(_tables(status))
+            live.update(_tables(read(True)))
         return
     counts = None
     while (status := read()).finished < status.max_trials:
@@ -90,7 +110,7 @@ def _watch(read: Callable[[], Status], console: Console) -> None:
             console.print(progress_line(status), soft_wrap=True)
             counts = status.counts
         time.sleep(WATCH_SECONDS)
-    console.print(_tables(status))
+    console.print(_tables(read(True)))
 
 
 def trials(

@@ -7,23 +7,22 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from dashboards.outputs import check_output
 from dashboards.predictions import PredictionsError
-from search.cli.errors import say
+from dashboards.terminal import say
 from search.cli.finding import StudyName, command, find_study
-from search.cli.json_output import AsJson
 from search.cli.options import (
     Data,
     DryRun,
     Output,
     Profile,
     Set,
-    StudyPath,
+    Study,
     Submit,
     Weights,
-    check_output,
+    file_or_recorded,
     find_search,
     goes_to_slurm,
-    load_study,
     print_script,
     recorded_study,
     say_each,
@@ -44,6 +43,7 @@ from search.export import (
     known_accuracy,
     load_bundle,
 )
+from search.json_output import AsJson
 from search.run_folder import init_path
 from search.slurm.logs import log_folder
 from search.slurm.script import run_script
@@ -52,6 +52,7 @@ from storage.ownership import with_users_umask
 from storage.paths import home
 from storage.status import State, difference_line, read_status
 from storage.studies import StudyEntry, job_in_words, split_job
+from storage.words import counted
 from trainer.config import TrainConfig
 
 PROFILE = "final"
@@ -72,7 +73,7 @@ def export(
 
 
 def check_export(path: Path, study: str) -> None:
-    """Raises InputError if the export cannot be written, before any work is done for it."""
+    """Raises InputError, OutputError if the export cannot be written, before any work is done for it."""
     check_output(path)
     check_overwritable(path, study)
 
@@ -227,11 +228,11 @@ def replay(
         if line := difference_line([row]):
             say(f"note: {line}")
         say(
-            f"{differing} of {epochs} epochs differ; the same machine, with as many threads "
+            f"{differing} of {counted(epochs, 'epoch')} differ; the same machine, with as many threads "
             "(OMP_NUM_THREADS), gives the same"
         )
         raise typer.Exit(ExitCode.FAILED)
-    say(f"all {epochs} epochs are equal, bit for bit")
+    say(f"the numbers of {counted(epochs, 'epoch')} are equal, bit for bit")
 
 
 def predict(
@@ -283,12 +284,12 @@ def export_model(
 
 
 def model(
-    study: StudyPath,
+    study: Study,
     data: Data = None,
     weights: Weights = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the network's stages with parameters and multiply-adds, and which are trained."""
-    config = load_study(study, data, weights, set_)
+    config = file_or_recorded(study, data, weights, set_)
     with_torch().print_stages(config.shared, as_json)

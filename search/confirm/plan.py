@@ -11,6 +11,7 @@ from search.study_config import Range, StudyConfig, WholeRange
 from search.toml_file import validate
 from storage.status import read_status
 from storage.studies import StudyEntry, study_entry
+from storage.words import counted
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
 from trainer.division import attribute_table, divide_all
@@ -151,7 +152,7 @@ def plan_confirmation(
     chosen = status.completed()
     if not chosen or len(chosen) < (top or 1):
         n = len(chosen)
-        shortage = f"only {n} complete trial{'s' * (n > 1)}" if n else "no complete trial"
+        shortage = f"only {counted(n, 'complete trial')}" if n else "no complete trial"
         has_ended = n and status.finished >= status.max_trials
         advice = "give a smaller --top, or raise study.max_trials" if has_ended else None
         raise InputError(

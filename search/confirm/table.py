@@ -5,6 +5,7 @@ from rich.text import Text
 
 from dashboards.terminal import Grid
 from search.confirm.evidence import Candidate, Confirmation
+from storage.words import counted
 
 COLUMNS = (
     "trial",
@@ -54,8 +55,9 @@ def verdict(confirmation: Confirmation) -> list[str]:
     lines = [_who_is_best(confirmation)]
     if confirmation.left_out:
         lines.append(
-            f"{confirmation.left_out} reruns were left out, as --within {confirmation.within or 0:g} is "
-            "remembered; to train more, give a smaller one (0 for none) and more --seeds"
+            f"{counted(confirmation.left_out, 'rerun')} left out, as "
+            f"--within {confirmation.within or 0:g} is remembered; to train more, "
+            "give a smaller one (0 for none) and more --seeds"
         )
     if confirmation.optimism is not None:
         points = 100 * confirmation.optimism

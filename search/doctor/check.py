@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from dashboards.terminal import printable
-from search.cli.errors import one_line
+from search.error_lines import one_line
 
 # Passwords in URLs and in libpq's parameters. No text has one: this is for texts of other programs.
 _SECRET = re.compile(r"(://[^:/@\s]*:)\S+(?=@)|(\bpass\w*\s*=\s*)('[^']*'|[^&\s]+)", re.IGNORECASE)

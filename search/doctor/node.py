@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.cli.errors import say
-from search.cli.json_output import JSON_VERSION
+from dashboards.terminal import say
 from search.doctor.check import Check, State, not_asked, ok, wrong
 from search.doctor.database import CLOCK_SECONDS
+from search.json_output import JSON_VERSION
 from search.slurm.commands import SilenceError
 from search.slurm.logs import log_folder
 from search.slurm.queue import ENDED, jobs

@@ -28,6 +28,7 @@ from storage.ownership import with_users_umask
 from storage.paths import make_private
 from storage.status import read_status
 from storage.studies import enter_array_job
+from storage.words import counted
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset
 from trainer.division import divide
@@ -54,8 +55,8 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     status = read_status(engine, entry.study_id, entry.name)
     if status.finished >= status.max_trials:
         raise InputError(
-            f"study {entry.name!r} has its {status.finished} trials; raise study.max_trials (of a "
-            f"confirmation, --seeds), or see: atelier status {shlex.quote(entry.name)}"
+            f"study {entry.name!r} has its {counted(status.finished, 'trial')}; raise study.max_trials "
+            f"(of a confirmation, --seeds), or see: atelier status {shlex.quote(entry.name)}"
         )
     job = submit_script(script)
     enter_array_job(engine, entry.study_id, job, array)

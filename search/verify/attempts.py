@@ -5,6 +5,7 @@ from typing import Any
 
 from search.verify.evidence import Evidence, Found, Trial
 from storage.outcome import RESTORED, Outcome
+from storage.words import counted
 
 OUTCOMES = {*Outcome}
 # The outcome of its last attempt, by Optuna's state of a trial that a worker has ended.
@@ -111,7 +112,7 @@ def a_trial_ends_once(evidence: Evidence) -> Found:
         if trial.attempts and trial.state == "WAITING":
             yield (
                 trial.number,
-                f"is WAITING in Optuna, and has begun with {len(trial.attempts)} attempts",
+                f"is WAITING in Optuna, and has begun with {counted(len(trial.attempts), 'attempt')}",
             )
 
 

@@ -10,6 +10,7 @@ from search.verify.evidence import Evidence, Found
 from storage.ledger import LEASE_SECONDS
 from storage.outcome import NEVER_AMONG_THE_BEST, Outcome
 from storage.ranks import Rank
+from storage.words import counted
 
 # A worker asks whether the GPU-hours are spent with the statement that records an epoch. What was
 # written less than this before the record may not have been seen.
@@ -69,7 +70,7 @@ def the_budget_of_trials_is_used_up(evidence: Evidence) -> Found:
     allowed = evidence.entry.max_trials
     # Spent GPU-hours end a study earlier.
     if len(begun) > allowed or (len(begun) < allowed and not _is_spent(evidence)):
-        yield None, f"was allowed {allowed} trials, and {len(begun)} have begun"
+        yield None, f"was allowed {counted(allowed, 'trial')}, and {len(begun)} began"
 
 
 def the_budget_of_gpu_hours_is_kept(evidence: Evidence) -> Found:

@@ -12,7 +12,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from dashboards.note import leave_note
-from search import forking, local
+from search import forking
+from search.cli.searching import work
 from search.exit_codes import ExitCode
 from search.study import open_study
 from search.toml_file import load_study_file
@@ -163,7 +164,7 @@ def work_on(engine, home, demo, tmp_path):
 
         def start():
             worker = forking.start(
-                local.work, [str(path)], environment=os.environ | {"OMP_NUM_THREADS": "1"}, output=log
+                work, [str(path)], environment=os.environ | {"OMP_NUM_THREADS": "1"}, output=log
             )
             workers.append(worker)
             return worker

@@ -61,7 +61,7 @@ def begin_imports() -> None:
     root = str(Path(__file__).parents[2])
     # The server does not see where this process stands; without this, each worker would import its own.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    forking.context.set_forkserver_preload(["search.preload", __name__])
+    forking.context.set_forkserver_preload(["search.cli.preload", __name__])
     forking.start_server()
 
 

@@ -256,7 +256,7 @@ class Campaign:
         )
         with self.engine.connect() as connection:
             ids = dict(connection.execute(sa.text(numbers), {"n": self.name}).all())
-        words = re.findall(r"trial (\d+): attempt (\d+)|goes on after (\d+) epochs", self.logs)
+        words = re.findall(r"trial (\d+): attempt (\d+)|goes on after epoch (\d+)", self.logs)
         found = []
         for trial, attempt, epoch in words:
             if trial:

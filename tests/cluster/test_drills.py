@@ -56,7 +56,7 @@ def test_an_epoch_longer_than_the_wall_time(campaign):
     study.hurry()
     study.wait_for_the_end(job)
     assert set(study.reasons[:2]) == {"wall time"}
-    steps = [int(text) for text in re.findall(r"goes on after 0 epochs, (\d+) steps", study.logs)]
+    steps = [int(text) for text in re.findall(r"goes on after epoch 0, step (\d+)", study.logs)]
     assert len(steps) >= 2
     assert 0 < steps[0] < steps[1] < 32, "each run was to take a part of the epoch"
     study.assert_as_if_nothing_had_happened(trials=1, epochs=1)

@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from search.cli.errors import one_line
+from search.error_lines import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

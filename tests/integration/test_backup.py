@@ -226,7 +226,7 @@ def test_only_an_empty_place_is_filled(engine, home, elsewhere, tmp_path):
     picture.touch()
     assert runner.invoke(app, ["db", "backup", str(path)]).exit_code == 0
     for words, expected in (
-        (["restore", str(path)], "has 1 studies; restore into a new one"),
+        (["restore", str(path)], "has 1 study; restore into a new one"),
         (["restore", str(tmp_path / "none.tar")], "No such file"),
         (["backup", str(path)], "overwrites nothing"),
         (["backup", str(tmp_path / "none" / "b.tar")], "no such folder"),
@@ -259,7 +259,7 @@ def test_of_two_restores_at_once_one_is_refused(engine, home, elsewhere, tmp_pat
 
     with ThreadPoolExecutor(2) as pool:
         [refused] = filter(None, pool.map(one, range(2)))
-    assert "has 1 studies" in refused or "another backup or restore" in refused
+    assert "has 1 study" in refused or "another backup or restore" in refused
     assert studies.study_names(other) == ["s"]
 
 

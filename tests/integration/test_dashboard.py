@@ -30,6 +30,7 @@ from dashboards.web.auth import RoleConnection
 from dashboards.web.server import connect_roles
 from storage import database, ledger, optuna_storage, studies
 from storage.embedded import EmbeddedPostgres
+from storage.paths import RunFolder, studies_here
 from tests.conftest import PASSWORD, copied_database, give_accounts
 from tests.studies import fill
 
@@ -285,14 +286,20 @@ def test_other_sites_cannot_act_in_an_editors_name(shown, headers):
     assert client.get("/atelier/", headers=link).status_code == 200  # somebody followed a link
 
 
-def test_an_editor_may_delete_but_not_under_the_workers(app, engine):
+def test_an_editor_may_delete_but_not_under_the_workers(app, engine, home):
     busy, idle = fill(engine, MIXED, name="busy"), fill(engine, ["complete"], name="idle")
     client = log_in(app, "ed")
     refused = client.delete(f"/api/studies/{busy}", json={})
     assert refused.status_code == 409
     assert "atelier stop" in refused.json["reason"]
     assert client.delete(f"/api/studies/{busy}/", json={}).status_code == 409
+    runs = [
+        RunFolder(name, studies.study_entry(engine, name).created).make() for name in ("busy", "idle")
+    ]
+    assert studies_here() == {"busy", "idle"}
     assert client.delete(f"/api/studies/{idle}", json={}).status_code == 204
+    assert studies_here() == {"busy"}  # what a shell offers
+    assert all(folder.path.is_dir() for folder in runs)
     assert studies.study_entry(engine, "idle") is None  # its rows went with it
     assert studies.study_entry(engine, "busy") is not None
     with engine.connect() as connection:

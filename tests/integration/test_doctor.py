@@ -26,9 +26,11 @@ from search.doctor import node as doctors_node
 from search.doctor.check import State, ask
 from search.doctor.look import about_jobs
 from search.slurm.granted import take_granted
+from search.study import open_study
 from search.toml_file import load_study_file
 from storage import database
 from storage.network import VIEWER
+from storage.optuna_storage import optuna_storage
 from storage.tables import STUDIES
 from tests.chaos.harness import small_disk
 from tests.conftest import as_superuser
@@ -140,6 +142,24 @@ def test_nothing_is_wrong_where_all_is_well(doctor, on_disk):
     shown = CliRunner().invoke(app, ["doctor", "study.toml"])
     assert shown.exit_code == 0
     assert len(shown.stdout.splitlines()) >= len(checks)
+
+
+def test_a_study_is_asked_about_by_its_name_too(doctor, engine, tmp_path):
+    file = load_study_file(tmp_path / "study.toml", ["study.max_trials=7"])
+    open_study(file, engine, optuna_storage(engine), read_dataset(file.shared.data))
+    (tmp_path / "study.toml").write_text("of another study")
+    (tmp_path / "tiny").write_text("a file of that name is not meant")
+    checks = doctor("tiny")
+    assert_says(checks["study"], "ok", "tiny on record")
+    for name in ("weights", "dataset", "record"):
+        assert checks[name]["state"] == "ok"
+    assert_says(doctor("tiny", "--data", "nowhere")["dataset"], "wrong", "no dataset at nowhere")
+    for words, found, remedy in (
+        (["tini"], "no study 'tini' in the database, which has: tiny", "name one of these"),
+        (["tiny", "--set", "train.epochs=2"], "--set goes with a study file", "has its settings"),
+        (["none.toml"], "none.toml: no such file", ""),
+    ):
+        assert_says(doctor(*words)["study"], "wrong", found, remedy)
 
 
 # The database.
@@ -518,7 +538,7 @@ def test_a_node_that_cannot_reach_the_database(doctor, slurm):
 def test_a_node_needs_a_profile(doctor):
     ended = CliRunner().invoke(app, ["doctor", "--on-node"])
     assert ended.exit_code == 2
-    assert "--on-node needs a study file" in ended.output
+    assert "--on-node needs a study, whose profile" in ended.output
 
 
 # The study's files.

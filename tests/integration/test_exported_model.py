@@ -270,21 +270,21 @@ def test_an_export_replaces_only_its_own(run_of, finished_run, tiny, atelier, tm
     assert {path.name for path in folder.iterdir()} == FILES  # an ONNX file would be of another epoch
     assert (folder / "model.safetensors").read_bytes() == before  # there was one epoch
     said = atelier("export-model", run_of(tiny, "test_resnet", "head"), code=2)
-    assert "there is a file that is not an export of this run; give another name" in said
+    assert "model: has README.md, which is not of an export of this run; give another folder" in said
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "nowhere: no model in it; give the run folder of a finished: atelier train"),
+        (["nowhere"], "nowhere: no such run; give the run folder of a finished: atelier train"),
         (["unfinished"], "unfinished: the run is not finished; go on with atelier train"),
         (["junk.safetensors"], "junk.safetensors: cannot be read"),
         (["odd.safetensors"], "odd.safetensors: what it says of its training cannot be read"),
-        (["{run}", "-o", "file"], "--output file: is a file; give a folder"),
-        (["{run}", "-o", "full"], "--output full: has notes.txt, which is not of an exported model"),
-        (["{run}", "-o", "mine"], "mine/config.json: there is a file that is not an export of this run"),
-        (["{run}", "-o", "odd"], "--output odd: has README.md, which is not of an exported model"),
+        (["{run}", "-o", "file"], "file: is a file; give a folder"),
+        (["{run}", "-o", "full"], "full: has notes.txt, which is not of an export of this run"),
+        (["{run}", "-o", "mine"], "mine: has config.json, which is not of an export of this run"),
+        (["{run}", "-o", "odd"], "odd: has README.md, which is not of an export of this run"),
         (["{run}", "--to", "tflite"], "--to 'tflite': allowed is onnx, or leave it out"),
         (["{run}", "--to", "onnx"], "no package onnxscript is installed, and a model in ONNX needs"),
     ],

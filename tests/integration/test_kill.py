@@ -12,7 +12,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from search.local import work
+from search.cli.searching import work
 from storage.tables import ATTEMPTS, EPOCHS
 from tests.integration.conftest import end_of, slow_steps
 from tests.studies import MAY_DIFFER

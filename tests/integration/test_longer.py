@@ -180,7 +180,7 @@ def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed
     assert "| weights | of another run, SHA-256 " in card
     # What comes of it does not take the place of what comes of its parent.
     assert (
-        "is not an export of this run"
+        "is not of an export of this run"
         in atelier("export-model", "parent/last.safetensors", "-o", "model", code=2).stderr
     )
     shutil.rmtree(tmp_path / "parent")
@@ -193,10 +193,10 @@ def test_a_run_that_begins_with_another_equals_an_unbroken_one_when_it_is_killed
 def test_what_a_run_cannot_begin_with(atelier, small, config, tmp_path, finished_run):
     change(config, "efficient.toml", backbone="test_efficientnet", trainable="head")
     for words, expected in (
-        (["c.toml", "--init", "nowhere"], "nowhere: no model in it; give the run folder of a finished"),
+        (["c.toml", "--init", "nowhere"], "nowhere: no such run; give the run folder of a finished"),
         (
             ["c.toml", "--init", "c.toml"],
-            "c.toml is a configuration; train it first, with: atelier",
+            "c.toml is a configuration; train it first, with: atelier train",
         ),
         (["c.toml", "--init", finished_run, "--weights", "w.pth"], "two sources of weights; give one"),
         (["efficient.toml", "--init", finished_run], "is from a run with test_resnet; give weights of"),
@@ -230,4 +230,4 @@ def test_the_script_of_a_run_that_goes_on_from_a_run(atelier, small, config, tmp
         f"train --epochs 9 --run {tmp_path}/r --init {finished_run} --lengthen -- {tmp_path}/c.toml"
     )
     error = atelier("train", "c.toml", "--init", "nowhere", "--dry-run", code=2).stderr
-    assert "nowhere: no model in it" in error
+    assert "nowhere: no such run" in error

@@ -188,7 +188,10 @@ def test_the_figures_are_those_of_the_pages(study, engine):
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda study: notebook.open("nobody"), "no study 'nobody' in the database; it has: demo"),
+        (
+            lambda study: notebook.open("nobody"),
+            "no study 'nobody' in the database, which has: demo; name one of these",
+        ),
         (lambda study: study.curves([3, 99]), "no epoch on record of trial 99; leave them out"),
         (lambda study: study.curves("9-3"), "the smaller number comes first, as in 3,5-9"),
         (lambda study: study.curves(0, top=3), "--trials and --top both choose trials"),

@@ -13,6 +13,7 @@ from search.exit_codes import ExitCode
 from storage import ranks, studies
 from storage.status import read_status
 from storage.tables import ATTEMPTS
+from storage.words import counted
 from tests.integration.test_ledger import RESULT
 from tests.integration.test_worker import attempts, reasons
 from trainer.checkpoint import Checkpoints
@@ -50,7 +51,9 @@ def test_every_trial_of_a_packed_search_can_be_replayed_alone(atelier, engine, m
     assert spent <= float(whole) + 0.01
     for number, row in enumerate(rows):
         result = atelier("replay", "tiny", "--trial", number)
-        assert result.stderr.endswith(f"all {len(row)} epochs are equal, bit for bit\n")
+        assert result.stderr.endswith(
+            f"the numbers of {counted(len(row), 'epoch')} are equal, bit for bit\n"
+        )
         assert len(result.stdout.splitlines()) == len(row)
 
 

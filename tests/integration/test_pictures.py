@@ -64,7 +64,7 @@ def test_a_broken_picture_is_a_line_and_not_the_end(rows, pictures, atelier, fin
     assert "cannot be read" in broken["error"]
     assert not broken["fit"]
     said = atelier("predict", finished_run, str(pictures), "-o", "out.csv").stderr
-    assert "2 of 3 pictures are predicted, in out.csv" in said
+    assert "predicted 2 of 3 pictures, in out.csv" in said
     assert "1 cannot be read, their lines say why; the first: " in said
 
 

@@ -277,7 +277,7 @@ def test_audited_trials_go_on_and_show_what_stopping_them_would_have_cost(engine
         # A wait would have ended by now, if it is among the best two of seven.
         among_the_best = sum(value > at_rung[trial.number] for value in at_rung) < 2
         would_go_on = verdict is None or (verdict == Outcome.PAUSED and among_the_best)
-        assert row.audit == (None if would_go_on else f"{verdict} after 1 epochs")
+        assert row.audit == (None if would_go_on else f"{verdict} after 1 epoch")
     scores = sorted((t.value for t in trials if t.state == TrialState.COMPLETE), reverse=True)
     places = [scores.index(row.value) + 1 for row in status.completed() if row.audit]
     good = sum(3 * place <= len(scores) for place in places)

@@ -1,8 +1,12 @@
 """The report's text and its figures are of one reading of the study."""
 
+import re
+
+import pytest
 import sqlalchemy as sa
 
 from dashboards import charts
+from dashboards.outputs import OutputError
 from search.report import write_report
 from storage import curves, database
 from storage.studies import study_entry
@@ -41,3 +45,26 @@ def test_the_text_and_the_figures_show_one_moment(engine, home, tmp_path, monkey
     write_report(engine, entry, tmp_path / "report")
     assert {end.value for end in ends} == before
     assert {end.value for end in curves.read_ends(meanwhile, entry.study_id)} == {0.987}
+
+
+def test_a_report_goes_into_a_folder_of_its_own(engine, home, tmp_path):
+    fill(engine, ["complete"] * 2, name="filled")
+    fill(engine, ["complete"] * 2, name="other")
+    own, mine, file = tmp_path / "report", tmp_path / "mine", tmp_path / "file"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    file.write_text("mine")
+    write_report(engine, study_entry(engine, "filled"), own)
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    write_report(engine, study_entry(engine, "filled"), own)  # its own report is replaced
+    assert before.keys() == {*own.iterdir()}
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    for folder, said in (
+        (mine, "mine: has thesis.tex, which is not of a report of study 'other'; give another folder"),
+        (own, "has compare-batch_size.png, which is not of a report of study 'other'"),
+        (file, "file: is a file; give a folder"),
+    ):
+        with pytest.raises(OutputError, match=re.escape(said)):
+            write_report(engine, study_entry(engine, "other"), folder)
+    assert before == {path: path.read_bytes() for path in own.iterdir()}
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]

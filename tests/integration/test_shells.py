@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from search import forking
 from search.cli import app
-from search.cli.errors import one_line
+from search.error_lines import one_line
 from tests.studies import fill
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +239,7 @@ def test_a_limit_is_said_in_one_line_with_what_is_needed(home, study_text, tmp_p
 
 def test_a_limit_of_threads_is_told_from_a_fault_of_ours(tmp_path):
     script = (
-        "import os, resource, threading; from search.cli.errors import one_line\n"
+        "import os, resource, threading; from search.error_lines import one_line\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n"
         "if os.getuid() == 0: os.setresuid(65534, 65534, 65534)\n"
         "for start in (threading.Thread(target=print).start, os.fork):\n"

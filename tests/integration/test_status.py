@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
+import search.cli.watching
 from search.cli import app
 from storage import database, studies
 from storage.paths import RunFolder
@@ -86,6 +90,54 @@ def test_the_log_of_tasks_that_never_claimed_a_trial_is_found(engine, home):
     shown = atelier("logs", "s")
     assert "module: command not found" in shown
     assert "another study's" not in shown
+
+
+def test_all_studies_are_listed_without_a_name(engine):
+    none = runner.invoke(app, ["status"])
+    assert (none.exit_code, none.stdout) == (0, "")
+    assert none.stderr == "the database has no study yet; start one with: atelier search STUDY.toml\n"
+    fill(engine, ["complete", "failed"], name="erste Suche")
+    fill(engine, ["running", "complete", "pruned"], name="second", max_trials=5)
+    heading, newest, oldest = [re.split(" {2,}", line) for line in atelier("status").splitlines()]
+    assert heading == ["study", "trials", "failed", "best", "at work", "since"]
+    assert (newest[:3], newest[4]) == (["second", "2/5", "0"], "1")
+    assert (oldest[:3], oldest[4]) == (["erste Suche", "2/2", "1"], "0")
+    listed = json.loads(atelier("status", "--json"))["studies"]
+    assert [(row["name"], f"{row['best']:.4f}") for row in listed] == [
+        ("second", newest[3]),
+        ("erste Suche", oldest[3]),
+    ]
+    wrong = runner.invoke(app, ["status", "--watch"])
+    assert (wrong.exit_code, len(wrong.output.splitlines())) == (2, 1)
+
+
+def test_many_studies_are_not_all_named_in_an_error(engine):
+    for number in range(21):
+        make_study(engine, name=f"study {number}")
+    wrong = runner.invoke(app, ["trials", "study"]).output
+    assert wrong == (
+        "error: no study 'study' in the database, which has 21; they are listed by: atelier status\n"
+    )
+
+
+def test_the_last_screen_of_a_watch_asks_slurm_again(engine, tmp_path, monkeypatch):
+    study = make_study(engine, max_trials=1, settings=SETTINGS)
+    studies.enter_array_job(engine, study._study_id, "17", "0-0")
+    worker = make_worker(engine, study)
+    claim = worker.claim()
+    asked, squeue = tmp_path / "asked", tmp_path / "squeue"
+    state = f"[ -e {asked} ] && state=COMPLETED || state=RUNNING; touch {asked}"
+    squeue.write_text(f'#!/bin/sh\n{state}\necho "17|$state|0:0|0|N/A|17|0|None|"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def sleep(_):  # between two looks the trial ends, and its task with it
+        assert asked.exists()
+        worker.finish(claim, "failed", None)
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(search.cli.watching, "time", clock)
+    assert "SLURM 17: 1 completed" in atelier("status", "s", "--watch")
 
 
 def test_a_password_in_the_urls_query_is_shown_nowhere(engine, monkeypatch):

@@ -602,4 +602,7 @@ def test_nothing_is_found_in_what_users_do(engine, make_worker, monkeypatch, tmp
 
 
 def test_a_study_that_is_not_there(engine):
-    assert verify("none", code=2).stderr == "error: no study 'none' in the database; it has: none\n"
+    said = (
+        "no study 'none' in the database, which has none yet; start one with: atelier search STUDY.toml"
+    )
+    assert verify("none", code=2).stderr == f"error: {said}\n"

@@ -218,6 +218,14 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["submit", "{study}"], "[slurm.tuning]"),
         (["train", "{study}"], "is a study file"),
         (["data", "demo", "{data}"], "not empty"),
+        (["data", "demo", "{study}"], "is a file; name a new folder"),
+        (["data", "demo", "x", "--train", "99999999999999999999"], "allowed is 1000000 or less"),
+        (["search", "{data}"], "is a folder; give a text file"),
+        (
+            ["example", "demo.toml", "-o", "no/where.toml"],
+            "no/where.toml: no such folder; make it first",
+        ),
+        (["example", "demo.toml", "-o", "{data}"], "is a folder; give a file"),
     ],
 )
 def test_a_wrong_command_line(words, expected, study_text, demo, tmp_path):
@@ -346,7 +354,7 @@ def test_a_database_of_an_older_schema(engine, study_text, tmp_path, monkeypatch
         assert checked.exit_code == 2
         assert "has schema 0004" in checked.output.splitlines()[-1]
         assert "atelier db upgrade" in checked.output.splitlines()[-1]
-    assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trials")
+    assert_one_line(runner.invoke(app, ["db", "upgrade"]), "hold 1 trial;")
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE atelier.attempt SET released = now() WHERE released IS NULL"))
     assert runner.invoke(app, ["db", "upgrade"]).output == "schema 0004 -> 0008\n"
@@ -368,7 +376,7 @@ def test_a_trial_that_is_claimed_while_an_upgrade_begins(engine):
         while not worker.scalar(waits):
             assert not upgrade.done(), upgrade.result().output
         worker.commit()
-        assert_one_line(upgrade.result(), "hold 1 trials")
+        assert_one_line(upgrade.result(), "hold 1 trial;")
     assert schema.schema_revision(engine) == "0004"
 
 
@@ -475,7 +483,7 @@ def test_a_study_with_other_weights(engine, demo, study_text, tmp_path, before, 
             ["-o", "a.png", "--kind", "compare", "--smooth", "0.5"],
             "--smooth has no meaning with --kind compare",
         ),
-        (["-o", "no/where.png"], "choose another path"),
+        (["-o", "no/where.png"], "no such folder; make it first"),
     ],
 )
 def test_a_figure_that_cannot_be_drawn(engine, folder, words, expected, monkeypatch):
@@ -673,7 +681,7 @@ def test_the_container_of_what_is_wanted(folder, finished_run, study_text, words
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["nowhere"], "nowhere: no model in it"),
+        (["nowhere"], "nowhere: no such run"),
         (["{unfinished}"], "the run is not finished"),
         (["{junk}"], "cannot be read"),
         (["{run}", "--data", "{no_test}"], "test.txt: no such file; give --split train or val"),
@@ -684,7 +692,7 @@ def test_the_container_of_what_is_wanted(folder, finished_run, study_text, words
         (["{run}", "--split", "val", "--scores", "{short}"], "short.txt:79: 79 rows for 80 images"),
         (["{run}", "--split", "val", "--scores", "{high}"], "high.txt:1: label 9 in column 1"),
         (["{run}", "--split", "val", "--scores", "nowhere"], "nowhere: no such file"),
-        (["{run}", "-o", "nowhere/p.zip"], "--output nowhere/p.zip: no such folder"),
+        (["{run}", "-o", "nowhere/p.zip"], "nowhere/p.zip: no such folder"),
     ],
 )
 def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, words, expected):
@@ -720,7 +728,13 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
             ["confirm", "tiny", "--show", "--submit"],
             "leave out --top, --seeds, --folds, --within and --submit",
         ),
-        (["confirm", "nobody"], "no study 'nobody' in the database; it has: tiny"),
+        (
+            ["trials", "tiny", "--format", "csv", "-o", "no/t.csv"],
+            "no/t.csv: no such folder; make it first",
+        ),
+        (["trials", "tiny", "--format", "csv", "-o", "."], ".: is a folder; give a file"),
+        (["plot", "tiny", "-o", "no/p.png"], "no/p.png: no such folder; make it first"),
+        (["confirm", "nobody"], "no study 'nobody' in the database, which has: tiny; name one of these"),
         (["report", "tiny"], "has no complete trial yet"),
         (["worker", "nobody"], "no study 'nobody'"),
         (["worker", "tiny", "--set", "train.epochs=1"], "--set goes with a study file"),

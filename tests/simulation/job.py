@@ -21,7 +21,7 @@ import scipy.stats  # noqa: F401
 
 # Once, for all forks: elsewhere these are imported late.
 import dashboards.note  # noqa: F401
-import search.preload  # noqa: F401
+import search.cli.preload  # noqa: F401
 from storage import schema
 from tests.simulation import plants
 from tests.simulation.database import Server, share_what_never_changes

@@ -38,6 +38,7 @@ def here(home, tmp_path, monkeypatch):
     """A folder with study files, and a home with studies. No database is there."""
     for name in ("demo", "größe", "a b", "$(touch x)"):
         RunFolder(name, datetime.now(UTC)).make()
+    RunFolder("deleted", datetime.now(UTC)).make().mark_deleted()
     (tmp_path / "studies").mkdir()
     for name in ("mine.toml", "studies/fashion.toml"):
         (tmp_path / name).touch()

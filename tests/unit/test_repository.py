@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ FORBIDDEN = {
     "storage": {"torch", "timm", "torchvision"},
     "trainer": {"optuna", "sqlalchemy"},
 }
-
+# These folders are the ends of what imports what: nobody below them knows them.
+KNOWN_TO = {
+    "search.cli": {"search.cli"},
+    "search.doctor": {"search.doctor", "search.cli"},
+    "search.verify": {"search.verify", "search.cli"},
+    "dashboards.web": {"dashboards.web", "search.cli"},
+}
 
 MOST_LINES = 450  # of a file
 MOST_LATE_IMPORTS = 16  # inside functions, in the whole project
@@ -43,6 +50,20 @@ def imports(tree):
             yield node.module
 
 
+def imported_at_once(tree):
+    """What a file imports outside functions, also as `package.name`: that name may be a module's."""
+    outside = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))])
+    yield from imports(outside)
+    for node in outside.body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_name(path):
+    """The dotted name of a file's module; of `__init__.py` its package's."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def late_imports(tree):
     """The lines inside functions that import something."""
     for function in ast.walk(tree):
@@ -61,6 +82,20 @@ def test_imports_point_one_way(package):
         used = {module.split(".")[0] for module in imports(tree)}
         assert used & MAY_IMPORT.keys() <= MAY_IMPORT[package], path
         assert not used & FORBIDDEN[package], path
+
+
+def test_only_the_layers_above_import_a_folder():
+    for path, tree in sources():
+        of = ".".join(path.relative_to(ROOT).parent.parts)
+        for folder, importers in KNOWN_TO.items():
+            known = [name for name in imports(tree) if f"{name}.".startswith(f"{folder}.")]
+            assert not known or of in importers, f"{path} imports {known}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_name(path): tree for path, tree in sources()}
+    graph = {name: modules.keys() & {*imported_at_once(tree)} for name, tree in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_layout_page_states_each_room_with_its_one_job():

@@ -72,7 +72,7 @@ def test_what_is_no_text_is_told_with_its_line(data, expected, tmp_path):
         read_text(tmp_path / "file.txt")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(TextError, match="cannot be read"):
+    with pytest.raises(TextError, match="is a folder; give a text file"):
         read_text(tmp_path)
 
 

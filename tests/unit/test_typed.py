@@ -311,7 +311,7 @@ def test_a_record_of_an_earlier_version_goes_on_working():
 USAGE = [
     (["serch"], "no such command 'serch'", "atelier --help"),
     (["--foo"], "no such option: --foo", "atelier --help"),
-    (["status"], "missing argument 'study'", "atelier status --help"),
+    (["trials"], "missing argument 'study'", "atelier trials --help"),
     (["status", "a", "b"], "unexpected extra argument", "atelier status --help"),
     (["status", "-x"], "no such option: -x", "atelier status --help"),
     (["status", "x", "--json=3"], "'--json' does not take a value", "atelier status --help"),
