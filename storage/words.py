@@ -2,8 +2,8 @@
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things, as in: 1 trial, 2 trials, 3 studies."""
+    """A number of things, as in: 1 trial, 2 days, 3 studies."""
     if number == 1:
         return f"1 {thing}"
-    plural = f"{thing[:-1]}ies" if thing.endswith("y") else f"{thing}s"
-    return f"{number} {plural}"
+    is_ies = thing.endswith("y") and not thing.endswith(("ay", "ey", "oy"))
+    return f"{number} {thing[:-1]}ies" if is_ies else f"{number} {thing}s"

@@ -11,6 +11,7 @@ from dashboards.study_tables import duration
 from search.profile import SlurmProfile
 from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site
 from search.slurm.times import clock, slurm_seconds
+from storage.words import counted
 
 DAY = 86400  # seconds
 TASKS, AT_ONCE = 8, 4  # of an array
@@ -172,14 +173,14 @@ def _hardware(
     ]
     share, small = _share(nodes, [min(one.cpus, partition.cpus) for one in nodes], bool(gpus), part)
     cpus = int(max(min(share, profile.cpus), 1))
-    why_cpus = f"a node has {_count(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
+    why_cpus = f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
     share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
     memory = int(min(share, _mebibytes(profile.memory)))
     why_memory = f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else ""
     most = min(partition.memory, partition.memory_per_cpu * cpus)
     if memory > most:
         memory = int(most)
-        why_memory = f"the most that {partition.name} allows for its {_count(cpus, 'CPU')}"
+        why_memory = f"the most that {partition.name} allows for its {counted(cpus, 'CPU')}"
     most = min(limits.cpus, limits.all_cpus)
     if cpus > most:
         cpus, why_cpus = int(most), f"the most that {YOURS} allows"
@@ -262,7 +263,7 @@ def in_words(seconds: float) -> str:
     if math.isinf(seconds):
         return "no limit"
     days, rest = divmod(int(seconds), DAY)
-    return f"up to {_count(days, 'day') if days and not rest else duration(seconds)}"
+    return f"up to {counted(days, 'day') if days and not rest else duration(seconds)}"
 
 
 def partition_line(partition: Partition) -> str:
@@ -271,18 +272,14 @@ def partition_line(partition: Partition) -> str:
     away = sum(nodes.number for nodes in partition.nodes if not nodes.are_up)
     return (
         f"{partition.name}{' (the default)' if partition.is_default else ''}: "
-        f"{in_words(partition.seconds)}, {_count(number, 'node')}"
+        f"{in_words(partition.seconds)}, {counted(number, 'node')}"
         f"{f' ({away} down or drained)' if away else ''}, {_gpus_in_words(partition.gpus)}"
     )
 
 
 def _gpus_in_words(gpus: Mapping[str, int]) -> str:
-    return ", ".join(_count(n, f"{kind} GPU".lstrip()) for kind, n in gpus.items()) or "no GPU"
+    return ", ".join(counted(n, f"{kind} GPU".lstrip()) for kind, n in gpus.items()) or "no GPU"
 
 
 def _for(nodes: Nodes, gpus: Mapping[str, int]) -> str:
-    return f" for {_count(nodes.gpus_each, 'GPU')}" if gpus else ""
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f" for {counted(nodes.gpus_each, 'GPU')}" if gpus else ""

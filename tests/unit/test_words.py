@@ -24,6 +24,7 @@ PLURALS = "|".join(
         (1, "trial", "1 trial"),
         (2, "study", "2 studies"),
         (1, "study", "1 study"),
+        (3, "day", "3 days"),
     ],
 )
 def test_a_count_agrees_with_its_noun(number, thing, words):
