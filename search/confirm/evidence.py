@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.intervals import (
     Estimate,
+    Runs,
     compare,
     hits,
     per_class_accuracy,
@@ -219,23 +220,21 @@ class _Evidence:
         complete = [row for row in trials if row.state == State.COMPLETE]
         self._sizes, self._has_folds = attribute_sizes(linked), bool(plan.folds)
         self.reruns = Counter(row.params["candidate"] for row in complete)
-        self._runs: dict[int, dict[Any, np.ndarray]] = {}  # by candidate, see search.confirm.intervals
-        labels = {}  # by fold; they are the same in all reruns
+        # By candidate, then by fold and seed. Without folds all reruns are of fold 0.
+        self._runs: dict[int, dict[tuple[int, int], np.ndarray]] = {}
+        labels = {}  # by fold; they are the same in all its reruns
         for row in complete:
             predictions = predictions_of(linked, row.number)
-            seed, fold = row.params["seed"], row.params.get("fold", 0)
-            rerun = (fold, seed) if plan.folds else seed
-            self._runs.setdefault(row.params["candidate"], {})[rerun] = hits(predictions)
+            fold, candidate = row.params.get("fold", 0), row.params["candidate"]
+            self._runs.setdefault(candidate, {})[fold, row.params["seed"]] = hits(predictions)
             labels[fold] = predictions.labels
         self._labels = dict(sorted(labels.items()))
         # Reruns of one fold alone would not show how trainings differ.
-        key = "fold" if plan.folds else "seed"
-        differing = {(row.params["candidate"], row.params[key]) for row in complete}
-        rounds = Counter(candidate for candidate, _ in differing)
-        self._enough = {n: runs for n, runs in self._runs.items() if rounds[n] >= LEAST_RERUNS}
+        rounds = {n: {rerun[0 if plan.folds else 1] for rerun in runs} for n, runs in self._runs.items()}
+        self._enough = {n: runs for n, runs in self._runs.items() if len(rounds[n]) >= LEAST_RERUNS}
 
     @property
-    def _compared(self) -> tuple[list[dict[Any, np.ndarray]], np.ndarray, list[int], np.ndarray | None]:
+    def _compared(self) -> tuple[Runs, np.ndarray, list[int], np.ndarray | None]:
         """What `compare` takes."""
         folds = np.repeat([*self._labels], [len(one) for one in self._labels.values()])
         labels = np.concatenate([*self._labels.values()])

@@ -32,7 +32,7 @@ ROUNDING = 1e-15  # a smaller variance comes from the arithmetic
 class Interval:
     """An estimate with its 95 % interval; `error` is half the width of the 68 % one.
 
-    The interval stays within what is possible: [0, 1] for a score, [-1, 1] for a difference.
+    It stays within what is possible: [0, 1] for a score, [-1, 1] for a difference.
     """
 
     value: float
@@ -85,7 +85,7 @@ def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[i
     return float(np.nanmean(means))
 
 
-# For each candidate, by seed: hits [images, categories]; by (fold, seed) they are of the fold's images.
+# Hits [images, categories] of each candidate by rerun: a seed, or (fold, seed) with the fold's images.
 Runs = Sequence[Mapping[Any, np.ndarray]]
 
 
@@ -414,7 +414,7 @@ def _least_squares(has: np.ndarray) -> np.ndarray:
 def _trainings(table: _Table, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """How the candidates' scores would move with other trainings: [replicates, candidates].
 
-    Also returns their estimated covariance [candidates, candidates].
+    The second is the covariance of that, as estimated [candidates, candidates].
 
     Least squares tell what a column does to all candidates from what it does to one. The latter's
     variance is taken as the same for all candidates, since the few columns of one say little. What folds
