@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm
@@ -119,7 +120,7 @@ def confirm(
     top = np.argsort(-searched_scores)[:TOP]
     truth, elsewhere = study.truth[top], study.truth_elsewhere[top]
     folds = np.repeat(np.arange(n_folds), IMAGES) if n_folds else None
-    runs: list[dict[int, np.ndarray]] = [{} for _ in top]
+    runs: list[dict[Any, np.ndarray]] = [{} for _ in top]
     alive, spent = set(range(TOP)), 0
     for number in range(seeds * blocks):
         if number >= LEAST_RERUNS:
@@ -127,8 +128,7 @@ def confirm(
             alive = {index for index in alive if interim[index].best >= DROPPED}
         seed, block = 1 + number, number % blocks  # of each rerun, so that folds do not share its luck
         for index in sorted(alive):
-            run = runs[index].setdefault(seed, np.full(study.labels.shape, np.nan))
-            run[block * IMAGES : (block + 1) * IMAGES] = study.run(top[index], seed, block)
+            runs[index][(block, seed) if n_folds else seed] = study.run(top[index], seed, block)
             spent += 1
     estimates = compare(runs, study.labels, SIZES, folds)
     means = np.array([estimate.score.value for estimate in estimates])

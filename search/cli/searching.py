@@ -37,7 +37,7 @@ from search.cli.submitting import submit_workers
 from search.cli.winning import check_export, export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
-from search.confirm.table import render
+from search.confirm.table import no_winner, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
 from search.json_output import AsJson, print_json
@@ -217,6 +217,8 @@ def confirm(
         check_pack(pack)
     else:
         pack = pack_here(pack, workers)
+    if len(config.candidates) > 1 and (line := no_winner(config.seeds, config.folds)):
+        say(line)
     arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]
     if to_slurm:
         next_commands = [

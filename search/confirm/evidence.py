@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.confirm.intervals import (
     Estimate,
+    Runs,
     compare,
     hits,
     per_class_accuracy,
@@ -217,40 +218,39 @@ class _Evidence:
     def __init__(self, linked: StudyEntry, plan: ConfirmationFile, trials: Sequence[TrialRow]) -> None:
         self.linked = linked
         complete = [row for row in trials if row.state == State.COMPLETE]
-        found = [predictions_of(linked, row.number) for row in complete]
-        self._sizes = attribute_sizes(linked)
+        self._sizes, self._has_folds = attribute_sizes(linked), bool(plan.folds)
         self.reruns = Counter(row.params["candidate"] for row in complete)
-        # Hits by candidate and seed, [images, categories]. NaN of images that no rerun has judged.
-        self._runs: dict[int, dict[int, np.ndarray]] = {}
-        images = np.unique([image for one in found for image in one.images.tolist()]).astype(int)
-        self._labels = np.zeros((len(images), len(self._sizes)), np.uint8)
-        self._folds = np.zeros(len(images), int) if plan.folds else None
-        for row, predictions in zip(complete, found, strict=True):
-            judged = np.searchsorted(images, predictions.images)
-            self._labels[judged] = predictions.labels
-            runs = self._runs.setdefault(row.params["candidate"], {})
-            run = runs.setdefault(row.params["seed"], np.full(self._labels.shape, np.nan))
-            run[judged] = hits(predictions)
-            if self._folds is not None:
-                self._folds[judged] = row.params["fold"]
+        # By candidate, then by fold and seed. Without folds all reruns are of fold 0.
+        self._runs: dict[int, dict[tuple[int, int], np.ndarray]] = {}
+        labels = {}  # by fold; they are the same in all its reruns
+        for row in complete:
+            predictions = predictions_of(linked, row.number)
+            fold, candidate = row.params.get("fold", 0), row.params["candidate"]
+            self._runs.setdefault(candidate, {})[fold, row.params["seed"]] = hits(predictions)
+            labels[fold] = predictions.labels
+        self._labels = dict(sorted(labels.items()))
         # Reruns of one fold alone would not show how trainings differ.
-        key = "fold" if plan.folds else "seed"
-        differing = {(row.params["candidate"], row.params[key]) for row in complete}
-        rounds = Counter(candidate for candidate, _ in differing)
-        self._enough = {n: runs for n, runs in self._runs.items() if rounds[n] >= LEAST_RERUNS}
+        rounds = {n: {rerun[0 if plan.folds else 1] for rerun in runs} for n, runs in self._runs.items()}
+        self._enough = {n: runs for n, runs in self._runs.items() if len(rounds[n]) >= LEAST_RERUNS}
+
+    @property
+    def _compared(self) -> tuple[Runs, np.ndarray, list[int], np.ndarray | None]:
+        """What `compare` takes."""
+        folds = np.repeat([*self._labels], [len(one) for one in self._labels.values()])
+        labels = np.concatenate([*self._labels.values()])
+        return [*self._enough.values()], labels, self._sizes, folds if self._has_folds else None
 
     @property
     def seed_flips(self) -> float:
         """See search.confirm.intervals.seed_flips."""
-        return seed_flips([*self._enough.values()], self._labels, self._sizes, self._folds)
+        return seed_flips(*self._compared)
 
     @cached_property
     def estimates(self) -> dict[int, Estimate]:
         """The estimates of the candidates that have enough reruns, by number."""
         if not self._enough:
             return {}
-        estimates = compare([*self._enough.values()], self._labels, self._sizes, self._folds)
-        return dict(zip(self._enough, estimates, strict=True))
+        return dict(zip(self._enough, compare(*self._compared), strict=True))
 
 
 def gains_nothing(engine: sa.Engine, confirmation: str, candidate: int) -> str | None:

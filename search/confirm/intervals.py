@@ -14,6 +14,7 @@ An image whose label in a category is unknown counts nowhere in that category.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from search.score import LAST, PRIOR_IMAGES
 from trainer.predictions import UNKNOWN, Predictions
 
 REPLICATES = 10_000
+GRID = 1000  # points at which a density is known
 ONE_SIGMA = statistics.NormalDist().cdf(-1)
 ROUNDING = 1e-15  # a smaller variance comes from the arithmetic
 
@@ -30,7 +32,7 @@ ROUNDING = 1e-15  # a smaller variance comes from the arithmetic
 class Interval:
     """An estimate with its 95 % interval; `error` is half the width of the 68 % one.
 
-    The interval stays within what is possible: [0, 1] for a score, [-1, 1] for a difference.
+    It stays within what is possible: [0, 1] for a score, [-1, 1] for a difference.
     """
 
     value: float
@@ -83,7 +85,8 @@ def per_class_accuracy(values: np.ndarray, labels: np.ndarray, sizes: Sequence[i
     return float(np.nanmean(means))
 
 
-Runs = Sequence[Mapping[int, np.ndarray]]  # for each candidate, by seed: hits [images, categories]
+# Hits [images, categories] of each candidate by rerun: a seed, or (fold, seed) with the fold's images.
+Runs = Sequence[Mapping[Any, np.ndarray]]
 
 
 def compare(
@@ -93,10 +96,12 @@ def compare(
 
     All candidates have the same seeds, but one may lack some. `labels` [images, categories] are the
     truth. Without `folds` each candidate has at least two seeds. With them, `folds` [images] says which
-    fold an image is in. Then a run's hits are NaN for the images of the folds that it has not judged.
-    Each candidate has judged a fold, and together they have judged two. The true scores are then those
-    of trainings with these images, less one fold. Each rerun should have a seed of its own, since what
-    one seed does to all folds is in no difference between them.
+    fold an image is in. Each candidate has judged a fold, and together they have judged two. The true
+    scores are then those of trainings with these images, less one fold. Each rerun should have a seed of
+    its own, since what one seed does to all folds is in no difference between them.
+
+    `behind` and `best` take each candidate by itself. `within` is about the highest of several scores,
+    which is too high as an estimate, so it takes the candidates as a sample: see `_as_a_sample`.
     """
     if not runs:
         return []
@@ -106,7 +111,8 @@ def compare(
     attributes = attribute_index(table.labels, sizes)
     covariance = _image_covariance(table.hits, attributes, sizes)
     moves = random.multivariate_normal(np.zeros(len(means)), covariance, REPLICATES)
-    moves += _trainings(table, random)
+    trained, training_covariance = _trainings(table, random)
+    moves += trained
     leader = int(means.argmax())
     variances = np.diag(covariance)
     # Whether the difference of two candidates does not vary with the images.
@@ -115,7 +121,7 @@ def compare(
     best = np.bincount((means + moves).argmax(1), minlength=len(runs)) / REPLICATES
     best = equal @ best / equal.sum(1)  # equal candidates share the probability
     images = effective_images(np.bincount(attributes[attributes >= 0]).tolist())
-    truths = means - moves  # as in `_interval`: the estimates err as the replicates do
+    truths = _as_a_sample(means, moves, covariance + training_covariance, random)
     within = np.quantile(truths.max(1, keepdims=True) - truths, LEVEL, axis=0)
     estimates = []
     for index, mean in enumerate(means.tolist()):
@@ -132,6 +138,35 @@ def compare(
             Estimate(score, behind, float(best[index]), max(float(within[index]), *unseen, 0))
         )
     return estimates
+
+
+def _as_a_sample(
+    means: np.ndarray, moves: np.ndarray, noise: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Draw the candidates' true scores, but for a constant of each draw: [replicates, candidates].
+
+    `moves` are the replicates of the errors, and `noise` is their covariance. Means are drawn nearer to
+    each other, by as much as noise explains how they differ. For that the true scores are a sample of a
+    normal distribution (Berger and Deely's model for rankings, JASA 83, 1988). Its variance is unknown,
+    and uniform a priori. So intervals hold the truth about as often as they say (Morris, JASA 78, 1983).
+    For the scores themselves that is Stein's harmonic prior (Annals of Statistics 9, 1981). Up to three
+    candidates do not tell how much they differ, and nothing is drawn nearer.
+    """
+    centre = np.eye(len(means)) - 1 / len(means)
+    variances, directions = np.linalg.eigh(centre @ noise @ centre)
+    variances = variances.clip(0)
+    noisy = variances > ROUNDING  # not so are the average, and candidates that are equal
+    if noisy.sum() < 3:
+        return np.asarray(means - moves)
+    differences = (means - means.mean()) @ directions
+    share = (np.arange(GRID) + 0.5) / GRID  # of the noise in the variance of a mean
+    spread = variances[noisy].mean() * (1 - share) / share  # the true scores' variance
+    total = spread[:, np.newaxis] + variances[noisy]
+    log_density = -(np.log(total) + differences[noisy] ** 2 / total).sum(1) / 2 - 2 * np.log(share)
+    density = np.exp(log_density - log_density.max())
+    drawn = random.choice(spread, (len(moves), 1), p=density / density.sum())
+    kept = drawn / (drawn + variances)
+    return np.asarray((kept * differences - np.sqrt(kept) * (moves @ directions)) @ directions.T)
 
 
 def selection_bias(
@@ -272,11 +307,9 @@ def seed_flips(
     if folds is not None:
         parts = []
         for fold in np.unique(folds):
-            chosen = folds == fold
-            by_fold = [{seed: run[chosen] for seed, run in by_seed.items()} for by_seed in runs]
-            judged = [{s: run for s, run in one.items() if not np.isnan(run).any()} for one in by_fold]
+            judged = [{seed: run for (k, seed), run in one.items() if k == fold} for one in runs]
             if several := [by_seed for by_seed in judged if len(by_seed) > 1]:
-                parts.append(seed_flips(several, labels[chosen], sizes))
+                parts.append(seed_flips(several, labels[folds == fold], sizes))
         return float(np.mean(parts)) if parts else 0.0
     attributes = attribute_index(labels, sizes)
     present = len(_present(attributes))
@@ -302,7 +335,9 @@ class _Table:
     hits: np.ndarray  # [candidates, images, categories], as if each candidate had judged all images
     labels: np.ndarray  # [images, categories]
     scores: np.ndarray  # [candidates, columns], NaN where there is none; but for a constant of each row
-    weights: np.ndarray  # [candidates, candidates, columns] of the scores in each candidate's mean
+    # [candidates, candidates + columns]: the score of candidate j in column k has in the mean of
+    # candidate i the weight gains[i, j] + gains[i, candidates + k].
+    gains: np.ndarray
     own: float  # the part of a score's variance over columns that is the images' and one candidate's
     shared: float  # the part that is the images' and all candidates'
 
@@ -315,25 +350,29 @@ def _by_seed(runs: Runs, labels: np.ndarray, sizes: Sequence[int]) -> _Table:
         for seed, run in by_seed.items():
             scores[index, seeds.index(seed)] = per_class_accuracy(run, labels, sizes)
     average = np.stack([np.mean([*by_seed.values()], 0) for by_seed in runs])
-    has = ~np.isnan(scores)
-    weights = np.eye(len(runs))[:, :, np.newaxis] * (has / has.sum(1, keepdims=True))
-    return _Table(average, labels, scores, weights, seed_flips(runs, labels, sizes), 0.0)
+    own_means = np.diag(1 / np.array([len(by_seed) for by_seed in runs]))
+    gains = np.hstack([own_means, np.zeros(scores.shape)])
+    return _Table(average, labels, scores, gains, seed_flips(runs, labels, sizes), 0.0)
 
 
 def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.ndarray) -> _Table:
-    """Each run has judged some folds. Images that nobody has judged yet do not count."""
-    # A run has judged an image in all categories or in none.
-    counts = np.stack([sum(~np.isnan(run[:, 0]) for run in one.values()) for one in runs])
-    seen = counts.any(0)
-    sums = np.stack([sum(np.nan_to_num(run[seen]) for run in one.values()) for one in runs])
-    average = sums / np.maximum(counts[:, seen], 1)[:, :, np.newaxis]
-    names, firsts, column = np.unique(folds[seen], return_index=True, return_inverse=True)
-    has = counts[:, seen][:, firsts] > 0
-    weights = _least_squares(has)
+    """Each run has judged a fold. Images that nobody has judged yet do not count."""
+    names = sorted({fold for one in runs for fold, _ in one})
+    seen = np.isin(folds, names)
+    members = [np.flatnonzero(folds[seen] == fold) for fold in names]
+    average = np.zeros((len(runs), int(seen.sum()), len(sizes)))
+    counts = np.zeros((len(runs), len(names)), int)
+    for index, one in enumerate(runs):
+        for (fold, _), run in one.items():
+            k = names.index(fold)
+            counts[index, k] += 1
+            average[index, members[k]] += (run - average[index, members[k]]) / counts[index, k]
+    has = counts > 0
+    gains = _least_squares(has)
     hits = np.empty_like(average)
-    for k in range(len(names)):
-        here = column == k
-        hits[:, here] = len(names) * np.tensordot(weights[:, :, k], average[:, here], 1)
+    for k, here in enumerate(members):
+        weights = (gains[:, : len(runs)] + gains[:, [len(runs) + k]]) * has[:, k]
+        hits[:, here] = len(names) * np.tensordot(weights, average[:, here], 1)
     attributes = attribute_index(labels[seen], sizes)
     # Folds differ in their attributes. So a score is what exceeds the candidate's usual accuracy.
     n_of = np.bincount(attributes[attributes >= 0], minlength=sum(sizes))
@@ -342,37 +381,40 @@ def _by_fold(runs: Runs, labels: np.ndarray, sizes: Sequence[int], folds: np.nda
     usual = np.stack([class_means(one, attributes, sum(sizes))[attributes] for one in hits])
     excess = np.where(known, average - usual, 0.0)
     scores, parts = np.full(has.shape, np.nan), []
-    for k in range(len(names)):
-        judges, here = has[:, k], column == k
+    for k, here in enumerate(members):
+        judges = has[:, k]
         whole = max(share[here].sum(), ROUNDING)  # 0 if no label is known here
-        scores[judges, k] = (share * excess[judges])[:, here].sum((1, 2)) / whole
-        covariance = _image_covariance(average[judges][:, here], attributes[here], sizes)
+        scores[judges, k] = (share[here] * excess[:, here][judges]).sum((1, 2)) / whole
+        covariance = _image_covariance(average[:, here][judges], attributes[here], sizes)
         n, variance = len(covariance), float(np.trace(covariance)) / len(covariance)
         shared = (float(covariance.sum()) / n - variance) / (n - 1) if n > 1 else variance
         parts.append((variance - shared, shared, n > 1))
     # A fold with one judge does not tell what its images do to one from what they do to all.
     own, shared, _ = np.mean([part for part in parts if part[2]] or parts, 0).tolist()
-    return _Table(hits, labels[seen], scores, weights, own, shared)
+    return _Table(hits, labels[seen], scores, gains, own, shared)
+
+
+def _normal_matrix(has: np.ndarray) -> np.ndarray:
+    """X'X of the design X that has a row for each score, with a 1 for its candidate and its column."""
+    return np.block([[np.diag(has.sum(1)), has], [has.T, np.diag(has.sum(0))]]).astype(float)
 
 
 def _least_squares(has: np.ndarray) -> np.ndarray:
-    """How the candidates' means depend on the scores that there are: [candidates, candidates, folds].
+    """How the candidates' means depend on the scores that there are: see `_Table.gains`.
 
     A fold that is hard for all is not the fault of those who judged it. So a candidate that lacks folds
     is compared in those that it has, as in any incomplete table of two factors (Yates, Empire Journal of
     Experimental Agriculture 1, 1933). `has` [candidates, folds] says which there are.
     """
     candidates, folds = has.shape
-    rows, columns = np.nonzero(has)
-    design = np.hstack([np.eye(candidates)[rows], np.eye(folds)[columns]])
     mean = np.hstack([np.eye(candidates), np.full((candidates, folds), 1 / folds)])
-    weights = np.zeros((candidates, candidates, folds))
-    weights[:, rows, columns] = mean @ np.linalg.pinv(design)
-    return weights
+    return np.asarray(mean @ np.linalg.pinv(_normal_matrix(has), hermitian=True))
 
 
-def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
+def _trainings(table: _Table, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """How the candidates' scores would move with other trainings: [replicates, candidates].
+
+    The second is the covariance of that, as estimated [candidates, candidates].
 
     Least squares tell what a column does to all candidates from what it does to one. The latter's
     variance is taken as the same for all candidates, since the few columns of one say little. What folds
@@ -381,23 +423,28 @@ def _trainings(table: _Table, random: np.random.Generator) -> np.ndarray:
     """
     candidates, columns = table.scores.shape
     has = ~np.isnan(table.scores)
-    rows, in_column = np.nonzero(has)
-    values = table.scores[has]
-    design = np.hstack([np.eye(candidates)[rows], np.eye(columns)[in_column]])
-    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
-    freedom = len(values) - int(rank)
-    single = float(((values - design @ effects) ** 2).sum()) / freedom if freedom else 0.0
-    of_columns = float(np.var(effects[candidates:], ddof=1)) if columns > 1 else 0.0
-    shared = of_columns - single * float(np.mean(1 / np.bincount(in_column))) - table.shared
+    design = _normal_matrix(has)
+    sums = np.concatenate([np.nansum(table.scores, 1), np.nansum(table.scores, 0)])
+    effects = np.linalg.pinv(design, hermitian=True) @ sums
+    of_candidates, of_columns = effects[:candidates, np.newaxis], effects[candidates:]
+    freedom = int(has.sum()) - int(np.linalg.matrix_rank(design, hermitian=True))
+    residual = float(np.nansum((table.scores - of_candidates - of_columns) ** 2))
+    single = residual / freedom if freedom else 0.0
+    between = float(np.var(of_columns, ddof=1)) if columns > 1 else 0.0
+    shared = between - single * float(np.mean(1 / has.sum(0))) - table.shared
     if freedom:
         single -= table.own
     else:  # the two cannot be told apart
         shared -= table.own
-
-    def draw(shape: tuple[int, ...], variance: float, freedom: int) -> np.ndarray:
-        """Draw Student's t: the variance is an estimate. A replicate has one scale for all draws."""
-        scale = np.sqrt(max(variance, 0.0) * freedom / random.chisquare(freedom, REPLICATES))
-        return random.standard_normal((REPLICATES, *shape)) * scale.reshape(-1, *[1] * len(shape))
-
-    moves = draw((1, columns), shared, max(columns - 1, 1)) + draw(has.shape, single, max(freedom, 1))
-    return np.asarray(np.einsum("cdk,rdk->rc", table.weights, moves))
+    moves, covariance = np.zeros((REPLICATES, candidates)), np.zeros((candidates, candidates))
+    to_all = table.gains @ design[:, candidates:]  # what a column's shift does to each candidate's mean
+    for unit, variance, known in (
+        (to_all @ to_all.T, shared, max(columns - 1, 1)),
+        (table.gains @ design @ table.gains.T, single, max(freedom, 1)),
+    ):
+        part = max(variance, 0.0) * unit
+        # Student's t: the variance is an estimate. A replicate has one scale for all candidates.
+        scale = np.sqrt(known / random.chisquare(known, (REPLICATES, 1)))
+        moves += scale * random.multivariate_normal(np.zeros(candidates), part, REPLICATES)
+        covariance += part
+    return moves, covariance

@@ -1,10 +1,12 @@
 """Show a confirmation: a table, and the verdict in words."""
 
+import math
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dashboards.terminal import Grid
-from search.confirm.evidence import Candidate, Confirmation
+from search.confirm.evidence import WINNING_RERUNS, Candidate, Confirmation
 from storage.words import counted
 
 COLUMNS = (
@@ -53,6 +55,8 @@ def cells(candidate: Candidate) -> list[str]:
 def verdict(confirmation: Confirmation) -> list[str]:
     """What follows, in sentences."""
     lines = [_who_is_best(confirmation)]
+    if confirmation.choice and (line := no_winner(confirmation.seeds, confirmation.folds)):
+        lines.append(line)
     if confirmation.left_out:
         lines.append(
             f"{counted(confirmation.left_out, 'rerun')} left out, as "
@@ -74,6 +78,20 @@ def verdict(confirmation: Confirmation) -> list[str]:
     if confirmation.difference:
         lines.append(f"{confirmation.linked}: {confirmation.difference}")
     return lines
+
+
+def no_winner(seeds: int, folds: int | None) -> str | None:
+    """Why a confirmation with so many seeds of each candidate, in each fold, cannot have a winner.
+
+    None if it can.
+    """
+    reruns = seeds * (folds or 1)
+    if reruns >= WINNING_RERUNS:
+        return None
+    return (
+        f"with {reruns} reruns of each candidate none can be declared the best; that takes "
+        f"{WINNING_RERUNS} or more: --seeds {math.ceil(WINNING_RERUNS / (folds or 1))}"
+    )
 
 
 def _who_is_best(confirmation: Confirmation) -> str:
