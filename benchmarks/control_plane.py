@@ -33,7 +33,7 @@ from search.worker import Worker
 from storage import database, optuna_storage, studies
 from storage.ledger import Ledger
 from storage.paths import RunFolder
-from tests.studies import fill
+from tests.studies import fill, open_storage
 from trainer.demo import write_demo
 from trainer.loop import EpochOutcome
 from trainer.metrics import EpochResult
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=float, default=0.4)
     options = parser.parse_args()
     with temporary_home() as folder:
-        optuna_storage.open_storage(database.connect())
+        open_storage(database.connect())
         many_workers(WORKERS / RATE, f"{RATE} records a second")
         many_workers(0.0, "as fast as they can")
         beside_training(options.trials or [100, 1000, 5000], options.epoch, folder)

@@ -48,6 +48,7 @@ from search.worker import Worker
 from storage import database, ledger, optuna_storage, studies
 from storage.paths import RunFolder
 from storage.status import read_status
+from tests.studies import open_storage
 from trainer.config import TrainConfig
 from trainer.metrics import EpochResult
 from trainer.predictions import Predictions
@@ -512,7 +513,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     with temporary_home() as home:
-        optuna_storage.open_storage(_engine(home))
+        open_storage(_engine(home))
         if options.only != "crowd":
             efficiency(home, options.replays, options.figure)
         if options.only != "efficiency":

@@ -22,11 +22,11 @@ import optuna
 import sqlalchemy as sa
 
 from benchmarks.server import temporary_home
-from storage import database, optuna_storage
+from storage import database
 from storage.leases import RENEW_SECONDS, LeaseKeeper
 from storage.ledger import LEASE_SECONDS, Ledger
 from storage.tables import ATTEMPTS, WORKERS
-from tests.studies import fill
+from tests.studies import fill, open_storage
 
 SPREAD = 300.0  # seconds until all processes have been killed
 
@@ -60,7 +60,7 @@ def main() -> None:
     count = parser.parse_args().trials
     with temporary_home():
         engine = database.connect()
-        storage = optuna_storage.open_storage(engine)
+        storage = open_storage(engine)
         study_id = fill(engine, ["waiting"] * count, name="takeover", max_trials=count)
         engine.dispose()  # before the fork
         storage._backend.engine.dispose()  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from search.study_config import StudyConfig, WholeRange
+from search.study_config import Plan, Spec, StudyConfig, WholeRange
 
 STARTUP_TRIALS = 10
 
@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", "QMCSampler is experimental", ExperimentalWarn
 def distributions(config: StudyConfig) -> dict[str, BaseDistribution]:
     """A study's parameters as Optuna's distributions."""
 
-    def distribution(spec: Any) -> BaseDistribution:
+    def distribution(spec: Spec) -> BaseDistribution:
         if isinstance(spec, list):
             return CategoricalDistribution(spec)
         if isinstance(spec, WholeRange):
@@ -43,8 +43,8 @@ def distributions(config: StudyConfig) -> dict[str, BaseDistribution]:
 
 def make_sampler(config: StudyConfig, first: Sequence[Mapping[str, Any]]) -> BaseSampler:
     """The study's sampler. It begins with the parameters `first`, unless all trials are planned."""
-    if config.planned(0) is not None:
-        return PlannedSampler(config)
+    if config.plan is not None:
+        return PlannedSampler(config.plan)
     # Without seeds: workers with the same seed would try the same trials.
     makers: dict[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: TPESampler(n_startup_trials=1),
@@ -60,8 +60,8 @@ def make_sampler(config: StudyConfig, first: Sequence[Mapping[str, Any]]) -> Bas
 class PlannedSampler(BaseSampler):
     """Samples nothing: each trial's parameters follow from its number."""
 
-    def __init__(self, config: StudyConfig) -> None:
-        self._config = config
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -80,9 +80,7 @@ class PlannedSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        planned = self._config.planned(trial.number)
-        assert planned is not None  # `make_sampler` has asked
-        return planned[param_name]
+        return self._plan(trial.number)[param_name]
 
 
 class StartupSampler(BaseSampler):

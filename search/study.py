@@ -13,7 +13,8 @@ from search.sampling import make_sampler
 from search.study_config import WARM_START_TRIALS, StudyConfig
 from storage import studies
 from storage.database import retrying
-from storage.optuna_storage import open_storage
+from storage.optuna_storage import optuna_storage
+from storage.schema import ensure_tables
 from storage.status import read_status
 from trainer.dataset import Dataset
 from trainer.division import absent_attributes
@@ -55,7 +56,8 @@ def open_study(
 
 def lead_study(config: StudyConfig, engine: sa.Engine, dataset: Dataset) -> studies.StudyEntry:
     """Make the tables if there are none, and open the study as its lead. Raises DatabaseError too."""
-    return open_study(config, engine, open_storage(engine), dataset, lead=True)[1]
+    ensure_tables(engine)
+    return open_study(config, engine, optuna_storage(engine), dataset, lead=True)[1]
 
 
 def _create(

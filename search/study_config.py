@@ -1,7 +1,7 @@
 """The tables of a study file and their checks; its parameters, rungs and identity follow from them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
@@ -46,6 +46,8 @@ class WholeRange(Range):
 
 
 Choices = Annotated[list[Number], Field(min_length=1)]
+Plan = Callable[[int], dict[str, Any]]
+Spec = Range | list[float | int]  # what a parameter may be
 NO_FILE = ("timm", "none")  # values of `weights` that name no file
 WARM_START_TRIALS = 3  # of each earlier study
 MAX_NAME = 200  # bytes of a percent-encoded study name, which is part of a folder's name
@@ -151,7 +153,8 @@ class StudyConfig(Table):
         for name, value in params.items():
             if name not in parameters:
                 return unknown_key(name, parameters)
-            if not _fits(value, spec := parameters[name]):
+            spec = parameters[name]
+            if not _fits(value, spec):
                 allowed = spec if isinstance(spec, list) else f"{spec.low:g} to {spec.high:g}"
                 return f"{name} = {value!r}; allowed is {allowed}"
         return None
@@ -196,12 +199,13 @@ class StudyConfig(Table):
     def epochs(self) -> int:
         return self.shared.epochs
 
-    def parameters(self) -> dict[str, Range | list[float | int]]:
+    def parameters(self) -> dict[str, Spec]:
         """What each parameter of a trial may be."""
         return {**self.space}
 
-    def planned(self, number: int) -> dict[str, Any] | None:
-        """The parameters of the trial with this number; None where a sampler chooses them."""
+    @property
+    def plan(self) -> Plan | None:
+        """The parameters of each trial, by its number; None where a sampler chooses them."""
         return None
 
     def rungs(self) -> list[int]:
@@ -295,14 +299,15 @@ def weights_identity(weights: str) -> str:
         ) from None
 
 
-def _fits(value: Any, spec: Range | list[float | int]) -> bool:
+def _fits(value: Any, spec: Spec) -> bool:
     if isinstance(spec, list):
         return value in spec
-    is_number = isinstance(value, int if isinstance(spec, WholeRange) else (int, float))
-    return is_number and spec.low <= value <= spec.high
+    if not isinstance(value, (int, float)) or (isinstance(spec, WholeRange) and value % 1):
+        return False
+    return spec.low <= value <= spec.high
 
 
-def _corner(spec: Range | list[float | int], which: str) -> Any:
+def _corner(spec: Spec, which: str) -> Any:
     if isinstance(spec, Range):
         return getattr(spec, which)
     return min(spec) if which == "low" else max(spec)

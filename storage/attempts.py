@@ -11,6 +11,11 @@ from storage.outcome import LEFT, Outcome
 from storage.tables import ATTEMPTS, WORKERS, Row
 
 
+def is_attempt(trial_id: int, number: int) -> sa.ColumnElement[bool]:
+    """Selects one attempt."""
+    return sa.and_(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.number == number)
+
+
 def lock_open_attempt(connection: sa.Connection, trial_id: int) -> Row | None:
     """Lock a trial's open attempt. Returns its row, with whether its `lease_lasts`; None without one."""
     is_open = sa.and_(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.released.is_(None))
@@ -21,7 +26,7 @@ def lock_open_attempt(connection: sa.Connection, trial_id: int) -> Row | None:
 
 def lock_attempt(connection: sa.Connection, trial_id: int, number: int) -> Row | None:
     """Lock an attempt at a trial. Returns its row; None if there is none of this number."""
-    query = sa.select(ATTEMPTS).where(_is(trial_id, number)).with_for_update()
+    query = sa.select(ATTEMPTS).where(is_attempt(trial_id, number)).with_for_update()
     return connection.execute(query).one_or_none()
 
 
@@ -72,11 +77,7 @@ def close_lost_attempt(connection: sa.Connection, trial_id: int, number: int) ->
 
 
 def _update(connection: sa.Connection, trial_id: int, number: int, **values: Any) -> None:
-    connection.execute(sa.update(ATTEMPTS).where(_is(trial_id, number)).values(values))
-
-
-def _is(trial_id: int, number: int) -> sa.ColumnElement[bool]:
-    return sa.and_(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.number == number)
+    connection.execute(sa.update(ATTEMPTS).where(is_attempt(trial_id, number)).values(values))
 
 
 def release_all(connection: sa.Connection, worker_id: str | None, reason: str) -> None:

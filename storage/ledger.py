@@ -29,6 +29,7 @@ from storage.attempts import (
     close_if_ended,
     close_lost_attempt,
     hosts_of_failures,
+    is_attempt,
     lock_attempt,
     lock_open_attempt,
     open_attempt,
@@ -266,8 +267,7 @@ class Ledger:
 
     def _is_open(self, claim: Claim) -> sa.ColumnElement[bool]:
         return sa.and_(
-            ATTEMPTS.c.trial_id == claim.trial_id,
-            ATTEMPTS.c.number == claim.attempt,
+            is_attempt(claim.trial_id, claim.attempt),
             ATTEMPTS.c.worker_id == self.worker_id,
             ATTEMPTS.c.released.is_(None),
         )
@@ -355,7 +355,8 @@ class Ledger:
             attempt = lock_attempt(connection, *key)
             if attempt is not None and attempt.outcome == outcome:
                 return  # an earlier call did it, and its reply was lost
-            self._fence(connection, claim)
+            if attempt is None or attempt.worker_id != self.worker_id or attempt.released is not None:
+                raise _lost(claim)
             trial = lock_trial(connection, claim.trial_id)
             ended_elsewhere = close_if_ended(connection, *key, trial.state)
             if ended_elsewhere is None:

@@ -5,8 +5,7 @@ import sqlalchemy as sa
 from optuna.storages import BaseStorage as BaseStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import WORK, Sessions, pool, retrying, watched
-from storage.schema import ensure_tables
+from storage.database import WORK, Sessions, pool, watched
 from storage.tables import SCHEMA
 from storage.url import DatabaseError
 
@@ -22,13 +21,6 @@ def show_optunas_tables(connection: sa.Connection) -> None:
         connection.execute(
             sa.text(f"ALTER ROLE {SCHEMA} IN DATABASE {database} SET search_path = public")
         )
-
-
-@retrying
-def open_storage(engine: sa.Engine) -> BaseStorage:
-    """Optuna's storage on the same database, after `ensure_tables`. Raises DatabaseError."""
-    ensure_tables(engine)
-    return optuna_storage(engine)
 
 
 def optuna_storage(

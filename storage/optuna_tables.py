@@ -149,7 +149,7 @@ def end_trial(
     value: float | None,
     system_attributes: Mapping[str, Any],
 ) -> None:
-    """End a trial: write what Study.tell writes, and system attributes."""
+    """End a trial: write what Study.tell writes, and system attributes. The value is no NaN."""
     _update(connection, trial_id, state=state, datetime_complete=_utc_now())
     if value is not None:
         number, kind = stored(value)
@@ -169,7 +169,10 @@ def _utc_now() -> sa.ColumnElement[Any]:
 
 
 def stored(value: float) -> tuple[float | None, str]:
-    """A value in the form of Optuna's tables: a finite number or None, and the name of its kind."""
+    """A value in the form of Optuna's tables: a finite number or None, and the name of its kind.
+
+    Only the table of intermediate values has the kind NAN.
+    """
     if math.isnan(value):
         return None, "NAN"
     if math.isinf(value):

@@ -47,8 +47,8 @@ def prune_the_rest(connection: sa.Connection, study_id: int, spent: bool) -> Non
         values = sa.select(EPOCHS.c.value).where(EPOCHS.c.trial_id == trial_id)
         value = connection.scalar(values.order_by(EPOCHS.c.epoch.desc()).limit(1))
         end_trial(connection, trial_id, TrialState.PRUNED, value, {})
-        its = ATTEMPTS.alias()
-        last = sa.select(sa.func.max(its.c.number)).where(its.c.trial_id == trial_id).scalar_subquery()
+        numbers = sa.select(sa.func.max(ATTEMPTS.c.number)).where(ATTEMPTS.c.trial_id == trial_id)
+        last = numbers.scalar_subquery()
         connection.execute(
             sa.update(ATTEMPTS)
             .where(ATTEMPTS.c.trial_id == trial_id, ATTEMPTS.c.number == last)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel
 
-from storage import optuna_storage, recording, studies
+from storage import optuna_storage, recording, schema, studies
 from storage.optuna_tables import (
     PARAMS,
     VALUES,
@@ -45,9 +45,15 @@ STATES = {
 }
 
 
+def open_storage(engine):
+    """Optuna's storage on a database that may have no tables yet."""
+    schema.ensure_tables(engine)
+    return optuna_storage.optuna_storage(engine)
+
+
 def fill(engine, states, epochs=30, name="filled", max_trials=None, log=None, data="nowhere"):
     """Write a study with one trial per entry of `states`. Returns Optuna's id of it."""
-    storage = optuna_storage.open_storage(engine)
+    storage = open_storage(engine)
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     study_id = study._study_id
     studies.enter_study(

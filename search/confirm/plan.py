@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from search.comparable import check_versions
 from search.errors import InputError
-from search.study_config import Range, StudyConfig, WholeRange
+from search.study_config import Plan, Spec, StudyConfig, WholeRange
 from search.toml_file import validate
 from storage.status import read_status
 from storage.studies import StudyEntry, study_entry
@@ -52,9 +52,9 @@ class ConfirmationFile(StudyConfig):
         """The full configuration of a trial with these parameters."""
         return super().config({key: value for key, value in params.items() if key != "candidate"})
 
-    def parameters(self) -> dict[str, Range | list[float | int]]:
+    def parameters(self) -> dict[str, Spec]:
         """The search's space, and as parameters the trial to run again, its seed and its fold."""
-        rerun: dict[str, Range | list[float | int]] = {
+        rerun: dict[str, Spec] = {
             "candidate": WholeRange(low=0, high=MOST_TRIALS),
             "seed": WholeRange(low=0, high=2**32 - 1),
         }
@@ -81,17 +81,21 @@ class ConfirmationFile(StudyConfig):
     def metadata(self, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return super().metadata(first) | {"wanted": {"within": self.within}}
 
-    def planned(self, number: int) -> dict[str, Any]:
-        """The parameters of the trial with this number. No candidate runs again before all have run."""
-        round_number, index = divmod(number, len(self.candidates))
-        candidate = self.candidates[index]
-        # A fresh seed: the search's own one may have been lucky. Folds do not share one: what it did to
-        # all of them could not be told from the configuration.
-        seed = (self.shared.seed + 1 + round_number) % 2**32
-        rerun = {"candidate": candidate["number"], "seed": seed}
-        in_fold = {"fold": round_number % self.folds} if self.folds else {}
-        planned: dict[str, Any] = rerun | in_fold | candidate["params"]
-        return planned
+    @property
+    def plan(self) -> Plan:
+        """The parameters of each trial, by its number. No candidate runs again before all have run."""
+        seed, folds = self.shared.seed, self.folds
+
+        def parameters(number: int) -> dict[str, Any]:
+            round_number, index = divmod(number, len(self.candidates))
+            candidate = self.candidates[index]
+            # A fresh seed: the search's own one may have been lucky. Folds do not share one: what it did
+            # to all of them could not be told from the configuration.
+            rerun = {"candidate": candidate["number"], "seed": (seed + 1 + round_number) % 2**32}
+            in_fold = {"fold": round_number % folds} if folds else {}
+            return {**rerun, **in_fold, **candidate["params"]}
+
+        return parameters
 
 
 def recorded(entry: StudyEntry) -> ConfirmationFile | None:

@@ -24,10 +24,13 @@ def a_trained_trial_has_parameters_of_the_space(evidence: Evidence) -> Found:
 
 
 def a_rerun_has_the_parameters_of_the_plan(evidence: Evidence) -> Found:
+    plan = evidence.config.plan
+    if plan is None:
+        return
     for trial in evidence.trials:
-        planned = evidence.config.planned(trial.number)
-        if planned is None or not trial.epochs or trial.is_enqueued:
+        if not trial.epochs or trial.is_enqueued:
             continue
+        planned = plan(trial.number)
         if other := sorted(name for name in planned if trial.params.get(name) != planned[name]):
             yield trial.number, f"was trained with another {', '.join(other)} than planned"
 

@@ -32,7 +32,7 @@ from storage import database, ledger, optuna_storage, studies
 from storage.embedded import EmbeddedPostgres
 from storage.paths import RunFolder, studies_here
 from tests.conftest import PASSWORD, copied_database, give_accounts
-from tests.studies import fill
+from tests.studies import fill, open_storage
 
 MIXED = ["complete", "pruned", "failed", "running", "waiting", "complete"]
 HTML = {"Accept": "text/html"}
@@ -308,7 +308,7 @@ def test_an_editor_may_delete_but_not_under_the_workers(app, engine, home):
 
 def test_an_editor_may_tell_a_trial_only_if_nobody_holds_it(app, engine):
     study = fill(engine, MIXED)
-    storage = optuna_storage.open_storage(engine)
+    storage = open_storage(engine)
     trials = {trial.number: trial for trial in storage.get_all_trials(study)}
     client = log_in(app, "ed")
     running, waiting = (trials[MIXED.index(state)]._trial_id for state in ("running", "waiting"))
@@ -331,12 +331,12 @@ def test_the_path_that_is_judged_is_the_path_that_is_served(app, engine, path):
     status = []
     list(app.wsgi_app(environ, lambda line, headers: status.append(line)))
     assert status[0].startswith("404")
-    assert optuna_storage.open_storage(engine).get_all_trials(study)[0].state == TrialState.RUNNING
+    assert open_storage(engine).get_all_trials(study)[0].state == TrialState.RUNNING
 
 
 def test_a_deleted_study_was_stopped_first_so_that_no_worker_begins(app, engine):
     study = fill(engine, ["complete"], max_trials=5)
-    worker = ledger.Ledger(engine, optuna_storage.open_storage(engine), study)
+    worker = ledger.Ledger(engine, open_storage(engine), study)
     worker.register()
     assert studies.stop_unless_held(engine, study)
     assert worker.claim() is None
@@ -346,7 +346,7 @@ def test_a_deleted_study_was_stopped_first_so_that_no_worker_begins(app, engine)
 
 def test_a_worker_whose_study_was_deleted_by_force_has_lost_its_lease(app, engine):
     study = fill(engine, ["waiting"])
-    storage = optuna_storage.open_storage(engine)
+    storage = open_storage(engine)
     worker = ledger.Ledger(engine, storage, study)
     worker.register()
     claim = worker.claim()
@@ -885,7 +885,7 @@ def test_the_number_of_statements_does_not_grow_with_the_trials(shown, small_and
 def test_the_picture_of_a_curve_is_shown_by_optuna_dashboard(app, engine, home):
     from storage.status import TrialRow
 
-    storage = optuna_storage.open_storage(engine)
+    storage = open_storage(engine)
     study = fill(engine, ["waiting"])
     [trial] = storage.get_all_trials(study)
     worker = ledger.Ledger(engine, storage, study)
@@ -913,7 +913,7 @@ def test_the_picture_of_a_curve_is_shown_by_optuna_dashboard(app, engine, home):
 def test_an_artifact_that_was_deleted_is_not_shown(app, engine):
     study = fill(engine, ["waiting"])
     client = log_in(app, "ed")
-    [trial] = optuna_storage.open_storage(engine).get_all_trials(study)
+    [trial] = open_storage(engine).get_all_trials(study)
     file = {"file": "data:text/plain;base64,aGk=", "filename": "note.txt"}
     added = client.post(f"/api/artifacts/{study}/{trial._trial_id}", json=file)
     assert added.status_code == 201

@@ -21,6 +21,7 @@ from storage.ledger import LeaseLost, Ledger
 from storage.liveness import is_gone, process_identity
 from storage.outcome import Outcome
 from storage.tables import ATTEMPTS, EPOCHS
+from tests.studies import open_storage
 from trainer.metrics import EpochResult
 
 RESULT = {
@@ -511,7 +512,7 @@ def test_eight_workers_make_exactly_fifty_trials_and_share_none(engine, start):
 def prepare_once(barrier) -> None:
     engine = database.connect()
     barrier.wait()
-    optuna_storage.open_storage(engine)
+    open_storage(engine)
     assert schema.schema_revision(engine) == schema.head_revision()
 
 

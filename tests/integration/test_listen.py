@@ -12,10 +12,11 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from search.cli import app
-from storage import database, optuna_storage, url
+from storage import database, url
 from storage.embedded import EmbeddedPostgres
 from storage.url import DatabaseError
 from tests.conftest import free_port
+from tests.studies import open_storage
 
 runner = CliRunner()
 SYSTEM = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian's; built with TLS
@@ -69,7 +70,7 @@ def test_the_network_needs_the_password_and_serves_no_superuser(home, port):
     assert stat.S_IMODE(passfile.stat().st_mode) == 0o600
     engine = database.connect()  # by the file that the home holds
     assert (engine.url.host, engine.url.port) == ("127.0.0.1", port)
-    optuna_storage.open_storage(engine)
+    open_storage(engine)
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SHOW is_superuser")) == "off"
         assert connection.scalar(sa.text("SELECT count(*) FROM atelier.study")) == 0
@@ -171,7 +172,7 @@ def test_with_tls_nothing_goes_in_the_clear_and_the_server_is_verified(home, por
     result = start(port, "--postgres", str(SYSTEM[-1]))
     assert result.exit_code == 0, result.output
     engine = database.connect()
-    optuna_storage.open_storage(engine)
+    open_storage(engine)
     with engine.connect() as connection:
         query = "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
         encrypted, version = connection.execute(sa.text(query)).one()

@@ -24,8 +24,8 @@ PLANTS: dict[str, list[Edit]] = {
     "finish-without-fence": [
         (
             "storage.ledger.Ledger.finish",
-            "self._fence(connection, claim)",
-            "assert attempt is not None",
+            "attempt is None or attempt.worker_id != self.worker_id or attempt.released is not None",
+            "attempt is None",
         )
     ],
     "digest-not-checked": [

@@ -17,20 +17,21 @@ from optuna.storages._rdb.models import BaseModel, TrialIntermediateValueModel, 
 from storage.optuna_tables import OPTUNAS_TABLES, TrialState, parameter, stored
 
 
-def kind(column):
+def type_of(column):
     """A column's type, so far as it matters for reading and writing. An enumeration is text."""
-    for kind in (sa.Integer, sa.Float, sa.DateTime, sa.String):
-        if isinstance(column.type, kind):
-            return kind
+    for known in (sa.Integer, sa.Float, sa.DateTime, sa.String):
+        if isinstance(column.type, known):
+            return known
     raise AssertionError(column.type)
 
 
 def test_the_tables_are_optunas_parents_first():
     ours = {
-        table.name: {column.name: kind(column) for column in table.columns} for table in OPTUNAS_TABLES
+        table.name: {column.name: type_of(column) for column in table.columns}
+        for table in OPTUNAS_TABLES
     }
     theirs = {
-        table.name: {column.name: kind(column) for column in table.columns}
+        table.name: {column.name: type_of(column) for column in table.columns}
         for table in BaseModel.metadata.sorted_tables
     }
     assert ours == theirs
