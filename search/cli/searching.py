@@ -35,7 +35,7 @@ from search.cli.options import (
 )
 from search.cli.submitting import submit_workers
 from search.cli.winning import check_export, export_best
-from search.confirm.evidence import read_confirmation
+from search.confirm.evidence import rarest, read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import no_winner, render
 from search.errors import InputError
@@ -217,7 +217,8 @@ def confirm(
         check_pack(pack)
     else:
         pack = pack_here(pack, workers)
-    if len(config.candidates) > 1 and (line := no_winner(config.seeds, config.folds)):
+    images = None if config.folds else rarest(entry)  # folds judge by more, as they will show
+    if len(config.candidates) > 1 and (line := no_winner(config.seeds, config.folds, images)):
         say(line)
     arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]
     if to_slurm:

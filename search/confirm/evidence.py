@@ -23,13 +23,15 @@ from search.confirm.plan import SUFFIX, ConfirmationFile, recorded
 from storage.status import State, Status, TrialRow, difference_line, read_status
 from storage.studies import StudyEntry, study_entry
 
-WINS = 0.95  # a candidate that is the best with this probability has won
+WINS = 0.96  # a candidate that is the best with this probability has won
 DROPPED = 0.01  # below this probability it gets no further reruns
 # Why a rerun is pruned before its first epoch.
 CANNOT_WIN = "cannot win any more"
 NEAR_ENOUGH = "a candidate is known to be as near to the best as was asked for"
 LEAST_RERUNS = 2  # of different seeds or folds, before anything is said of a candidate
 WINNING_RERUNS = 5  # of a winner; with fewer no paired test of them alone reaches 5 % (1/2**5 = 3 %)
+# Of a winner, of each attribute: what luck does to fewer is far from a normal distribution.
+WINNING_IMAGES = 10
 ABOUT = 0.95  # so large a share of the training images counts as about as many
 MOST_RIVALS = 100  # trials of the search that show how lucky the first one is
 
@@ -63,6 +65,7 @@ class Confirmation:
     max_reruns: int
     seeds: int  # wanted of each candidate, in each fold
     folds: int | None  # None if the validation split judges all reruns
+    rarest: int | None  # images of the rarest attribute; None if that is not on record
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
@@ -82,13 +85,17 @@ class Confirmation:
 
     @property
     def winner(self) -> Candidate | None:
-        """The candidate that is the best with a probability of 95 %. None before the end."""
+        """The candidate that is surely the best: see WINS, WINNING_RERUNS and WINNING_IMAGES.
+
+        None before the end.
+        """
         # Not before the end: whoever looks often enough sees any candidate win for a while. And none of
         # whose reruns failed: it may have lost its bad seeds, or its rivals.
         first = self.leader
         if first is None or first.estimate is None or not self._is_decided or first.failed:
             return None
-        return first if first.seeds >= WINNING_RERUNS and first.estimate.best >= WINS else None
+        is_known = first.seeds >= WINNING_RERUNS and (self.rarest or 0) >= WINNING_IMAGES
+        return first if is_known and first.estimate.best >= WINS else None
 
     @property
     def choice(self) -> Candidate | None:
@@ -152,6 +159,7 @@ def read_confirmation(
         max_reruns=status.max_trials,
         seeds=plan.seeds,
         folds=plan.folds,
+        rarest=rarest(linked),
         candidates=candidates,
         optimism=_optimism(search, predicted, numbers[0], evidence, plan.folds),
         overtaken=[row.number for row in ranking[: len(numbers)] if row.number not in numbers],
@@ -185,6 +193,14 @@ def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Seque
         return _Searched({}, {}, None)
     accuracy = {number: per_class_accuracy(run, labels, sizes) for number, run in runs.items()}
     return _Searched(runs, accuracy, labels)
+
+
+def rarest(entry: StudyEntry) -> int | None:
+    """How many images that a study's trials are judged by have the rarest attribute that any has.
+
+    None if that is not on record, as of an early version.
+    """
+    return min((row["images"] for row in entry.attributes if row["images"]), default=None)
 
 
 def _training_images(entry: StudyEntry) -> int:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dashboards.terminal import Grid
-from search.confirm.evidence import WINNING_RERUNS, Candidate, Confirmation
+from search.confirm.evidence import WINNING_IMAGES, WINNING_RERUNS, Candidate, Confirmation
 from storage.words import counted
 
 COLUMNS = (
@@ -55,8 +55,9 @@ def cells(candidate: Candidate) -> list[str]:
 def verdict(confirmation: Confirmation) -> list[str]:
     """What follows, in sentences."""
     lines = [_who_is_best(confirmation)]
-    if confirmation.choice and (line := no_winner(confirmation.seeds, confirmation.folds)):
-        lines.append(line)
+    why = no_winner(confirmation.seeds, confirmation.folds, confirmation.rarest)
+    if confirmation.choice and why:
+        lines.append(why)
     if confirmation.left_out:
         lines.append(
             f"{counted(confirmation.left_out, 'rerun')} left out, as "
@@ -80,18 +81,23 @@ def verdict(confirmation: Confirmation) -> list[str]:
     return lines
 
 
-def no_winner(seeds: int, folds: int | None) -> str | None:
+def no_winner(seeds: int, folds: int | None, images: int | None) -> str | None:
     """Why a confirmation with so many seeds of each candidate, in each fold, cannot have a winner.
 
-    None if it can.
+    `images` are those of the rarest attribute, None if nobody knows. None if it can have one.
     """
     reruns = seeds * (folds or 1)
-    if reruns >= WINNING_RERUNS:
-        return None
-    return (
-        f"with {reruns} reruns of each candidate none can be declared the best; that takes "
-        f"{WINNING_RERUNS} or more: --seeds {math.ceil(WINNING_RERUNS / (folds or 1))}"
-    )
+    if reruns < WINNING_RERUNS:
+        return (
+            f"with {counted(reruns, 'rerun')} of each candidate none can be declared the best; that "
+            f"takes {WINNING_RERUNS} or more: --seeds {math.ceil(WINNING_RERUNS / (folds or 1))}"
+        )
+    if images is not None and images < WINNING_IMAGES:
+        return (
+            f"with {counted(images, 'image')} of an attribute none can be declared the best; that takes "
+            f"{WINNING_IMAGES} or more{'' if folds else ', and --folds judges by those of train too'}"
+        )
+    return None
 
 
 def _who_is_best(confirmation: Confirmation) -> str:

@@ -13,16 +13,17 @@ from search.confirm.table import no_winner, verdict
 )
 def test_a_figure_is_too_high_or_too_low_by_a_positive_number(optimism, words):
     alone = Candidate(3, {}, 0.6, seeds=5, failed=0, passed_over=False, estimate=None)
-    known = Confirmation("s", "s-confirm", 0, 5, 5, None, [alone], optimism, [], 0, None, "")
+    known = Confirmation("s", "s-confirm", 0, 5, 5, None, 99, [alone], optimism, [], 0, None, "")
     assert words in verdict(known)[-1]
 
 
-def leading(seeds, folds):
+def leading(seeds, folds, images=10):
     """A confirmation that has ended, whose first candidate is surely the best."""
     known = Estimate(Interval(0.6, 0, 0.6, 0.6), Interval(0, 0, 0, 0), 1.0, 0.0)
     done = seeds * (folds or 1)
     two = [Candidate(n, {}, 0.6, done, failed=0, passed_over=False, estimate=known) for n in (3, 4)]
-    return Confirmation("s", "s-confirm", 2 * done, 2 * done, seeds, folds, two, None, [], 0, None, "")
+    ended = (2 * done, 2 * done, seeds, folds, images)
+    return Confirmation("s", "s-confirm", *ended, two, None, [], 0, None, "")
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,22 @@ def test_too_few_reruns_for_a_winner_are_said_with_the_number_that_is_enough(see
         return
     assert known.winner is None
     line = verdict(known)[-1]
-    assert line == no_winner(seeds, folds)
+    assert line == no_winner(seeds, folds, 10)
     assert f"with {seeds * (folds or 1)} reruns" in line
     assert line.endswith(f"--seeds {wins_with}")
     assert leading(wins_with, folds).winner
     assert not leading(wins_with - 1, folds).winner
+
+
+@pytest.mark.parametrize(
+    ("folds", "advice"), [(None, "and --folds judges by those of train too"), (6, "10 or more")]
+)
+def test_too_few_images_of_an_attribute_for_a_winner_are_said(folds, advice):
+    assert leading(5, folds).winner
+    known = leading(5, folds, images=9)
+    assert known.winner is None
+    assert known.choice
+    line = verdict(known)[-1]
+    assert line.startswith("with 9 images of an attribute none can be declared the best; ")
+    assert line.endswith(advice)
+    assert leading(5, folds, images=None).winner is None
