@@ -1,7 +1,6 @@
 """The [slurm.*] profiles that fit a site: what a study asks for, as far as the site allows it."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import Any
 from dashboards.study_tables import duration
 from search.profile import SlurmProfile
 from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site
+from search.slurm.sizes import mebibytes
 from search.slurm.times import clock, slurm_seconds
 from storage.words import counted
 
@@ -175,7 +175,7 @@ def _hardware(
     cpus = int(max(min(share, profile.cpus), 1))
     why_cpus = f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
     share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
-    memory = int(min(share, _mebibytes(profile.memory)))
+    memory = int(min(share, mebibytes(profile.memory)))
     why_memory = f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else ""
     most = min(partition.memory, partition.memory_per_cpu * cpus)
     if memory > most:
@@ -246,16 +246,11 @@ def _array(
         tasks,
         limits.running,
         limits.all_cpus / profile.cpus,
-        limits.all_memory / _mebibytes(profile.memory),
+        limits.all_memory / mebibytes(profile.memory),
     )
     if partition.gpus and any(profile.gpus for profile in profiles.values()):
         at_once = min(at_once, sum(partition.gpus.values()), limits.all_gpus)
     return f"0-{max(int(tasks), 1) - 1}%{max(int(at_once), 1)}"
-
-
-def _mebibytes(memory: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper()).groups()  # type: ignore[union-attr]
-    return int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit] >> 10
 
 
 def in_words(seconds: float) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from search.slurm.accounting import size
 from search.slurm.commands import NoClusterError, SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
+from search.slurm.sizes import mebibytes
 from search.slurm.times import NO_LIMIT, slurm_seconds
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "sinfo")
@@ -372,17 +372,10 @@ def _tres(text: str) -> list[float]:
     for resource, value in re.findall(r"([^,=]+)=([^,]*)", text):
         kind = resource.partition(":")[0]
         if kind == "mem":
-            found[kind] = _mebibytes(value)
+            found[kind] = mebibytes(value)
         elif kind in found:
             found[kind] = min(found[kind], _limit(value))
     return list(found.values())
-
-
-def _mebibytes(text: str) -> float:
-    bytes_of = size(text)
-    if bytes_of is None:
-        raise ValueError(f"{text!r} is not understood")
-    return bytes_of / (1 << 20)
 
 
 def _seconds(text: str) -> float:
