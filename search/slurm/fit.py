@@ -16,6 +16,7 @@ from storage.words import counted
 DAY = 86400  # seconds
 TASKS, AT_ONCE = 8, 4  # of an array
 YOURS = "your account or QOS"
+YOUR_MOST = f"the most that {YOURS} allows"
 WARNED_SHARE = 4  # of a short job at most a fourth is left to end in
 
 
@@ -172,21 +173,22 @@ def _hardware(
         one for one in partition.working if kind in one.gpus or (not kind and (one.gpus or not gpus))
     ]
     share, small = _share(nodes, [min(one.cpus, partition.cpus) for one in nodes], bool(gpus), part)
-    cpus = int(max(min(share, profile.cpus), 1))
-    why_cpus = f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
+    cpus, why_cpus = _at_most(
+        max(min(share, profile.cpus), 1),
+        f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else "",
+        (min(limits.cpus, limits.all_cpus), YOUR_MOST),
+    )
     share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
-    memory = int(min(share, mebibytes(profile.memory)))
-    why_memory = f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else ""
-    most = min(partition.memory, partition.memory_per_cpu * cpus)
-    if memory > most:
-        memory = int(most)
-        why_memory = f"the most that {partition.name} allows for its {counted(cpus, 'CPU')}"
-    most = min(limits.cpus, limits.all_cpus)
-    if cpus > most:
-        cpus, why_cpus = int(most), f"the most that {YOURS} allows"
-    most = min(limits.memory, limits.all_memory)
-    if memory > most:
-        memory, why_memory = int(most), f"the most that {YOURS} allows"
+    # Where each CPU has a limit of memory, SLURM raises the CPUs of a job that asks for more.
+    memory, why_memory = _at_most(
+        min(share, mebibytes(profile.memory)),
+        f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else "",
+        (
+            min(partition.memory, partition.memory_per_cpu * cpus),
+            f"the most that {partition.name} allows for its {counted(cpus, 'CPU')}",
+        ),
+        (min(limits.memory, limits.all_memory), YOUR_MOST),
+    )
     if part > 1:
         why_memory += "; SLURM refused more"
     why_gpus = f"{partition.name} has {_gpus_in_words(gpus)}" if gpus else ""
@@ -200,6 +202,12 @@ def _hardware(
         "gpus": (count, why_gpus),
         "memory": (f"{memory >> 10}G" if memory >= 1024 else f"{memory}M", why_memory),
     }
+
+
+def _at_most(value: float, why: str, *limits: tuple[float, str]) -> tuple[int, str]:
+    """The value within all limits, and why it is so. A limit comes with its reason."""
+    value, why = min((value, why), *limits, key=lambda one: one[0])
+    return int(value), why
 
 
 def _share(

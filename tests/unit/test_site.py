@@ -28,9 +28,10 @@ DEFAULTS = {"enforce": "none", "accounting": "accounting_storage/slurmdbd", "req
 PARTITION = (
     "PartitionName={name} AllowGroups={groups} AllowAccounts={accounts} AllowQos={allow_qos} "
     "AllocNodes=ALL Default={default} QoS={qos} DefaultTime=NONE MaxCPUsPerNode=UNLIMITED "
-    "MaxTime={time} Nodes=n RootOnly=NO State=UP DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED"
+    "MaxTime={time} Nodes=n RootOnly=NO State=UP DefMemPerNode=UNLIMITED {memory}"
 )
 ORDINARY = {"groups": "ALL", "accounts": "ALL", "allow_qos": "ALL", "qos": "N/A"}
+ORDINARY |= {"memory": "MaxMemPerNode=UNLIMITED"}
 
 
 @pytest.fixture
@@ -199,6 +200,16 @@ def test_limits_of_resources_in_sacctmgrs_words(slurm):
         site = read_site()
         assert (site.associations, site.without_account) == ([], None)
         assert "accounts and QOS are not known" in site.notes[0]
+
+
+def test_memory_is_that_of_the_cpus_which_the_account_allows(slurm):
+    """SLURM would raise the CPUs over the account's limit, and the job would wait for ever."""
+    partitions = {"gpu": {"time": "12:00:00", "memory": "MaxMemPerCPU=2000"}}
+    slurm(partitions, GPUS, account("lab", "normal", tres="cpu=2"), **ENFORCED)
+    draft = draft_for_site(None, {}, None, None)
+    profile = draft.config.slurm["tuning"]
+    assert (profile.cpus, profile.memory) == (2, "3G")
+    assert "# the most that gpu allows for its 2 CPUs" in draft.text
 
 
 def test_a_user_without_an_account(slurm):
