@@ -16,7 +16,7 @@ import tomli_w
 from dashboards.study_tables import GIB
 from search.errors import InputError
 from search.slurm.commands import NoClusterError, SilenceError, SlurmError
-from search.slurm.fit import Proposal, partition_line, preferred, proposals, usable
+from search.slurm.fit import Proposal, ask_for_gpus, partition_line, preferred, proposals, usable
 from search.slurm.script import render_script
 from search.slurm.site import Partition, Site, read_site
 from search.slurm.submit import try_script
@@ -92,11 +92,11 @@ def draft_for_site(
     """A study file whose [slurm.*] tables this site's sbatch accepts. Raises InputError."""
     try:
         site = read_site()
-        chosen = _partitions(site, partition, account)
+        wanted = load_study_file(template or WITH_GPU).slurm or load_study_file(WITH_GPU).slurm
+        with_gpus = ask_for_gpus(wanted)
+        chosen = _partitions(site, partition, account, with_gpus)
         path = template or (WITH_GPU if any(one.gpus for one in chosen) else WITHOUT_GPU)
-        wanted = load_study_file(path).slurm or load_study_file(WITH_GPU).slurm
         seconds = max(slurm_seconds(profile.time) or 0 for profile in wanted.values())
-        with_gpus = any(profile.gpus for profile in wanted.values())
         tries = (
             proposal
             for one in preferred(chosen, seconds, with_gpus)
@@ -114,7 +114,7 @@ def draft_for_site(
         ) from None
     except SlurmError as error:
         raise InputError(f"{error}; write the [slurm.*] tables by hand (docs/cluster.md)") from None
-    closed = usable(site, account)[1]
+    closed = usable(site, account, with_gpus)[1]
     lines = {
         one.name: partition_line(one)
         + (f"; not for you: {closed[one.name]}" if one.name in closed else "")
@@ -132,14 +132,14 @@ def draft_for_site(
     return _draft(path, changes, here, found, tables, proposal.array)
 
 
-def _partitions(site: Site, name: str | None, account: str | None) -> list[Partition]:
+def _partitions(site: Site, name: str | None, account: str | None, with_gpus: bool) -> list[Partition]:
     """The partitions to choose from. Raises InputError."""
     if site.without_account:
         raise InputError(
             f"SLURM has no account for {site.without_account}, and takes no job here without one; ask "
             f"those who run this site for one (sacctmgr add user {site.without_account} account=NAME)"
         )
-    found, closed = usable(site, account)
+    found, closed = usable(site, account, with_gpus)
     if name is None:
         if not found:
             reasons = "; ".join(f"{one}: {why}" for one, why in closed.items())

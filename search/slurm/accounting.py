@@ -8,6 +8,7 @@ from datetime import datetime
 from search.slurm.commands import call, not_understood
 from search.slurm.environment import UNIX_TIMES, clean_environment
 from search.slurm.queue import moment
+from search.slurm.sizes import BYTE, size
 from search.slurm.times import NO_LIMIT
 
 # Of the GPU only the highest usage of a step is on record there, which says nothing of its mean.
@@ -15,7 +16,6 @@ FIELDS = ("JobID", "Submit", "Start", "ElapsedRaw", "TimelimitRaw", "State", "Al
 NEVER_BEGAN = ("Unknown", "None", "")
 _JOB = re.compile(r"(\d+(?:_\d+)?)(\.\w+)?")
 _WAITING_TASKS = re.compile(r"\d+_\[.*\]")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTP]?)")
 _GRANTED = re.compile(r"(?:^|,)mem=([^,]+)")
 
 
@@ -60,7 +60,7 @@ def read_runs(ids: Iterable[str], since: datetime, cluster: str = "") -> dict[st
                 steps_of.append(_run(row))
             except ValueError:
                 raise not_understood("sacct", line) from None
-        elif steps_of and (peak := size(row["MaxRSS"])) is not None:
+        elif steps_of and (peak := size(row["MaxRSS"], bare=BYTE)) is not None:
             start_time, run = steps_of[-1]
             steps_of[-1] = (start_time, replace(run, peak_memory=max(run.peak_memory or 0.0, peak)))
     return {job: [run for _, run in sorted(runs, key=lambda one: one[0])] for job, runs in found.items()}
@@ -83,14 +83,6 @@ def _run(row: dict[str, str]) -> tuple[float, Run]:
         None if submitted is None else max(started - submitted, 0.0),
         float(row["ElapsedRaw"]),
         float(limit) * 60 if limit and limit.upper() not in (*NO_LIMIT, "PARTITION_LIMIT") else None,
-        size(granted[1]) if granted else None,
+        size(granted[1], bare=BYTE) if granted else None,
         None,
     )
-
-
-def size(text: str) -> float | None:
-    """A size, whatever its unit. A bare number is of bytes. None for what is none."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    return float(match[1]) * 1024.0 ** " KMGTP".index(match[2] or " ")

@@ -1,21 +1,21 @@
 """The [slurm.*] profiles that fit a site: what a study asks for, as far as the site allows it."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from dashboards.study_tables import duration
 from search.profile import SlurmProfile
-from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site
+from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site, Stated, tightest
+from search.slurm.sizes import mebibytes
 from search.slurm.times import clock, slurm_seconds
 from storage.words import counted
 
 DAY = 86400  # seconds
 TASKS, AT_ONCE = 8, 4  # of an array
 YOURS = "your account or QOS"
+YOUR_MOST = f"the most that {YOURS} allows"
 WARNED_SHARE = 4  # of a short job at most a fourth is left to end in
 
 
@@ -40,20 +40,27 @@ class Proposal:
     array: str
 
 
-def usable(site: Site, account: str | None) -> tuple[list[Partition], dict[str, str]]:
+def ask_for_gpus(profiles: Mapping[str, SlurmProfile]) -> bool:
+    """Whether any of them does."""
+    return any(profile.gpus for profile in profiles.values())
+
+
+def usable(site: Site, account: str | None, with_gpus: bool) -> tuple[list[Partition], dict[str, str]]:
     """The partitions that the user can submit to, and why not to the others, by name."""
-    closed = {one.name: why for one in site.partitions if (why := _closed(site, one, account))}
+    closed = {
+        one.name: why for one in site.partitions if (why := _closed(site, one, account, with_gpus))
+    }
     return [one for one in site.partitions if one.name not in closed], closed
 
 
-def _closed(site: Site, partition: Partition, account: str | None) -> str | None:
+def _closed(site: Site, partition: Partition, account: str | None, with_gpus: bool) -> str | None:
     if partition.closed:
         return partition.closed
     if not site.associations:
         fits = account not in partition.denied_accounts
         fits &= not partition.accounts or account in partition.accounts
     else:
-        fits = any(_accounts(site, partition, account))
+        fits = any(_accounts(site, partition, account, with_gpus))
     if fits:
         return None
     allowed = {"accounts": partition.accounts, "QOS": partition.qos}
@@ -86,7 +93,8 @@ def proposals(
     kinds = partition.gpus
     kind = next(iter(kinds), "")
     before: Proposal | None = None
-    for payer in [*_accounts(site, partition, account)] or [Account(account)]:
+    payers = [*_accounts(site, partition, account, ask_for_gpus(wanted))]
+    for payer in payers or [Account(account)]:
         # Where one type is among several, it is named, since a trial's numbers depend on the type.
         for named in (True, False) if len(kinds) > 1 else (False, True)[: 1 + bool(kind)]:
             for part in (1, 2):
@@ -96,8 +104,11 @@ def proposals(
                 before = proposal
 
 
-def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Account]:
-    """The accounts that may pay for jobs in a partition, the user's default account first."""
+def _accounts(site: Site, partition: Partition, only: str | None, with_gpus: bool) -> Iterator[Account]:
+    """The accounts that may pay for jobs in a partition, the user's default account first.
+
+    Each with one QOS: further ones would take the tries with sbatch from other accounts and partitions.
+    """
     names = list(dict.fromkeys(one.account for one in site.associations))
     for one in site.associations:
         if one.partition not in ("", partition.name) or only not in (None, one.account):
@@ -111,20 +122,22 @@ def _accounts(site: Site, partition: Partition, only: str | None) -> Iterator[Ac
         ]
         if one.account in partition.denied_accounts or (one.qos and not allowed):
             continue
-        limits = {qos: _limits(site, partition, one.limits, qos) for qos in allowed or ("",)}
-        usable = {name: own for name, own in limits.items() if _lets_run(own, bool(partition.gpus))}
-        for qos, own in islice(usable.items(), 1):
-            why, why_qos = _or(names, one.account, "yours"), _or([*usable], qos, "allowed here")
-            yield Account(one.account, qos or None, why, why_qos, own)
+        limits = {qos: _limits_of_job(site, partition, one.stated, qos) for qos in allowed or ("",)}
+        takes_gpus = with_gpus and bool(partition.gpus)
+        usable = [name for name, own in limits.items() if _lets_run(own, takes_gpus)]
+        if usable:
+            qos = usable[0]
+            why, why_qos = _or(names, one.account, "yours"), _or(usable, qos, "allowed here")
+            yield Account(one.account, qos or None, why, why_qos, limits[qos])
 
 
-def _limits(site: Site, partition: Partition, of_account: Limits, qos: str) -> Limits:
+def _limits_of_job(site: Site, partition: Partition, of_account: Stated, qos: str) -> Limits:
     """What holds for a job. The partition's QOS comes first, then the job's, then the account."""
     order = [partition.own_qos, qos]
     if qos in site.qos_before_partition:
         order.reverse()
-    first, then = (site.qos.get(name, NO_LIMITS) for name in order)
-    return first.before(then).before(of_account)
+    first, then = (site.qos.get(name, {}) for name in order)
+    return tightest({**of_account, **then, **first})
 
 
 def _lets_run(limits: Limits, with_gpu: bool) -> bool:
@@ -172,21 +185,22 @@ def _hardware(
         one for one in partition.working if kind in one.gpus or (not kind and (one.gpus or not gpus))
     ]
     share, small = _share(nodes, [min(one.cpus, partition.cpus) for one in nodes], bool(gpus), part)
-    cpus = int(max(min(share, profile.cpus), 1))
-    why_cpus = f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else ""
+    cpus, why_cpus = _at_most(
+        max(min(share, profile.cpus), 1),
+        f"a node has {counted(small.cpus, 'CPU')}{_for(small, gpus)}" if small else "",
+        (min(limits.cpus, limits.all_cpus), YOUR_MOST),
+    )
     share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
-    memory = int(min(share, _mebibytes(profile.memory)))
-    why_memory = f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else ""
-    most = min(partition.memory, partition.memory_per_cpu * cpus)
-    if memory > most:
-        memory = int(most)
-        why_memory = f"the most that {partition.name} allows for its {counted(cpus, 'CPU')}"
-    most = min(limits.cpus, limits.all_cpus)
-    if cpus > most:
-        cpus, why_cpus = int(most), f"the most that {YOURS} allows"
-    most = min(limits.memory, limits.all_memory)
-    if memory > most:
-        memory, why_memory = int(most), f"the most that {YOURS} allows"
+    # Where each CPU has a limit of memory, SLURM raises the CPUs of a job that asks for more.
+    memory, why_memory = _at_most(
+        min(share, mebibytes(profile.memory)),
+        f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else "",
+        (
+            min(partition.memory, partition.memory_per_cpu * cpus),
+            f"the most that {partition.name} allows for its {counted(cpus, 'CPU')}",
+        ),
+        (min(limits.memory, limits.all_memory), YOUR_MOST),
+    )
     if part > 1:
         why_memory += "; SLURM refused more"
     why_gpus = f"{partition.name} has {_gpus_in_words(gpus)}" if gpus else ""
@@ -200,6 +214,12 @@ def _hardware(
         "gpus": (count, why_gpus),
         "memory": (f"{memory >> 10}G" if memory >= 1024 else f"{memory}M", why_memory),
     }
+
+
+def _at_most(value: float, why: str, *limits: tuple[float, str]) -> tuple[int, str]:
+    """The value within all limits, and why it is so. A limit comes with its reason."""
+    value, why = min((value, why), *limits, key=lambda one: one[0])
+    return int(value), why
 
 
 def _share(
@@ -246,16 +266,11 @@ def _array(
         tasks,
         limits.running,
         limits.all_cpus / profile.cpus,
-        limits.all_memory / _mebibytes(profile.memory),
+        limits.all_memory / mebibytes(profile.memory),
     )
-    if partition.gpus and any(profile.gpus for profile in profiles.values()):
+    if partition.gpus and ask_for_gpus(profiles):
         at_once = min(at_once, sum(partition.gpus.values()), limits.all_gpus)
     return f"0-{max(int(tasks), 1) - 1}%{max(int(at_once), 1)}"
-
-
-def _mebibytes(memory: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper()).groups()  # type: ignore[union-attr]
-    return int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit] >> 10
 
 
 def in_words(seconds: float) -> str:

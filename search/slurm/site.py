@@ -7,13 +7,13 @@ import pwd
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from search.slurm.accounting import size
 from search.slurm.commands import NoClusterError, SlurmError, call, not_understood, one_line
 from search.slurm.environment import habits
+from search.slurm.sizes import mebibytes
 from search.slurm.times import NO_LIMIT, slurm_seconds
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "sinfo")
@@ -41,6 +41,26 @@ WITH_ACCOUNT = {"associations", "qos", "wckeys", *ENFORCING}  # each job needs o
 OVER_PARTITION = "OverPartQOS"  # flag of a QOS that comes before the QOS of a partition
 SLICE = re.compile(r"\d+g\.\d+gb", re.IGNORECASE)  # in the name of a part of a GPU (MIG)
 NORMAL = "normal"  # the QOS where there is no other default
+# sacctmgr's limits of numbers of jobs, and what they are in `Stated`. The account's MaxJobs gives way to
+# the QOS's MaxJobsPU. In SLURM also to its MaxJobsPA, where here both hold.
+JOBS = {
+    "MaxJobs": ("MaxJobsPU", "running"),
+    "MaxJobsPU": ("MaxJobsPU", "running"),
+    "MaxJobsPA": ("MaxJobsPA", "running"),
+    "GrpJobs": ("GrpJobs", "running"),
+    "MaxSubmit": ("MaxSubmitPU", "submitted"),
+    "MaxSubmitPU": ("MaxSubmitPU", "submitted"),
+    "MaxSubmitPA": ("MaxSubmitPA", "submitted"),
+    "GrpSubmit": ("GrpSubmit", "submitted"),
+}
+RESOURCES = {  # its limits of resources, and how the fields of Limits that they bound begin
+    "MaxTRES": "",
+    "MaxTRESPerNode": "",
+    "MaxTRESPU": "all_",
+    "MaxTRESPA": "all_",
+    "GrpTRES": "all_",
+}
+TRES = {"cpu": "cpus", "mem": "memory", "gres/gpu": "gpus"}
 _PAIR = re.compile(r"(\S+?)=(\S*)")
 _GPU = re.compile(r"gpu(?::(?P<kind>[^:]*[^:\d][^:]*))?(?::(?P<count>\d+))?")
 
@@ -95,7 +115,7 @@ class Partition:
 
 
 class Limits(NamedTuple):
-    """Limits of a QOS or of an account for one user. Infinite where SLURM sets none."""
+    """What one user's jobs may take. Infinite where SLURM sets no limit."""
 
     seconds: float = math.inf  # of a job
     running: float = math.inf  # jobs at once
@@ -107,18 +127,20 @@ class Limits(NamedTuple):
     all_memory: float = math.inf  # MiB
     all_gpus: float = math.inf
 
-    def within(self, other: "Limits") -> "Limits":
-        """Both hold."""
-        return Limits(*map(min, self, other))
-
-    def before(self, other: "Limits") -> "Limits":
-        """Those of `other` hold only where this has none, as those of an account beside a QOS."""
-        return Limits(
-            *(theirs if math.isinf(own) else own for own, theirs in zip(self, other, strict=True))
-        )
-
 
 NO_LIMITS = Limits()
+# The limits that SLURM states of one QOS or account: by its name for them, and by the field of Limits
+# that they bound. A limit gives way only to the same one of what comes first, so two dictionaries are
+# joined with `|`; all that are left hold.
+Stated = Mapping[tuple[str, str], float]
+
+
+def tightest(stated: Stated) -> Limits:
+    """What is left where all of these hold."""
+    least: dict[str, float] = {}
+    for (_, what), most in stated.items():
+        least[what] = min(most, least.get(what, math.inf))
+    return Limits(**least)
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,7 @@ class Association:
     account: str
     partition: str  # the only one that it is for; or empty
     qos: tuple[str, ...]  # the one that a job gets unasked comes first
-    limits: Limits
+    stated: Stated
 
 
 @dataclass
@@ -143,7 +165,7 @@ class Site:
     # The user's default account comes first. Empty where SLURM keeps no accounts.
     associations: list[Association] = field(default_factory=list)
     without_account: str | None = None  # this user, if SLURM has no account for them but wants one
-    qos: dict[str, Limits] = field(default_factory=dict)  # whose limits SLURM enforces
+    qos: dict[str, Stated] = field(default_factory=dict)  # whose limits SLURM enforces
     qos_before_partition: set[str] = field(default_factory=set)  # their limits come before its QOS's
     notes: list[str] = field(default_factory=list)  # what was not understood, or not said
 
@@ -190,7 +212,8 @@ def read_site() -> Site:
         try:
             _read_accounts(site, set(config.get("AccountingStorageEnforce", "").lower().split(",")))
         except (SlurmError, ValueError) as error:
-            site.associations, site.qos, site.without_account = [], {}, None
+            site.associations, site.without_account = [], None
+            site.qos, site.qos_before_partition = {}, set()
             site.notes.append(f"accounts and QOS are not known: {error}")
     return site
 
@@ -294,28 +317,25 @@ def _group(number: int) -> str:
 
 def _read_accounts(site: Site, enforced: set[str]) -> None:
     user = pwd.getpwuid(os.geteuid()).pw_name
-    default = next((name for [name] in _rows("user", user, "DefaultAccount")), "")
+    default = next((row["DefaultAccount"] for row in _rows("user", user, "DefaultAccount")), "")
     holds, usual = bool(enforced & ENFORCING), habits().qos
+    fields = "Account,ParentName,Cluster,GrpJobs,GrpSubmit,GrpTRES"
     above = {
-        account: (parent, _limits("", [running], [submitted], [], [tres]))
-        for account, parent, cluster, running, submitted, tres in _rows(
-            "associations", "user=", "Account,ParentName,Cluster,GrpJobs,GrpSubmit,GrpTRES"
-        )
-        if cluster in ("", site.cluster)
+        row["Account"]: (row["ParentName"], _stated(row))
+        for row in (_rows("associations", "user=", fields) if holds else ())
+        if row["Cluster"] in ("", site.cluster)
     }
     fields = "Account,Partition,QOS,DefaultQOS,Cluster,MaxWall,MaxJobs,GrpJobs,MaxSubmit,GrpSubmit"
-    for account, partition, qos, first, cluster, wall, *more in _rows(
-        "associations", f"user={user}", f"{fields},MaxTRES,MaxTRESPerNode,GrpTRES"
-    ):
-        if cluster in ("", site.cluster):
-            limits = _limits(wall, more[:2], more[2:4], more[4:6], more[6:])
-            names = [name for name in (usual, first, NORMAL, *sorted(qos.split(","))) if name]
+    for row in _rows("associations", f"user={user}", f"{fields},MaxTRES,MaxTRESPerNode,GrpTRES"):
+        if row["Cluster"] in ("", site.cluster):
+            allowed = row["QOS"].split(",")
+            names = [usual, row["DefaultQOS"], NORMAL, *sorted(allowed)]
             site.associations.append(
                 Association(
-                    account,
-                    partition,
-                    tuple(name for name in dict.fromkeys(names) if name in qos.split(",")),
-                    _within_those_above(limits, account, dict(above)) if holds else NO_LIMITS,
+                    row["Account"],
+                    row["Partition"],
+                    tuple(name for name in dict.fromkeys(names) if name and name in allowed),
+                    _with_those_above(row, above) if holds else {},
                 )
             )
     site.associations.sort(key=lambda one: one.account != default)
@@ -324,65 +344,61 @@ def _read_accounts(site: Site, enforced: set[str]) -> None:
         site.notes.append(f"SLURM has no account for {user}")
     if holds:
         fields = "Name,Flags,MaxWall,MaxJobsPU,MaxJobsPA,GrpJobs,MaxSubmitPU,MaxSubmitPA,GrpSubmit"
-        for name, flags, wall, *more in _rows(
-            "qos", "", f"{fields},MaxTRES,MaxTRESPerNode,MaxTRESPU,MaxTRESPA,GrpTRES"
-        ):
-            site.qos[name] = _limits(wall, more[:3], more[3:6], more[6:8], more[8:])
-            if OVER_PARTITION in flags.split(","):
-                site.qos_before_partition.add(name)
+        for row in _rows("qos", "", f"{fields},MaxTRES,MaxTRESPerNode,MaxTRESPU,MaxTRESPA,GrpTRES"):
+            site.qos[row["Name"]] = _stated(row)
+            if OVER_PARTITION in row["Flags"].split(","):
+                site.qos_before_partition.add(row["Name"])
 
 
-def _within_those_above(limits: Limits, account: str, above: dict[str, tuple[str, Limits]]) -> Limits:
-    """Limits within those of the account and of all above it. Takes from `above` what it has met."""
-    while found := above.pop(account, None):
+def _with_those_above(row: dict[str, str], above: dict[str, tuple[str, Stated]]) -> Stated:
+    """The limits of an association, its account and all accounts above it: all of them hold."""
+    stated, account, left = dict(_stated(row)), row["Account"], dict(above)
+    while found := left.pop(account, None):
         account, theirs = found
-        limits = limits.within(theirs)
-    return limits
+        for limit, most in theirs.items():
+            stated[limit] = min(most, stated.get(limit, math.inf))
+    return stated
 
 
-def _rows(what: str, which: str, fields: str) -> Iterator[list[str]]:
-    """The rows of `sacctmgr show`. Raises SlurmError for another number of fields."""
+def _rows(what: str, which: str, fields: str) -> Iterator[dict[str, str]]:
+    """The rows of `sacctmgr show`, by field. Raises SlurmError for another number of fields."""
     words = ("sacctmgr", "--noheader", "--parsable2", "show", what, *filter(None, [which]))
     for line in filter(None, map(str.strip, call(*words, f"format={fields}").output.splitlines())):
-        values = line.split("|")
-        if len(values) != len(fields.split(",")):
+        names, values = fields.split(","), line.split("|")
+        if len(values) != len(names):
             raise not_understood(f"sacctmgr show {what}", line)
-        yield values
+        yield dict(zip(names, values, strict=True))
 
 
-def _limits(
-    wall: str, running: list[str], submitted: list[str], of_job: list[str], of_all: list[str]
-) -> Limits:
-    """What sacctmgr prints of limits: the tightest of each list. Raises ValueError."""
-    return Limits(
-        _seconds(wall),
-        min(map(_limit, running)),
-        min(map(_limit, submitted)),
-        *map(min, *map(_tres, ["", "", *of_job])),
-        *map(min, *map(_tres, ["", "", *of_all])),
-    )
+def _stated(row: dict[str, str]) -> Stated:
+    """The limits in a row of sacctmgr. Raises ValueError if one is not understood."""
+    found = {}
+    for name, text in row.items():
+        if name == "MaxWall":
+            found[name, "seconds"] = _seconds(text)
+        elif name in JOBS:
+            found[JOBS[name]] = _limit(text)
+        elif name in RESOURCES:
+            for what, most in _tres(text).items():
+                found[name, RESOURCES[name] + what] = most
+    return {limit: most for limit, most in found.items() if most < math.inf}
 
 
-def _tres(text: str) -> list[float]:
-    """CPUs, memory in MiB, and GPUs of whatever type, of a limit as in `cpu=2,mem=4G,gres/gpu=1`.
+def _tres(text: str) -> dict[str, float]:
+    """A limit as in `cpu=2,mem=4G,gres/gpu=1`: by "cpus", "memory" (MiB) and "gpus", where limited.
 
-    Infinite for what is not limited. Raises ValueError if it is not understood.
+    A limit for one type of GPU counts for all types. Raises ValueError if it is not understood.
     """
-    found = {"cpu": math.inf, "mem": math.inf, "gres/gpu": math.inf}
-    for resource, value in re.findall(r"([^,=]+)=([^,]*)", text):
-        kind = resource.partition(":")[0]
-        if kind == "mem":
-            found[kind] = _mebibytes(value)
-        elif kind in found:
-            found[kind] = min(found[kind], _limit(value))
-    return list(found.values())
-
-
-def _mebibytes(text: str) -> float:
-    bytes_of = size(text)
-    if bytes_of is None:
-        raise ValueError(f"{text!r} is not understood")
-    return bytes_of / (1 << 20)
+    found: dict[str, float] = {}
+    for item in filter(None, text.split(",")):
+        resource, _, value = item.partition("=")
+        if not (resource and value):
+            raise ValueError(f"{item!r} is not understood")
+        what = TRES.get(resource.partition(":")[0])
+        if what:
+            most = mebibytes(value) if what == "memory" else _limit(value)
+            found[what] = min(most, found.get(what, math.inf))
+    return found
 
 
 def _seconds(text: str) -> float:

@@ -10,6 +10,7 @@ import pytest
 from search.efficiency import OUR_RECORDS, advice, costs, with_accounting
 from search.slurm.accounting import Run, read_runs
 from search.slurm.commands import SlurmError
+from search.slurm.sizes import size
 from storage.efficiency import WorkerUse
 from storage.outcome import WALL_TIME
 
@@ -109,6 +110,23 @@ RUNS = {
     "22.05": runs(7, queued=1, seconds=(10, 88), peaks=(1.64, 504.73, 44.68, 44.78)),
     "24.11": runs(8, queued=0, seconds=(11, 89), peaks=(1.71, 504.83, 44.87, 45.11)),
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "bare", "expected"),
+    [
+        ("1500", 1, 1500),
+        ("1500", MIB, 1500 * MIB),
+        ("2.5G", MIB, 2.5 * GIB),
+        ("2gb", 1, 2 * GIB),
+        ("3K", 1, 3 << 10),
+        ("3B", 1, None),
+        ("2 G", 1, None),
+        ("", 1, None),
+    ],
+)
+def test_sizes_in_slurms_forms(text, bare, expected):
+    assert size(text, bare=bare) == expected
 
 
 @pytest.mark.parametrize("version", TEXTS)

@@ -12,8 +12,8 @@ import pytest
 from search.errors import InputError
 from search.init import draft_for_machine, draft_for_site
 from search.slurm.commands import SlurmError
-from search.slurm.site import Limits, Nodes, read_site
-from search.toml_file import load_study_file
+from search.slurm.site import Limits, Nodes, read_site, tightest
+from search.toml_file import READY, load_study_file
 
 CONFIG = """Configuration data as of 2026-11-28T09:17:41
 AccountingStorageEnforce = {enforce}
@@ -28,9 +28,10 @@ DEFAULTS = {"enforce": "none", "accounting": "accounting_storage/slurmdbd", "req
 PARTITION = (
     "PartitionName={name} AllowGroups={groups} AllowAccounts={accounts} AllowQos={allow_qos} "
     "AllocNodes=ALL Default={default} QoS={qos} DefaultTime=NONE MaxCPUsPerNode=UNLIMITED "
-    "MaxTime={time} Nodes=n RootOnly=NO State=UP DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED"
+    "MaxTime={time} Nodes=n RootOnly=NO State=UP DefMemPerNode=UNLIMITED {memory}"
 )
 ORDINARY = {"groups": "ALL", "accounts": "ALL", "allow_qos": "ALL", "qos": "N/A"}
+ORDINARY |= {"memory": "MaxMemPerNode=UNLIMITED"}
 
 
 @pytest.fixture
@@ -164,10 +165,10 @@ def test_what_a_slurmdbd_says_of_accounts(slurm):
     slurm({"gpu": {"time": "12:00:00"}}, GPUS, ASSOCIATIONS, QOS, ABOVE, **ENFORCED)
     site = read_site()
     assert site.notes == []
-    limits = {one.account: one.limits for one in site.associations}
+    limits = {one.account: tightest(one.stated) for one in site.associations}
     assert limits["root"] == Limits()
     assert limits["vision"] == Limits(seconds=7200, cpus=2, memory=1500, all_cpus=5)
-    assert site.qos == {
+    assert {name: tightest(stated) for name, stated in site.qos.items()} == {
         "normal": Limits(),
         "gpu": Limits(seconds=10800, submitted=5, all_gpus=2),
         "idle": Limits(all_gpus=0),
@@ -193,12 +194,76 @@ def test_limits_of_resources_in_sacctmgrs_words(slurm):
     slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, "normal|||||||||||||\n", above, **ENFORCED)
     [one] = read_site().associations
     expected = {"cpus": 4, "memory": 2.5 * (1 << 20), "all_memory": 9 << 10, "all_gpus": 3}
-    assert one.limits == Limits(running=2, submitted=7, **expected)
-    for odd in ("cpu=many", "mem=lots", "mem=", "gres/gpu=-1"):
+    assert tightest(one.stated) == Limits(running=2, submitted=7, **expected)
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, account("lab", "normal", tres="mem=1500"), **ENFORCED)
+    assert tightest(read_site().associations[0].stated) == Limits(memory=1500)
+    for odd in ("cpu=many", "mem=lots", "mem=", "gres/gpu=-1", "cpu", "cpu=", "=4", "cpu=4;mem"):
         slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows.replace("cpu=4", odd), **ENFORCED)
         site = read_site()
         assert (site.associations, site.without_account) == ([], None)
         assert "accounts and QOS are not known" in site.notes[0]
+
+
+def qos_row(name, **limits):
+    """A row of `sacctmgr show qos`."""
+    names = ("wall", "running_pu", "running_pa", "all_running", "submitted_pu", "submitted_pa")
+    names += ("all_submitted", "tres", "node_tres", "tres_pu", "tres_pa", "all_tres")
+    return "|".join([name, "", *(limits.get(one, "") for one in names)]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("of_account", "of_qos", "starts"),
+    [
+        ({"all_tres": "gres/gpu=0"}, {"tres_pu": "gres/gpu=2"}, False),
+        ({"all_tres": "gres/gpu=0"}, {"all_tres": "gres/gpu=2"}, True),
+        ({"running": "0"}, {"running_pu": "9"}, True),
+        ({"running": "0"}, {"all_running": "9"}, False),
+        ({"tres": "cpu=0"}, {"node_tres": "cpu=4"}, False),
+        ({"tres": "cpu=0"}, {"tres": "cpu=4"}, True),
+    ],
+)
+def test_a_limit_of_a_qos_replaces_only_the_same_one_of_the_account(slurm, of_account, of_qos, starts):
+    """As a slurmctld of 22.05 did: the other jobs waited with AssocGrpGRES, AssocMax…."""
+    rows = account("lab", "normal", **of_account) + account("rich", "normal")
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, qos_row("normal", **of_qos), **ENFORCED)
+    assert tuning().account == ("lab" if starts else "rich")
+
+
+def test_limits_of_the_account_and_of_a_user_of_its_qos_hold_both(slurm):
+    rows = account("lab", "normal", all_tres="gres/gpu=1", all_running="7")
+    qos = qos_row("normal", tres_pu="gres/gpu=2,cpu=9", running_pu="3")
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, qos, **ENFORCED)
+    draft = draft_for_site(None, {}, None, None)
+    assert (draft.array, draft.config.slurm["tuning"].cpus) == ("0-7%1", 7)
+
+
+def test_memory_is_that_of_the_cpus_which_the_account_allows(slurm):
+    """SLURM would raise the CPUs over the account's limit, and the job would wait for ever."""
+    partitions = {"gpu": {"time": "12:00:00", "memory": "MaxMemPerCPU=2000"}}
+    slurm(partitions, GPUS, account("lab", "normal", tres="cpu=2"), **ENFORCED)
+    draft = draft_for_site(None, {}, None, None)
+    profile = draft.config.slurm["tuning"]
+    assert (profile.cpus, profile.memory) == (2, "3G")
+    assert "# the most that gpu allows for its 2 CPUs" in draft.text
+
+
+def test_a_study_without_gpus_may_use_an_account_without_gpus(tmp_path, slurm):
+    rows = account("lab", "normal", all_tres="gres/gpu=0")
+    slurm({"mixed": {"time": "12:00:00"}}, GPUS.replace("gpu|", "mixed|", 1), rows, **ENFORCED)
+    with pytest.raises(InputError, match="no account of yours is for it, or lets a job run there"):
+        tuning()
+    written = (READY / "fashion-cpu.toml").read_text() + "\n[slurm.tuning]\ngpus = 0\n"
+    (tmp_path / "mine.toml").write_text(written)
+    profile = draft_for_site(tmp_path / "mine.toml", {}, None, None).config.slurm["tuning"]
+    assert (profile.account, profile.partition, profile.gpus) == ("lab", "mixed", 0)
+
+
+def test_accounts_above_are_asked_for_only_where_limits_hold(slurm):
+    rows = account("lab", "normal")
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, above="no row of it\n", enforce="associations")
+    assert read_site().notes == []
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS, rows, above="no row of it\n", **ENFORCED)
+    assert "accounts and QOS are not known" in read_site().notes[0]
 
 
 def test_a_user_without_an_account(slurm):
