@@ -16,6 +16,9 @@ MEMORY = re.compile(r"\d{1,18}([KMGT]B?)?", EITHER_CASE)
 MEMORY_IN_WORDS = re.compile(r"(\d+) *([KMGT])i?B?", EITHER_CASE)
 
 
+DEFAULT_MEMORY = "12G"
+
+
 class SlurmProfile(Table):
     """One [slurm.NAME] table. A number needs no quotes."""
 
@@ -24,7 +27,7 @@ class SlurmProfile(Table):
     account: Word | None = None
     cpus: Whole = Field(1, ge=1)
     gpus: int | str = 1  # a text names a type: "a100:1"
-    memory: str = "12G"  # a bare number is MiB
+    memory: str = DEFAULT_MEMORY  # a bare number is MiB
     time: str = "08:00:00"  # a bare number is minutes
     warning: Whole = Field(300, ge=0)  # seconds before the end at which SLURM warns the workers
     setup: Texts = Field([])  # shell lines before the worker starts: module load, activation

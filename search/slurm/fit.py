@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.study_tables import duration
-from search.profile import SlurmProfile
+from search.profile import DEFAULT_MEMORY, SlurmProfile
 from search.slurm.site import NO_LIMITS, Limits, Nodes, Partition, Site, Stated, tightest
 from search.slurm.sizes import mebibytes
 from search.slurm.times import clock, slurm_seconds
@@ -191,9 +191,11 @@ def _hardware(
         (min(limits.cpus, limits.all_cpus), YOUR_MOST),
     )
     share, small = _share(nodes, [one.memory for one in nodes], bool(gpus), part)
+    # SLURM takes 0 for all that a node has.
+    wanted = mebibytes(profile.memory) or (share if small else mebibytes(DEFAULT_MEMORY))
     # Where each CPU has a limit of memory, SLURM raises the CPUs of a job that asks for more.
     memory, why_memory = _at_most(
-        min(share, mebibytes(profile.memory)),
+        max(min(share, wanted), 1),
         f"a node has {small.memory >> 10} GiB{_for(small, gpus)}" if small else "",
         (
             min(partition.memory, partition.memory_per_cpu * cpus),

@@ -247,6 +247,15 @@ def test_memory_is_that_of_the_cpus_which_the_account_allows(slurm):
     assert "# the most that gpu allows for its 2 CPUs" in draft.text
 
 
+@pytest.mark.parametrize(("asked", "given"), [("0", "125G"), ("500K", "1M"), ("3000", "2G")])
+def test_memory_of_a_study_in_each_form_of_slurm(tmp_path, slurm, asked, given):
+    slurm({"gpu": {"time": "12:00:00"}}, GPUS)
+    text = (READY / "fashion-cpu.toml").read_text() + f'\n[slurm.tuning]\nmemory = "{asked}"\n'
+    (tmp_path / "mine.toml").write_text(text)
+    draft = draft_for_site(tmp_path / "mine.toml", {}, None, None)
+    assert draft.config.slurm["tuning"].memory == given
+
+
 def test_a_study_without_gpus_may_use_an_account_without_gpus(tmp_path, slurm):
     rows = account("lab", "normal", all_tres="gres/gpu=0")
     slurm({"mixed": {"time": "12:00:00"}}, GPUS.replace("gpu|", "mixed|", 1), rows, **ENFORCED)
