@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from search.confirm.evidence import DROPPED, LEAST_RERUNS, WINS
+from search.confirm.evidence import DROPPED, LEAST_RERUNS, WINNING_IMAGES, WINS
 from search.confirm.intervals import Interval, compare, per_class_accuracy, seed_flips, selection_bias
 
 SIZES = (7, 3, 3, 4, 6, 3)
@@ -134,7 +134,7 @@ def confirm(
     means = np.array([estimate.score.value for estimate in estimates])
     leader = int(means.argmax())
     others = [i for i in range(TOP) if i != leader]
-    won = estimates[leader].best >= WINS
+    won = estimates[leader].best >= WINS and min(COUNTS) * blocks >= WINNING_IMAGES
     errors = means - truth
     spreads = [
         np.std([per_class_accuracy(run, study.labels, SIZES) for run in by_seed.values()], ddof=1)

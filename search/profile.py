@@ -14,8 +14,6 @@ EITHER_CASE = re.ASCII | re.IGNORECASE
 GPUS = re.compile(r"(?P<all>\d{1,9})|[\w.-]*[a-z_][\w.-]*(:(?P<some>\d{1,9}))?", EITHER_CASE)
 MEMORY = re.compile(r"\d{1,18}([KMGT]B?)?", EITHER_CASE)
 MEMORY_IN_WORDS = re.compile(r"(\d+) *([KMGT])i?B?", EITHER_CASE)
-
-
 DEFAULT_MEMORY = "12G"
 
 
