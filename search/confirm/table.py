@@ -89,7 +89,7 @@ def no_winner(seeds: int, folds: int | None) -> str | None:
     if reruns >= WINNING_RERUNS:
         return None
     return (
-        f"with {reruns} reruns of each candidate none can be declared the best; that takes "
+        f"with {counted(reruns, 'rerun')} of each candidate none can be declared the best; that takes "
         f"{WINNING_RERUNS} or more: --seeds {math.ceil(WINNING_RERUNS / (folds or 1))}"
     )
 
