@@ -9,7 +9,7 @@ import typer
 
 from dashboards.terminal import console, say
 from search.cli import main
-from search.cli.finding import StudyName, command
+from search.cli.finding import Study, StudyName, command
 from search.cli.options import (
     Array,
     Data,
@@ -18,7 +18,6 @@ from search.cli.options import (
     Pack,
     Profile,
     Set,
-    Study,
     StudyPath,
     Submit,
     Weights,

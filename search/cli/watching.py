@@ -21,7 +21,7 @@ from dashboards.study_tables import (
     render_workers,
 )
 from dashboards.terminal import can_redraw, console, say
-from search.cli.finding import AnyStudy, StudyName, find_database, find_study
+from search.cli.finding import OptionalStudyName, StudyName, find_database, find_study
 from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
 from search.json_output import AsJson, print_json
@@ -40,7 +40,7 @@ MOST_ROWS = 40  # of trials
 
 
 def status(
-    study: AnyStudy = None,
+    study: OptionalStudyName = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:

@@ -10,14 +10,13 @@ import typer
 from dashboards.outputs import check_output
 from dashboards.predictions import PredictionsError
 from dashboards.terminal import say
-from search.cli.finding import StudyName, command, find_study
+from search.cli.finding import Study, StudyName, command, find_study
 from search.cli.options import (
     Data,
     DryRun,
     Output,
     Profile,
     Set,
-    Study,
     Submit,
     Weights,
     file_or_recorded,
