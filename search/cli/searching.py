@@ -33,12 +33,13 @@ from search.cli.options import (
     workers_here,
 )
 from search.cli.submitting import submit_workers
-from search.cli.winning import check_export, export_best
+from search.cli.winning import export_best
 from search.confirm.evidence import read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import no_winner, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.export import check_export
 from search.json_output import AsJson, print_json
 from search.local import LocalSearch
 from search.preflight import preflight
