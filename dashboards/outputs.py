@@ -2,7 +2,7 @@
 
 Each file that a command writes has a mark of its study or its run in it. A file may be written where
 there is none, or one with the mark. A folder may be written to if it is new or empty, or if all that it
-has is files with the mark.
+has is files with the mark. Hidden files are no matter: a killed command or a desktop leaves some.
 """
 
 import os
@@ -33,7 +33,7 @@ def check_output(output: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{folder}: nothing may be written there; choose another folder")
 
 
@@ -52,16 +52,16 @@ def check_overwritable(output: Path, marker: str, what: str) -> None:
 def check_folder(folder: Path, marker: str, what: str) -> None:
     """Check that a folder may be written: a new one, or one that has only files with the marker.
 
-    `what` names what they may be, as in "of a report". Raises OutputError, OSError.
+    `what` names what they may be of, as in "a report". Raises OutputError, OSError.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; give a folder")
-    place = folder.absolute()
-    _check_writable(next(one for one in (place, *place.parents) if one.exists()))
-    if not folder.exists():
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there}: is a file; give a folder")
+    _check_writable(there)
+    if there != folder:
         return
     for path in sorted(folder.iterdir()):
-        if not (path.is_file() and _has(path, marker)):
+        if not (path.name.startswith(".") or (path.is_file() and _has(path, marker))):
             raise OutputError(f"{folder}: has {path.name}, which is not of {what}; give another folder")
 
 

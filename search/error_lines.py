@@ -65,7 +65,7 @@ def _explain_os_error(error: OSError) -> str | None:
 
 def _explain_database_error(error: Exception) -> tuple[str | None, bool]:
     """The line for an error of the database, None if it is a fault of ours; and whether it may pass."""
-    from storage import faults  # late: `atelier --help` would wait for SQLAlchemy and Optuna
+    from storage import faults  # late: `atelier --help` would wait for SQLAlchemy, psycopg2
 
     is_ours = faults.classify(error) is faults.ErrorKind.OURS
     line = None if is_ours else f"the database: {faults.explain(error)}"

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 import tomli_w
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from dashboards.outputs import OutputError, check_output
 from dashboards.predictions import PredictionsError, attribute_sizes, predictions_of
 from search.comparable import reader_note, reader_of
 from search.confirm.evidence import Confirmation
@@ -130,7 +131,7 @@ def export_trial(
 
     [train] holds every resolved setting, [origin] says where they come from and what is known of the
     score, [slurm.*] are the search's profiles. Raises InputError if the trial has not yet all its
-    parameters, or if another study's file is there. Raises OSError if the file cannot be written.
+    parameters, OutputError if another file is there, and OSError if it cannot be written.
     """
     row = choice.row
     missing = entry.settings["space"].keys() - row.params.keys()
@@ -160,12 +161,16 @@ def export_trial(
     tables = {"format": FORMAT, "train": config.model_dump(), "origin": origin}
     slurm = entry.settings.get("slurm", {})
     text = tomli_w.dumps(_present(tables | ({"slurm": slurm} if slurm else {})))
-    check_overwritable(output, entry.name)  # another search may have ended meanwhile
+    check_export(output, entry.name)  # another search may have ended meanwhile
     write_atomically(output, text.encode())
 
 
-def check_overwritable(output: Path, study: str) -> None:
-    """Check that only an earlier export of the study would be overwritten. Raises InputError."""
+def check_export(output: Path, study: str) -> None:
+    """Check that an export may be written: where no file is, or an earlier export of the study.
+
+    Raises OutputError.
+    """
+    check_output(output)
     if not output.exists():
         return
     try:
@@ -173,13 +178,13 @@ def check_overwritable(output: Path, study: str) -> None:
     except InputError:
         origin = None
     if not isinstance(origin, dict):
-        raise InputError(
-            f"--output {output}: there is a file that atelier export did not write; give another name"
+        raise OutputError(
+            f"{output}: there is a file that atelier export did not write; give another name"
         )
     if origin.get("study") != study:
-        raise InputError(
-            f"--output {output}: there is the export of study {origin.get('study')!r}, and this is "
-            f"{study!r}; give another name with -o"
+        raise OutputError(
+            f"{output}: there is the export of study {origin.get('study')!r}, and this is {study!r}; "
+            "give another name with -o"
         )
 
 

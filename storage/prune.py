@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from storage.database import retrying
 from storage.optuna_tables import TRIALS, VALUES, TrialState
-from storage.paths import RunFolder, artifacts, files_in, home
+from storage.paths import DELETED, RunFolder, artifacts, files_in, home
 from storage.studies import study_entry, study_names
 from storage.usage import TRAINED_HERE
 
@@ -78,8 +78,9 @@ def forgotten(engine: sa.Engine) -> list[Path]:
 
 
 def _is_at_rest(folder: Path) -> bool:
-    paths = [Path(top, name) for top, folders, files in os.walk(folder) for name in (*folders, *files)]
-    return all(map(_is_abandoned, (folder, *paths)))
+    paths = {Path(top, name) for top, folders, files in os.walk(folder) for name in (*folders, *files)}
+    mark = folder / DELETED  # to make it was to write to the folder, but it is nobody's work
+    return all(map(_is_abandoned, paths - {mark} if mark in paths else paths | {folder}))
 
 
 @retrying

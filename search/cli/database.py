@@ -10,7 +10,7 @@ import typer
 
 from dashboards.terminal import say
 from search.cli import group_of_verbs
-from search.cli.finding import AnyStudy, find_study
+from search.cli.finding import OptionalStudyName, find_study
 from search.confirm.evidence import MOST_RIVALS
 from search.confirm.plan import SUFFIX, recorded
 from search.errors import InputError
@@ -117,7 +117,7 @@ def db_restore(
 
 @db_app.command("prune")
 def db_prune(
-    study: AnyStudy = None,
+    study: OptionalStudyName = None,
     keep: Annotated[
         int, typer.Option(min=0, help="How many of the best trials keep their predictions.")
     ] = MOST_RIVALS,

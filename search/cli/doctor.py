@@ -8,16 +8,14 @@ from typing import Annotated
 import typer
 
 from dashboards.terminal import console, say
-from search.cli.finding import command
+from search.cli.finding import OptionalStudy, command, is_file
 from search.cli.options import (
     TUNING,
     Data,
-    OptionalStudy,
     Profile,
     Set,
     Weights,
     file_or_recorded,
-    is_file,
     worker_options,
 )
 from search.doctor.check import Check, State, ask, not_asked, ok

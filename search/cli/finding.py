@@ -14,9 +14,13 @@ from storage.studies import StudyEntry, study_entry, study_names
 from trainer.text import same_letters
 
 NAMED = 20  # studies in an error, at most
-_STUDY = typer.Argument(help="Study name, or its study file.", autocompletion=studies)
-StudyName = Annotated[str, _STUDY]
-AnyStudy = Annotated[str | None, _STUDY]
+# Verbs that read the record take a file for the name in it; those that read settings, for what it says.
+_NAME = typer.Argument(help="Study name, or its study file.", autocompletion=studies)
+_FILE = typer.Argument(help="Study file, or the name of a study on record.", autocompletion=studies)
+StudyName = Annotated[str, _NAME]
+OptionalStudyName = Annotated[str | None, _NAME]
+Study = Annotated[str, _FILE]
+OptionalStudy = Annotated[str | None, _FILE]
 
 
 def find_database(sessions: database.Sessions = database.WORK) -> sa.Engine:
@@ -31,12 +35,17 @@ def find_database(sessions: database.Sessions = database.WORK) -> sa.Engine:
     return engine
 
 
+def is_file(study: str) -> bool:
+    """Whether a study is meant by its file, and not by its name, which a file here may have too."""
+    return study.endswith(".toml")
+
+
 def find_study(
     name_or_file: str, sessions: database.Sessions = database.WORK
 ) -> tuple[sa.Engine, StudyEntry]:
     """Find a study that exists, by its name or its file. Raises InputError."""
     name = name_or_file
-    if name.endswith(".toml") and Path(name).is_file():
+    if is_file(name):
         from search.toml_file import load_study_file  # late: with pydantic, which a name does not need
 
         name = load_study_file(Path(name)).study.name

@@ -7,8 +7,8 @@ import sqlalchemy as sa
 import typer
 
 from dashboards.terminal import say
-from search.cli.completion import studies, study_files
-from search.cli.finding import find_study
+from search.cli.completion import study_files
+from search.cli.finding import find_study, is_file
 from search.confirm.plan import recorded
 from search.errors import InputError
 from search.slurm.script import about_environment
@@ -23,11 +23,6 @@ ARRAY, TUNING = "0-7%4", "tuning"  # the array and the profile of a search's job
 StudyPath = Annotated[
     Path, typer.Argument(help="Study file, as in fashion.toml.", autocompletion=study_files)
 ]
-_FILE_OR_NAME = typer.Argument(
-    help="Study file, or the name of a study on record.", autocompletion=studies
-)
-Study = Annotated[str, _FILE_OR_NAME]
-OptionalStudy = Annotated[str | None, _FILE_OR_NAME]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the best configuration goes.")]
 Data = Annotated[str | None, typer.Option("--data", help="Dataset folder, instead of the file's.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights file, instead of the file's.")]
@@ -87,11 +82,6 @@ def load_study(
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def is_file(study: str) -> bool:
-    """Whether a study is meant by its file, and not by its name, which a file here may have too."""
-    return study.endswith(".toml")
 
 
 def file_or_recorded(

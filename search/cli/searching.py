@@ -9,7 +9,7 @@ import typer
 
 from dashboards.terminal import console, say
 from search.cli import main
-from search.cli.finding import StudyName, command
+from search.cli.finding import Study, StudyName, command
 from search.cli.options import (
     Array,
     Data,
@@ -18,7 +18,6 @@ from search.cli.options import (
     Pack,
     Profile,
     Set,
-    Study,
     StudyPath,
     Submit,
     Weights,
@@ -34,12 +33,13 @@ from search.cli.options import (
     workers_here,
 )
 from search.cli.submitting import submit_workers
-from search.cli.winning import check_export, export_best
+from search.cli.winning import export_best
 from search.confirm.evidence import rarest, read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import no_winner, render
 from search.errors import InputError
 from search.exit_codes import ExitCode
+from search.export import check_export
 from search.json_output import AsJson, print_json
 from search.local import LocalSearch
 from search.preflight import preflight

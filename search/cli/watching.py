@@ -21,7 +21,7 @@ from dashboards.study_tables import (
     render_workers,
 )
 from dashboards.terminal import can_redraw, console, say
-from search.cli.finding import AnyStudy, StudyName, find_database, find_study
+from search.cli.finding import OptionalStudyName, StudyName, find_database, find_study
 from search.efficiency import advice, as_dict, costs, with_accounting
 from search.errors import InputError
 from search.json_output import AsJson, print_json
@@ -40,7 +40,7 @@ MOST_ROWS = 40  # of trials
 
 
 def status(
-    study: AnyStudy = None,
+    study: OptionalStudyName = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
@@ -52,17 +52,15 @@ def status(
     runs = RunFolder(entry.name, entry.created)
 
     # SLURM's controller and the shared disk serve the whole site. However often the study is read, they
-    # are asked twice a minute.
+    # are asked twice a minute, and when its trials have ended: that answer stays on the screen.
     @lru_cache(maxsize=1)
-    def ask_site(array_jobs: tuple[str, ...], _: int) -> tuple[Tasks, int]:
+    def ask_site(array_jobs: tuple[str, ...], *_: int) -> tuple[Tasks, int]:
         return task_states(array_jobs), total_size(runs.files())
 
-    def read(again: bool = False) -> Status:
-        if again:
-            ask_site.cache_clear()
+    def read() -> Status:
         status = read_status(engine, entry.study_id, entry.name)
         half_minute = int(time.monotonic() / SITE_SECONDS)
-        tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute)
+        tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute, _has_ended(status))
         status.tasks, status.tasks_problem = tasks.states, tasks.problem
         status.pending = dict(tasks.pending)
         return status
@@ -92,25 +90,26 @@ def _tables(status: Status) -> Group:
     return Group(render(status, MOST_ROWS), render_workers(status))
 
 
-def _watch(read: Callable[..., Status], console: Console) -> None:
-    """Show a study until its trials have ended: on a terminal as tables, else a line for each change.
+def _has_ended(status: Status) -> bool:
+    return status.finished >= status.max_trials
 
-    `read` with True asks the site again, however shortly it was asked: for what stays on the screen.
-    """
+
+def _watch(read: Callable[[], Status], console: Console) -> None:
+    """Show a study until its trials have ended: on a terminal as tables, else a line for each change."""
     if can_redraw(console):
         with Live(console=console) as live:
-            while (status := read()).finished < status.max_trials:
+            while not _has_ended(status := read()):
                 live.update(_tables(status))
                 time.sleep(WATCH_SECONDS)
-            live.update(_tables(read(True)))
+            live.update(_tables(status))
         return
     counts = None
-    while (status := read()).finished < status.max_trials:
+    while not _has_ended(status := read()):
         if status.counts != counts:
             console.print(progress_line(status), soft_wrap=True)
             counts = status.counts
         time.sleep(WATCH_SECONDS)
-    console.print(_tables(read(True)))
+    console.print(_tables(status))
 
 
 def trials(

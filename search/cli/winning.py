@@ -10,14 +10,13 @@ import typer
 from dashboards.outputs import check_output
 from dashboards.predictions import PredictionsError
 from dashboards.terminal import say
-from search.cli.finding import StudyName, command, find_study
+from search.cli.finding import Study, StudyName, command, find_study
 from search.cli.options import (
     Data,
     DryRun,
     Output,
     Profile,
     Set,
-    Study,
     Submit,
     Weights,
     file_or_recorded,
@@ -35,7 +34,7 @@ from search.exit_codes import ExitCode
 from search.export import (
     Bundle,
     changed,
-    check_overwritable,
+    check_export,
     choose,
     export_trial,
     find_trial,
@@ -70,12 +69,6 @@ def export(
     engine, entry = find_search(study)
     check_export(output, entry.name)
     export_best(engine, entry, trial, output)
-
-
-def check_export(path: Path, study: str) -> None:
-    """Raises InputError, OutputError if the export cannot be written, before any work is done for it."""
-    check_output(path)
-    check_overwritable(path, study)
 
 
 def export_best(engine: sa.Engine, entry: StudyEntry, trial: int | None, output: Path) -> None:

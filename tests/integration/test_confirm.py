@@ -239,8 +239,13 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     shown = atelier("confirm", "tiny", "--seeds", "3").stdout
     assert f"take trial {winner}: with 95 % it is at most 0.00 points behind the best" in shown
     shown = atelier("confirm", "tiny", "--seeds", "5").stdout
+    assert "with 5 images of an attribute none can be declared the best; that takes 10 or more" in shown
+    twice = [row | {"images": 2 * row["images"]} for row in entry.attributes]
+    update_study(engine, entry.study_id, attributes=twice)
     assert re.search(
-        rf"take trial {winner}: with \d+ % it is the best of these 2 candidates$", shown, re.M
+        rf"take trial {winner}: with \d+ % it is the best of these 2 candidates$",
+        atelier("confirm", "tiny", "--show").stdout,
+        re.M,
     )
     rows = trials(atelier, tmp_path, "tiny-confirm")
     assert [row["state"] for row in rows] == ["complete"] * 4 + ["pruned", "complete"] * 3

@@ -68,8 +68,12 @@ def test_a_file_of_another_origin_is_not_written_over(words, output):
     Path(output).parent.mkdir(exist_ok=True)
     Path(output).write_bytes(b"written by hand: trial 7 of one\n")
     line = refused(*(word.format("one") for word in words))
-    assert output in line
-    assert "another name" in line
+    folder, _, name = output.rpartition("/")
+    if folder:
+        assert f"x: has {name}, which is not of a report of study 'one'; give another folder" in line
+    else:
+        assert output in line
+        assert "another name" in line
 
 
 @pytest.mark.usefixtures("two")
@@ -169,6 +173,17 @@ def test_folders_of_studies_that_are_gone(two, engine, home):
     assert sorted((home / "runs").iterdir()) == sorted(kept)
     assert "nothing to do" in run("db", "prune").stdout
     assert "run folders" not in run("db", "status").stdout
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_folder_of_an_old_study_may_go_as_soon_as_it_is_deleted(two, engine, home, written):
+    gone = folder_of(engine, "another", 3 * DAY)
+    RunFolder("another", studies.study_entry(engine, "another").created).mark_deleted()
+    optuna.delete_study(study_name="another", storage=optuna_storage.optuna_storage(engine))
+    if written:  # by a worker that has not noticed yet
+        os.utime(gone / "trial-00000" / "attempt-0001.pt")
+    run("db", "prune", "--deleted")
+    assert gone.exists() == written
 
 
 def test_a_folder_that_is_written_to_is_left(two, engine, home):

@@ -190,6 +190,7 @@ def test_a_wrong_study_file(case, study_text, tmp_path):
         (["worker", "{study}", "--set", "space.batch_size=[64,149]"], "batch_size = 149: the last"),
         (["train", "no.toml"], "no such file"),
         (["status", "nobody"], "no database in"),
+        (["status", "no.toml"], "no.toml: no such file"),
         (["export", "nobody"], "no database in"),
         (["trials", "nobody"], "no database in"),
         (["search", "{study}", "--set", "epochs"], "expected table.key=value"),

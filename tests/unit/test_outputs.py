@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dashboards.outputs import OutputError, check_folder, check_output, check_overwritable, mark
+from trainer.files import new_file
 
 NOBODY = 65534
 
@@ -47,6 +48,37 @@ def test_what_may_not_be_written_is_said_before_any_work(closed):
                 refuses()
 
     assert as_somebody_else(check)
+
+
+def test_a_folder_that_may_be_listed_but_not_entered_is_refused(closed):
+    closed.chmod(0o666)
+
+    def check():
+        with pytest.raises(OutputError, match="nothing may be written there"):
+            check_folder(closed, mark("s"), "a report")
+
+    assert as_somebody_else(check)
+
+
+def test_a_folder_cannot_be_made_in_a_file(tmp_path):
+    (file := tmp_path / "file").write_text("")
+    for folder in (file, file / "sub", file / "sub" / "deeper"):
+        with pytest.raises(OutputError, match="/file: is a file; give a folder"):
+            check_folder(folder, mark("s"), "a report")
+
+
+def test_hidden_files_do_not_close_a_folder(tmp_path):
+    (tmp_path / "report.md").write_text(mark("s"))
+    (tmp_path / ".DS_Store").write_bytes(b"of a desktop")
+    if (child := os.fork()) == 0:
+        with new_file(tmp_path / "report.md"):
+            os._exit(1)  # as if it was killed
+    os.waitpid(child, 0)
+    assert len([*tmp_path.glob(".report.md.*")]) == 1
+    check_folder(tmp_path, mark("s"), "a report")
+    (tmp_path / "notes.md").write_text("by hand")
+    with pytest.raises(OutputError, match=r"has notes\.md, which is not of a report; give another"):
+        check_folder(tmp_path, mark("s"), "a report")
 
 
 def test_a_file_is_replaced_only_by_the_same_study(tmp_path):
