@@ -56,6 +56,12 @@ def progress_line(status: Status) -> str:
     return f"{done} ({counts or 'none yet'}) in {duration(status.seconds)}{leader}{remaining}"
 
 
+def surplus_line(status: Status) -> str:
+    """Which enqueued trials do not begin, and why."""
+    waiting = f"{counted(status.surplus, 'enqueued trial')} beyond study.max_trials"
+    return f"{waiting}: with a larger one, they begin"
+
+
 def _score(status: Status, row: TrialRow) -> str:
     """A trial's score, with the standard error that its images give it."""
     value = row.value or 0.0
@@ -140,8 +146,7 @@ def render_workers(status: Status) -> RenderableType:
         )
     lines += [Text(reason, style="red") for reason in status.sick_hosts]
     if status.surplus:
-        waiting = f"{counted(status.surplus, 'enqueued trial')} beyond study.max_trials"
-        lines.append(Text(f"{waiting}: with a larger one, they begin", style="yellow"))
+        lines.append(Text(surplus_line(status), style="yellow"))
     if status.stopping:
         lines.append(Text("stopped by: atelier stop; search or submit goes on", style="yellow"))
     return Group(*lines)

@@ -19,11 +19,11 @@ from search.comparable import reader_note, reader_of
 from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
 from search.confirm.table import field, in_points
-from search.errors import InputError
+from search.errors import InputError, no_trial
 from search.profile import Profiles, SlurmProfile
 from search.study_config import weights_identity
 from search.toml_file import read_toml, validate
-from storage.status import Status, TrialRow
+from storage.status import FINISHED, Status, TrialRow
 from storage.studies import StudyEntry, curve
 from storage.words import counted
 from trainer.config import TrainConfig, Whole
@@ -48,8 +48,7 @@ def find_trial(status: Status, number: int) -> TrialRow:
     for row in status.trials:
         if row.number == number:
             return row
-    trials = len(status.trials)
-    raise InputError(f"study {status.study!r} has no trial {number}; it has {trials}, from 0")
+    raise no_trial(status.study, number, len(status.trials))
 
 
 def choose(status: Status, confirmation: Confirmation | None, number: int | None) -> Choice:
@@ -136,9 +135,9 @@ def export_trial(
     row = choice.row
     missing = entry.settings["space"].keys() - row.params.keys()
     if missing:
-        raise InputError(
-            f"trial {row.number} has no {', '.join(sorted(missing))} yet; choose another with --trial"
-        )
+        so_far = "" if row.state in FINISHED else " yet"
+        names = ", ".join(sorted(missing))
+        raise InputError(f"trial {row.number} has no {names}{so_far}; choose another with --trial")
     params = {key: value for key, value in row.params.items() if key in TrainConfig.model_fields}
     config = TrainConfig(**entry.settings["train"] | entry.places | params)
     origin = {

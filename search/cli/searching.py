@@ -7,6 +7,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from dashboards.study_tables import surplus_line
 from dashboards.terminal import console, say
 from search.cli import main
 from search.cli.finding import Study, StudyName, command
@@ -51,7 +52,7 @@ from storage.embedded import EmbeddedPostgres
 from storage.ownership import with_users_umask
 from storage.paths import RunFolder, home
 from storage.postgres_programs import EmbeddedPostgresError
-from storage.status import Status, read_status
+from storage.status import State, Status, read_status
 from storage.studies import StudyEntry
 from storage.words import counted
 from trainer.config import MOST_FOLDS
@@ -100,6 +101,10 @@ def search(
     status = local.status()
     if status.best is not None:
         export_best(engine, entry, None, output)
+    if failed := status.counts[State.FAILED]:
+        say(f"{counted(failed, 'trial')} failed; see why with: {command('logs', entry.name)}")
+    if status.surplus:
+        say(surplus_line(status))
     if status.budget_spent and not local.interrupted:
         say(
             f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and unfinished trials are "

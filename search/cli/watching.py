@@ -23,7 +23,7 @@ from dashboards.study_tables import (
 from dashboards.terminal import can_redraw, console, say
 from search.cli.finding import OptionalStudyName, StudyName, find_database, find_study
 from search.efficiency import advice, as_dict, costs, with_accounting
-from search.errors import InputError
+from search.errors import InputError, no_trial
 from search.json_output import AsJson, print_json
 from search.slurm.logs import newest_log
 from search.slurm.queue import Tasks, task_states
@@ -187,6 +187,9 @@ def logs(
     jobs = array_jobs(engine, entry.study_id) if trial is None else []
     newest = newest_log(jobs)
     if not attempts and newest is None:
+        numbers = [row.number for row in read_status(engine, entry.study_id, entry.name).trials]
+        if trial is not None and trial not in numbers:
+            raise no_trial(entry.name, trial, len(numbers))
         what = "any trial" if trial is None else f"trial {trial}"
         raise InputError(f"no attempt at {what} yet, and no log of an array task")
     if as_json:

@@ -240,8 +240,7 @@ def test_who_cannot_win_gets_no_further_seeds_and_the_winner_is_exported(confirm
     assert f"take trial {winner}: with 95 % it is at most 0.00 points behind the best" in shown
     shown = atelier("confirm", "tiny", "--seeds", "5").stdout
     assert "with 5 images of an attribute none can be declared the best; that takes 10 or more" in shown
-    twice = [row | {"images": 2 * row["images"]} for row in entry.attributes]
-    update_study(engine, entry.study_id, attributes=twice)
+    update_study(engine, entry.study_id, attributes=[{**row, "images": 10} for row in entry.attributes])
     assert re.search(
         rf"take trial {winner}: with \d+ % it is the best of these 2 candidates$",
         atelier("confirm", "tiny", "--show").stdout,

@@ -30,7 +30,8 @@ def test_enqueued_trials_are_counted_in_the_budget(engine, make_worker, atelier)
     assert "1/1 trials (2 waiting, 1 complete)" in shown
     assert "2 enqueued trials beyond study.max_trials" in shown
     # A local search has nothing to do, and does not wait for them.
-    atelier("search", "study.toml", "--set", "study.max_trials=1", "--workers", "1")
+    said = atelier("search", "study.toml", "--set", "study.max_trials=1", "--workers", "1").stderr
+    assert "2 enqueued trials beyond study.max_trials: with a larger one, they begin" in said
     update_study(engine, worker.ledger.study_id, max_trials=2)
     assert make_worker("study.max_trials=2").run() == ExitCode.DONE
     assert states(worker) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.WAITING]

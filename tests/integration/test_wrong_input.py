@@ -721,6 +721,7 @@ def test_a_prediction_that_cannot_be_made(folder, finished_run, demo, tmp_path, 
     [
         (["export", "tiny"], "has no complete trial yet"),
         (["export", "tiny", "--trial", "7"], "has no trial 7; it has 1, from 0"),
+        (["logs", "tiny", "--trial", "7"], "has no trial 7; it has 1, from 0"),
         (["confirm", "tiny"], "has no complete trial yet"),
         (["confirm", "tiny", "--show"], "nothing of study 'tiny' is confirmed yet"),
         (["confirm", "tiny", "--json"], "nothing of study 'tiny' is confirmed yet"),
