@@ -59,7 +59,7 @@ def progress_line(status: Status) -> str:
 def surplus_line(status: Status) -> str:
     """Which enqueued trials do not begin, and why."""
     waiting = f"{counted(status.surplus, 'enqueued trial')} beyond study.max_trials"
-    return f"{waiting}: with a larger one, they begin"
+    return f"{waiting}: with a larger one, more begin"
 
 
 def _score(status: Status, row: TrialRow) -> str:

@@ -18,7 +18,7 @@ from dashboards.predictions import PredictionsError, attribute_sizes, prediction
 from search.comparable import reader_note, reader_of
 from search.confirm.evidence import Confirmation
 from search.confirm.intervals import hits, of_hits
-from search.confirm.table import field, in_points
+from search.confirm.table import field, in_points, percent
 from search.errors import InputError, no_trial
 from search.profile import Profiles, SlurmProfile
 from search.study_config import weights_identity
@@ -63,7 +63,7 @@ def choose(status: Status, confirmation: Confirmation | None, number: int | None
     if confirmation and named and named.estimate:
         row = find_trial(status, named.number)
         if named is confirmation.winner:
-            sure = f"{100 * named.estimate.best:.0f} %"
+            sure = percent(named.estimate.best)
             words = f"confirmed with {sure} to be the best of {field(confirmation)}"
             return Choice(row, "confirmed", words)
         words = f"confirmed with 95 % to be {in_points(named.estimate.within, confirmation)}"

@@ -76,6 +76,8 @@ class StudySettings(Table):
     def _printable(cls, name: str) -> str:
         if not name.isprintable() or name != name.strip():
             raise ValueError(f"{name!r} has unprintable characters or outer spaces; rename it")
+        if name.endswith(".toml"):
+            raise ValueError(f"{name!r} would be taken for a file; leave out the .toml")
         if len(quote(name)) > MAX_NAME:
             raise ValueError(
                 f"found {as_typed(name)}, too long for a folder's name; allowed are {MAX_NAME} bytes, "

@@ -188,7 +188,7 @@ def read_studies(engine: sa.Engine) -> list[StudyRow]:
         .subquery()
     )
     workers = (
-        sa.select(sa.func.count())
+        sa.select(sa.func.count(ATTEMPTS.c.worker_id.distinct()))
         .where(ATTEMPTS.c.study_id == STUDIES.c.study_id, HELD)
         .scalar_subquery()
     )

@@ -35,7 +35,7 @@ from search.cli.options import (
 )
 from search.cli.submitting import submit_workers
 from search.cli.winning import export_best
-from search.confirm.evidence import rarest, read_confirmation
+from search.confirm.evidence import WINNING_IMAGES, rarest, read_confirmation
 from search.confirm.plan import plan_confirmation
 from search.confirm.table import no_winner, render
 from search.errors import InputError
@@ -101,8 +101,8 @@ def search(
     status = local.status()
     if status.best is not None:
         export_best(engine, entry, None, output)
-    if failed := status.counts[State.FAILED]:
-        say(f"{counted(failed, 'trial')} failed; see why with: {command('logs', entry.name)}")
+        if failed := status.counts[State.FAILED]:
+            say(f"{counted(failed, 'trial')} failed; see why with: {command('logs', entry.name)}")
     if status.surplus:
         say(surplus_line(status))
     if status.budget_spent and not local.interrupted:
@@ -222,7 +222,8 @@ def confirm(
         check_pack(pack)
     else:
         pack = pack_here(pack, workers)
-    images = None if config.folds else rarest(entry)  # folds judge by more, as they will show
+    # Folds judge by more images, as they will show.
+    images = WINNING_IMAGES if config.folds else rarest(entry)
     if len(config.candidates) > 1 and (line := no_winner(config.seeds, config.folds, images)):
         say(line)
     arguments = [*worker_options(data, weights, None, pack), "--", config.study.name]

@@ -187,11 +187,12 @@ def logs(
     jobs = array_jobs(engine, entry.study_id) if trial is None else []
     newest = newest_log(jobs)
     if not attempts and newest is None:
+        if trial is None:
+            raise InputError("no attempt at any trial yet, and no log of an array task")
         numbers = [row.number for row in read_status(engine, entry.study_id, entry.name).trials]
-        if trial is not None and trial not in numbers:
+        if trial not in numbers:
             raise no_trial(entry.name, trial, len(numbers))
-        what = "any trial" if trial is None else f"trial {trial}"
-        raise InputError(f"no attempt at {what} yet, and no log of an array task")
+        raise InputError(f"no attempt at trial {trial} yet")
     if as_json:
         print_json(study=entry.name, attempts=attempts, newest=newest)
         return

@@ -65,7 +65,7 @@ class Confirmation:
     max_reruns: int
     seeds: int  # wanted of each candidate, in each fold
     folds: int | None  # None if the validation split judges all reruns
-    rarest: int | None  # images of the rarest attribute; None if that is not on record
+    rarest: int  # images of the rarest attribute; 0 if that is not on record
     candidates: list[Candidate]
     optimism: float | None
     overtaken: list[int]  # trials that would be candidates, had the confirmation begun today
@@ -94,7 +94,7 @@ class Confirmation:
         first = self.leader
         if first is None or first.estimate is None or not self._is_decided or first.failed:
             return None
-        is_known = first.seeds >= WINNING_RERUNS and (self.rarest or 0) >= WINNING_IMAGES
+        is_known = first.seeds >= WINNING_RERUNS and self.rarest >= WINNING_IMAGES
         return first if is_known and first.estimate.best >= WINS else None
 
     @property
@@ -195,12 +195,12 @@ def _searched(search: StudyEntry, ranking: Sequence[TrialRow], candidates: Seque
     return _Searched(runs, accuracy, labels)
 
 
-def rarest(entry: StudyEntry) -> int | None:
-    """How many images that a study's trials are judged by have the rarest attribute that any has.
+def rarest(entry: StudyEntry) -> int:
+    """How many of the images that judge a study's trials have the rarest attribute that any has.
 
-    None if that is not on record, as of an early version.
+    0 if that is not on record, as of an early version.
     """
-    return min((row["images"] for row in entry.attributes if row["images"]), default=None)
+    return min((row["images"] for row in entry.attributes if row["images"]), default=0)
 
 
 def _training_images(entry: StudyEntry) -> int:

@@ -47,7 +47,7 @@ def cells(candidate: Candidate) -> list[str]:
         f"{100 * score.low:.2f} to {100 * score.high:.2f}",
         f"{100 * behind.value:.2f}",
         f"{100 * behind.low:.2f} to {100 * behind.high:.2f}" if behind.error else "",
-        f"{100 * candidate.estimate.best:.0f} %",
+        percent(candidate.estimate.best),
         f"{100 * candidate.estimate.within:.2f}",
     ]
 
@@ -73,7 +73,7 @@ def verdict(confirmation: Confirmation) -> list[str]:
     if confirmation.overtaken:
         numbers = ", ".join(map(str, confirmation.overtaken))
         lines.append(
-            f"trials {numbers} of the search have come in front since; to confirm them, first delete "
+            f"among the best of the search are by now, too: {numbers}; to confirm these, first delete "
             f"{confirmation.linked!r} in the dashboard"
         )
     if confirmation.difference:
@@ -81,10 +81,10 @@ def verdict(confirmation: Confirmation) -> list[str]:
     return lines
 
 
-def no_winner(seeds: int, folds: int | None, images: int | None) -> str | None:
+def no_winner(seeds: int, folds: int | None, images: int) -> str | None:
     """Why a confirmation with so many seeds of each candidate, in each fold, cannot have a winner.
 
-    `images` are those of the rarest attribute, None if nobody knows. None if it can have one.
+    `images` are those of the rarest attribute. None if it can have one.
     """
     reruns = seeds * (folds or 1)
     if reruns < WINNING_RERUNS:
@@ -92,7 +92,7 @@ def no_winner(seeds: int, folds: int | None, images: int | None) -> str | None:
             f"with {counted(reruns, 'rerun')} of each candidate none can be declared the best; that "
             f"takes {WINNING_RERUNS} or more: --seeds {math.ceil(WINNING_RERUNS / (folds or 1))}"
         )
-    if images is not None and images < WINNING_IMAGES:
+    if images < WINNING_IMAGES:
         return (
             f"with {counted(images, 'image')} of an attribute none can be declared the best; that takes "
             f"{WINNING_IMAGES} or more{'' if folds else ', and --folds judges by those of train too'}"
@@ -106,7 +106,7 @@ def _who_is_best(confirmation: Confirmation) -> str:
         return f"no verdict yet: {confirmation.reruns} of {confirmation.max_reruns} reruns have ended"
     if winner is not None:
         return (
-            f"take trial {winner.number}: with {100 * leader.estimate.best:.0f} % it is the best of "
+            f"take trial {winner.number}: with {percent(leader.estimate.best)} it is the best of "
             f"{field(confirmation)}"
         )
     if (choice := confirmation.choice) is not None and choice.estimate is not None:
@@ -119,6 +119,11 @@ def _who_is_best(confirmation: Confirmation) -> str:
         f"no verdict: too few reruns of {unknown or 'any candidate'} have ended well; see why with: "
         f"atelier logs {confirmation.linked}"
     )
+
+
+def percent(probability: float) -> str:
+    """A probability that is not said to be higher than it is."""
+    return f"{math.floor(100 * probability)} %"
 
 
 def in_points(within: float, confirmation: Confirmation) -> str:

@@ -63,6 +63,8 @@ def _closed(site: Site, partition: Partition, account: str | None, with_gpus: bo
         fits = any(_accounts(site, partition, account, with_gpus))
     if fits:
         return None
+    if with_gpus and partition.gpus and any(_accounts(site, partition, account, False)):
+        return "your account lets no job of it use GPUs; give the file of a study without"
     allowed = {"accounts": partition.accounts, "QOS": partition.qos}
     only = [f"the {what} {', '.join(sorted(names))}" for what, names in allowed.items() if names]
     return (
@@ -124,10 +126,10 @@ def _accounts(site: Site, partition: Partition, only: str | None, with_gpus: boo
             continue
         limits = {qos: _limits_of_job(site, partition, one.stated, qos) for qos in allowed or ("",)}
         takes_gpus = with_gpus and bool(partition.gpus)
-        usable = [name for name, own in limits.items() if _lets_run(own, takes_gpus)]
-        if usable:
-            qos = usable[0]
-            why, why_qos = _or(names, one.account, "yours"), _or(usable, qos, "allowed here")
+        running = [name for name, own in limits.items() if _lets_run(own, takes_gpus)]
+        if running:
+            qos = running[0]
+            why, why_qos = _or(names, one.account, "yours"), _or(running, qos, "allowed here")
             yield Account(one.account, qos or None, why, why_qos, limits[qos])
 
 
@@ -214,8 +216,14 @@ def _hardware(
     return {
         "cpus": (cpus, why_cpus),
         "gpus": (count, why_gpus),
-        "memory": (f"{memory >> 10}G" if memory >= 1024 else f"{memory}M", why_memory),
+        "memory": (_in_gib(memory, is_cut=memory < wanted), why_memory),
     }
+
+
+def _in_gib(memory: int, is_cut: bool) -> str:
+    """A size in MiB as sbatch takes it, in whole GiB if it has that many, or was cut anyway."""
+    in_gib = memory >= 1024 and (is_cut or memory % 1024 == 0)
+    return f"{memory >> 10}G" if in_gib else f"{memory}M"
 
 
 def _at_most(value: float, why: str, *limits: tuple[float, str]) -> tuple[int, str]:

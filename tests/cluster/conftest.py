@@ -207,12 +207,14 @@ class Campaign:
 
     def rows(self, *columns, order=None):
         """Rows of the table of `columns`, of this study's trials."""
-        table = columns[0].class_
+        table = columns[0].table
         query = "SELECT trial_id FROM trials JOIN studies USING (study_id) WHERE study_name = :name"
         with self.engine.connect() as connection:
             ids = [row[0] for row in connection.execute(sa.text(query), {"name": self.name})]
-            statement = sa.select(*columns).where(table.trial_id.in_(ids))
-            return connection.execute(statement.order_by(order or table.trial_id)).all()
+            statement = sa.select(*columns).where(table.c.trial_id.in_(ids))
+            return connection.execute(
+                statement.order_by(order if order is not None else table.c.trial_id)
+            ).all()
 
     @property
     def epochs(self):

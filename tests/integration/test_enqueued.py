@@ -31,10 +31,15 @@ def test_enqueued_trials_are_counted_in_the_budget(engine, make_worker, atelier)
     assert "2 enqueued trials beyond study.max_trials" in shown
     # A local search has nothing to do, and does not wait for them.
     said = atelier("search", "study.toml", "--set", "study.max_trials=1", "--workers", "1").stderr
-    assert "2 enqueued trials beyond study.max_trials: with a larger one, they begin" in said
+    assert "2 enqueued trials beyond study.max_trials: with a larger one, more begin" in said
+    assert "failed" not in said
     update_study(engine, worker.ledger.study_id, max_trials=2)
     assert make_worker("study.max_trials=2").run() == ExitCode.DONE
     assert states(worker) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.WAITING]
+    study = worker.study
+    study.tell(study.trials[2].number, state=TrialState.FAIL)
+    said = atelier("search", "study.toml", "--set", "study.max_trials=3", "--workers", "1").stderr
+    assert "1 trial failed; see why with: atelier logs tiny" in said
 
 
 def test_enqueued_trials_come_before_new_ones(make_worker):

@@ -51,6 +51,7 @@ STUDY_FILES = {
     "no study table": (put("[study]", "[studies]"), "study"),
     "no name": (put('name = "tiny"', ""), "study.name"),
     "empty name": (put('"tiny"', '""'), "study.name"),
+    "a name of a file": (put('"tiny"', '"tiny.toml"'), "would be taken for a file; leave out the .toml"),
     "unprintable name": (put('"tiny"', '"a\\u0007b"'), "unprintable"),
     "misspelt study key": (put("max_trials", "max_trails"), "did you mean max_trials"),
     "misspelt train key": (put("warmup_epochs", "warmup_epoch"), "did you mean warmup_epochs"),

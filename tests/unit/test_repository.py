@@ -134,6 +134,7 @@ def test_no_module_takes_what_is_private_to_another():
 def test_optunas_tables_and_slurms_variables_have_one_owner():
     for path, tree in sources():
         names = set(imports(tree))
+        assert "optuna.storages._rdb.models" not in names, path
         if path.parent == ROOT / "storage" and path.name != "optuna_storage.py":
             assert not [name for name in names if name.split(".")[0] == "optuna"], path
         if path.parent != ROOT / "search/slurm":
