@@ -36,9 +36,8 @@ def test_enqueued_trials_are_counted_in_the_budget(engine, make_worker, atelier)
     update_study(engine, worker.ledger.study_id, max_trials=2)
     assert make_worker("study.max_trials=2").run() == ExitCode.DONE
     assert states(worker) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.WAITING]
-    study = worker.study
-    study.tell(study.trials[2].number, state=TrialState.FAIL)
-    said = atelier("search", "study.toml", "--set", "study.max_trials=3", "--workers", "1").stderr
+    worker.study.enqueue_trial({"lr": 5.0})
+    said = atelier("search", "study.toml", "--set", "study.max_trials=4", "--workers", "1").stderr
     assert "1 trial failed; see why with: atelier logs tiny" in said
 
 
