@@ -54,6 +54,7 @@ def open_study(
     return study, entry
 
 
+@retrying
 def lead_study(config: StudyConfig, engine: sa.Engine, dataset: Dataset) -> studies.StudyEntry:
     """Make the tables if there are none, and open the study as its lead. Raises DatabaseError too."""
     ensure_tables(engine)
