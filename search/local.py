@@ -91,7 +91,7 @@ class LocalSearch:
             signal.signal(signal.SIGINT, old)
             signal.signal(signal.SIGTERM, old_term)
         status = self.status()
-        if self._failures and status.finished < status.max_trials and not self.interrupted:
+        if self._failures and not status.has_ended and not self.interrupted:
             slot = self._failures[0]
             raise WorkersFailedError(f"{_why(slot)}; the whole log is {slot.log}")
 

@@ -28,7 +28,10 @@ class TrialState(StrEnum):
 
     def is_finished(self) -> bool:
         """Whether the trial has ended."""
-        return self not in (TrialState.RUNNING, TrialState.WAITING)
+        return self not in UNFINISHED
+
+
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
 def _table(name: str, **columns: Any) -> sa.TableClause:

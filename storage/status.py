@@ -16,6 +16,7 @@ from storage.optuna_tables import (
     AUDIT,
     PARAMS,
     TRIALS,
+    UNFINISHED,
     USER_ATTRIBUTES,
     VALUES,
     TrialState,
@@ -134,6 +135,11 @@ class Status:
         return sum(self.counts[state] for state in FINISHED)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether as many trials are finished as the budget allows."""
+        return self.finished >= self.max_trials
+
+    @property
     def best(self) -> TrialRow | None:
         """The best complete trial; None before there is one."""
         return next(iter(self.completed()), None)
@@ -210,7 +216,7 @@ def read_status(bind: sa.Engine | sa.Connection, study_id: int, name: str) -> St
         ATTEMPTS.c.trial_id.in_(
             sa.select(TRIALS.c.trial_id).where(
                 TRIALS.c.study_id == study_id,
-                TRIALS.c.state.in_([TrialState.RUNNING, TrialState.WAITING]),
+                TRIALS.c.state.in_(UNFINISHED),
             )
         ),
     )

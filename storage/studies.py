@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from storage.clock import now
 from storage.database import connected, retrying
 from storage.liveness import HELD
-from storage.optuna_tables import STUDY_NAMES, TRIALS, VALUES, TrialState
+from storage.optuna_tables import STUDY_NAMES, TRIALS, UNFINISHED, VALUES, TrialState
 from storage.paths import path_from_record
 from storage.tables import ARRAY_JOBS, ATTEMPTS, EPOCHS, STUDIES
 from storage.usage import TRAINED_HERE
@@ -173,11 +173,10 @@ def study_names(engine: sa.Engine) -> list[str]:
 @retrying
 def read_studies(engine: sa.Engine) -> list[StudyRow]:
     """All studies, the newest first; one statement."""
-    finished = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     trials = (
         sa.select(
             TRIALS.c.study_id,
-            sa.func.count().filter(TRIALS.c.state.in_(finished)).label("finished"),
+            sa.func.count().filter(TRIALS.c.state.not_in(UNFINISHED)).label("finished"),
             sa.func.count().filter(TRIALS.c.state == TrialState.FAIL).label("failed"),
             sa.func.max(VALUES.c.value)
             .filter(TRIALS.c.state == TrialState.COMPLETE, TRAINED_HERE)

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from storage.clock import NOW
 from storage.liveness import Liveness, hosts_at_work
-from storage.optuna_tables import TRIALS, TrialState
+from storage.optuna_tables import TRIALS, UNFINISHED, TrialState
 from storage.outcome import SICK_HOST, Outcome
 from storage.ranks import Rank, read_ranks
 from storage.tables import ATTEMPTS, WORKERS, Row
@@ -156,7 +156,7 @@ class TrialQueue:
             sa.select(ATTEMPTS.c.trial_id)
             .join(TRIALS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id)
             .where(ATTEMPTS.c.study_id == self._study.study_id, ATTEMPTS.c.released.is_(None))
-            .where(TRIALS.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+            .where(TRIALS.c.state.in_(UNFINISHED))
         )
         return self._connection.scalar(query.limit(1)) is not None
 

@@ -110,7 +110,7 @@ def search(
             f"the budget of {status.max_gpu_hours:g} GPU-hours is spent, and unfinished trials are "
             "pruned; raise study.max_gpu_hours to train more"
         )
-    elif status.finished < status.max_trials:
+    elif not status.has_ended:
         say("not finished; the same command continues it")
         raise typer.Exit(_unfinished(local))
     elif status.best is None:

@@ -60,7 +60,7 @@ def status(
     def read() -> Status:
         status = read_status(engine, entry.study_id, entry.name)
         half_minute = int(time.monotonic() / SITE_SECONDS)
-        tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute, _has_ended(status))
+        tasks, status.disk_bytes = ask_site(tuple(status.array_jobs), half_minute, status.has_ended)
         status.tasks, status.tasks_problem = tasks.states, tasks.problem
         status.pending = dict(tasks.pending)
         return status
@@ -90,21 +90,17 @@ def _tables(status: Status) -> Group:
     return Group(render(status, MOST_ROWS), render_workers(status))
 
 
-def _has_ended(status: Status) -> bool:
-    return status.finished >= status.max_trials
-
-
 def _watch(read: Callable[[], Status], console: Console) -> None:
     """Show a study until its trials have ended: on a terminal as tables, else a line for each change."""
     if can_redraw(console):
         with Live(console=console) as live:
-            while not _has_ended(status := read()):
+            while not (status := read()).has_ended:
                 live.update(_tables(status))
                 time.sleep(WATCH_SECONDS)
             live.update(_tables(status))
         return
     counts = None
-    while not _has_ended(status := read()):
+    while not (status := read()).has_ended:
         if status.counts != counts:
             console.print(progress_line(status), soft_wrap=True)
             counts = status.counts

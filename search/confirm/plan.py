@@ -157,7 +157,7 @@ def plan_confirmation(
     if not chosen or len(chosen) < (top or 1):
         n = len(chosen)
         shortage = f"only {counted(n, 'complete trial')}" if n else "no complete trial"
-        has_ended = n and status.finished >= status.max_trials
+        has_ended = n and status.has_ended
         advice = "give a smaller --top, or raise study.max_trials" if has_ended else None
         raise InputError(
             f"study {search.name!r} has {shortage}{'' if has_ended else ' yet'}; "

@@ -53,7 +53,7 @@ def submit_study(file: StudyConfig, profile: str, array: str, options: list[str]
     check_script(script)
     entry = lead_study(file, engine, dataset)
     status = read_status(engine, entry.study_id, entry.name)
-    if status.finished >= status.max_trials:
+    if status.has_ended:
         raise InputError(
             f"study {entry.name!r} has its {counted(status.finished, 'trial')}; raise study.max_trials "
             f"(of a confirmation, --seeds), or see: atelier status {shlex.quote(entry.name)}"

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from search.confirm.plan import recorded
 from search.errors import InputError
 from search.study_config import StudyConfig
-from storage.optuna_tables import parameter
+from storage.optuna_tables import UNFINISHED, parameter
 from storage.outcome import NOTHING_LEFT
 from storage.paths import RunFolder
 from storage.studies import StudyEntry, study_entry
@@ -48,7 +48,7 @@ class Trial:
     @property
     def is_unfinished(self) -> bool:
         """Whether it may go on."""
-        return self.state in ("RUNNING", "WAITING")
+        return self.state in UNFINISHED
 
 
 @dataclass

@@ -30,7 +30,7 @@ def as_somebody_else(check):
             if os.getuid() == 0:
                 os.setuid(NOBODY)
             check()
-        except BaseException:
+        except BaseException:  # whatever it is: the child must not go on as a second pytest
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
